@@ -1,0 +1,97 @@
+"""The private parts of torch that cpcompile needs, each behind one function. Checked on torch 2.13."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx.traceback
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext, detect_fake_mode
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils.checkpoint import CheckpointPolicy
+
+
+def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+    """Return the fake mode of the compilation under way and `example_inputs` in it, with the symbols that Dynamo gave them.
+
+    A backend receives real tensors; AOTAutograd makes them fake again by the same steps, so both see the same symbols.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    if mode is None:
+        mode = detect_fake_mode(list(example_inputs)) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            return value
+        symbols = context.tensor_to_context.get(value) if context is not None else None
+        source = symbols.tensor_source if symbols is not None else None  # type: ignore[attr-defined]
+        return mode.from_tensor(value, static_shapes=symbols is None, symbolic_context=symbols, source=source)
+
+    return mode, [fake(value) for value in example_inputs]
+
+
+class _InlineCheckpoints(fx.Interpreter):
+    """Run a Dynamo graph with the bodies of activation checkpoints in line, their nodes marked for recomputation."""
+
+    num_regions = 0
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is not tag_activation_checkpoint:
+            return super().call_function(target, args, kwargs)
+        body = args[0]
+        if "_checkpoint_context_fn" in body.meta:
+            raise NotImplementedError("selective activation checkpointing (context_fn)")
+        _InlineCheckpoints.num_regions += 1
+        for node in body.graph.nodes:
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            node.meta["ac_graph_id"] = _InlineCheckpoints.num_regions
+        return _InlineCheckpoints(body).run(*args[1:])
+
+
+def trace_pre_dispatch(gm: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any]) -> fx.GraphModule:
+    """Trace `gm` to ATen before dispatch: no decomposition, no autograd, source lines and module paths kept."""
+    interpreter = _InlineCheckpoints(gm)
+    with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher(), mode:
+        return make_fx(  # type: ignore[no-any-return]
+            lambda *args: interpreter.run(*args),
+            decomposition_table={},
+            tracing_mode="real",
+            pre_dispatch=True,
+            _allow_non_fake_inputs=True,
+        )(*inputs)
+
+
+def dynamo_break_reason(gm: fx.GraphModule) -> Any | None:
+    """Return why Dynamo ended the graph before the end of the function (with `.reason`, `.user_stack`), or None."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason if reason is not None and reason.graph_break else None
+
+
+def inner_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """Return the function that compiles the transformed graph: `inductor`, `aot_eager` or `eager`."""
+    if name == "eager":
+        return lambda gm, inputs: gm
+    if name == "aot_eager":
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.compilers import nop
+
+        return aot_autograd(fw_compiler=nop, bw_compiler=nop)  # type: ignore[no-any-return]
+    from torch._inductor.compile_fx import compile_fx
+
+    return functools.partial(compile_fx)
+
+
+@functools.lru_cache(maxsize=None)
+def resolve_group(name: str) -> torch.distributed.ProcessGroup:
+    """Return the process group with that name."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]

@@ -1,0 +1,54 @@
+"""Capture: the graph that Dynamo hands to a backend becomes the pre-dispatch ATen graph that the passes work on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile import _torch
+from cpcompile.errors import GraphBreakError
+
+_KEPT_INPUT_META = ("tensor_dict", "grapharg")
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """Return `gm` as ATen before dispatch, with the same inputs in the same order.
+
+    Every node carries `stack_trace`, `nn_module_stack` and `val`. Raises `GraphBreakError` when `gm` is a part of the model.
+    """
+    reason = _torch.dynamo_break_reason(gm)
+    if reason is not None:
+        raise GraphBreakError(describe_break(reason))
+    mode, inputs = _torch.fake_inputs(example_inputs)
+    traced = _torch.trace_pre_dispatch(gm, mode, inputs)
+    for new, old in zip(placeholders(traced), placeholders(gm), strict=True):
+        new.name = old.name
+        new.meta.update({key: old.meta[key] for key in _KEPT_INPUT_META if key in old.meta})
+    drop_metadata_asserts(traced)
+    traced.recompile()
+    return traced
+
+
+def describe_break(reason: Any) -> str:
+    """Return the text for a graph that Dynamo ended early, with the user's line."""
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    line = f"\n\n  {frame.line:<60} {frame.filename}:{frame.lineno}\n" if frame else "\n"
+    return (
+        f"The model does not trace as one graph: {str(reason.reason).splitlines()[0]}{line}\n"
+        "A part of a model cannot be sharded safely. Remove the break at this line, or move the call out of the model "
+        "(torch.compile(..., fullgraph=True) shows Dynamo's full explanation)."
+    )
+
+
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the inputs of the graph."""
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def drop_metadata_asserts(gm: fx.GraphModule) -> None:
+    """Remove the checks of dtype and device that tracing leaves: they hold of any shard, and pin nothing else."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        gm.graph.erase_node(node)

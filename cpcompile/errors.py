@@ -1,0 +1,72 @@
+"""Errors that users can act on: each says what, where (the user's line and module), with which values, and what to do."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from pathlib import Path
+
+import torch
+from torch import fx
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_TORCH = str(Path(torch.__file__).parent)
+
+
+class CPError(ValueError):
+    """Base of every error that cpcompile raises for a user's model, inputs or configuration."""
+
+
+class ConfigError(CPError):
+    """An option, a mesh or an axis that does not fit."""
+
+
+class InputError(CPError):
+    """Inputs that differ between ranks, or whose token dim cannot be found."""
+
+
+class GraphBreakError(CPError):
+    """The model does not trace as one graph."""
+
+
+class NoRule(CPError):
+    """An operator whose operands cannot stay sharded."""
+
+
+class UnsupportedAttention(CPError):
+    """An attention that the chosen strategy cannot compute exactly."""
+
+
+class VerificationError(CPError):
+    """The transformed program does not compute what the original computes."""
+
+
+def user_frame(node: fx.Node) -> tuple[str, int, str] | None:
+    """Return (file, line, source line) of the innermost frame outside torch that made `node`."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    for file, line in reversed(frames):
+        if not file.startswith(_TORCH) and not file.startswith("<"):
+            return file, int(line), linecache.getline(file, int(line)).strip()
+    return None
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the dotted path of the module that made `node`, e.g. `model.layers.0.self_attn`, or ''."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
+    path = re.sub(r"^L\.?(self|fn|model)?\.?", "", path).replace("_modules.", "").replace("slf.", "")
+    return path.strip(".")
+
+
+def where(node: fx.Node) -> str:
+    """Return one line that shows the user's source for `node`, its place and its module."""
+    frame = user_frame(node)
+    if frame is None:
+        return f"  {node.format_node()}"
+    file, line, source = frame
+    module = module_path(node)
+    place = f"{Path(file).name}:{line}" + (f", in {module}" if module else "")
+    return f"  {source or node.name:<60} {place}"

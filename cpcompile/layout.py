@@ -1,0 +1,50 @@
+"""Layouts: which tokens each rank holds.
+
+A layout is a permutation of the padded sequence, cut into equal slices. Lengths that do not divide are padded at the global end;
+a padding slot has a position >= length, and causal attention never looks at it. 8 tokens on 2 ranks, with the causal work of each:
+
+    contiguous   rank 0: 0 1 2 3 (10 pairs)   rank 1: 4 5 6 7 (26 pairs)
+    zig_zag      rank 0: 0 1 6 7 (18 pairs)   rank 1: 2 3 4 5 (18 pairs)
+"""
+
+from __future__ import annotations
+
+import torch
+
+LAYOUTS = ("contiguous", "zig_zag")
+
+
+def num_chunks(world_size: int, layout: str) -> int:
+    """Return into how many equal, globally ordered chunks the padded sequence is cut."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    return 2 * world_size if layout == "zig_zag" else world_size
+
+
+def chunk_length(length: int, world_size: int, layout: str) -> int:
+    """Return the tokens of one chunk, padding included. Works on symbolic lengths."""
+    chunks = num_chunks(world_size, layout)
+    return (length + chunks - 1) // chunks
+
+
+def local_length(length: int, world_size: int, layout: str) -> int:
+    """Return the token slots of one rank, padding included. Works on symbolic lengths."""
+    return chunk_length(length, world_size, layout) * (num_chunks(world_size, layout) // world_size)
+
+
+def rank_chunks(rank: int, world_size: int, layout: str) -> tuple[int, ...]:
+    """Return the chunks that `rank` holds, in the order in which it holds them."""
+    return (rank, 2 * world_size - 1 - rank) if layout == "zig_zag" else (rank,)
+
+
+def positions(length: int, rank: int, world_size: int, layout: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return the global position of each token slot of `rank`, int64 `[local_length]`; padding slots are >= length."""
+    size = chunk_length(length, world_size, layout)
+    within = torch.arange(size, device=device)
+    return torch.cat([within + chunk * size for chunk in rank_chunks(rank, world_size, layout)])
+
+
+def inverse(length: int, world_size: int, layout: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return, for each token of the sequence, its slot in the ranks' slices laid end to end, int64 `[length]`."""
+    order = torch.cat([positions(length, rank, world_size, layout, device) for rank in range(world_size)])
+    return torch.argsort(order)[:length]
