@@ -1,0 +1,57 @@
+"""Heads: which query and key heads each rank computes in Ulysses attention.
+
+Ranks get as many query heads as can be equal, and the key heads that those read; a key head that several ranks need goes to each
+of them. 3 query heads a key head, 9 heads on 2 ranks:
+
+    rank 0: q 0 1 2 3 4, k 0 1        rank 1: q 5 6 7 8, k 1 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The heads of one rank: query heads [start, stop), key heads [key_start, key_stop)."""
+
+    start: int
+    stop: int
+    key_start: int
+    key_stop: int
+    group: int
+
+    @property
+    def num_query(self) -> int:
+        """The number of query heads."""
+        return self.stop - self.start
+
+    @property
+    def num_key(self) -> int:
+        """The number of key heads."""
+        return self.key_stop - self.key_start
+
+    def key_index(self) -> list[int] | None:
+        """Return the local key head of each local query head, or None when kernels find it themselves, as h // (H / K)."""
+        index = [head // self.group - self.key_start for head in range(self.start, self.stop)]
+        uniform = self.num_key > 0 and self.num_query % self.num_key == 0
+        if not index or (uniform and index == [i // (self.num_query // self.num_key) for i in range(self.num_query)]):
+            return None
+        return index
+
+
+def heads_of(rank: int, world_size: int, num_query: int, num_key: int) -> Heads:
+    """Return the heads of `rank`."""
+    share, extra = divmod(num_query, world_size)
+    start = rank * share + min(rank, extra)
+    stop = start + share + (rank < extra)
+    group = num_query // num_key
+    key_start = start // group
+    key_stop = (stop - 1) // group + 1 if stop > start else key_start
+    return Heads(start, stop, key_start, key_stop, group)
+
+
+def storage(world_size: int, num_query: int, num_key: int) -> tuple[int, int]:
+    """Return the most query and key heads that any rank has: the sizes that all ranks allocate, so that shapes agree."""
+    ranks = [heads_of(rank, world_size, num_query, num_key) for rank in range(world_size)]
+    return max(rank.num_query for rank in ranks), max(rank.num_key for rank in ranks)

@@ -1,0 +1,75 @@
+"""Reductions over the ranks, with the adjoints that cpcompile's gradients rest on (torch's own have changed between versions)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cpcompile.runtime import comm
+
+
+@torch.library.custom_op("cpcompile::all_reduce", mutates_args=())
+def all_reduce(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
+    """Return the sum of `x` over the ranks. Its adjoint is itself: every rank's result depends on every rank's addend."""
+    return comm.all_reduce(x, world_size, group)
+
+
+@all_reduce.register_fake
+def _(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _keep_group(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, ctx.world_size, ctx.group = inputs
+
+
+def _all_reduce_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    return all_reduce(grad, ctx.world_size, ctx.group), None, None
+
+
+all_reduce.register_autograd(_all_reduce_backward, setup_context=_keep_group)
+
+
+@torch.library.custom_op("cpcompile::scale_gradient", mutates_args=())
+def scale_gradient(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return a copy of `x` whose gradient is multiplied by `scale` on the way back."""
+    return x.clone()
+
+
+@scale_gradient.register_fake
+def _(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_scale(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.scale = inputs[1]
+
+
+def _scale_gradient_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return grad * ctx.scale, None
+
+
+scale_gradient.register_autograd(_scale_gradient_backward, setup_context=_keep_scale)
+
+
+@torch.library.custom_op("cpcompile::sum_gradient", mutates_args=())
+def sum_gradient(x: torch.Tensor, scale: float, world_size: int, group: str) -> torch.Tensor:
+    """Return a copy of `x`, the same on every rank, whose gradient is `scale` times the sum of the ranks' gradients."""
+    return x.clone()
+
+
+@sum_gradient.register_fake
+def _(x: torch.Tensor, scale: float, world_size: int, group: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_scale_and_group(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, ctx.scale, ctx.world_size, ctx.group = inputs
+
+
+def _sum_gradient_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    return all_reduce(grad, ctx.world_size, ctx.group) * ctx.scale, None, None, None
+
+
+sum_gradient.register_autograd(_sum_gradient_backward, setup_context=_keep_scale_and_group)
