@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-if sys.version_info < (3, 11):
-    pytest.skip("tomllib is new in Python 3.11", allow_module_level=True)
-import tomllib
-
+tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

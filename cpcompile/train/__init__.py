@@ -1,1 +1,33 @@
-"""Train: the command that fine-tunes a causal language model with its sequence sharded over ranks."""
+"""Train: fine-tune a causal language model on long documents, the sequence sharded over ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from rich.console import Console
+
+from cpcompile.train.launch import RankError, is_launched, join, launch
+from cpcompile.train.options import TrainOptions, validated
+from cpcompile.train.report import Reporter
+
+__all__ = ["RankError", "TrainOptions", "train"]
+
+
+def train(options: TrainOptions, console: Console | None = None) -> None:
+    """Train as `options` say, and show the run on `console`.
+
+    Starts `options.ranks` local processes, or is one of them where torchrun has started this process.
+    Raises a `CPError` for what the user can act on; by then no process that was started is left.
+    """
+    options, notes = validated(options)
+    console = console or Console()
+    run = launch
+    if is_launched():
+        run = join
+        if os.environ["RANK"] != "0":
+            options, console = replace(options, log=None), Console(quiet=True)
+    with Reporter(options, console) as report:
+        for note in notes:
+            report.print(note)
+        run(options, report)

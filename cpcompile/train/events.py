@@ -1,0 +1,86 @@
+"""Events: what the ranks tell the process that shows it. They travel through pipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What is being done now, in words."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something the user should know."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Steps up to `step` come from a checkpoint."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step: `step` counts from 1, `memory` is the peak in bytes of the rank that needs most."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    seconds: float
+    tokens_per_second: float
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class FirstStep:
+    """Loss and gradient norms of one step: of all parameters, and of each by its name."""
+
+    loss: float
+    grad_norm: float
+    grad_norms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The first step on one device and on the ranks."""
+
+    single: FirstStep
+    ranks: FirstStep
+    num_ranks: int
+    dtype: str
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint or the trained model lies on disk."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A rank ended with an error; `is_user_error`: the text is all a user needs."""
+
+    rank: int
+    text: str
+    traceback: str
+    is_user_error: bool
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A rank has done all its steps."""
+
+    rank: int
+
+
+Event = Phase | Note | Resumed | Step | Comparison | Saved | Failed | Finished

@@ -1,0 +1,278 @@
+"""Loop: what every rank runs, from loading the model to the last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import cpcompile
+from cpcompile.errors import InputError, VerificationError
+from cpcompile.train import checkpoint, data
+from cpcompile.train.events import Comparison, Event, FirstStep, Note, Phase, Resumed, Saved, Step
+from cpcompile.train.model import active_dropout, find_model, load_model, load_tokenizer
+from cpcompile.train.options import DTYPES, TrainOptions
+
+# Largest relative difference of the first step to one device that rounding explains.
+TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+@dataclass(slots=True)
+class Trainer:
+    """A rank's model, optimizer and data, and the channel on which it reports. Only rank 0 has `batches`."""
+
+    options: TrainOptions
+    rank: int
+    device: torch.device
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: data.Batches | None
+    job: dict[str, Any]
+    emit: Callable[[Event], None]
+
+    def batch(self, step: int) -> torch.Tensor:
+        """Return the batch of a step, counted from 0: rank 0 reads it, all ranks get all of it."""
+        if self.batches is not None:
+            batch = self.batches.at(step).to(self.device)
+        else:
+            batch = torch.empty(self.options.batch_size, self.options.length, dtype=torch.int64, device=self.device)
+        dist.broadcast(batch, src=0)
+        return batch
+
+    def backward(self, batch: torch.Tensor) -> float:
+        """Fill the gradients, and return the loss of the whole batch."""
+        loss = self.model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        return float(loss.detach())
+
+    def clip(self) -> float:
+        """Clip the gradients, and return their norm before."""
+        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_norm))
+
+
+def train(options: TrainOptions, rank: int, device: torch.device, emit: Callable[[Event], None]) -> None:
+    """Run all steps on this rank. The process group is there; only rank 0's events are shown."""
+    trainer = build(options, rank, device, emit)
+    start = resume(trainer) if options.resume else 0
+    random_state = torch.get_rng_state()
+    single = first_step_on_one_device(trainer, start) if options.check and options.apply and rank == 0 else None
+    if options.apply:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
+        cpcompile.apply(trainer.model, mesh, strategy=options.strategy, balancer=options.balancer, inner=options.inner)
+    torch.set_rng_state(random_state)
+    emit(Phase("first step (compiles)" if options.apply else "first step"))
+    for step in range(start, options.steps):
+        run_step(trainer, step, single if step == start else None)
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+            finish_steps(trainer, step + 1)
+
+
+def build(options: TrainOptions, rank: int, device: torch.device, emit: Callable[[Event], None]) -> Trainer:
+    """Load the model on every rank, and the text on rank 0."""
+    torch.manual_seed(options.seed)
+    source = find_model(options.model)
+    emit(Phase(f"loading {source.name}"))
+    model = load_model(source, DTYPES[options.dtype], device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0, fused=True)
+    job = {
+        name: getattr(options, name) for name in ("length", "batch_size", "learning_rate", "max_norm", "dtype", "seed")
+    }
+    batches = None
+    if rank == 0:
+        emit(Phase("reading the text"))
+        documents, num_skipped = data.read_documents(options.text)
+        tokens = data.tokenize(documents, load_tokenizer(source))
+        check_vocabulary(tokens, model)
+        batches = data.Batches(data.pack(tokens, options.length), options.batch_size, options.seed)
+        job["text"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        emit(Note(describe(source.name, model, documents, batches, num_skipped)))
+    return Trainer(options, rank, device, model, optimizer, batches, job, emit)
+
+
+def describe(
+    name: str, model: torch.nn.Module, documents: list[data.Document], batches: data.Batches, skipped: int
+) -> str:
+    """Return one line about the model and the text."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    num_sequences, length = batches.sequences.shape
+    text = f"{name}: {count / 1e6:.1f} M parameters; {len(documents)} documents in {num_sequences} sequences of {length} tokens"
+    return text + (f"; {skipped} files skipped: not UTF-8 text" if skipped else "")
+
+
+def check_vocabulary(tokens: torch.Tensor, model: torch.nn.Module) -> None:
+    """Refuse a tokenizer that does not belong to the model."""
+    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if int(tokens.max()) >= size:
+        raise InputError(
+            f"the tokenizer gives token {int(tokens.max())}, and the model has only {size}: they do not belong together."
+        )
+
+
+def run_step(trainer: Trainer, step: int, single: FirstStep | None) -> None:
+    """One optimizer step, its numbers, and the comparison with one device if there is one."""
+    batch = trainer.batch(step)
+    begin = time.perf_counter()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    loss = trainer.backward(batch)
+    norms = grad_norms(trainer.model) if single is not None else {}
+    norm = trainer.clip()
+    trainer.optimizer.step()
+    # Float values have been read, so the device has done its work up to the optimizer's.
+    seconds, memory = largest(trainer.device, time.perf_counter() - begin, float(peak_memory(trainer.device)))
+    trainer.emit(Step(step + 1, loss, norm, seconds, batch.numel() / seconds, int(memory)))
+    if single is not None:
+        compare(trainer, single, FirstStep(loss, norm, norms))
+    if not (torch.isfinite(torch.tensor([loss, norm])).all()):
+        raise InputError(
+            f"step {step + 1}: the loss is {loss} and the gradient norm {norm}: try a smaller --learning-rate."
+        )
+
+
+def first_step_on_one_device(trainer: Trainer, step: int) -> FirstStep | None:
+    """Compute a step on the untouched model, all tokens on this device; None when they do not fit."""
+    assert trainer.batches is not None, "only rank 0 has the data"
+    trainer.emit(Phase("first step on one device, for comparison"))
+    try:
+        with all_threads(trainer.device):
+            loss = trainer.backward(trainer.batches.at(step).to(trainer.device))
+        norms = grad_norms(trainer.model)
+    except torch.OutOfMemoryError:
+        trainer.emit(
+            Note("the first step does not fit one device, so there is nothing to compare with (--no-check skips it).")
+        )
+        return None
+    finally:
+        trainer.optimizer.zero_grad(set_to_none=True)
+    total = sum(norm**2 for norm in norms.values()) ** 0.5
+    return FirstStep(loss, total, norms)
+
+
+def grad_norms(model: torch.nn.Module) -> dict[str, float]:
+    """Return the norm of each parameter's gradient."""
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    norms = torch._foreach_norm(list(grads.values()), dtype=torch.float64)
+    return dict(zip(grads, torch.stack(norms).tolist(), strict=True))
+
+
+def compare(trainer: Trainer, single: FirstStep, ranks: FirstStep) -> None:
+    """Report both first steps. With dropout they differ by chance, without it by rounding only."""
+    dtype, dropout = trainer.options.dtype, active_dropout(trainer.model)
+    trainer.emit(Comparison(single, ranks, dist.get_world_size(), dtype, exact=not dropout))
+    difference = max(relative(single.loss, ranks.loss), relative(single.grad_norm, ranks.grad_norm))
+    if not dropout and not difference <= TOLERANCE[dtype]:
+        raise VerificationError(
+            f"the first step is not that of one device: loss {ranks.loss:.8g} against {single.loss:.8g}, gradient norm "
+            f"{ranks.grad_norm:.8g} against {single.grad_norm:.8g}; `cpcompile verify` finds the first node that differs."
+        )
+
+
+def relative(expected: float, actual: float) -> float:
+    """Return the relative difference of two numbers."""
+    return abs(expected - actual) / max(abs(expected), 1e-300)
+
+
+def finish_steps(trainer: Trainer, step: int) -> None:
+    """After some steps: are all ranks still one model? Then save it."""
+    options = trainer.options
+    if options.check_ranks:
+        check_ranks(trainer.model, step)
+    if options.save is None:
+        return
+    random_states = [None] * dist.get_world_size()
+    dist.all_gather_object(random_states, torch.get_rng_state())
+    if trainer.rank != 0:
+        return
+    state = {
+        "step": step,
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "random": random_states,
+        "job": trainer.job,
+    }
+    trainer.emit(Saved(str(checkpoint.save(options.save, step, state))))
+    if step == options.steps:
+        trainer.emit(Saved(str(save_model(trainer, options.save))))
+
+
+def save_model(trainer: Trainer, folder: Path) -> Path:
+    """Write the trained model as a transformers folder, with its tokenizer."""
+    path, partial = folder / "model", folder / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.model.save_pretrained(partial)  # type: ignore[operator]
+    load_tokenizer(find_model(trainer.options.model)).save_pretrained(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+    return path
+
+
+def resume(trainer: Trainer) -> int:
+    """Load the newest checkpoint, and return how many steps it has."""
+    assert trainer.options.save is not None, "checked before"
+    state, path, damaged = checkpoint.load(trainer.options.save)
+    for file in damaged:
+        trainer.emit(Note(f"{file.name} is damaged; {path.name} is used."))
+    # Only rank 0 has read the text, so only it knows all of the job.
+    if trainer.rank == 0:
+        checkpoint.check_same_job(state["job"], trainer.job, path)
+    trainer.model.load_state_dict(state["model"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    states = state["random"]
+    torch.set_rng_state(states[trainer.rank if len(states) == dist.get_world_size() else 0])
+    trainer.emit(Resumed(state["step"]))
+    return int(state["step"])
+
+
+def check_ranks(model: torch.nn.Module, step: int) -> None:
+    """Compare a checksum of every parameter over the ranks: all must have taken the same steps."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    sums = torch.stack([parameter.detach().double().sum() for parameter in parameters])
+    others = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, sums)
+    for rank, other in enumerate(others):
+        if not torch.equal(other, others[0]):
+            name = names[int((other != others[0]).nonzero()[0])]
+            raise VerificationError(f"after step {step}, rank {rank} and rank 0 hold different values of {name}.")
+
+
+def largest(device: torch.device, *values: float) -> list[float]:
+    """Return the largest of each value over all ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak so far in bytes: of the allocator on CUDA, of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def all_threads(device: torch.device) -> Iterator[None]:
+    """Use every core for a while: the other ranks only wait."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(num_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

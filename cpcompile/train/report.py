@@ -1,0 +1,138 @@
+"""Report: show events on a terminal, or as plain lines, and write the log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from cpcompile.train.events import Comparison, Event, Note, Phase, Resumed, Saved, Step
+from cpcompile.train.loop import relative
+from cpcompile.train.options import TrainOptions
+
+GIB = 2**30
+
+
+class Reporter:
+    """Shows the events of a run, one after the other; the comparison with one device comes last."""
+
+    def __init__(self, options: TrainOptions, console: Console) -> None:
+        self.options = options
+        self.console = console
+        self.comparison: Comparison | None = None
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("starting", total=options.steps)
+
+    def __enter__(self) -> Reporter:
+        if self.options.log is not None and not self.options.resume:
+            self.options.log.write_text("")
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+        if self.comparison is not None and error is None:
+            self.console.print(comparison_table(self.comparison))
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Phase(text):
+                self.progress.update(self.task, description=text)
+                if not self.console.is_terminal:
+                    self.print(f"{text} ...")
+            case Note(text):
+                self.print(text)
+            case Saved(path):
+                self.print(f"saved {path}")
+            case Resumed(step):
+                self.progress.update(self.task, completed=step)
+                self.print(f"resumed after step {step}")
+                if self.options.log is not None:
+                    keep_log(self.options.log, step)
+            case Step():
+                self.progress.update(self.task, completed=event.step, description="training")
+                self.print(step_line(event, self.options.steps))
+                if self.options.log is not None:
+                    append_log(self.options.log, event)
+            case Comparison():
+                self.comparison = event
+            case _:
+                raise AssertionError(f"no way to show {event!r}")
+
+    def print(self, text: str) -> None:
+        """Print a line as it is, above the progress bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def step_line(step: Step, steps: int) -> str:
+    """Return the numbers of a step as one line."""
+    width = len(str(steps))
+    return (
+        f"step {step.step:>{width}}/{steps}  loss {step.loss:.4f}  grad norm {step.grad_norm:.4f}  "
+        f"{step.tokens_per_second:,.0f} tokens/s  {step.memory / GIB:.2f} GiB  {step.seconds:.1f} s"
+    )
+
+
+def append_log(path: Path, step: Step) -> None:
+    """Add a step to the log."""
+    record = {
+        "step": step.step,
+        "loss": step.loss,
+        "grad_norm": step.grad_norm,
+        "tokens_per_second": step.tokens_per_second,
+        "seconds": step.seconds,
+        "memory_bytes": step.memory,
+    }
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def keep_log(path: Path, step: int) -> None:
+    """Drop the steps after `step`: they are taken again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Return the first step on one device beside that on the ranks."""
+    single, ranks = comparison.single, comparison.ranks
+    plural = "s" if comparison.num_ranks > 1 else ""
+    table = Table(title=f"First step ({comparison.dtype})", box=box.SIMPLE, title_justify="left")
+    for title in ("", "one device", f"{comparison.num_ranks} rank{plural}", "relative difference"):
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    table.add_row("loss", f"{single.loss:.7f}", f"{ranks.loss:.7f}", f"{relative(single.loss, ranks.loss):.1e}")
+    norm = relative(single.grad_norm, ranks.grad_norm)
+    table.add_row("gradient norm", f"{single.grad_norm:.7f}", f"{ranks.grad_norm:.7f}", f"{norm:.1e}")
+    name = furthest(comparison)
+    one, many = single.grad_norms[name], ranks.grad_norms[name]
+    table.add_row("of the furthest parameter", f"{one:.7f}", f"{many:.7f}", f"{relative(one, many):.1e}")
+    table.caption = f"furthest of {len(single.grad_norms)} parameters: {name}"
+    if not comparison.exact:
+        table.caption += "\nthe model has dropout: the two differ by chance"
+    return table
+
+
+def furthest(comparison: Comparison) -> str:
+    """Return the parameter whose gradient norm differs most, leaving out those that are zero up to rounding."""
+    single, ranks = comparison.single, comparison.ranks
+    floor = 1e-6 * single.grad_norm
+    return max(
+        single.grad_norms,
+        key=lambda name: abs(single.grad_norms[name] - ranks.grad_norms[name]) / max(single.grad_norms[name], floor),
+    )
