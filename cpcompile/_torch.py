@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.fx.traceback
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -95,3 +99,36 @@ def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def current_backward() -> int:
+    """Return a number for the backward that runs in this thread, -1 outside one."""
+    return int(torch._C._current_graph_task_id())
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Run `callback` when the backward under way has finished."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+_LOGGING = ("debug", "info", "warning", "error", "exception", "critical", "log", "warning_once", "info_once", "warning_advice")
+_RECOMPILE_LIMIT = 256
+
+
+def tracing_one_graph() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which Dynamo skips logging calls, so that a model that logs once still traces as one graph.
+
+    The limit of compilations for one function is raised: several models, plans or lengths may share a forward.
+    """
+    import torch._dynamo.config as config
+
+    methods = {getattr(logging.Logger, name) for name in _LOGGING if hasattr(logging.Logger, name)}
+    patch: contextlib.AbstractContextManager[Any] = config.patch(
+        ignore_logging_functions=config.ignore_logging_functions | methods, recompile_limit=_RECOMPILE_LIMIT
+    )
+    return patch
+
+
+def break_frames(error: torch._dynamo.exc.Unsupported) -> traceback.StackSummary:
+    """Return the user's stack where Dynamo gave up."""
+    return error.real_stack

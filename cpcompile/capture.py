@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import fx
 
 from cpcompile import _torch
-from cpcompile.errors import GraphBreakError
+from cpcompile.errors import TORCH, GraphBreakError
 
 _KEPT_INPUT_META = ("tensor_dict", "grapharg")
 
@@ -34,12 +35,22 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 
 def describe_break(reason: Any) -> str:
     """Return the text for a graph that Dynamo ended early, with the user's line."""
-    frame = reason.user_stack[-1] if reason.user_stack else None
-    line = f"\n\n  {frame.line:<60} {frame.filename}:{frame.lineno}\n" if frame else "\n"
+    return break_text(str(reason.reason), reason.user_stack)
+
+
+def describe_unsupported(error: torch._dynamo.exc.Unsupported) -> str:
+    """Return the text for a model that Dynamo cannot trace whole, with the user's line."""
+    return break_text(str(error), _torch.break_frames(error))
+
+
+def break_text(reason: str, stack: Sequence[traceback.FrameSummary]) -> str:
+    """Return the text for a graph break: why, the innermost line outside torch, and what to do."""
+    frames = [frame for frame in stack if not frame.filename.startswith(TORCH)] or list(stack)
+    line = f"\n\n  {frames[-1].line or '':<60} {frames[-1].filename}:{frames[-1].lineno}\n" if frames else "\n"
     return (
-        f"The model does not trace as one graph: {str(reason.reason).splitlines()[0]}{line}\n"
-        "A part of a model cannot be sharded safely. Remove the break at this line, or move the call out of the model "
-        "(torch.compile(..., fullgraph=True) shows Dynamo's full explanation)."
+        f"The model does not trace as one graph: {reason.splitlines()[0]}.{line}\n"
+        "A part of a model cannot be sharded safely. Change this line so that it traces, or move the call out of the model "
+        "(torch.compile(model, fullgraph=True) shows the full explanation)."
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_TORCH = str(Path(torch.__file__).parent)
+TORCH = str(Path(torch.__file__).parent)
 
 
 class CPError(ValueError):
@@ -45,7 +45,7 @@ def user_frame(node: fx.Node) -> tuple[str, int, str] | None:
     """Return (file, line, source line) of the innermost frame outside torch that made `node`."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     for file, line in reversed(frames):
-        if not file.startswith(_TORCH) and not file.startswith("<"):
+        if not file.startswith(TORCH) and not file.startswith("<"):
             return file, int(line), linecache.getline(file, int(line)).strip()
     return None
 

@@ -1,4 +1,32 @@
-"""The passes, in the order in which they run."""
+"""The passes. Each is a plain function on the graph; `cpcompile.transform` runs `PIPELINE` in order."""
 
 if __name__ != "cpcompile.passes":
     raise ImportError("import this package as cpcompile.passes")
+
+from cpcompile.passes.choose_strategies import choose_strategies
+from cpcompile.passes.find_attention import find_attention
+from cpcompile.passes.finish_outputs import finish_outputs
+from cpcompile.passes.lift_masks import lift_masks
+from cpcompile.passes.place_tokens import place_tokens
+from cpcompile.passes.rewrite_attention import rewrite_attention
+from cpcompile.passes.rewrite_reductions import rewrite_reductions
+from cpcompile.passes.sum_input_gradients import sum_input_gradients
+
+# Still a single-device program: these only say what the attentions are.
+ANALYSIS = (find_attention, lift_masks)
+
+# From one device to the ranks of an axis; each takes the plan.
+SHARDING = (place_tokens, rewrite_attention, rewrite_reductions, finish_outputs, sum_input_gradients)
+
+__all__ = [
+    "ANALYSIS",
+    "SHARDING",
+    "choose_strategies",
+    "find_attention",
+    "finish_outputs",
+    "lift_masks",
+    "place_tokens",
+    "rewrite_attention",
+    "rewrite_reductions",
+    "sum_input_gradients",
+]

@@ -146,10 +146,11 @@ def visible_scores(q: Tensor, k: Tensor, terms: Terms) -> Tensor:
     return scores(grouped(q, k.shape[1]), k_BKSD, mask, terms.scale, False, terms.softcap)[0]
 
 
-_library = torch.library.Library("cpcompile", "FRAGMENT")
-_library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? documents, Tensor? key_padding, float scale, "
+# Composite: it differentiates and compiles as what it calls, and survives in graphs traced before dispatch.
+torch.library.define(
+    "cpcompile::attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? documents, Tensor? key_padding, float scale, "
     "bool is_causal, SymInt window, float softcap, float dropout) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("attention", attention, "CompositeImplicitAutograd")
+torch.library.impl("cpcompile::attention", "CompositeImplicitAutograd")(attention)

@@ -105,7 +105,13 @@ class Result:
         merge_(self._merged[0][:, :, rows], self._merged[1][:, :, rows], out, lse)
 
     def add(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Sequence[Span], columns: Sequence[Span], terms: Terms
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: Sequence[Span],
+        columns: Sequence[Span],
+        terms: Terms,
     ) -> None:
         """Merge the attention of `rows` over `columns`, the keys that k and v hold."""
         for piece in terms.pieces(rows, columns):

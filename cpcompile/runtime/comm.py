@@ -20,7 +20,9 @@ def rank_in(world_size: int, group: str) -> int:
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Lay tensors of one dtype end to end in one new flat message."""
     if len({tensor.dtype for tensor in tensors}) > 1:
-        raise ValueError(f"one message needs one dtype, got {', '.join(str(t.dtype) for t in tensors)}: cast q, k and v alike")
+        raise ValueError(
+            f"one message needs one dtype, got {', '.join(str(t.dtype) for t in tensors)}: cast q, k and v alike"
+        )
     message = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
     for part, tensor in zip(unpack(message, [tensor.shape for tensor in tensors]), tensors, strict=True):
         part.copy_(tensor)
@@ -81,14 +83,16 @@ def reduce_scatter(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor
     return reduced.view(x.shape[1:])
 
 
-def all_to_all(messages: Sequence[torch.Tensor], received: Sequence[int], world_size: int, group: str) -> list[torch.Tensor]:
+def all_to_all(
+    messages: Sequence[torch.Tensor], received: Sequence[int], world_size: int, group: str
+) -> list[torch.Tensor]:
     """Send the flat `messages[r]` to rank r; return what each rank sent here, `received[r]` elements from rank r."""
     if world_size == 1:
         return list(messages)
     buffer = messages[0].new_empty(sum(received))
     sent = [message.numel() for message in messages]
     dist.all_to_all_single(buffer, torch.cat(list(messages)), list(received), sent, group=resolve_group(group))
-    return list(buffer.split(list(received)))
+    return list(torch.split(buffer, list(received)))
 
 
 def all_reduce(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:

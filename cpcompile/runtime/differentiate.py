@@ -1,7 +1,7 @@
 """Differentiate: every attention operator saves its inputs and outputs, and its backward is an operator of its own.
 
-    forward(q, k, v, mask, documents, key_padding, *settings) -> out, lse, *kept
-    backward(dout, q, k, v, mask, documents, key_padding, out, lse, *kept, *settings) -> dq, dk, dv
+forward(q, k, v, mask, documents, key_padding, *settings) -> out, lse, *kept
+backward(dout, q, k, v, mask, documents, key_padding, out, lse, *kept, *settings) -> dq, dk, dv
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 NUM_TENSORS = 6
 

@@ -24,9 +24,7 @@ def gather_keys(k: Tensor, v: Tensor, length: int, layout: str, world_size: int,
     return k_all, v_all
 
 
-def scatter_gradients(
-    grads: Gradients, length: int, layout: str, world_size: int, group: str
-) -> tuple[Tensor, Tensor]:
+def scatter_gradients(grads: Gradients, length: int, layout: str, world_size: int, group: str) -> tuple[Tensor, Tensor]:
     """Return (dk, dv) of the local keys, summed over the ranks; the adjoint of `gather_keys`."""
     parts = [to_rank_order(x, 2, length, layout, world_size).chunk(world_size, 2) for x in (grads.dk, grads.dv)]
     messages = torch.stack([comm.pack(part) for part in zip(*parts, strict=True)])

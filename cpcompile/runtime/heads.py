@@ -42,6 +42,8 @@ class Heads:
 
 def heads_of(rank: int, world_size: int, num_query: int, num_key: int) -> Heads:
     """Return the heads of `rank`."""
+    # Head counts are properties of the model: a symbolic one becomes a constant of the graph here.
+    num_query, num_key = int(num_query), int(num_key)
     share, extra = divmod(num_query, world_size)
     start = rank * share + min(rank, extra)
     stop = start + share + (rank < extra)

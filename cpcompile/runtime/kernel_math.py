@@ -14,12 +14,17 @@ def grouped(x_BHSD: torch.Tensor, num_key_heads: int) -> torch.Tensor:
     """Return `[B, H, ...]` as `[B, K, G, ...]` in the accumulation dtype; a broadcast head dim stays broadcast."""
     heads = x_BHSD.shape[1]
     sizes = (1, 1) if heads == 1 and num_key_heads > 1 else (num_key_heads, heads // num_key_heads)
-    x = x_BHSD.unflatten(1, sizes)
+    x = torch.unflatten(x_BHSD, 1, sizes)
     return x if x.dtype == torch.bool else x.to(accumulation_dtype(x.dtype))
 
 
 def scores(
-    q_BKGSD: torch.Tensor, k_BKSD: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool, softcap: float
+    q_BKGSD: torch.Tensor,
+    k_BKSD: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (masked scores, d scores / d products), the second without `scale`."""
     s = (q_BKGSD @ k_BKSD.unsqueeze(2).transpose(-1, -2)) * scale
@@ -36,7 +41,13 @@ def scores(
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool, softcap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out `[B, H, Sq, Dv]`, lse `[B, H, Sq]`); a row that sees no key gives 0 and -inf."""
     k_BKSD, v_BKSD = (x.to(accumulation_dtype(x.dtype)) for x in (k, v))
@@ -63,7 +74,7 @@ def backward(
     q_, dout_, out_ = grouped(q, heads), grouped(dout, heads), grouped(out, heads)
     k_, v_ = (x.to(accumulation_dtype(x.dtype)) for x in (k, v))
     s, slope = scores(q_, k_, mask, scale, is_causal, softcap)
-    p = probabilities(s, lse.unflatten(1, (heads, -1)), mask)
+    p = probabilities(s, torch.unflatten(lse, 1, (heads, -1)), mask)
     dv = (p.transpose(-1, -2) @ dout_).sum(2)
     dp = dout_ @ v_.unsqueeze(2).transpose(-1, -2)
     ds = p * (dp - (dout_ * out_).sum(-1, keepdim=True)) * slope * scale

@@ -26,7 +26,13 @@ def _safe(lse: torch.Tensor) -> torch.Tensor:
 
 
 def cpu_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool, softcap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, is_causal, attn_mask=_additive(mask, q.dtype), scale=scale
@@ -52,7 +58,13 @@ def cpu_backward(
 
 
 def flash_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool, softcap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)
     return out, lse
@@ -92,11 +104,24 @@ def _repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
 
 
 def efficient_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool, softcap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     group = q.shape[1] // k.shape[1]
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-        q, _repeat_heads(k, group), _repeat_heads(v, group), _efficient_bias(mask, q, k), True, 0.0, is_causal, scale=scale
+        q,
+        _repeat_heads(k, group),
+        _repeat_heads(v, group),
+        _efficient_bias(mask, q, k),
+        True,
+        0.0,
+        is_causal,
+        scale=scale,
     )
     empty_out = out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return empty_out, _without_empty_rows(lse[..., : q.shape[2]], mask)

@@ -97,7 +97,7 @@ KERNELS: tuple[Kernel, ...] = (  # fastest first; the last takes everything
 
 def choose_kernel(case: Case) -> Choice:
     """Return the fastest kernel that takes the case; `reason` says why not those before it."""
-    reasons = []
+    reasons: list[str] = []
     for kernel in KERNELS:
         reason = kernel.refuses(case)
         if not reason:
@@ -112,7 +112,9 @@ def forward(
     """Compute a block with the kernel chosen for it. `terms`: scale, is_causal, softcap."""
     if q.numel() == 0 or k.numel() == 0:
         # The CPU kernel divides by the number of keys; no kernel promises anything for empty operands.
-        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
+        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(
+            q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype)
+        )
     return choose_kernel(Case.of(q, v, mask, terms["softcap"])).kernel.forward(q, k, v, mask, **terms)
 
 

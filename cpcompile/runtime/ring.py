@@ -97,6 +97,7 @@ def ring_attention_backward(
     rows = local_spans(length, rank, world_size, layout)
     dq = torch.zeros_like(q, dtype=lse.dtype, memory_format=torch.contiguous_format)
     block = comm.pack([k, v])
+    travelling: comm.Transfer | None = None
     for step in range(world_size):
         if step + 1 < world_size:
             arriving = comm.send_next(block, world_size, group)
@@ -105,11 +106,12 @@ def ring_attention_backward(
         grads = torch.zeros_like(block, dtype=lse.dtype)
         block_grads = Gradients(dq, *comm.unpack(grads, [k.shape, v.shape]))
         block_grads.add(dout, q, k_, v_, out, lse, rows, columns, terms)
-        if step > 0:
+        if travelling is not None:
             grads += travelling.wait()
         travelling = comm.send_next(grads, world_size, group)
         if step + 1 < world_size:
             block = arriving.wait()
+    assert travelling is not None
     dk, dv = comm.unpack(travelling.wait(), [k.shape, v.shape])
     return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
 

@@ -17,7 +17,7 @@ from cpcompile.runtime.order import num_real, source_positions, to_rank_order, t
 
 def _split(x: torch.Tensor, dim: int, inner: int, tokens: int) -> torch.Tensor:
     """Return `x` with `dim` viewed as (outer, tokens, inner)."""
-    return x.unflatten(dim, (x.shape[dim] // (tokens * inner), tokens, inner))
+    return torch.unflatten(x, dim, (x.shape[dim] // (tokens * inner), tokens, inner))
 
 
 def _resized(x: torch.Tensor, dim: int, old: int, new: int) -> torch.Tensor:
@@ -86,7 +86,7 @@ def gather_tokens_backward(
     """Return this rank's tokens of the sum over ranks of `grad`; padding slots get 0."""
     whole = _split(grad, dim, inner, length)
     ordered = to_rank_order(whole, dim + 1, length, layout, world_size)
-    stacked = ordered.unflatten(dim + 1, (world_size, -1)).movedim(dim + 1, 0)
+    stacked = torch.unflatten(ordered, dim + 1, (world_size, -1)).movedim(dim + 1, 0)
     return comm.reduce_scatter(stacked, world_size, group).flatten(dim, dim + 2).contiguous()
 
 

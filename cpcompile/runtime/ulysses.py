@@ -57,9 +57,7 @@ def _own_terms(terms: Terms, own: Heads) -> Terms:
     mask = terms.mask
     if mask is not None and mask.shape[1] > 1:
         mask = mask[:, own.start : own.stop]
-    return Terms(
-        mask, terms.documents, terms.key_padding, terms.scale, terms.is_causal, terms.window, terms.softcap
-    )
+    return Terms(mask, terms.documents, terms.key_padding, terms.scale, terms.is_causal, terms.window, terms.softcap)
 
 
 def _expand(x: Tensor, index: list[int] | None) -> Tensor:
@@ -96,7 +94,8 @@ def ulysses_attention(
     own = ranks[comm.rank_in(world_size, group)]
     terms = _own_terms(Terms.of(mask, documents, key_padding, scale, is_causal, window, softcap), own)
     messages = [
-        comm.pack([q[:, r.start : r.stop], k[:, r.key_start : r.key_stop], v[:, r.key_start : r.key_stop]]) for r in ranks
+        comm.pack([q[:, r.start : r.stop], k[:, r.key_start : r.key_stop], v[:, r.key_start : r.key_stop]])
+        for r in ranks
     ]
     numbers = (own.num_query, own.num_key, own.num_key)
     shapes = [(x.shape[0], n, *x.shape[2:]) for x, n in zip((q, k, v), numbers, strict=True)]
@@ -109,8 +108,14 @@ def ulysses_attention(
     out = empty_result(q, v)[0]
     torch.cat([part[0] for part in parts], 1, out=out)
     num_query, num_key = storage(world_size, q.shape[1], k.shape[1])
-    stored = [_stored(x, n) for x, n in ((q_own, num_query), (k_own, num_key), (v_own, num_key), (out_own, num_query))]
-    return out, _stored(lse, num_query), *stored
+    return (
+        out,
+        _stored(lse, num_query),
+        _stored(q_own, num_query),
+        _stored(k_own, num_key),
+        _stored(v_own, num_key),
+        _stored(out_own, num_query),
+    )
 
 
 @ulysses_attention.register_fake
@@ -180,7 +185,11 @@ def ulysses_attention_backward(
 
     batch, _, slots, _ = q.shape
     shapes = [
-        [(batch, r.num_query, slots, q.shape[3]), (batch, r.num_key, slots, k.shape[3]), (batch, r.num_key, slots, v.shape[3])]
+        [
+            (batch, r.num_query, slots, q.shape[3]),
+            (batch, r.num_key, slots, k.shape[3]),
+            (batch, r.num_key, slots, v.shape[3]),
+        ]
         for r in ranks
     ]
     parts = heads_to_tokens([dq_own, dk_own, dv_own], shapes, length, layout, world_size, group)

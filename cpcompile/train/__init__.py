@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from cpcompile.errors import CPError
 from cpcompile.train.launch import RankError, is_launched, join, launch
 from cpcompile.train.options import TrainOptions, validated
 from cpcompile.train.report import Reporter
@@ -20,14 +21,18 @@ def train(options: TrainOptions, console: Console | None = None) -> None:
     Starts `options.ranks` local processes, or is one of them where torchrun has started this process.
     Raises a `CPError` for what the user can act on; by then no process that was started is left.
     """
-    options, notes = validated(options)
+    is_quiet = is_launched() and os.environ["RANK"] != "0"
+    try:
+        options, notes = validated(options)
+    except CPError:
+        # torchrun's other ranks find the same; one line is enough.
+        if is_quiet:
+            raise SystemExit(2) from None
+        raise
     console = console or Console()
-    run = launch
-    if is_launched():
-        run = join
-        if os.environ["RANK"] != "0":
-            options, console = replace(options, log=None), Console(quiet=True)
+    if is_quiet:
+        options, console = replace(options, log=None), Console(quiet=True)
     with Reporter(options, console) as report:
         for note in notes:
             report.print(note)
-        run(options, report)
+        (join if is_launched() else launch)(options, report)

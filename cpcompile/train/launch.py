@@ -211,11 +211,10 @@ def process_group(
     options: TrainOptions, rank: int, world_size: int, local_rank: int, init_method: str
 ) -> Iterator[torch.device]:
     """Join the ranks, set this one's device and threads, and leave at the end."""
-    device = torch.device(options.device, local_rank if options.device == "cuda" else None)
-    backend = "gloo"
-    if device.type == "cuda":
+    device, backend = torch.device("cpu"), "gloo"
+    if options.device == "cuda":
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
     else:
         torch.set_num_threads(max(1, loop.num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
     dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=TIMEOUT)

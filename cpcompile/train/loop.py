@@ -114,9 +114,10 @@ def describe(
 def check_vocabulary(tokens: torch.Tensor, model: torch.nn.Module) -> None:
     """Refuse a tokenizer that does not belong to the model."""
     size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if int(tokens.max()) >= size:
+    largest_token = int(tokens.max())
+    if largest_token >= size:
         raise InputError(
-            f"the tokenizer gives token {int(tokens.max())}, and the model has only {size}: they do not belong together."
+            f"the tokenizer gives token {largest_token}, but the model knows {size}: they do not belong together."
         )
 
 

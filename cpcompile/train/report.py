@@ -130,9 +130,6 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def furthest(comparison: Comparison) -> str:
     """Return the parameter whose gradient norm differs most, leaving out those that are zero up to rounding."""
-    single, ranks = comparison.single, comparison.ranks
-    floor = 1e-6 * single.grad_norm
-    return max(
-        single.grad_norms,
-        key=lambda name: abs(single.grad_norms[name] - ranks.grad_norms[name]) / max(single.grad_norms[name], floor),
-    )
+    single, ranks = comparison.single.grad_norms, comparison.ranks.grad_norms
+    floor = 1e-6 * comparison.single.grad_norm
+    return max(single, key=lambda name: abs(single[name] - ranks[name]) / max(single[name], floor))

@@ -11,9 +11,17 @@ import torch
 import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.layout import LAYOUTS, local_length, positions
 
+NAMES = ("out", "dq", "dk", "dv")
 BATCH, HEAD_DIM, VALUE_DIM, SCALE = 2, 8, 4, 0.3
 
-PLAIN: dict[str, Any] = {"heads": (4, 2), "length": 31, "is_causal": True, "window": 0, "softcap": 0.0, "value_dim": HEAD_DIM}
+PLAIN: dict[str, Any] = {
+    "heads": (4, 2),
+    "length": 31,
+    "is_causal": True,
+    "window": 0,
+    "softcap": 0.0,
+    "value_dim": HEAD_DIM,
+}
 CASES: dict[str, dict[str, Any]] = {
     "causal": {},
     "causal_even": {"length": 64},
@@ -32,7 +40,14 @@ CASES: dict[str, dict[str, Any]] = {
     "mask_rows": {"mask": "keys", "window": 9},
     "softcap": {"softcap": 2.0, "length": 64},
     "value_dim": {"value_dim": VALUE_DIM},
-    "everything": {"documents": True, "key_padding": True, "mask": "heads", "window": 11, "softcap": 3.0, "heads": (9, 3)},
+    "everything": {
+        "documents": True,
+        "key_padding": True,
+        "mask": "heads",
+        "window": 11,
+        "softcap": 3.0,
+        "heads": (9, 3),
+    },
 }
 FLOAT_CASES: dict[str, dict[str, Any]] = {
     "bias": {"mask": "bias"},
@@ -66,14 +81,16 @@ def inputs_of(case: dict[str, Any]) -> dict[str, Any]:
         case "keys":
             inputs["mask"] = torch.rand(BATCH, 1, 1, length) > 0.3
         case "bias":
-            inputs["mask"] = normal(1, num_query, length, length).masked_fill(torch.rand(length, length) > 0.8, -torch.inf)
+            inputs["mask"] = normal(1, num_query, length, length).masked_fill(
+                torch.rand(length, length) > 0.8, -torch.inf
+            )
         case "min":
             hidden = torch.arange(length)[None, :] > torch.arange(length)[:, None] - 3
             inputs["mask"] = torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
     return inputs
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def reference(name: str) -> tuple[torch.Tensor, ...]:
     """Return (out, dq, dk, dv) by autograd through a plain softmax."""
     x = inputs_of((CASES | FLOAT_CASES)[name])
@@ -115,7 +132,9 @@ def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any
     results = {}
     for name, case in cases.items():
         x = inputs_of(case)
-        q, k, v, dout = (local(x[n], 2, rank.rank, rank.world_size, layout, x["length"]) for n in ("q", "k", "v", "dout"))
+        q, k, v, dout = (
+            local(x[n], 2, rank.rank, rank.world_size, layout, x["length"]) for n in ("q", "k", "v", "dout")
+        )
         mask = x["mask"]
         if mask is not None and strategy != "ulysses" and mask.shape[2] > 1:
             mask = local(mask, 2, rank.rank, rank.world_size, layout, x["length"])
@@ -136,10 +155,10 @@ def check(pool: Any, strategy: str, layout: str, world_size: int, cases: dict[st
         assert len(at) == world_size * local_length(length, world_size, layout)
         for i, expected in enumerate(reference(name)):
             joined = torch.cat([rank[name][i] for rank in ranks], 2)
-            assert not joined[:, :, at >= length].any(), f"{name}: padding of {'out dq dk dv'.split()[i]}"
+            assert not joined[:, :, at >= length].any(), f"{name}: padding of {NAMES[i]}"
             whole = torch.empty_like(expected).index_copy_(2, at[at < length], joined[:, :, at < length])
             error = ((whole - expected).abs().max() / expected.abs().max()).item()
-            assert error < 1e-12, f"{name}: {'out dq dk dv'.split()[i]} is off by {error:.1e}"
+            assert error < 1e-12, f"{name}: {NAMES[i]} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

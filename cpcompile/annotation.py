@@ -1,0 +1,45 @@
+"""Annotation: what one pass tells the next about a node, under one key of `node.meta`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from cpcompile.placement import FULL, Placement
+
+_KEY = "cpcompile"
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """What is known of a node.
+
+    Attributes:
+        placement: how the ranks hold its value; a tuple for an operator with several results.
+        strategy: how an attention will be computed.
+        origin: the node of the captured graph whose value this node holds, for comparison node by node.
+    """
+
+    placement: Placement | tuple[Placement, ...] = FULL
+    strategy: str = ""
+    origin: str = ""
+
+
+def annotation(node: fx.Node) -> Annotation:
+    """Return what is known of `node`."""
+    known = node.meta.get(_KEY)
+    return known if isinstance(known, Annotation) else Annotation()
+
+
+def annotate(node: fx.Node, **changes: Any) -> None:
+    """Record facts about `node`."""
+    node.meta[_KEY] = replace(annotation(node), **changes)
+
+
+def placement_of(node: fx.Node) -> Placement:
+    """Return the placement of a node with one result."""
+    placement = annotation(node).placement
+    assert not isinstance(placement, tuple), node.format_node()
+    return placement

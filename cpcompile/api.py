@@ -1,0 +1,139 @@
+"""The front door: `apply` makes a model context parallel in place, `remove` undoes it, `shard` and `unshard` move tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from cpcompile.backend import Compiled, backend, gradient_sync
+from cpcompile.config import Config
+from cpcompile.dynamo import by_name, compile_whole, token_length
+from cpcompile.errors import ConfigError
+from cpcompile.input_check import check_same_inputs
+from cpcompile.layout import local_length
+from cpcompile.mesh import Axis, axis_of
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def apply(model: Model, mesh: DeviceMesh, *, axis: str | None = None, **options: Any) -> Model:
+    """Make `model` context parallel, in place.
+
+    Each rank of the axis calls the model as a single-device script does, with the whole batch. The loss is that of the whole batch on every rank, and
+    after `loss.backward()` every parameter's gradient is that of the single-device model. Sequence-shaped outputs (logits) hold this
+    rank's tokens, or all with `outputs="full"`; `unshard` joins them. Parameters, state-dict names, call signature and output type stay.
+
+    Args:
+        model: any module that traces as one graph.
+        mesh: a 1-D mesh of the ranks that share each sequence, or a larger one with `axis`.
+        axis: name of the context-parallel axis of `mesh`.
+        options: the fields of `cpcompile.Config`: `strategy`, `balancer`, `inner`, `outputs`, `grad_sync`, ...
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigError: an option, the mesh or the axis does not fit.
+        CPError: at the first call: the model cannot be sharded exactly; the message has the line, the reason and the remedy.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"cpcompile.apply takes a torch.nn.Module, not {type(model).__name__}.")
+    if isinstance(model.__dict__.get("forward"), ParallelForward):
+        raise ConfigError("this model is context parallel already: call cpcompile.remove(model) first.")
+    config, chosen = Config.of(options), axis_of(mesh, axis)
+    model.forward = ParallelForward(model, mesh, axis, config, chosen)
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Undo `apply`: the model is the single-device one again. Returns the same object."""
+    forward = parallel_forward(model)
+    gradient_sync(forward.axis).unwatch(model.parameters())
+    del model.__dict__["forward"]
+    return model
+
+
+def no_sync(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which backward leaves gradients local; the next backward outside sums them (gradient accumulation)."""
+    return gradient_sync(parallel_forward(model).axis).no_sync()
+
+
+def parallel_forward(model: torch.nn.Module) -> ParallelForward:
+    """Return what `apply` put in place of the model's forward."""
+    forward = model.__dict__.get("forward")
+    if not isinstance(forward, ParallelForward):
+        raise ConfigError("this model is not context parallel: call cpcompile.apply(model, mesh) first.")
+    return forward
+
+
+class ParallelForward:
+    """What `apply` puts in place of a model's forward: checks the inputs, then runs the compiled, transformed program."""
+
+    def __init__(self, model: torch.nn.Module, mesh: DeviceMesh, axis_name: str | None, config: Config, axis: Axis) -> None:
+        self.config, self.axis = config, axis
+        self.length = 0  # tokens of the last call
+        self.layout = ""  # chosen when the model is first called
+        self.__wrapped__ = model.forward  # `inspect.signature(model.forward)` stays that of the model
+        self._options = {"mesh": mesh, "axis": axis_name, **{f.name: getattr(config, f.name) for f in fields(config)}}
+        self._compiled = compile_whole(model.forward, self._backend)
+        self._is_checked = config.check_inputs == "never"
+
+    def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        compiled = backend(gm, example_inputs, options=self._options)
+        self.layout = compiled.transformed.plan.layout
+        return compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = by_name(self.__wrapped__, kwargs, *args)
+        if not self._is_checked:
+            check_same_inputs({name: x for name, x in named.items() if isinstance(x, torch.Tensor)}, self.axis)
+            self._is_checked = self.config.check_inputs == "first"
+        self.length = token_length(named, self.config, mark_dynamic=self.config.dynamic) or 0
+        return self._compiled(**named)
+
+
+def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, length: int | None = None) -> torch.Tensor:
+    """Return the whole of a sequence-shaped output, in the user's token order, on every rank. Collective; differentiable.
+
+    Args:
+        tensor: this rank's tokens, as the model returned them.
+        model: the context-parallel model.
+        dim: the dim of the tokens.
+        length: tokens of the whole sequence; by default those of the last call.
+    """
+    forward, at = _called(model), dim % tensor.dim()
+    whole = length if length is not None else forward.length
+    expected = local_length(whole, forward.axis.world_size, forward.layout)
+    if tensor.shape[at] != expected:
+        raise ConfigError(
+            f"dim {dim} has {tensor.shape[at]} token slots, but a rank's part of {whole} tokens has {expected}: "
+            "pass the dim of the tokens, and length= if this is not an output of the last call."
+        )
+    out: torch.Tensor = torch.ops.cpcompile.gather_tokens(
+        tensor, at, 1, whole, forward.layout, forward.axis.world_size, forward.axis.group
+    )
+    return out
+
+
+def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1) -> torch.Tensor:
+    """Return this rank's tokens of a whole tensor (labels, weights), in the order of the model's local outputs. Differentiable.
+
+    Where the length does not divide, the last slots of some ranks are padding: they repeat the last token (`valid_tokens` tells which).
+    """
+    forward, at = _called(model), dim % tensor.dim()
+    out: torch.Tensor = torch.ops.cpcompile.shard_tokens(
+        tensor, at, 1, tensor.shape[at], forward.layout, forward.axis.world_size, forward.axis.group
+    )
+    return out
+
+
+def _called(model: torch.nn.Module) -> ParallelForward:
+    forward = parallel_forward(model)
+    if not forward.layout:
+        raise ConfigError("the layout is chosen when the model is first called: call the model before shard or unshard.")
+    return forward

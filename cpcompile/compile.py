@@ -1,0 +1,53 @@
+"""Compile: from the graph that Dynamo hands over to a callable that runs this rank's part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from cpcompile import _torch
+from cpcompile.capture import capture, placeholders
+from cpcompile.config import Config
+from cpcompile.transform import Transformed, transform
+
+_ARGUMENT = re.compile(r"\['?(\w+)'?\]")
+
+
+def input_names(gm: fx.GraphModule) -> dict[str, str]:
+    """Return, for each placeholder that is an input of the model (no parameter, no buffer), the user's argument name.
+
+    Dynamo's source of an input reads `L['input_ids']` or `L['kwargs']['input_ids']`; a positional one in `L['args'][0]` is called `args[0]`.
+    """
+    names: dict[str, str] = {}
+    for node in placeholders(gm):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        text = str(getattr(source, "name", "") if not callable(getattr(source, "name", None)) else source.name())
+        if re.search(r"_parameters|_buffers|_modules|\.\w", text) or not text.startswith("L["):
+            continue
+        parts = _ARGUMENT.findall(text)
+        names[node.name] = parts[-1] if not parts[-1].isdigit() else f"{parts[-2]}[{parts[-1]}]"
+    return names
+
+
+def transform_dynamo_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config, world_size: int, group: str
+) -> Transformed:
+    """Capture and transform the graph of a whole model."""
+    captured = capture(gm, example_inputs)
+    return transform(captured, config=config, world_size=world_size, group=group, inputs=input_names(captured))
+
+
+def compile_inner(
+    transformed: Transformed, example_inputs: Sequence[Any], inner: str
+) -> Callable[..., Any]:
+    """Compile the transformed graph with the inner compiler."""
+    graph = transformed.graph
+    for node in graph.graph.nodes:
+        # Values are those of the whole model; what runs here is local.
+        if node.op != "placeholder":
+            node.meta.pop("val", None)
+    return _torch.inner_compiler(inner)(graph, example_inputs)
+

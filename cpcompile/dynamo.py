@@ -1,0 +1,71 @@
+"""Dynamo: how a model is called so that it traces as one graph with named inputs and a symbolic length."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from cpcompile import _torch
+from cpcompile.capture import describe_unsupported
+from cpcompile.config import Config
+from cpcompile.errors import ConfigError, CPError, GraphBreakError
+from cpcompile.tokens import KNOWN
+
+
+def by_name(forward: Callable[..., Any], kwargs: Mapping[str, Any], *args: Any) -> dict[str, Any]:
+    """Return all arguments of a call of `forward` by name, so that messages and options can name them."""
+    signature = inspect.signature(forward)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+        elif parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY) and parameter.name in named:
+            raise ConfigError(f"pass the arguments of the model by name: {parameter.name} is positional only.")
+    return named
+
+
+def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: bool) -> int | None:
+    """Return how many tokens the inputs have, as far as their names tell.
+
+    With `mark_dynamic`, every input dim of that size may change without compiling again.
+    """
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+    dims = config.token_dims or KNOWN
+    sizes = [x.shape[dims[name]] for name, x in tensors.items() if name in dims and x.dim() > dims[name]]
+    if not sizes:
+        sizes = [x.shape[-1] for x in tensors.values() if x.dim() >= 2 and not x.is_floating_point()]
+    if not sizes:
+        return None
+    for x in tensors.values():
+        for dim, size in enumerate(x.shape):
+            if mark_dynamic and size == sizes[0] and size > 1:
+                torch._dynamo.maybe_mark_dynamic(x, dim)
+    return int(sizes[0])
+
+
+def compile_whole(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` compiled as one graph by `backend`; errors come out as ours, with the user's line."""
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with clear_errors(), _torch.tracing_one_graph():
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Show our own error where Dynamo wraps it, and a graph break with the user's line."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, CPError):
+            raise error.inner_exception from None
+        raise
+    except torch._dynamo.exc.Unsupported as error:
+        raise GraphBreakError(describe_unsupported(error)) from None

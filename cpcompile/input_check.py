@@ -1,0 +1,67 @@
+"""Input check: every rank of the axis must be given the same batch.
+
+Each rank passes the whole batch; ranks whose data loaders differ would train on a sequence that nobody has. One fingerprint of names, shapes, dtypes
+and values is compared in one small all-reduce; only when it differs do the ranks say what they hold.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from cpcompile.errors import InputError
+from cpcompile.mesh import Axis
+
+_MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # the 64-bit golden ratio, as in Fibonacci hashing (Knuth, TAOCP 3, 6.4)
+
+
+def value_fingerprint(x: torch.Tensor) -> torch.Tensor:
+    """Return an int64 scalar on the device of `x` that depends on every element and its place."""
+    flat = x.detach().contiguous().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    if flat.is_floating_point():
+        flat = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}[flat.element_size()])
+    places = torch.arange(flat.numel(), device=x.device, dtype=torch.int64)
+    return ((flat.to(torch.int64) + 1) * (places * _MIX + 1)).sum()
+
+
+def describe(name: str, x: torch.Tensor) -> str:
+    """Return name, dtype and shape, which must agree before values can."""
+    return f"{name}: {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+
+
+def check_same_inputs(inputs: Mapping[str, torch.Tensor], axis: Axis) -> None:
+    """Compare the inputs of all ranks of the axis.
+
+    Raises:
+        InputError: they differ; the message names the first input that does, and the ranks. Raised on every rank.
+    """
+    if axis.world_size == 1:
+        return
+    device = torch.device(axis.device_type, torch.cuda.current_device() if axis.device_type == "cuda" else None)
+    header = zlib.crc32(";".join(describe(name, x) for name, x in inputs.items()).encode())
+    values = [value_fingerprint(x).to(device) for x in inputs.values()]
+    total = torch.stack([torch.tensor(header, device=device), *values]).mul(_MIX).cumsum(0).sum() if values else torch.tensor(header)
+    low_and_high = torch.stack([total, ~total])  # the minimum of ~x is that of the complement of the maximum
+    dist.all_reduce(low_and_high, op=dist.ReduceOp.MIN, group=axis.process_group)
+    if bool(low_and_high[0] != ~low_and_high[1]):
+        raise InputError(difference({name: (describe(name, x), int(value_fingerprint(x))) for name, x in inputs.items()}, axis))
+
+
+def difference(own: Mapping[str, tuple[str, int]], axis: Axis) -> str:
+    """Return the text that says which input differs, and on which ranks. Collective."""
+    held: list[Mapping[str, tuple[str, int]]] = [{} for _ in range(axis.world_size)]
+    dist.all_gather_object(held, own, group=axis.process_group)
+    remedy = "Every rank of the context-parallel axis must be given the same whole batch: shard data over the other axes only."
+    for name in sorted({name for inputs in held for name in inputs}):
+        of_rank = [inputs.get(name) for inputs in held]
+        if len(set(of_rank)) > 1:
+            shapes = {str(entry[0]) if entry else f"{name}: not given" for entry in of_rank}
+            others = [rank for rank, entry in enumerate(of_rank) if entry != of_rank[0]]
+            what = "; ".join(sorted(shapes)) if len(shapes) > 1 else f"{shapes.pop()}, in its values"
+            return f"the input {name!r} differs between rank 0 and rank(s) {', '.join(map(str, others))} ({what}). {remedy}"
+    return f"the inputs differ between the ranks. {remedy}"

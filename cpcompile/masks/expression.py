@@ -1,0 +1,326 @@
+"""Expressions: what a tensor holds at each place, written over the coordinates of the place.
+
+`arange(n)[:, None] >= arange(n)` holds `Compare("le", d1 - d0)` at (d0, d1): integers are affine in coordinates and loads, booleans
+are conjunctions and disjunctions of comparisons, and a `Choice` is a value that a boolean decides. Constructors simplify, so two
+spellings of one mask end as one expression. A coordinate along a dim of size 1 is always written as the constant 0.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinate:
+    """The index along a dim, from 0."""
+
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A symbolic size, by its sympy expression."""
+
+    symbol: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The element of a tensor that is not read further, an integer or a boolean."""
+
+    node: fx.Node
+    indices: tuple[Affine, ...]
+
+
+Atom = Coordinate | Size | Load
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """An integer: a constant and atoms with coefficients."""
+
+    constant: int = 0
+    terms: frozenset[tuple[Atom, int]] = frozenset()
+
+    def __add__(self, other: Affine) -> Affine:
+        coefficients = dict(self.terms)
+        for atom, coefficient in other.terms:
+            coefficients[atom] = coefficients.get(atom, 0) + coefficient
+        terms = frozenset((atom, c) for atom, c in coefficients.items() if c)
+        return Affine(self.constant + other.constant, terms)
+
+    def __mul__(self, factor: int) -> Affine:
+        return Affine(self.constant * factor, frozenset((atom, c * factor) for atom, c in self.terms if factor))
+
+    def __neg__(self) -> Affine:
+        return self * -1
+
+    def __sub__(self, other: Affine) -> Affine:
+        return self + -other
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A floating-point constant."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """`value <= 0`, `value == 0` or `value != 0`."""
+
+    kind: str
+    value: Affine
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """A boolean that is loaded, or its negation."""
+
+    load: Load
+    is_negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    """True where every part is; `TRUE` has none."""
+
+    parts: frozenset[Boolean] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Any_:
+    """True where some part is; `FALSE` has none."""
+
+    parts: frozenset[Boolean] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`yes` where the condition holds, `no` elsewhere."""
+
+    condition: Boolean
+    yes: Value
+    no: Value
+
+
+Boolean = Compare | Truth | All | Any_
+Value = Affine | Number | Choice
+Expression = Boolean | Value
+
+TRUE = All()
+FALSE = Any_()
+ZERO = Affine(0)
+ONE = Affine(1)
+
+
+def affine(atom: Atom) -> Affine:
+    """Return the atom as an integer."""
+    return Affine(0, frozenset({(atom, 1)}))
+
+
+def coordinate(dim: int) -> Affine:
+    """Return the index along `dim`."""
+    return affine(Coordinate(dim))
+
+
+def least(value: Affine) -> int | None:
+    """Return a lower bound, or None: coordinates and sizes are at least 0, loads are unbounded."""
+    for atom, coefficient in value.terms:
+        is_natural = isinstance(atom, Coordinate) or (isinstance(atom, Size) and atom.symbol.is_nonnegative)
+        if not is_natural or coefficient < 0:
+            return None
+    return value.constant
+
+
+def is_natural(value: Affine) -> bool:
+    """Tell whether an integer cannot be negative."""
+    bound = least(value)
+    return bound is not None and bound >= 0
+
+
+def compare(kind: str, value: Affine) -> Boolean:
+    """Return the comparison of `value` with 0, as a constant where it is one."""
+    low, high = least(value), least(-value)
+    match kind:
+        case "le":
+            if high is not None and high >= 0:
+                return TRUE
+            if low is not None and low > 0:
+                return FALSE
+        case "eq" | "ne":
+            if not value.terms and value.constant == 0:
+                return TRUE if kind == "eq" else FALSE
+            if (low is not None and low > 0) or (high is not None and high > 0):
+                return FALSE if kind == "eq" else TRUE
+            value = min(value, -value, key=sort_key)
+    return Compare(kind, value)
+
+
+def sort_key(value: Affine) -> tuple[Any, ...]:
+    """Return a key that picks one of a value and its negative."""
+    return (sorted((str(atom), c) for atom, c in value.terms), value.constant)
+
+
+def both(*parts: Boolean) -> Boolean:
+    """Return the conjunction, flat and without repetitions."""
+    flat: set[Boolean] = set()
+    for part in parts:
+        if part == FALSE:
+            return FALSE
+        flat |= part.parts if isinstance(part, All) else {part}
+    if any(negated(part) in flat for part in flat):
+        return FALSE
+    return next(iter(flat)) if len(flat) == 1 else All(frozenset(flat))
+
+
+def either(*parts: Boolean) -> Boolean:
+    """Return the disjunction, flat and without repetitions."""
+    return negated(both(*(negated(part) for part in parts)))
+
+
+def negated(value: Boolean) -> Boolean:
+    """Return the negation, pushed down to the comparisons and loads."""
+    match value:
+        case Compare("le", number):
+            return compare("le", ONE - number)
+        case Compare(kind, number):
+            return Compare("ne" if kind == "eq" else "eq", number)
+        case Truth(load, is_negated):
+            return Truth(load, not is_negated)
+        case All(parts):
+            return disjunction({negated(part) for part in parts})
+        case Any_(parts):
+            return both(*(negated(part) for part in parts))
+
+
+def disjunction(parts: set[Boolean]) -> Boolean:
+    """Return the disjunction of negated conjuncts, none of which is a constant."""
+    flat: set[Boolean] = set()
+    for part in parts:
+        flat |= part.parts if isinstance(part, Any_) else {part}
+    return next(iter(flat)) if len(flat) == 1 else Any_(frozenset(flat))
+
+
+def choice(condition: Boolean, yes: Value, no: Value) -> Value:
+    """Return the value that the condition picks."""
+    yes, no = as_value(given(condition, yes)), as_value(given(negated(condition), no))
+    if condition == TRUE or yes == no:
+        return yes
+    return no if condition == FALSE else Choice(condition, yes, no)
+
+
+def choose(condition: Boolean, yes: Expression, no: Expression) -> Expression:
+    """Return what the condition picks; a number and a boolean give a number."""
+    if not (is_boolean(yes) and is_boolean(no)):
+        return choice(condition, as_value(yes), as_value(no))
+    otherwise = negated(condition)
+    yes, no = as_boolean(given(condition, yes)), as_boolean(given(otherwise, no))
+    return yes if yes == no else either(both(condition, yes), both(otherwise, no))
+
+
+def given(condition: Boolean, value: Expression) -> Expression:
+    """Return the expression where the condition holds: one like `index < 1` says that a coordinate is 0."""
+    match condition:
+        case Compare("le", Affine(0, terms)) if len(terms) == 1:
+            ((atom, coefficient),) = terms
+            if isinstance(atom, Coordinate) and coefficient > 0:
+                return substitute(value, {atom.dim: ZERO})
+    return value
+
+
+def is_boolean(value: Expression) -> bool:
+    """Tell whether the expression is a boolean."""
+    return isinstance(value, Compare | Truth | All | Any_)
+
+
+def as_value(value: Expression) -> Value:
+    """Return a number: of a boolean 1 or 0."""
+    return value if isinstance(value, Affine | Number | Choice) else choice(value, ONE, ZERO)
+
+
+def as_boolean(value: Expression) -> Boolean:
+    """Return a boolean: of a number whether it is not 0."""
+    match value:
+        case Affine():
+            return compare("ne", value)
+        case Number(number):
+            return TRUE if number != 0 else FALSE
+        case Choice(condition, yes, no):
+            return either(both(condition, as_boolean(yes)), both(negated(condition), as_boolean(no)))
+    return value
+
+
+def map_leaves(function: Callable[..., Expression], *values: Value) -> Expression:
+    """Apply `function` to the numbers that the choices in `values` end in."""
+    for i, value in enumerate(values):
+        if isinstance(value, Choice):
+            yes = map_leaves(function, *values[:i], value.yes, *values[i + 1 :])
+            no = map_leaves(function, *values[:i], value.no, *values[i + 1 :])
+            return choose(value.condition, yes, no)
+    return function(*values)
+
+
+def rewrite(value: Expression, function: Callable[[Atom], Affine]) -> Expression:
+    """Return the expression with every atom replaced by an integer; the indices of a load come first."""
+    match value:
+        case Affine():
+            return rewrite_affine(value, function)
+        case Compare(kind, number):
+            return compare(kind, rewrite_affine(number, function))
+        case Truth(load, is_negated):
+            moved = rewrite_load(load, function)
+            return Truth(moved, is_negated)
+        case All(parts):
+            return both(*(as_boolean(rewrite(part, function)) for part in parts))
+        case Any_(parts):
+            return either(*(as_boolean(rewrite(part, function)) for part in parts))
+        case Choice(condition, yes, no):
+            moved_condition = as_boolean(rewrite(condition, function))
+            return choice(moved_condition, as_value(rewrite(yes, function)), as_value(rewrite(no, function)))
+    return value
+
+
+def rewrite_affine(value: Affine, function: Callable[[Atom], Affine]) -> Affine:
+    """Return the integer with every atom replaced."""
+    total = Affine(value.constant)
+    for atom, coefficient in value.terms:
+        total += function(rewrite_load(atom, function) if isinstance(atom, Load) else atom) * coefficient
+    return total
+
+
+def rewrite_load(load: Load, function: Callable[[Atom], Affine]) -> Load:
+    """Return the load with its indices rewritten."""
+    return Load(load.node, tuple(rewrite_affine(index, function) for index in load.indices))
+
+
+def substitute(value: Expression, coordinates: Mapping[int, Affine]) -> Expression:
+    """Return the expression with coordinates replaced; those that are not named stay."""
+
+    def at(atom: Atom) -> Affine:
+        return coordinates.get(atom.dim, affine(atom)) if isinstance(atom, Coordinate) else affine(atom)
+
+    return rewrite(value, at)
+
+
+def shifted(value: Expression, dims: int) -> Expression:
+    """Return the expression of a tensor seen with `dims` more dims in front."""
+    assert dims >= 0, dims
+    return rewrite(value, lambda a: coordinate(a.dim + dims) if isinstance(a, Coordinate) else affine(a)) if dims else value
+
+
+COMPARISONS: Mapping[str, Callable[[Affine, Affine], Boolean]] = {
+    "le": lambda a, b: compare("le", a - b),
+    "lt": lambda a, b: compare("le", a - b + ONE),
+    "ge": lambda a, b: compare("le", b - a),
+    "gt": lambda a, b: compare("le", b - a + ONE),
+    "eq": lambda a, b: compare("eq", a - b),
+    "ne": lambda a, b: compare("ne", a - b),
+}
+FLOAT_COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {name: getattr(operator, name) for name in COMPARISONS}

@@ -1,0 +1,212 @@
+"""Recognise: the expression of a mask becomes the arguments of the attention operator that mean the same.
+
+A mask is a conjunction over (batch, head, query, key). Each part is one of
+
+    key <= query - c            causal for c = 0
+    query - key < W             a sliding window
+    id[b, query] == id[b, key]  documents
+    p(id[b, key])               key padding
+
+and a mask with any other part is not recognised at all: no part is ever dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cpcompile.call import Call, value_of
+from cpcompile.masks.expression import (
+    ONE,
+    ZERO,
+    Affine,
+    All,
+    Atom,
+    Boolean,
+    Choice,
+    Compare,
+    Coordinate,
+    Expression,
+    Load,
+    Number,
+    Truth,
+    affine,
+    as_boolean,
+    compare,
+    coordinate,
+    is_boolean,
+    negated,
+    rewrite,
+    substitute,
+)
+from cpcompile.masks.read import Reader
+
+BATCH, HEAD, QUERY, KEY = (coordinate(dim) for dim in range(4))
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which keys a query attends to, as the arguments of the attention operator say it.
+
+    `documents` loads the id of a token at (batch, query); `key_padding` are predicates of the key, all of which must hold.
+    """
+
+    is_causal: bool = False
+    window: int = 0
+    documents: Load | None = None
+    key_padding: frozenset[Compare | Truth] = frozenset()
+
+    @property
+    def shows_own_token(self) -> bool:
+        """Every query attends to the key at its own place, so no row is empty."""
+        return not self.key_padding
+
+
+def conjuncts(value: Boolean) -> frozenset[Boolean]:
+    """Return the parts of a conjunction."""
+    return value.parts if isinstance(value, All) else frozenset({value})
+
+
+def recognise(value: Boolean, reader: Reader) -> Mask | None:
+    """Return the mask that `value`, over (batch, head, query, key), means, or None."""
+    mask: Mask | None = Mask()
+    for part in conjuncts(with_positions(value, reader)):
+        mask = narrowed(mask, part) if mask is not None else None
+    return mask if mask is None or mask.is_causal or not mask.window else None
+
+
+def narrowed(mask: Mask, part: Boolean) -> Mask | None:
+    """Return `mask` and `part`, or None."""
+    match part:
+        case Compare("le", number) if number.terms == (KEY - QUERY).terms and number.constant == 0:
+            return replace(mask, is_causal=True)
+        case Compare("le", number) if number.terms == (QUERY - KEY).terms and number.constant <= 0:
+            window = 1 - number.constant
+            return replace(mask, window=min(window, mask.window or window))
+        case Compare("eq", number) if (documents := same_id(number)) is not None and mask.documents in (None, documents):
+            return replace(mask, documents=documents)
+        case Compare() | Truth() if key_load(part) is not None:
+            return replace(mask, key_padding=mask.key_padding | {part})
+    return None
+
+
+def same_id(number: Affine) -> Load | None:
+    """Return the load at the query of `id[b, query] - id[b, key]`, or None."""
+    for load in loads(number):
+        if number == affine(load) - at_token(load, KEY) and is_per_token(load, QUERY):
+            return load
+        other = -number
+        if other == affine(load) - at_token(load, KEY) and is_per_token(load, QUERY):
+            return load
+    return None
+
+
+def loads(number: Affine) -> Iterator[Load]:
+    """Yield the loads in an integer."""
+    for atom, _ in number.terms:
+        if isinstance(atom, Load):
+            yield atom
+
+
+def at_token(load: Load, token: Affine) -> Affine:
+    """Return the load with its token, the last index, replaced."""
+    return affine(Load(load.node, (*load.indices[:-1], token)))
+
+
+def is_per_token(load: Load, token: Affine) -> bool:
+    """Tell whether a load is of one element for each token: of `[B | 1, S]`, or `[S]`, at `token`."""
+    *batch, last = load.indices
+    return last == token and batch in ([], [BATCH], [ZERO]) and not is_size_one(load, batch)
+
+
+def is_size_one(load: Load, batch: list[Affine]) -> bool:
+    """Tell whether an index 0 picks one row of several."""
+    return batch == [ZERO] and value_of(load.node).shape[0] != 1
+
+
+def key_load(part: Compare | Truth) -> Load | None:
+    """Return the load of a predicate of one per-token value at the key, or None."""
+    if isinstance(part, Truth):
+        return part.load if is_per_token(part.load, KEY) else None
+    found = list(loads(part.value))
+    if len(part.value.terms) == 1 and len(found) == 1 and is_per_token(found[0], KEY):
+        return found[0] if dict(part.value.terms)[found[0]] in (1, -1) else None
+    return None
+
+
+def with_positions(value: Boolean, reader: Reader) -> Boolean:
+    """Return the conjunction with positions inside a document replaced by the places of the tokens.
+
+    Ids that count the places where `position[t] - position[t - 1] != 1` are equal only for tokens between which positions grow by
+    one a token. Beside `id[b, query] == id[b, key]`, a position is therefore the place plus a start that both tokens share.
+    """
+    for part in conjuncts(value):
+        if isinstance(part, Compare) and part.kind == "eq" and (documents := same_id(part.value)) is not None:
+            position = counted_position(documents, reader)
+            if position is not None:
+                value = as_boolean(rewrite(value, places_for(position)))
+    return value
+
+
+def places_for(position: Load) -> Any:
+    """Return the replacement of the positions at the query and at the key."""
+    places = {at_token(position, token): token + at_token(position, Affine(-1)) for token in (QUERY, KEY)}
+
+    def place(atom: Atom) -> Affine:
+        return places.get(affine(atom), affine(atom))
+
+    return place
+
+
+def counted_position(documents: Load, reader: Reader) -> Load | None:
+    """Return the position of which `documents` counts the jumps, at the indices of `documents`, or None."""
+    node = documents.node
+    if node.target is not torch.ops.aten.cumsum.default:
+        return None
+    call = Call.of(node)
+    token = len(documents.indices) - 1
+    jumps = reader.read(call["self"])
+    if call.dim("dim", "self") != token or jumps is None:
+        return None
+    # Only tokens after another are ever compared, so what is counted at the first one does not matter.
+    parts = conjuncts(as_boolean(jumps)) - {compare("le", ONE - coordinate(token))}
+    for load in [load for part in parts if isinstance(part, Compare) for load in loads(part.value)]:
+        before = affine(load) - substituted(load, token, coordinate(token) - ONE)
+        if load.indices[-1] == coordinate(token) and parts == {compare("ne", before - ONE)}:
+            return Load(load.node, tuple(substitute_all(load, dict(enumerate(documents.indices)))))
+    return None
+
+
+def substituted(load: Load, dim: int, index: Affine) -> Affine:
+    """Return the load with a coordinate replaced."""
+    return affine(Load(load.node, tuple(substitute_all(load, {dim: index}))))
+
+
+def substitute_all(load: Load, coordinates: dict[int, Affine]) -> Iterator[Affine]:
+    """Yield the indices of a load with coordinates replaced."""
+    for index in load.indices:
+        moved = substitute(index, coordinates)
+        assert isinstance(moved, Affine)
+        yield moved
+
+
+def predicate(value: Expression, dtype: torch.dtype) -> tuple[Boolean, bool] | None:
+    """Return where a mask lets attend, and whether what it adds elsewhere is infinite; None for a score bias."""
+    if is_boolean(value):
+        return as_boolean(value), True
+    if isinstance(value, Number) and value.value == 0:
+        return All(), True
+    match value:
+        case Choice(condition, Number(yes), Number(no)) if yes == 0 and hides(no, dtype):
+            return condition, no == float("-inf")
+        case Choice(condition, Number(yes), Number(no)) if no == 0 and hides(yes, dtype):
+            return negated(condition), yes == float("-inf")
+    return None
+
+
+def hides(fill: float, dtype: torch.dtype) -> bool:
+    """Tell whether a score with `fill` added has weight 0 beside one without it: scores do not differ by a billion."""
+    return fill <= max(-1e9, torch.finfo(dtype).min)

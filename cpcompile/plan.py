@@ -1,0 +1,101 @@
+"""Plan: the decisions that all passes share, and the graph values that depend on them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.layout import chunk_length, local_length, num_chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one graph is made context parallel.
+
+    Attributes:
+        world_size: ranks of the context-parallel axis, P.
+        group: name of the process group of the axis; '' when the ranks only exist in this process.
+        layout: which tokens each rank holds.
+        strategy: the strategy that was asked for, or `auto`.
+        token_dims: for each token input (the name of its placeholder) the dim of its tokens.
+        outputs: `local` or `full`.
+        gradient_scale: what one rank's gradient of a loss counts: 1 when gradients are summed over the axis, P when they are averaged.
+    """
+
+    world_size: int
+    group: str
+    layout: str
+    strategy: str
+    token_dims: Mapping[str, int]
+    outputs: str = "local"
+    gradient_scale: float = 1.0
+
+    @property
+    def axis_arguments(self) -> tuple[str, int, str]:
+        """The last arguments of every operator that knows the layout: layout, world size, group."""
+        return self.layout, self.world_size, self.group
+
+    def has_padding(self, length: Any) -> bool:
+        """Tell whether some rank may hold padding slots; a symbolic length may need them."""
+        return not isinstance(length, int) or length % num_chunks(self.world_size, self.layout) != 0
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """The number of tokens and of local slots, as values (possibly symbolic) and as graph arguments (nodes or ints)."""
+
+    value: Any
+    total: fx.Node | int
+    local: fx.Node | int
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Lengths:
+        """Return the lengths that were inserted into `gm`."""
+        lengths = gm.meta["cpcompile_lengths"]
+        assert isinstance(lengths, cls)
+        return lengths
+
+    @classmethod
+    def insert(cls, gm: fx.GraphModule, plan: Plan, tokens: fx.Node, dim: int) -> Lengths:
+        """Put the nodes that compute the lengths from the size of the input `tokens` behind the placeholders."""
+        lengths = gm.meta["cpcompile_lengths"] = cls._insert(gm, plan, tokens, dim)
+        return lengths
+
+    @classmethod
+    def _insert(cls, gm: fx.GraphModule, plan: Plan, tokens: fx.Node, dim: int) -> Lengths:
+        value = tokens.meta["val"].shape[dim]
+        if isinstance(value, int):
+            return cls(value, value, local_length(value, plan.world_size, plan.layout))
+        last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
+        chunks = num_chunks(plan.world_size, plan.layout)
+        with gm.graph.inserting_after(last):
+            total = gm.graph.call_function(torch.ops.aten.sym_size.int, (tokens, dim))
+        added = _after(gm, total, operator.add, (total, chunks - 1), value + (chunks - 1))
+        chunk = _after(gm, added, operator.floordiv, (added, chunks), chunk_length(value, plan.world_size, plan.layout))
+        slots = local_length(value, plan.world_size, plan.layout)
+        local = _after(gm, chunk, operator.mul, (chunk, chunks // plan.world_size), slots)
+        total.meta["val"] = value
+        return cls(value, total, local)
+
+    def localise(self, gm: fx.GraphModule, size: Any, before: fx.Node) -> fx.Node | int:
+        """Return the graph argument for `size // tokens * local slots`, where `size` is an int or a node."""
+        value = size.meta["val"] if isinstance(size, fx.Node) else size
+        if isinstance(value, int) and isinstance(self.local, int):
+            return value // self.value * self.local
+        if not isinstance(value, int) and value.node.expr == self.value.node.expr:
+            return self.local
+        with gm.graph.inserting_before(before):
+            outer = gm.graph.call_function(operator.floordiv, (size, self.total))
+            return gm.graph.call_function(operator.mul, (outer, self.local))
+
+
+def _after(gm: fx.GraphModule, node: fx.Node, function: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
+    with gm.graph.inserting_after(node):
+        new = gm.graph.call_function(function, args)
+    new.meta["val"] = value
+    return new

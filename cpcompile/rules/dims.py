@@ -1,0 +1,183 @@
+"""Operators that move, cut, join or repeat dims without touching what is along the tokens."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from cpcompile.call import Call
+from cpcompile.rules.pointwise import aligned, is_one
+from cpcompile.rules.registry import Indices, Names, rule
+from cpcompile.rules.views import expression
+
+aten = torch.ops.aten
+
+
+def own(call: Call, operand: str = "self") -> Names:
+    """Return the names of the dims of `operand`."""
+    return tuple(f"d{i}" for i in range(len(call.shape(operand))))
+
+
+def closed(names: Names, dim: int) -> Names:
+    """Return `names` with `dim` closed, because the operator cuts or joins along it."""
+    return (*names[:dim], None, *names[dim + 1 :])
+
+
+@rule(aten.transpose.int, aten.swapaxes.default)
+def transpose(call: Call) -> Indices:
+    """[... a ... b ...] -> [... b ... a ...]"""
+    names = own(call)
+    first, second = (("dim0", "dim1") if "dim0" in call else ("axis0", "axis1"))
+    a, b = call.dim(first, "self"), call.dim(second, "self")
+    swapped = list(names)
+    swapped[a], swapped[b] = names[b], names[a]
+    return Indices({"self": names}, (tuple(swapped),))
+
+
+@rule(aten.t.default, aten.numpy_T.default, aten.mT.default)
+def t(call: Call) -> Indices:
+    """[... a b] -> [... b a]"""
+    names = own(call)
+    return Indices({"self": names}, ((*names[:-2], *reversed(names[-2:])),))
+
+
+@rule(aten.permute.default)
+def permute(call: Call) -> Indices:
+    """[a b c] -> [c a b]"""
+    names = own(call)
+    return Indices({"self": names}, (tuple(names[int(d) % len(names)] for d in call["dims"]),))
+
+
+@rule(aten.expand.default)
+def expand(call: Call) -> Indices:
+    """[a 1] -> [n a b]"""
+    shape = tuple(call.result.shape)
+    result = tuple(f"d{i}" for i in range(len(shape)))
+    return Indices({"self": aligned(call.shape("self"), shape)}, (result,), sizes="size")
+
+
+@rule(aten.repeat.default)
+def repeat(call: Call) -> Indices:
+    """[a b] -> [a (n b)], closed where n > 1"""
+    names, repeats = own(call), list(call["repeats"])
+    new = (None,) * (len(repeats) - len(names))
+    kept = tuple(n if is_one(r) else None for n, r in zip(names, repeats[len(new) :], strict=True))
+    return Indices({"self": kept}, ((*new, *kept),))
+
+
+@rule(aten.repeat_interleave.self_int)
+def repeat_interleave(call: Call) -> Indices:
+    """[a b] -> [a (b n)], closed along b"""
+    names = closed(own(call), call.dim("dim", "self"))
+    return Indices({"self": names}, (names,))
+
+
+def is_whole(call: Call) -> bool:
+    """Tell whether a slice keeps its whole dim."""
+    start, end = call["start"], call["end"]
+    if start not in (None, 0) or call["step"] != 1:
+        return False
+    size = call.shape("self")[call.dim("dim", "self")]
+    if end is None or (isinstance(end, int) and end == sys.maxsize):
+        return True
+    stop = end.meta["val"] if isinstance(end, torch.fx.Node) else end
+    return bool(expression(stop) == expression(size)) or (isinstance(size, int) and isinstance(stop, int) and stop >= size)
+
+
+@rule(aten.slice.Tensor)
+def slice_(call: Call) -> Indices:
+    """[a b] -> [a b'], closed along b unless all of b is kept"""
+    if is_whole(call):
+        return Indices({"self": own(call)}, (own(call),), arguments={"end": sys.maxsize})
+    names = closed(own(call), call.dim("dim", "self"))
+    return Indices({"self": names}, (names,))
+
+
+@rule(aten.narrow.default, aten.pad.default, aten.constant_pad_nd.default, aten.diff.default, aten.gather.default)
+def cut(call: Call) -> Indices:
+    """[a b] -> [a b'], closed along b"""
+    names = own(call)
+    if "pad" in call:
+        amounts: list[Any] = list(call["pad"])
+        for i in range(len(amounts) // 2):
+            if not (amounts[2 * i] == 0 and amounts[2 * i + 1] == 0):
+                names = closed(names, len(names) - 1 - i)
+    else:
+        names = closed(names, call.dim("dim", "self"))
+    return Indices({name: names for name, _ in call.operands()}, (names,))
+
+
+@rule(aten.select.int)
+def select(call: Call) -> Indices:
+    """[a b] -> [a], closed along b"""
+    names, dim = own(call), call.dim("dim", "self")
+    return Indices({"self": closed(names, dim)}, ((*names[:dim], *names[dim + 1 :]),))
+
+
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.tensor_split.sections)
+def split(call: Call) -> Indices:
+    """[a (b c)] -> [a b], [a c], closed along the dim that is split"""
+    names, dim = own(call), call.dim("dim", "self")
+    result = (*names[:dim], *names[dim + 1 :]) if call.target is aten.unbind.int else closed(names, dim)
+    return Indices({"self": closed(names, dim)}, (result,) * len(call.result))
+
+
+@rule(aten.cat.default)
+def cat(call: Call) -> Indices:
+    """[a b], [a c] -> [a (b c)], closed along the dim that is joined"""
+    shape = tuple(call.result.shape)
+    names = closed(tuple(f"d{i}" for i in range(len(shape))), int(call["dim"]) % len(shape))
+    return Indices({name: names for name, _ in call.operands()}, (names,))
+
+
+@rule(aten.stack.default)
+def stack(call: Call) -> Indices:
+    """[a b], [a b] -> [a n b]"""
+    names = own(call, "tensors.0")
+    dim = int(call["dim"]) % (len(names) + 1)
+    return Indices({name: names for name, _ in call.operands()}, ((*names[:dim], None, *names[dim:]),))
+
+
+@rule(aten.index.Tensor)
+def index(call: Call) -> Indices:
+    """[v ... d], [...] -> [... d], closed along the dims that are indexed"""
+    given = [(dim, node) for dim, node in enumerate(call["indices"]) if node is not None]
+    names = own(call)
+    dims = [dim for dim, _ in given]
+    operands: dict[str, Names] = {"self": tuple(None if d in dims else n for d, n in enumerate(names))}
+    if any(call.tensor(f"indices.{d}").dtype in (torch.bool, torch.uint8) for d in dims) or dims != list(
+        range(dims[0], dims[0] + len(dims))
+    ):
+        blank = tuple(None for _ in call.result.shape)
+        return Indices({n: (None,) * len(call.shape(n)) for n, _ in call.operands()}, (blank,))
+    shapes = {d: call.shape(f"indices.{d}") for d in dims}
+    rank = max(len(s) for s in shapes.values())
+    broadcast = tuple(call.result.shape)[dims[0] : dims[0] + rank]
+    for d in dims:
+        operands[f"indices.{d}"] = tuple(n and f"i{n}" for n in aligned(shapes[d], broadcast))
+    between = tuple(f"id{i}" for i in range(rank))
+    return Indices(operands, ((*names[: dims[0]], *between, *names[dims[-1] + 1 :]),))
+
+
+@rule(aten.index_select.default)
+def index_select(call: Call) -> Indices:
+    """[a v d], [i] -> [a i d]"""
+    names, dim = own(call), call.dim("dim", "self")
+    return Indices({"self": closed(names, dim), "index": ("i",)}, ((*names[:dim], "i", *names[dim + 1 :]),))
+
+
+@rule(
+    aten.full.default,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.empty.memory_format,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+)
+def create(call: Call) -> Indices:
+    """-> [...]"""
+    return Indices({}, (tuple(f"d{i}" for i in range(call.result.dim())),), sizes="size")

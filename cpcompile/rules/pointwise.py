@@ -1,0 +1,96 @@
+"""Pointwise operators: each element of the result comes from the elements at its place, after broadcasting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cpcompile.call import Call
+from cpcompile.rules.registry import RULES, Indices, Names, rule
+
+aten = torch.ops.aten
+
+# Pointwise in effect, though torch does not tag them so: conversions, copies, and operators that draw or fill by element.
+UNTAGGED = (
+    aten.__and__.Scalar,
+    aten.__and__.Tensor,
+    aten.__or__.Scalar,
+    aten.__or__.Tensor,
+    aten.__xor__.Tensor,
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.copy_.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.empty_like.default,
+    aten.feature_dropout.default,
+    aten.fill_.Scalar,
+    aten.float_power.Tensor_Scalar,
+    aten.full_like.default,
+    aten.lift_fresh_copy.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.masked_fill_.Scalar,
+    aten.native_dropout.default,
+    aten.ones_like.default,
+    aten.to.device,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.where.Scalar,
+    aten.where.self,
+    aten.zeros_like.default,
+)
+
+
+def is_one(size: Any) -> bool:
+    """Tell whether a size is 1; a symbolic size never is (torch gives sizes of 0 and 1 no symbol)."""
+    return isinstance(size, int) and size == 1
+
+
+def aligned(shape: tuple[Any, ...], result: tuple[Any, ...]) -> Names:
+    """Return the names of an operand's dims under broadcasting to `result`, whose dim i is called `d{i}`."""
+    shift = len(result) - len(shape)
+    return tuple(
+        None if is_one(size) and not is_one(result[i + shift]) else f"d{i + shift}" for i, size in enumerate(shape)
+    )
+
+
+def pointwise(call: Call) -> Indices:
+    """[...], [...] -> [...] with broadcasting"""
+    results = call.result if isinstance(call.result, tuple | list) else (call.result,)
+    shape = tuple(results[0].shape)
+    written = call.target._schema.is_mutable and "self" in call
+    operands = {name: aligned(call.shape(name), shape) for name, _ in call.operands()}
+    if written and None in operands["self"]:
+        raise AssertionError("an in-place operator does not broadcast the tensor that it writes")
+    return Indices(operands, (tuple(f"d{i}" for i in range(len(shape))),) * len(results))
+
+
+rule(*UNTAGGED)(pointwise)
+
+
+@rule(aten.type_as.default)
+def type_as(call: Call) -> Indices:
+    """[...], _ -> [...]"""
+    names = tuple(f"d{i}" for i in range(len(call.shape("self"))))
+    return Indices({"self": names}, (names,))
+
+
+def _register_tagged() -> None:
+    """Enter the rule for every ATen operator that torch tags as pointwise."""
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, _, qualified = name.partition("::")
+        packet, _, overload = qualified.partition(".")
+        if namespace != "aten" or not hasattr(aten, packet):
+            continue
+        target = getattr(getattr(aten, packet), overload or "default", None)
+        if target is not None and torch.Tag.pointwise in target.tags and target not in RULES:
+            rule(target)(pointwise)
+
+
+_register_tagged()

@@ -1,0 +1,157 @@
+"""The rule table: for each operator, how placements pass through it.
+
+A rule answers two questions. `push`: the operands are sharded so; what must the other operands be, and what is the result? `pull`: the
+result is wanted sharded so; what must the operands be? Both answers are a `Decision`. Most rules only name the dims of operands and
+results (`Indices`): dims with one name run together, so that either answer follows from the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from cpcompile.call import Call
+from cpcompile.errors import NoRule, where
+from cpcompile.placement import FULL, Partial, Placement, Sharded
+
+Names = tuple[str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A size argument that counts the tokens: `size // tokens` times the local slots."""
+
+    size: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What an operator does on local tokens.
+
+    Attributes:
+        operands: the placement that each tensor operand must have; one that is not named may have any (only its metadata is read).
+        results: the placement of each result.
+        arguments: the arguments that change; sizes of tokens are `Local`.
+        padding: the value that the padding slots of an operand must hold first, because the operator runs over tokens.
+    """
+
+    operands: Mapping[str, Placement]
+    results: tuple[Placement, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    padding: Mapping[str, float] = field(default_factory=dict)
+
+
+class Rule(Protocol):
+    """How placements pass through one operator. `length` is the number of tokens, possibly symbolic."""
+
+    notation: str
+
+    def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
+        """Return what happens when `operands` are sharded (the others are not). Raises `NoRule`."""
+
+    def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
+        """Return how the (first) result is computed sharded, or None when it must be computed whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Indices:
+    """The dims of operands and results by name.
+
+    Dims with one name run together. None: the operator mixes this dim, or an operand is broadcast along it. A name that only operands have is
+    contracted: summed where `summed`, impossible to shard otherwise. `sizes` names the argument that spells the sizes of the result.
+    """
+
+    operands: Mapping[str, Names]
+    results: tuple[Names, ...]
+    summed: bool = False
+    sizes: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    padding: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedRule:
+    """A rule given by the names of the dims."""
+
+    indices: Callable[[Call], Indices]
+    notation: str
+
+    def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
+        indices = self.indices(call)
+        found = {(indices.operands[o][p.dim], p.inner) for o, p in operands.items() if o in indices.operands}
+        if len(found) > 1:
+            raise no_rule(call, operands, "the operands are sharded along different dims", self.notation)
+        if not found:
+            return Decision({}, (FULL,) * len(indices.results))
+        name, inner = found.pop()
+        if name is None:
+            raise no_rule(call, operands, "the operator runs over the tokens of the whole sequence", self.notation)
+        return decide(call, indices, name, inner, self.notation)
+
+    def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
+        indices = self.indices(call)
+        name = indices.results[0][result.dim]
+        if name is None:
+            return None
+        return decide(call, indices, name, result.inner, self.notation)
+
+
+def decide(call: Call, indices: Indices, name: str, inner: int, notation: str) -> Decision:
+    """Return the decision to shard every dim called `name`."""
+    operands = {o: placed(names, name, inner) for o, names in indices.operands.items()}
+    if not any(name in names for names in indices.results):
+        if not indices.summed:
+            sharded = {o: p for o, p in operands.items() if isinstance(p, Sharded)}
+            raise no_rule(call, sharded, "the operator runs over the tokens of the whole sequence", notation)
+        padding = indices.padding or {next(o for o, p in operands.items() if isinstance(p, Sharded)): 0.0}
+        return Decision(operands, (Partial(),) * len(indices.results), indices.arguments, padding)
+    arguments = dict(indices.arguments)
+    if indices.sizes is not None:
+        dim = indices.results[0].index(name)
+        sizes = list(call[indices.sizes])
+        at = dim - len(indices.results[0]) + len(sizes)
+        sizes[at] = sizes[at] if sizes[at] == -1 else Local(sizes[at])
+        arguments[indices.sizes] = sizes
+    return Decision(operands, tuple(placed(names, name, inner) for names in indices.results), arguments)
+
+
+def placed(names: Names, name: str, inner: int) -> Placement:
+    """Return the placement of a tensor with these dims when the dim called `name` is sharded."""
+    return Sharded(names.index(name), inner) if name in names else FULL
+
+
+def no_rule(call: Call, operands: Mapping[str, Placement], reason: str, notation: str = "") -> NoRule:
+    """Return the error for an operator whose operands cannot stay sharded, with the user's line and the remedy."""
+    shapes = {name: list(call.shape(name)) for name, _ in call.operands()}
+    lines = "\n".join(f"  {name}: {operands[name]} of {shapes.get(name)}" for name in operands)
+    return NoRule(
+        f"{call.target}: {reason}.\n\n{where(call.node)}\n{lines}\n"
+        + (f"  rule: {notation}\n" if notation else "")
+        + "\nCompute this value from inputs that every rank holds whole, move it out of the model (after cpcompile.unshard), "
+        "or register a rule for this case (cpcompile.rules.rule)."
+    )
+
+
+RULES: dict[torch._ops.OpOverload, Rule] = {}
+
+
+def register(rule: Rule, *targets: torch._ops.OpOverload) -> None:
+    """Enter `rule` for each target; a second rule for an operator is an error."""
+    for target in targets:
+        if target in RULES:
+            raise ValueError(f"{target} already has the rule {RULES[target].notation}")
+        RULES[target] = rule
+
+
+def rule(*targets: torch._ops.OpOverload) -> Callable[[Callable[[Call], Indices]], Callable[[Call], Indices]]:
+    """Register a function that names the dims of a call as the rule of `targets`; its docstring is the rule in index notation."""
+
+    def decorate(indices: Callable[[Call], Indices]) -> Callable[[Call], Indices]:
+        assert indices.__doc__, "a rule's docstring is its index notation"
+        register(IndexedRule(indices, indices.__doc__.splitlines()[0]), *targets)
+        return indices
+
+    return decorate

@@ -1,0 +1,95 @@
+"""Views by factors: where the tokens land when a tensor of the same elements gets another shape.
+
+In row-major order the tokens are one factor of the element number: `outer * tokens * inner`. A view keeps element numbers, so the tokens stay
+sharded exactly when some dim of the new shape holds that whole factor. Sizes never decide: a 64 that is no token count stays one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from cpcompile.call import Call
+from cpcompile.placement import Sharded
+from cpcompile.rules.registry import Decision, Local, no_rule, register
+
+aten = torch.ops.aten
+
+
+def expression(size: Any) -> sympy.Expr:
+    """Return a size as an expression; symbolic sizes keep their symbol."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+    """Return a / b where b divides a for every value of the symbols, else None."""
+    result = sympy.cancel(a / b)
+    numerator, denominator = sympy.fraction(result)
+    if denominator != 1 or (numerator.is_number and not numerator.is_integer):
+        return None
+    return result
+
+
+def locate_tokens(shape: tuple[Any, ...], target: tuple[Any, ...], at: Sharded, length: Any) -> Sharded | None:
+    """Return where the tokens of `shape`, sharded `at`, are in the view `target`, or None when no dim holds them whole."""
+    tokens = expression(length)
+    stride = sympy.Integer(at.inner)
+    for size in shape[at.dim + 1 :]:
+        stride *= expression(size)
+    after = sympy.Integer(1)
+    for dim in reversed(range(len(target))):
+        size = expression(target[dim])
+        if quotient(stride, after * size) is not None:
+            after *= size
+            continue
+        inner = quotient(stride, after)
+        if inner is None or not inner.is_Integer or quotient(size, tokens * inner) is None:
+            return None
+        return Sharded(dim, int(inner))
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class ViewRule:
+    """A reshape; `sizes` names the argument with the new shape, or a part of it, if the operator has one."""
+
+    sizes: str | None
+    notation: str = "[a (b c)] -> [(a b) c], as long as one dim holds the tokens whole"
+
+    def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
+        at = operands["self"]
+        result = locate_tokens(call.shape("self"), tuple(call.result.shape), at, length)
+        if result is None:
+            moved = f"{list(call.shape('self'))} -> {list(call.result.shape)} moves tokens between ranks"
+            raise no_rule(call, operands, f"cannot keep its operand sharded: {moved}", self.notation)
+        return self._decision(call, at, result)
+
+    def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
+        at = locate_tokens(tuple(call.result.shape), call.shape("self"), result, length)
+        return None if at is None else self._decision(call, at, result)
+
+    def _decision(self, call: Call, at: Sharded, result: Sharded) -> Decision:
+        if self.sizes is None:
+            return Decision({"self": at}, (result,))
+        sizes = list(call[self.sizes])
+        first = call.dim("dim", "self") if "dim" in call else 0  # unflatten spells only the sizes of one dim
+        if 0 <= result.dim - first < len(sizes) and sizes[result.dim - first] != -1:
+            sizes[result.dim - first] = Local(sizes[result.dim - first])
+        return Decision({"self": at}, (result,), {self.sizes: sizes})
+
+
+register(ViewRule("size"), aten.view.default, aten._unsafe_view.default)
+register(ViewRule("shape"), aten.reshape.default)
+register(ViewRule("sizes"), aten.unflatten.int)
+register(
+    ViewRule(None),
+    aten.flatten.using_ints,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+)

@@ -1,0 +1,45 @@
+"""Attention sites: the attentions of a graph as data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile import runtime  # noqa: F401  (registers the operators)
+from cpcompile.call import Call
+from cpcompile.cost import Attention
+
+cp = torch.ops.cpcompile
+
+
+def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the attentions of the graph, in order."""
+    return list(gm.graph.find_nodes(op="call_function", target=cp.attention.default))
+
+
+def size_hint(size: Any) -> int:
+    """Return a size as a number; a symbolic one as the value it was traced with."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def attention_site(node: fx.Node) -> Attention:
+    """Return what the cost of the attention `node` depends on."""
+    call = Call.of(node)
+    q, k, v = (call.tensor(name) for name in "qkv")
+    mask = call["mask"]
+    return Attention(
+        batch=size_hint(q.shape[0]),
+        heads=size_hint(q.shape[1]),
+        kv_heads=size_hint(k.shape[1]),
+        tokens=size_hint(q.shape[2]),
+        head_dim=size_hint(q.shape[3]),
+        value_dim=size_hint(v.shape[3]),
+        bytes_per_element=q.element_size(),
+        device=q.device.type,
+        is_causal=bool(call["is_causal"]),
+        window=int(call["window"]),
+        has_dense_mask=mask is not None,
+        is_additive=mask is not None and call.tensor("mask").is_floating_point(),
+    )

@@ -1,0 +1,136 @@
+"""Transform: run the passes on a captured graph."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.annotation import annotate, placement_of
+from cpcompile.call import is_tensor
+from cpcompile.config import Config
+from cpcompile.cost import Choice, choose
+from cpcompile.errors import CPError, where
+from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies
+from cpcompile.placement import Sharded
+from cpcompile.plan import Plan
+from cpcompile.sites import attention_nodes, attention_site
+from cpcompile.tokens import find_token_dims
+
+cp = torch.ops.cpcompile
+
+
+@dataclass(slots=True)
+class Transformed:
+    """A graph before and after the passes, with the decisions between.
+
+    Attributes:
+        original: the captured graph, untouched.
+        analysed: the graph with its attentions found and their masks lifted; still a single-device program.
+        graph: the graph of every rank.
+        plan: the decisions that all passes shared.
+        choice: the layout and strategies that were chosen, with their estimated costs.
+        changes: how many places each pass changed.
+        seconds: how long each pass took.
+    """
+
+    original: fx.GraphModule
+    analysed: fx.GraphModule
+    graph: fx.GraphModule
+    plan: Plan
+    choice: Choice
+    changes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def transform(
+    captured: fx.GraphModule, *, config: Config, world_size: int, group: str, inputs: Mapping[str, str]
+) -> Transformed:
+    """Make the captured graph context parallel.
+
+    Args:
+        captured: the pre-dispatch ATen graph; it is edited.
+        config: the user's options.
+        world_size: ranks of the axis.
+        group: name of the process group of the axis, '' for ranks that exist in this process only.
+        inputs: the user's argument name for each placeholder that is an input of the model.
+
+    Raises:
+        CPError: the graph cannot be sharded exactly.
+    """
+    original = copy.deepcopy(captured)
+    for node in captured.graph.nodes:
+        annotate(node, origin=node.name)
+    changes: dict[str, int] = {}
+    times: dict[str, float] = {}
+    token_dims = find_token_dims(captured, inputs, config.token_dims)
+    for analysis in ANALYSIS:
+        run_pass(captured, analysis, changes, times)
+    analysed = copy.deepcopy(captured)
+    choice = choose([attention_site(n) for n in attention_nodes(captured)], config.strategy, config.balancer, world_size)
+    warn_of_other_strategies(captured, choice, config.strategy)
+    run_pass(captured, choose_strategies, changes, times, strategies=choice.strategies)
+    plan = Plan(
+        world_size=world_size,
+        group=group,
+        layout=choice.layout,
+        strategy=config.strategy,
+        token_dims=token_dims,
+        outputs=config.outputs,
+        gradient_scale=float(world_size) if config.grad_sync == "mean" else 1.0,
+    )
+    for sharding in SHARDING:
+        run_pass(captured, sharding, changes, times, plan=plan)
+    check_legal(captured)
+    return Transformed(original, analysed, captured, plan, choice, changes, times)
+
+
+def run_pass(
+    gm: fx.GraphModule,
+    function: Callable[..., int],
+    changes: dict[str, int],
+    times: dict[str, float],
+    **config: Any,
+) -> None:
+    """Run one pass with the chores around it: dead code, lint, recompile, counts and times."""
+    start = time.perf_counter()
+    changes[function.__name__] = function(gm, **config)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    times[function.__name__] = time.perf_counter() - start
+
+
+def warn_of_other_strategies(gm: fx.GraphModule, choice: Choice, asked: str) -> None:
+    """Say, once, which attentions cannot be computed as asked."""
+    if asked == "auto":
+        return
+    others = [node for node, s in zip(attention_nodes(gm), choice.strategies, strict=True) if s != asked]
+    if others:
+        lines = "\n".join(where(node) for node in others)
+        warnings.warn(
+            f"{len(others)} attention(s) use gather in place of {asked}: their additive mask may hide every key of a row, "
+            f"and {asked} cannot keep such rows exact.\n{lines}",
+            stacklevel=2,
+        )
+
+
+def check_legal(gm: fx.GraphModule) -> None:
+    """Check what every transformed graph must satisfy.
+
+    Raises:
+        CPError: no attention or other operator runs on local tokens.
+    """
+    nodes = [node for node in gm.graph.nodes if node.op == "call_function" and is_tensor(node)]
+    assert not any(node.target is cp.attention.default and isinstance(placement_of(node), Sharded) for node in nodes)
+    if not any(node.target is cp.shard_tokens.default for node in nodes):
+        raise CPError(
+            "nothing in this model could be sharded: no embedding or product meets an input with tokens. "
+            "Name the inputs and the dims of their tokens with token_dims={'name': dim}."
+        )

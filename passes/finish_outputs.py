@@ -1,0 +1,74 @@
+"""Finish outputs: add up partial sums, gather what is wanted whole, and count each rank's gradient once.
+
+before  return (loss, logits)                                      # loss: Partial(sum), logits: Sharded(1)
+after   loss = cp.scale_gradient(cp.all_reduce(loss), 1 / P)       # every rank returns it, so each back-propagates 1 / P of it
+        return (loss, logits)                                      # with outputs="full": cp.gather_tokens(logits, 1)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.annotation import annotate, annotation, placement_of
+from cpcompile.call import is_tensor
+from cpcompile.placement import FULL, Full, Partial, Sharded
+from cpcompile.plan import Lengths, Plan
+
+cp = torch.ops.cpcompile
+
+
+def finish_outputs(gm: fx.GraphModule, *, plan: Plan) -> int:
+    """Return how many outputs were changed. Runs last: afterwards every output is `Full` or `Sharded`."""
+    (output,) = gm.graph.find_nodes(op="output")
+    finished: dict[fx.Node, fx.Node] = {}
+
+    def finish(node: fx.Node) -> fx.Node:
+        if node not in finished:
+            with gm.graph.inserting_before(output):
+                finished[node] = finished_output(gm, node, plan) if is_tensor(node) else node
+        return finished[node]
+
+    output.args = fx.map_arg(output.args, finish)
+    return sum(new is not old for old, new in finished.items())
+
+
+def finished_output(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> fx.Node:
+    """Return what the graph returns for `node`."""
+    placement = placement_of(node)
+    if isinstance(placement, Partial):
+        node = insert(gm, cp.all_reduce.default, (node, plan.world_size, plan.group), node)
+    if isinstance(placement, Sharded) and plan.outputs == "full":
+        total = Lengths.of(gm).total
+        node = insert(gm, cp.gather_tokens.default, (node, placement.dim, placement.inner, total, *plan.axis_arguments), node)
+        placement = FULL
+    if node.op != "call_function" or not node.meta["val"].is_floating_point():
+        return node
+    is_replicated = not isinstance(placement, Sharded)
+    scale = plan.gradient_scale / (plan.world_size if is_replicated else 1)
+    if scale == 1:
+        return node
+    new = insert(gm, cp.scale_gradient.default, (node, scale), node)
+    annotate(new, placement=FULL if is_replicated else placement)
+    return new
+
+
+def insert(gm: fx.GraphModule, target: Any, arguments: tuple[Any, ...], source: fx.Node) -> fx.Node:
+    """Insert a call that holds the value of `source` whole."""
+    node = gm.graph.call_function(target, arguments)
+    node.meta = {key: source.meta[key] for key in ("val", "stack_trace", "nn_module_stack") if key in source.meta}
+    annotate(node, placement=FULL, origin=annotation(source).origin or source.name)
+    return node
+
+
+def output_placements(gm: fx.GraphModule) -> list[Full | Sharded | None]:
+    """Return the placement of each output of a finished graph; None for what is no tensor."""
+    (output,) = gm.graph.find_nodes(op="output")
+    placements: list[Full | Sharded | None] = []
+    for node in output.args[0]:
+        placement = placement_of(node) if is_tensor(node) else None
+        assert not isinstance(placement, Partial)
+        placements.append(placement)
+    return placements

@@ -1,0 +1,53 @@
+"""Rewrite attention: a sharded attention becomes one context-parallel operator.
+
+before  o = cp.attention(q, k, v, None, None, None, 0.125, True, 0, 0.0, 0.0)                # q, k, v: Sharded(2)
+after   o = cp.ring_attention(q, k, v, None, None, None, 0.125, True, 0, 0.0, S, "zig_zag", 2, "cp")[0]
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from cpcompile.annotation import annotate, annotation, placement_of
+from cpcompile.call import Call
+from cpcompile.placement import Sharded
+from cpcompile.plan import Lengths, Plan
+
+cp = torch.ops.cpcompile
+
+OPERATORS = {
+    "ring": cp.ring_attention.default,
+    "gather": cp.gather_attention.default,
+    "ulysses": cp.ulysses_attention.default,
+}
+SHARED_ARGUMENTS = (
+    "q", "k", "v", "mask", "documents", "key_padding", "scale", "is_causal", "window", "softcap",
+)  # fmt: skip
+
+
+def rewrite_attention(gm: fx.GraphModule, *, plan: Plan) -> int:
+    """Return how many attentions were rewritten. Runs after `place_tokens`."""
+    count = 0
+    for node in gm.graph.find_nodes(op="call_function", target=cp.attention.default):
+        if isinstance(placement_of(node), Sharded):
+            lower(gm, node, plan)
+            count += 1
+    return count
+
+
+def lower(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> None:
+    """Replace one attention by the operator of its strategy."""
+    call, known = Call.of(node), annotation(node)
+    arguments = (*(call[name] for name in SHARED_ARGUMENTS), Lengths.of(gm).total, *plan.axis_arguments)
+    with gm.graph.inserting_before(node):
+        collective = gm.graph.call_function(OPERATORS[known.strategy], arguments)
+        out = gm.graph.call_function(operator.getitem, (collective, 0))
+    for new in (collective, out):
+        new.meta = dict(node.meta)
+        annotate(new, origin="")
+    annotate(out, origin=known.origin or node.name)
+    node.replace_all_uses_with(out)
+    gm.graph.erase_node(node)

@@ -1,0 +1,108 @@
+"""Rewrite reductions: a mean over the tokens becomes the local sum over the count of all ranks.
+
+before  loss = aten.cross_entropy_loss(logits, labels)                      # Partial(sum), in name only
+after   total = aten.cross_entropy_loss(logits, labels, None, SUM)          # Partial(sum)
+        count = cp.all_reduce(aten.sum(aten.ne(labels, -100)))              # the same on every rank, also where no label counts
+        loss = aten.div(total, count)                                       # Partial(sum)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.annotation import annotate, annotation, placement_of
+from cpcompile.call import Call
+from cpcompile.placement import FULL, Partial, Placement, Sharded
+from cpcompile.plan import Lengths, Plan
+from cpcompile.rules.reduction import reduced_dims
+
+aten, cp = torch.ops.aten, torch.ops.cpcompile
+_MEAN, _SUM = 1, 2  # at::Reduction
+
+Insert = Callable[..., fx.Node]
+
+
+def rewrite_reductions(gm: fx.GraphModule, *, plan: Plan) -> int:
+    """Return how many means were rewritten. Runs after `place_tokens`."""
+    count = 0
+    for node in list(gm.graph.nodes):
+        rewrite = MEANS.get(node.target) if node.op == "call_function" else None
+        if rewrite is None or annotation(node).placement != Partial():
+            continue
+        call = Call.of(node)
+        if "reduction" in call and call["reduction"] != _MEAN:
+            continue
+        with gm.graph.inserting_before(node):
+            result = rewrite(call, inserter(gm, node), plan)
+        annotate(result, origin=annotation(node).origin or node.name)
+        node.replace_all_uses_with(result)
+        gm.graph.erase_node(node)
+        count += 1
+    return count
+
+
+def inserter(gm: fx.GraphModule, like: fx.Node) -> Insert:
+    """Return a function that inserts a call with the source line of `like`."""
+
+    def insert(target: Any, *args: Any, placement: Placement = Partial(), **kwargs: Any) -> fx.Node:
+        node = gm.graph.call_function(target, args, kwargs)
+        node.meta = {key: like.meta[key] for key in ("val", "stack_trace", "nn_module_stack") if key in like.meta}
+        annotate(node, placement=placement)
+        return node
+
+    return insert
+
+
+def mean_of_loss(call: Call, insert: Insert, plan: Plan) -> fx.Node:
+    """cross_entropy_loss and nll_loss: the sum of the losses over the sum of the weights of the labels that count."""
+    args, kwargs = call.rebound({"reduction": _SUM})
+    total = insert(call.target, *args, **kwargs)
+    target, weight = call["target"], call["weight"]
+    if call.tensor("target").is_floating_point():  # probabilities: no label is ignored, every row counts
+        rows = set(range(target.meta["val"].dim())) - {1}
+        return insert(aten.div.Tensor, total, whole_count(insert, target, rows))
+    counts = insert(aten.ne.Scalar, target, call["ignore_index"])
+    if weight is not None:
+        safe = insert(aten.mul.Tensor, target, counts)
+        counts = insert(aten.mul.Tensor, insert(aten.index.Tensor, weight, [safe]), counts)
+    local = insert(aten.sum.default, counts)
+    count = insert(cp.all_reduce.default, local, plan.world_size, plan.group, placement=FULL)
+    return insert(aten.div.Tensor, total, count)
+
+
+def mean_of_tensor(call: Call, insert: Insert, plan: Plan) -> fx.Node:
+    """mean: the local sum over the number of elements of the whole tensor."""
+    dtype = {} if call["dtype"] is None else {"dtype": call["dtype"]}
+    if "dim" in call:
+        total = insert(aten.sum.dim_IntList, call["self"], call["dim"], call["keepdim"], **dtype)
+    else:
+        total = insert(aten.sum.default, call["self"], **dtype)
+    return insert(aten.div.Tensor, total, whole_count(insert, call["self"], reduced_dims(call)))
+
+
+def whole_count(insert: Insert, node: fx.Node, dims: set[int]) -> fx.Node | int:
+    """Return the product of the sizes that `dims` have in the whole tensor, of which `node` holds the local tokens."""
+    lengths, placement = Lengths.of(node.graph.owning_module), placement_of(node)
+    product: fx.Node | int = 1
+    for dim in sorted(dims):
+        size: fx.Node | int = node.meta["val"].shape[dim]
+        if not isinstance(size, int):
+            size = insert(aten.sym_size.int, node, dim)
+            if isinstance(placement, Sharded) and dim == placement.dim:
+                size = insert(operator.mul, insert(operator.floordiv, size, lengths.local), lengths.total)
+        both_known = isinstance(product, int) and isinstance(size, int)
+        product = product * size if both_known else insert(operator.mul, product, size)  # type: ignore[operator]
+    return product
+
+
+MEANS: dict[Any, Callable[[Call, Insert, Plan], fx.Node]] = {
+    aten.cross_entropy_loss.default: mean_of_loss,
+    aten.nll_loss_nd.default: mean_of_loss,
+    aten.mean.default: mean_of_tensor,
+    aten.mean.dim: mean_of_tensor,
+}

@@ -1,0 +1,117 @@
+"""The command line: help at once, errors in one line, exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import cpcompile
+from cpcompile.cli import app
+from cpcompile.errors import NoRule
+from tests.train_support import save_tiny_llama
+
+FACTORY = """
+import torch
+
+def model():
+    return torch.nn.Linear(2, 2)
+
+def with_inputs():
+    return torch.nn.Linear(2, 2), {"input": torch.zeros(1, 4, 2)}
+"""
+
+
+class Report:
+    """Stands for what `verify` returns."""
+
+    def __init__(self, ok: bool) -> None:
+        self.ok = ok
+
+    def __str__(self) -> str:
+        return "the report"
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_factory.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["train", "explain", "verify"])
+def test_help(command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert f"{command} [OPTIONS]" in result.output
+
+
+def test_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "cpcompile", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in ("train", "explain", "verify"))
+
+
+def test_an_error_is_its_message_and_exit_code_2(tmp_path: Path) -> None:
+    result = invoke("train", "--text", str(tmp_path / "nowhere.txt"))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --text ")
+    assert "Traceback" not in result.stderr
+
+
+def test_the_untouched_model_is_for_one_rank() -> None:
+    result = invoke("train", "--no-apply", "--ranks", "2")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
+def test_verify_exit_code(factory: None, monkeypatch: pytest.MonkeyPatch, ok: bool, code: int) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        cpcompile, "verify", lambda model, inputs, **given: seen.update(given) or Report(ok), raising=False
+    )
+    result = invoke("verify", "my_factory:with_inputs", "--world-size", "3", "--strategy", "ring")
+    assert (result.exit_code, result.output) == (code, "the report\n")
+    assert seen == {"world_size": 3, "strategy": "ring", "balancer": "auto"}
+
+
+def test_explain_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[Any] = []
+    monkeypatch.setattr(
+        cpcompile,
+        "explain",
+        lambda model, inputs, **given: shapes.append(inputs["labels"].shape) or "a plan",
+        raising=False,
+    )
+    result = invoke("explain", str(save_tiny_llama(tmp_path / "tiny")), "--length", "31", "--batch-size", "2")
+    assert (result.exit_code, result.output) == (0, "a plan\n")
+    assert shapes == [(2, 31)]
+
+
+def test_an_error_of_the_pass_is_shown_whole(factory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **given: Any) -> None:
+        raise NoRule("aten.foo cannot be sharded:\n  the user's line")
+
+    monkeypatch.setattr(cpcompile, "explain", refuse, raising=False)
+    result = invoke("explain", "my_factory:with_inputs")
+    assert (result.exit_code, result.stderr) == (2, "error: aten.foo cannot be sharded:\n  the user's line\n")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nowhere", "nowhere: neither a model folder nor module:factory."),
+        ("no_such_module:model", "No module named 'no_such_module'"),
+        ("my_factory:nothing", "my_factory has no function 'nothing'."),
+        ("my_factory:model", "let the factory return (model, inputs)"),
+    ],
+)
+def test_targets_that_are_none(factory: None, target: str, message: str) -> None:
+    result = invoke("explain", target)
+    assert result.exit_code == 2
+    assert message in result.stderr

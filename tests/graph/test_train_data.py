@@ -1,0 +1,91 @@
+"""Texts become the same sequences everywhere, and what is no text is refused in one line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpcompile.errors import ConfigError, InputError
+from cpcompile.train import data
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    eos_token_id = 256
+
+    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(text.encode()) for text in texts]}
+
+
+def batches(seed: int = 0) -> data.Batches:
+    return data.Batches(torch.arange(20).view(5, 4), batch_size=2, seed=seed)
+
+
+def test_documents_end_with_the_separator() -> None:
+    documents = [data.Document("a", "ab"), data.Document("b", "c")]
+    assert data.tokenize(documents, Bytes()).tolist() == [97, 98, 256, 99, 256]
+
+
+def test_packing_leaves_only_the_rest_out() -> None:
+    assert data.pack(torch.arange(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_too_little_text() -> None:
+    with pytest.raises(InputError, match=r"the text has 3 tokens, fewer than one sequence of --length 4"):
+        data.pack(torch.arange(3), 4)
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    later = [batches().at(step) for step in (3, 1)]
+    again = [batches().at(step) for step in (3, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(later, again, strict=True))
+    assert any(not torch.equal(batches(0).at(step), batches(1).at(step)) for step in range(3))
+
+
+def test_every_sequence_once_an_epoch() -> None:
+    rows = torch.cat([batches().at(step) for step in range(5)])[:, 0].tolist()
+    assert sorted(rows[:5]) == sorted(rows[5:]) == [0, 4, 8, 12, 16]
+
+
+def test_default_documents_are_long() -> None:
+    documents = data.default_documents()
+    assert len(documents) > 50
+    assert sum(len(document.text) for document in documents) > 500_000
+
+
+def test_folders_are_read_in_order_and_binary_files_skipped(tmp_path: Path) -> None:
+    for name, content in {
+        "b.txt": b"second",
+        "a/z.md": b"first",
+        "c.bin": b"\xff\xfe\x00",
+        ".git/x": b"hidden",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    documents, num_skipped = data.read_documents([tmp_path])
+    assert [document.text for document in documents] == ["first", "second"]
+    assert num_skipped == 1
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--text .*nowhere\.txt: no such file or folder"):
+        data.check_paths([tmp_path / "nowhere.txt"])
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(InputError, match=r"empty\.txt: empty"):
+        data.check_paths([tmp_path / "empty.txt"])
+
+
+def test_blank_text(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    with pytest.raises(InputError, match=r"blank\.txt: no text in it"):
+        data.read_documents([tmp_path / "blank.txt"])
+
+
+def test_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    with pytest.raises(InputError, match=r"not UTF-8 text \(invalid start byte at byte 0\)"):
+        data.read_documents([tmp_path / "image.png"])

@@ -1,0 +1,67 @@
+"""A rank that dies or raises ends the run in seconds, with one line that names it."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from cpcompile.train import RankError
+from cpcompile.train.events import Event, Failed, Step
+from cpcompile.train.launch import exit_reason, launch, root_cause
+from tests.train_support import tiny_options
+
+
+def failed(rank: int, text: str, when: float) -> Failed:
+    return Failed(rank, text, "", False, when)
+
+
+def test_a_death_comes_before_the_connections_it_breaks() -> None:
+    lost = failed(0, "failed with RuntimeError: Connection closed by peer", 1.0)
+    death = failed(1, "was killed by SIGKILL", 2.0)
+    assert root_cause([lost, death]) is death
+
+
+def test_an_error_comes_before_the_connections_it_breaks() -> None:
+    lost = failed(0, "failed with RuntimeError: [gloo] Connection reset by peer", 1.0)
+    error = failed(1, "failed with KeyError: 'x'", 2.0)
+    assert root_cause([lost, error]) is error
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (-9, "was killed by SIGKILL (out of memory?)"),
+        (-11, "was killed by SIGSEGV"),
+        (3, "ended with exit code 3 before its last step"),
+    ],
+)
+def test_exit_reasons(code: int, words: str) -> None:
+    assert exit_reason(code) == words
+
+
+def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
+    killed: list[float] = []
+
+    def kill_second_rank(event: Event) -> None:
+        if isinstance(event, Step) and not killed:
+            second = next(
+                child for child in multiprocessing.active_children() if child.name.endswith("-2") or len(killed)
+            )
+            os.kill(second.pid or 0, signal.SIGKILL)
+            killed.append(time.monotonic())
+
+    options = tiny_options(tmp_path, ranks=2, steps=1_000_000, apply=False)
+    with pytest.raises(RankError, match=r"^rank 1 was killed by SIGKILL \(out of memory\?\); all ranks were ended\.$"):
+        launch(options, kill_second_rank)
+    assert time.monotonic() - killed[0] < 10
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_of_a_rank_is_one_line(tmp_path: Path) -> None:
+    options = tiny_options(tmp_path, ranks=2, length=100_000, apply=False)
+    with pytest.raises(RankError, match=r"^the text has \d+ tokens, fewer than one sequence of --length 100000\.$"):
+        launch(options, lambda event: None)
+    assert not multiprocessing.active_children()
