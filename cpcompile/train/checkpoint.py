@@ -26,6 +26,7 @@ def find(folder: Path) -> list[tuple[int, Path]]:
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     """Write `state` as the checkpoint of `step`, and keep the `KEEP` newest."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint-{step:06d}.pt"
     partial = path.with_suffix(".pt.partial")
     try:

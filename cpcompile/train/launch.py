@@ -61,7 +61,9 @@ def launch(options: TrainOptions, report: Callable[[Event], None]) -> None:
         try:
             for number in range(options.ranks):
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=rank_main, args=(number, options, sender, f"{folder}/store"))
+                process = context.Process(
+                    target=rank_main, args=(number, options, sender, f"{folder}/store"), name=f"rank {number}"
+                )
                 process.start()
                 sender.close()
                 ranks.append(Rank(number, process, receiver))

@@ -47,9 +47,7 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
 
     def kill_second_rank(event: Event) -> None:
         if isinstance(event, Step) and not killed:
-            second = next(
-                child for child in multiprocessing.active_children() if child.name.endswith("-2") or len(killed)
-            )
+            second = next(child for child in multiprocessing.active_children() if child.name == "rank 1")
             os.kill(second.pid or 0, signal.SIGKILL)
             killed.append(time.monotonic())
 
