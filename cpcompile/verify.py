@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +14,16 @@ from torch import fx
 
 from cpcompile.annotation import annotation
 from cpcompile.call import Call
-from cpcompile.compile import transform_dynamo_graph
+from cpcompile.capture import capture
+from cpcompile.compile import input_names
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole, token_length
 from cpcompile.errors import ConfigError, VerificationError, where
 from cpcompile.lockstep import Lockstep, whole_value
 from cpcompile.passes.finish_outputs import output_placements
 from cpcompile.placement import FULL, Full, Sharded
-from cpcompile.transform import Transformed
+from cpcompile.transform import Transformed, transform
+from cpcompile.widen import Widen, widen_graph
 
 aten = torch.ops.aten
 
@@ -114,7 +117,7 @@ def verify(
         model: the single-device model, on any device.
         inputs: its keyword arguments: the whole batch, labels included.
         world_size: ranks to simulate.
-        dtype: run a copy of the model in this dtype; `torch.float64` separates errors from rounding.
+        dtype: run a copy of the model in this dtype; `torch.float64` separates errors from rounding (float32 casts are widened too).
         tolerance: largest relative error; by default 256 units in the last place of the dtype.
         objective: from the model's output to the scalar to differentiate; by default its loss, or else a fixed random projection of
             all its floating-point outputs.
@@ -133,8 +136,10 @@ def verify(
         model = copy.deepcopy(model).to(dtype)
         inputs = {n: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in inputs.items()}
     objective = objective or default_objective
-    reference_loss, reference = run_and_differentiate(model, model.forward, inputs, objective)
-    ranks = LockstepBackend(config, world_size)
+    is_wide = dtype == torch.float64
+    with Widen() if is_wide else contextlib.nullcontext():
+        reference_loss, reference = run_and_differentiate(model, model.forward, inputs, objective)
+    ranks = LockstepBackend(config, world_size, is_wide)
     loss, gradients = run_and_differentiate(model, compile_whole(model.forward, ranks), by_name(model.forward, inputs), objective, config)
     assert ranks.transformed is not None
     error = max(relative(value, reference_loss) for value in (loss, *ranks.scalars(loss)))
@@ -214,17 +219,20 @@ def run_and_differentiate(
 class LockstepBackend:
     """A Dynamo backend that runs all ranks in lockstep and hands the joined outputs back to the model's own code."""
 
-    def __init__(self, config: Config, world_size: int) -> None:
-        self.config, self.world_size = config, world_size
+    def __init__(self, config: Config, world_size: int, is_wide: bool) -> None:
+        self.config, self.world_size, self.is_wide = config, world_size, is_wide
         self.transformed: Transformed | None = None
         self.inputs: tuple[Any, ...] = ()
         self._scalars: list[list[torch.Tensor]] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.transformed = transform_dynamo_graph(
-            gm, example_inputs, config=self.config, world_size=self.world_size, group=""
+        captured = capture(gm, example_inputs)
+        refuse_dropout(captured)
+        if self.is_wide:
+            widen_graph(captured)
+        self.transformed = transform(
+            captured, config=self.config, world_size=self.world_size, group="", inputs=input_names(captured)
         )
-        refuse_dropout(self.transformed.original)
         return self._run
 
     def _run(self, *inputs: Any) -> tuple[Any, ...]:

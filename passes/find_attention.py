@@ -41,6 +41,7 @@ _FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Sc
 _SELECTIONS = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
+_DETACHES = {aten.detach.default, aten.detach_.default}
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default}
 _REGROUPINGS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
 # A chain that crosses one of these is not computed under one mode: its gradient or its dtypes would change.
@@ -107,10 +108,16 @@ def read_fused(node: fx.Node) -> Attention | None:
     call = Call.of(node)
     q, k, v, mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
     scale = call["scale"] if call["scale"] is not None else default_scale(call)
-    if scale is None or not is_batched(q, k, v) or (num_heads(q) != num_heads(k) and not call["enable_gqa"]):
+    if scale is None or not is_batched(*(value_of(x).shape for x in (q, k, v))):
+        return None
+    if value_of(q).dim() == 4 and num_heads(q) != num_heads(k) and not call["enable_gqa"]:
+        return None
+    if mask is not None and may_need_gradient(mask):
         return None
     q, k, v = (converted(node, operand, value_of(node).dtype) for operand in (q, k, v))
-    return Attention((node,), q, k, v, mask, float(scale), is_causal=call["is_causal"], dropout=float(call["dropout_p"]))
+    return Attention(
+        (node,), q, k, v, mask, float(scale), is_causal=call["is_causal"], dropout=float(call["dropout_p"])
+    )
 
 
 def default_scale(call: Call) -> float | None:
@@ -127,16 +134,26 @@ def read_written_out(node: fx.Node, reader: Reader) -> Attention | None:
     weighing = read_weighing(node)
     if scores is None or weighing is None or switches_mode(scores.product, weighing.nodes[-1]):
         return None
-    before = weighing.nodes[-1]
-    q, k, v = scores.product.args[0], transposed(before, scores.product.args[1]), before.args[1]
-    operands = [of_dtype(before, x, value_of(before).dtype, value_of(scores.product).dtype) for x in (q, k, v)]
-    if any(operand is None for operand in operands) or not is_batched(*operands) or not can_mask(scores.masks):
+    end = weighing.nodes[-1]
+    dtype = value_of(end).dtype
+    written = [source(scores.product), second(scores.product), second(end)]
+    q_shape, k_shape, v_shape = (value_of(x).shape for x in written)
+    keeps_dtype = value_of(scores.product).dtype == dtype or all(is_of(x, dtype) for x in written)
+    if (
+        not keeps_dtype
+        or not is_batched(q_shape, [*k_shape[:-2], k_shape[-1], k_shape[-2]], v_shape)
+        or not can_mask(scores.masks)
+    ):
         return None
+    q, k_transposed, v = (of_dtype(end, x, dtype) for x in written)
+    k = transposed(end, k_transposed)
     return Attention(
-        (*scores.nodes, *weighing.nodes),
-        *operands,
-        written_mask(before, scores),
-        scores.scale,
+        nodes=(*scores.nodes, *weighing.nodes),
+        q=q,
+        k=k,
+        v=v,
+        mask=written_mask(end, scores),
+        scale=scores.scale,
         softcap=scores.softcap,
         dropout=weighing.dropout,
     )
@@ -237,7 +254,21 @@ def read_weighing(softmax: fx.Node) -> Weighing | None:
 
 def is_conversion(node: fx.Node) -> bool:
     """Tell whether a node changes no more than the memory format, or one floating-point dtype to another."""
-    return node.target in _CONVERSIONS and all(value_of(n).dtype.is_floating_point for n in (node, node.args[0]))
+    return node.target in _CONVERSIONS and all(value_of(n).dtype.is_floating_point for n in (node, source(node)))
+
+
+def source(node: fx.Node) -> fx.Node:
+    """Return the first operand."""
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node), node.format_node()
+    return operand
+
+
+def second(node: fx.Node) -> fx.Node:
+    """Return the second operand."""
+    operand = node.args[1]
+    assert isinstance(operand, fx.Node), node.format_node()
+    return operand
 
 
 def switches_mode(first: fx.Node, last: fx.Node) -> bool:
@@ -250,16 +281,14 @@ def switches_mode(first: fx.Node, last: fx.Node) -> bool:
     return False
 
 
-def of_dtype(before: fx.Node, node: Any, dtype: torch.dtype, product: torch.dtype) -> fx.Node | None:
-    """Return an operand in the dtype of the result, if that loses nothing that the written-out form keeps.
+def is_of(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Tell whether an operand is in `dtype`, or was converted from it just before."""
+    return value_of(node).dtype == dtype or (is_conversion(node) and value_of(source(node)).dtype == dtype)
 
-    It does for an operand that was converted from `dtype` just before, and where autocast multiplies in `dtype` anyway.
-    """
-    if value_of(node).dtype == dtype:
-        return node  # type: ignore[no-any-return]
-    if is_conversion(node) and value_of(node.args[0]).dtype == dtype:
-        return node.args[0]  # type: ignore[no-any-return]
-    return converted(before, node, dtype) if product == dtype else None
+
+def of_dtype(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Return an operand in the dtype of the result, from before its conversion if it was converted."""
+    return source(node) if is_conversion(node) and is_of(source(node), dtype) else converted(before, node, dtype)
 
 
 def converted(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -267,11 +296,11 @@ def converted(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     return node if value_of(node).dtype == dtype else emit(before, aten.to.dtype, node, dtype)
 
 
-def transposed(before: fx.Node, node: Any) -> fx.Node:
+def transposed(before: fx.Node, node: fx.Node) -> fx.Node:
     """Return a node with its last two dims exchanged."""
     rank = value_of(node).dim()
-    if node.target is aten.transpose.int and {d % rank for d in node.args[1:]} == {rank - 2, rank - 1}:
-        return node.args[0]  # type: ignore[no-any-return]
+    if node.target is aten.transpose.int and {d % rank for d in node.args[1:]} == {rank - 2, rank - 1}:  # type: ignore[operator]
+        return source(node)
     return emit(before, aten.transpose.int, node, rank - 2, rank - 1)
 
 
@@ -286,18 +315,41 @@ def same_shape(a: Any, b: Any) -> bool:
 
 
 def is_batched(q: Any, k: Any, v: Any) -> bool:
-    """Tell whether the operands are `[B, H, S, D]`, or `[B, S, D]`, with as many heads as the operator takes."""
-    shapes = [value_of(x).shape for x in (q, k, v)]
-    if len(shapes[0]) == 3:
-        return same_shape(shapes[1][:1], shapes[0][:1]) and same_shape(shapes[2][:2], shapes[1][:2])
-    (batch, heads), key_heads = shapes[0][:2], shapes[1][1]
-    is_grouped = isinstance(heads, int) and isinstance(key_heads, int) and heads % key_heads == 0
-    same_tokens = same_shape(shapes[2][:3], shapes[1][:3])
-    return len(shapes[0]) == 4 and is_grouped and same_tokens and statically_known_true(shapes[1][0] == batch)
+    """Tell whether the shapes are `[B, H, S, D]`, or `[B, S, D]`, with as many heads as the operator takes."""
+    if not same_shape(v[:-1], k[:-1]) or len(q) != len(k) or not statically_known_true(q[0] == k[0]):
+        return False
+    if len(q) == 3:
+        return True
+    is_grouped = isinstance(q[1], int) and isinstance(k[1], int) and q[1] % k[1] == 0
+    return len(q) == 4 and is_grouped
+
+
+def may_need_gradient(mask: fx.Node) -> bool:
+    """Tell whether a mask depends on an input that takes a gradient: the operator has none for its mask."""
+    seen: set[fx.Node] = set()
+    waiting = [mask]
+    while waiting:
+        node = waiting.pop()
+        if (
+            node in seen
+            or not is_tensor(node)
+            or not value_of(node).dtype.is_floating_point
+            or node.target in _DETACHES
+        ):
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            example = getattr(node.meta.get("grapharg"), "example", None)
+            if not isinstance(example, torch.Tensor) or example.requires_grad:
+                return True
+        waiting.extend(node.all_input_nodes)
+    return False
 
 
 def can_mask(masks: tuple[Masking, ...]) -> bool:
     """Tell whether one mask means all of them: a finite fill is like an addition when it absorbs the score, and alone."""
+    if any(may_need_gradient(masking.tensor) for masking in masks):
+        return False
     fills = [masking.fill for masking in masks if masking.fill is not None]
     return all(fill == float("-inf") or (fill <= _ABSORBING and len(masks) == 1) for fill in fills)
 
@@ -360,26 +412,26 @@ def unrepeated(before: fx.Node, node: fx.Node) -> fx.Node:
     if value_of(node).dim() != 4:
         return node
     if node.target is aten.repeat_interleave.self_int and Call.of(node)["dim"] in (1, -3):
-        return node.args[0]  # type: ignore[return-value]
-    expanded = node.args[0] if node.target in _REGROUPINGS else None
-    while isinstance(expanded, fx.Node) and is_conversion(expanded):
-        expanded = expanded.args[0]
-    if not isinstance(expanded, fx.Node) or expanded.target is not aten.expand.default:
+        return source(node)
+    if node.target not in _REGROUPINGS:
         return node
-    source = expanded.args[0]
+    expanded = source(node)
+    while is_conversion(expanded):
+        expanded = source(expanded)
+    if expanded.target is not aten.expand.default or value_of(expanded).dim() != 5:
+        return node
     batch, heads, copies, *rest = value_of(expanded).shape
-    assert isinstance(source, fx.Node)
-    one = (batch, heads, 1, *rest)
-    if not same_shape(value_of(source).shape, one) or not same_shape(value_of(node).shape, (batch, heads * copies, *rest)):
+    is_repeat = same_shape(value_of(node).shape, (batch, heads * copies, *rest))
+    if not is_repeat or not same_shape(value_of(source(expanded)).shape, (batch, heads, 1, *rest)):
         return node
-    return without_copies(before, source)
+    return without_copies(before, source(expanded))
 
 
-def without_copies(before: fx.Node, source: fx.Node) -> fx.Node:
+def without_copies(before: fx.Node, one_copy: fx.Node) -> fx.Node:
     """Return `[B, K, 1, S, D]` without its third dim."""
-    inner = source
-    while inner.target is aten.slice.Tensor and same_shape(value_of(inner).shape, value_of(inner.args[0]).shape):
-        inner = inner.args[0]  # type: ignore[assignment]
+    inner = one_copy
+    while inner.target is aten.slice.Tensor and same_shape(value_of(inner).shape, value_of(source(inner)).shape):
+        inner = source(inner)
     if inner.target is aten.unsqueeze.default and Call.of(inner)["dim"] in (2, -3):
-        return inner.args[0]  # type: ignore[return-value]
-    return emit(before, aten.squeeze.dim, source, 2)
+        return source(inner)
+    return emit(before, aten.squeeze.dim, one_copy, 2)

@@ -54,9 +54,8 @@ def fits(call: Call, mask: Mask) -> bool:
     batch, _, num_queries, _ = call.shape("q")
     num_keys = call.shape("k")[2]
     is_self = statically_known_true(num_queries == num_keys)
-    vectors = [(mask.documents, num_queries)] if mask.documents is not None else []
-    vectors += [(key_load(part), num_keys) for part in mask.key_padding]
-    fit = all(load is not None and is_vector(load, batch, tokens) for load, tokens in vectors)
+    vectors = [(mask.documents, num_queries), *((key_load(part), num_keys) for part in mask.key_padding)]
+    fit = all(is_vector(load, batch, tokens) for load, tokens in vectors if load is not None)
     needs_self = mask.is_causal or mask.documents is not None
     taken = call["documents"] if mask.documents is not None else None
     return fit and taken is None and (is_self or not needs_self)
@@ -65,7 +64,9 @@ def fits(call: Call, mask: Mask) -> bool:
 def is_vector(load: Load, batch: Any, tokens: Any) -> bool:
     """Tell whether a per-token value has a row for all or for each sequence, as long as the sequence."""
     *rows, length = value_of(load.node).shape
-    return statically_known_true(length == tokens) and (not rows or statically_known_true(rows[0] == batch) or rows == [1])
+    return statically_known_true(length == tokens) and (
+        not rows or statically_known_true(rows[0] == batch) or rows == [1]
+    )
 
 
 def put(call: Call, mask: Mask) -> None:
@@ -97,10 +98,16 @@ def key_predicate(before: fx.Node, part: Compare | Truth) -> fx.Node:
     """Return the node that computes a predicate of one per-token value."""
     load = key_load(part)
     assert load is not None
+    if isinstance(part, Truth) and not part.is_negated:
+        return load.node
     if isinstance(part, Truth):
-        return emit(before, aten.logical_not.default, load.node) if part.is_negated else load.node
+        return emit(before, aten.logical_not.default, load.node)
     sign = dict(part.value.terms)[load]
-    names = {"eq": aten.eq.Scalar, "ne": aten.ne.Scalar, "le": aten.le.Scalar if sign > 0 else aten.ge.Scalar}
+    names: dict[str, torch._ops.OpOverload] = {
+        "eq": aten.eq.Scalar,
+        "ne": aten.ne.Scalar,
+        "le": aten.le.Scalar if sign > 0 else aten.ge.Scalar,
+    }
     return emit(before, names[part.kind], load.node, -sign * part.value.constant)
 
 

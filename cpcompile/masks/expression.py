@@ -1,8 +1,8 @@
 """Expressions: what a tensor holds at each place, written over the coordinates of the place.
 
-`arange(n)[:, None] >= arange(n)` holds `Compare("le", d1 - d0)` at (d0, d1): integers are affine in coordinates and loads, booleans
-are conjunctions and disjunctions of comparisons, and a `Choice` is a value that a boolean decides. Constructors simplify, so two
-spellings of one mask end as one expression. A coordinate along a dim of size 1 is always written as the constant 0.
+`arange(n)[:, None] >= arange(n)` holds `Compare("le", d1 - d0)` at (d0, d1): integers are affine in coordinates and loads,
+booleans are conjunctions and disjunctions of comparisons, and a `Choice` is a value that a boolean decides. Constructors
+simplify, so two spellings of one mask end as one expression. A coordinate along a dim of size 1 is always the constant 0.
 """
 
 from __future__ import annotations
@@ -312,7 +312,11 @@ def substitute(value: Expression, coordinates: Mapping[int, Affine]) -> Expressi
 def shifted(value: Expression, dims: int) -> Expression:
     """Return the expression of a tensor seen with `dims` more dims in front."""
     assert dims >= 0, dims
-    return rewrite(value, lambda a: coordinate(a.dim + dims) if isinstance(a, Coordinate) else affine(a)) if dims else value
+    return (
+        rewrite(value, lambda a: coordinate(a.dim + dims) if isinstance(a, Coordinate) else affine(a))
+        if dims
+        else value
+    )
 
 
 COMPARISONS: Mapping[str, Callable[[Affine, Affine], Boolean]] = {
@@ -323,4 +327,6 @@ COMPARISONS: Mapping[str, Callable[[Affine, Affine], Boolean]] = {
     "eq": lambda a, b: compare("eq", a - b),
     "ne": lambda a, b: compare("ne", a - b),
 }
-FLOAT_COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {name: getattr(operator, name) for name in COMPARISONS}
+FLOAT_COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
+    name: getattr(operator, name) for name in COMPARISONS
+}

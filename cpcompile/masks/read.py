@@ -232,8 +232,8 @@ def result_of(call: Call) -> torch.Tensor:
 def arange(reader: Reader, call: Call) -> Expression:
     if result_of(call).dtype not in _INDEX_DTYPES:
         raise Unreadable
-    start = number_of(reader, call["start"]) if "start" in call else ZERO
-    step = call["step"] if "step" in call else 1
+    start = number_of(reader, call.arguments.get("start", 0))
+    step = call.arguments.get("step", 1)
     if not isinstance(step, int):
         raise Unreadable
     return start + coordinate(0) * step
@@ -289,7 +289,12 @@ def conversion(reader: Reader, call: Call) -> Expression:
 
 
 @reads(
-    *(getattr(packet, overload) for name in COMPARISONS for packet in (getattr(aten, name),) for overload in ("Tensor", "Scalar"))
+    *(
+        getattr(packet, overload)
+        for name in COMPARISONS
+        for packet in (getattr(aten, name),)
+        for overload in ("Tensor", "Scalar")
+    )
 )
 def comparison(reader: Reader, call: Call) -> Expression:
     name = call.target._schema.name.partition("::")[2]
@@ -316,7 +321,9 @@ def operands(reader: Reader, call: Call) -> list[Expression]:
     return [reader.operand(call[name], rank) for name in list(call.arguments)[:2]]
 
 
-@reads(aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Scalar, aten.bitwise_and.Scalar)
+@reads(
+    aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Scalar, aten.bitwise_and.Scalar
+)
 def conjunction(reader: Reader, call: Call) -> Expression:
     return both(*booleans(reader, call))
 
@@ -577,7 +584,8 @@ def diff(reader: Reader, call: Call) -> Expression:
     dim = call.dim("dim", "self")
     if call["n"] != 1 or result.dtype not in _INDEX_DTYPES:
         raise Unreadable
-    pieces = [(reader.operand(t), value_of(t).shape[dim]) for t in (call["prepend"], call["self"], call["append"]) if t is not None]
+    tensors = [t for t in (call["prepend"], call["self"], call["append"]) if t is not None]
+    pieces = [(reader.operand(t), value_of(t).shape[dim]) for t in tensors]
     whole = joined(pieces, dim, result.dtype)
     later = substitute(whole, {dim: coordinate(dim) + ONE})
     return map_leaves(lambda a, b: exact(a) - exact(b), as_value(later), as_value(whole))

@@ -28,7 +28,6 @@ from cpcompile.masks.expression import (
     Boolean,
     Choice,
     Compare,
-    Coordinate,
     Expression,
     Load,
     Number,
@@ -86,7 +85,10 @@ def narrowed(mask: Mask, part: Boolean) -> Mask | None:
         case Compare("le", number) if number.terms == (QUERY - KEY).terms and number.constant <= 0:
             window = 1 - number.constant
             return replace(mask, window=min(window, mask.window or window))
-        case Compare("eq", number) if (documents := same_id(number)) is not None and mask.documents in (None, documents):
+        case Compare("eq", number) if (documents := same_id(number)) is not None and mask.documents in (
+            None,
+            documents,
+        ):
             return replace(mask, documents=documents)
         case Compare() | Truth() if key_load(part) is not None:
             return replace(mask, key_padding=mask.key_padding | {part})
