@@ -101,16 +101,6 @@ def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def current_backward() -> int:
-    """Return a number for the backward that runs in this thread, -1 outside one."""
-    return int(torch._C._current_graph_task_id())
-
-
-def after_backward(callback: Callable[[], None]) -> None:
-    """Run `callback` when the backward under way has finished."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
-
-
 _LOGGING = ("debug", "info", "warning", "error", "exception", "critical", "log", "warning_once", "info_once", "warning_advice")
 _RECOMPILE_LIMIT = 256
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from cpcompile.backend import Compiled, backend, gradient_sync
+from cpcompile.backend import Compiled, gradient_sync
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole, token_length
 from cpcompile.errors import ConfigError
@@ -46,21 +45,20 @@ def apply(model: Model, mesh: DeviceMesh, *, axis: str | None = None, **options:
     if isinstance(model.__dict__.get("forward"), ParallelForward):
         raise ConfigError("this model is context parallel already: call cpcompile.remove(model) first.")
     config, chosen = Config.of(options), axis_of(mesh, axis)
-    model.forward = ParallelForward(model, mesh, axis, config, chosen)
+    model.forward = ParallelForward(model, config, chosen)
     return model
 
 
 def remove(model: Model) -> Model:
     """Undo `apply`: the model is the single-device one again. Returns the same object."""
-    forward = parallel_forward(model)
-    gradient_sync(forward.axis).unwatch(model.parameters())
+    parallel_forward(model)
     del model.__dict__["forward"]
     return model
 
 
 def no_sync(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which backward leaves gradients local; the next backward outside sums them (gradient accumulation)."""
-    return gradient_sync(parallel_forward(model).axis).no_sync()
+    """Return a context in which backward keeps gradients back; the next one outside sums and delivers them too (gradient accumulation)."""
+    return parallel_forward(model).sync.no_sync()
 
 
 def parallel_forward(model: torch.nn.Module) -> ParallelForward:
@@ -74,17 +72,17 @@ def parallel_forward(model: torch.nn.Module) -> ParallelForward:
 class ParallelForward:
     """What `apply` puts in place of a model's forward: checks the inputs, then runs the compiled, transformed program."""
 
-    def __init__(self, model: torch.nn.Module, mesh: DeviceMesh, axis_name: str | None, config: Config, axis: Axis) -> None:
+    def __init__(self, model: torch.nn.Module, config: Config, axis: Axis) -> None:
         self.config, self.axis = config, axis
         self.length = 0  # tokens of the last call
         self.layout = ""  # chosen when the model is first called
         self.__wrapped__ = model.forward  # `inspect.signature(model.forward)` stays that of the model
-        self._options = {"mesh": mesh, "axis": axis_name, **{f.name: getattr(config, f.name) for f in fields(config)}}
+        self.sync = gradient_sync(config, axis)
         self._compiled = compile_whole(model.forward, self._backend)
         self._is_checked = config.check_inputs == "never"
 
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        compiled = backend(gm, example_inputs, options=self._options)
+        compiled = Compiled(gm, example_inputs, self.config, self.sync)
         self.layout = compiled.transformed.plan.layout
         return compiled
 

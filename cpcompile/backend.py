@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,32 +27,39 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
         raise ConfigError('the mesh is missing: torch.compile(model, backend="cpcompile", options={"mesh": mesh, ...}).')
     axis = axis_of(given.pop("mesh"), given.pop("axis", None))
     config = Config.of(given)
-    return Compiled(gm, example_inputs, config, axis)
+    return Compiled(gm, example_inputs, config, gradient_sync(config, axis))
+
+
+def gradient_sync(config: Config, axis: Axis) -> GradientSync:
+    """Return what sums the gradients of one model; where a wrapper averages parameters, gradients count P-fold until then."""
+    return GradientSync(axis, 1 / axis.world_size if config.grad_sync == "mean" else 1.0)
 
 
 class Compiled:
     """One transformed and compiled graph; called with the flat inputs that Dynamo passes."""
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, axis: Axis) -> None:
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, sync: GradientSync) -> None:
+        axis = sync.axis
         check_devices(example_inputs, axis)
         self.transformed: Transformed = transform_dynamo_graph(
             gm, example_inputs, config=config, world_size=axis.world_size, group=axis.group
         )
         self._run = compile_inner(self.transformed, example_inputs, config.inner)
-        self._parameters = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
-        self._sync = gradient_sync(axis) if config.grad_sync == "sum" and axis.world_size > 1 else None
+        sums = {"sum": torch.Tensor, "mean": torch.Tensor, "none": ()}[config.grad_sync]
+        averaged = torch.nn.Parameter if config.grad_sync == "mean" else ()  # their wrapper averages parameters
+        self._summed = [
+            i
+            for i, x in enumerate(example_inputs)
+            if isinstance(x, sums) and x.requires_grad and not isinstance(x, averaged)
+        ]
+        self._sync = sync
 
     def __call__(self, *inputs: Any) -> Any:
-        if self._sync is not None and torch.is_grad_enabled():
-            # One graph may serve several modules, so the parameters are those of this call.
-            self._sync.watch(inputs[i] for i in self._parameters)
-        return self._run(*inputs)
-
-
-@functools.lru_cache(maxsize=None)
-def gradient_sync(axis: Axis) -> GradientSync:
-    """Return the one gradient synchroniser of an axis."""
-    return GradientSync(axis)
+        given = list(inputs)
+        if self._sync.axis.world_size > 1 and self._summed and torch.is_grad_enabled():
+            for i, tensor in zip(self._summed, self._sync([inputs[i] for i in self._summed]), strict=True):
+                given[i] = tensor
+        return self._run(*given)
 
 
 def check_devices(inputs: Sequence[Any], axis: Axis) -> None:

@@ -222,4 +222,6 @@ def guard(run: Callable[[], None], *, traceback: bool = False) -> None:
 
 def main() -> None:
     """Run the command line."""
+    # The ranks would draw transformers' bars over each other. tqdm reads this when torch imports it.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     app()

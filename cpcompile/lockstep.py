@@ -86,11 +86,6 @@ class _Scale(torch.autograd.Function):
         return grads[0] * ctx.scale, None
 
 
-def _identity(calls: list[Mapping[str, Any]]) -> Ranks:
-    # The adjoint of an input that all ranks share adds up by itself here.
-    return [c["x"] for c in calls]
-
-
 def _attention(calls: list[Mapping[str, Any]]) -> Ranks:
     c = calls[0]
     length, layout, at = c["length"], c["layout"], Sharded(2)
@@ -137,7 +132,6 @@ COLLECTIVES: dict[Any, Callable[[list[Mapping[str, Any]]], Ranks]] = {
     cp.fill_padding.default: _fill,
     cp.all_reduce.default: _all_reduce,
     cp.scale_gradient.default: _scale,
-    cp.sum_gradient.default: _identity,
     cp.ring_attention.default: _attention,
     cp.gather_attention.default: _attention,
     cp.ulysses_attention.default: _attention,

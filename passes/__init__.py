@@ -10,13 +10,12 @@ from cpcompile.passes.lift_masks import lift_masks
 from cpcompile.passes.place_tokens import place_tokens
 from cpcompile.passes.rewrite_attention import rewrite_attention
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
-from cpcompile.passes.sum_input_gradients import sum_input_gradients
 
 # Still a single-device program: these only say what the attentions are.
 ANALYSIS = (find_attention, lift_masks)
 
 # From one device to the ranks of an axis; each takes the plan.
-SHARDING = (place_tokens, rewrite_attention, rewrite_reductions, finish_outputs, sum_input_gradients)
+SHARDING = (place_tokens, rewrite_attention, rewrite_reductions, finish_outputs)
 
 __all__ = [
     "ANALYSIS",
@@ -28,5 +27,4 @@ __all__ = [
     "place_tokens",
     "rewrite_attention",
     "rewrite_reductions",
-    "sum_input_gradients",
 ]

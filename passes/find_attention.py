@@ -299,7 +299,7 @@ def converted(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 def transposed(before: fx.Node, node: fx.Node) -> fx.Node:
     """Return a node with its last two dims exchanged."""
     rank = value_of(node).dim()
-    if node.target is aten.transpose.int and {d % rank for d in node.args[1:]} == {rank - 2, rank - 1}:  # type: ignore[operator]
+    if node.target is aten.transpose.int and {d % rank for d in node.args[1:]} == {rank - 2, rank - 1}:
         return source(node)
     return emit(before, aten.transpose.int, node, rank - 2, rank - 1)
 
@@ -391,7 +391,9 @@ def write_operator(found: Attention) -> None:
     k, v = unrepeated(end, found.k), unrepeated(end, found.v)
     if num_heads(k) != num_heads(v):
         k, v = found.k, found.v
-    operands = [as_heads(end, node) for node in (found.q, k, v, found.mask)]
+    operands = [found.q, k, v, found.mask]
+    if value_of(end).dim() == 3:
+        operands = [as_one_head(end, node) for node in operands]
     settings = (found.scale, found.is_causal, 0, found.softcap, found.dropout)
     new = emit(end, torch.ops.cpcompile.attention.default, *operands, None, None, *settings)
     if value_of(end).dim() == 3:
@@ -402,8 +404,8 @@ def write_operator(found: Attention) -> None:
         node.graph.erase_node(node)
 
 
-def as_heads(before: fx.Node, node: fx.Node | None) -> fx.Node | None:
-    """Return a `[B, S, D]` operand as one of one head; masks of fewer dims broadcast as they are."""
+def as_one_head(before: fx.Node, node: fx.Node | None) -> fx.Node | None:
+    """Return a `[B, S, D]` operand with a head dim; a mask of fewer dims broadcasts as it is."""
     return emit(before, aten.unsqueeze.default, node, 1) if node is not None and value_of(node).dim() == 3 else node
 
 

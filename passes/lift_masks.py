@@ -98,10 +98,8 @@ def key_predicate(before: fx.Node, part: Compare | Truth) -> fx.Node:
     """Return the node that computes a predicate of one per-token value."""
     load = key_load(part)
     assert load is not None
-    if isinstance(part, Truth) and not part.is_negated:
-        return load.node
     if isinstance(part, Truth):
-        return emit(before, aten.logical_not.default, load.node)
+        return emit(before, aten.logical_not.default, load.node) if part.is_negated else load.node
     sign = dict(part.value.terms)[load]
     names: dict[str, torch._ops.OpOverload] = {
         "eq": aten.eq.Scalar,

@@ -573,7 +573,8 @@ def pad(reader: Reader, call: Call) -> Expression:
         if not (is_natural(before) and is_natural(after)):
             raise Unreadable
         inner = coordinate(dim) - before
-        inside = both(compare("le", -inner), compare("le", inner + ONE - size_of(call.shape("self")[dim])))
+        beyond = inner + ONE - size_of(call.shape("self")[dim])
+        inside = both(*(compare("le", part) for part, amount in ((-inner, before), (beyond, after)) if amount != ZERO))
         value = choose(inside, substitute(value, {dim: inner}), fill)
     return value
 

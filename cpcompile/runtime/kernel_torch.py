@@ -1,4 +1,4 @@
-"""The kernels that torch ships, brought to the block signature: FlashAttention on CPU and CUDA, memory-efficient on CUDA."""
+"""The kernels that torch ships, brought to the block signature: FlashAttention on CPU and CUDA, cuDNN, memory-efficient."""
 
 from __future__ import annotations
 
@@ -82,10 +82,57 @@ def flash_backward(
     is_causal: bool,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # Dense attention without dropout reads neither cumulative lengths nor random state.
+    # Dense attention without dropout reads neither cumulative lengths nor random state. lse is read as if it were contiguous.
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     return aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
-        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal, unused, unused, scale=scale
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse.contiguous(),
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        is_causal,
+        unused,
+        unused,
+        scale=scale,
+    )
+
+
+def cudnn_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal, False, scale=scale)
+    return out, lse.view(q.shape[:3])
+
+
+def cudnn_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lse = lse.contiguous().unsqueeze(-1)
+    sizes = (None, None, q.shape[2], k.shape[2])
+    unused = torch.empty((), dtype=torch.int64, device=q.device)
+    return aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
+        dout, q, k, v, out, lse, unused, unused, None, *sizes, 0.0, is_causal, scale=scale
     )
 
 
@@ -127,6 +174,11 @@ def efficient_forward(
     return empty_out, _without_empty_rows(lse[..., : q.shape[2]], mask)
 
 
+def _sequence_major(x: torch.Tensor) -> torch.Tensor:
+    """Return `[B, H, S, D]` over contiguous `[B, S, H, D]` memory: in half precision the kernel reads out by fixed strides."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def efficient_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -144,12 +196,12 @@ def efficient_backward(
     padded = torch.nn.functional.pad(_safe(lse), (0, -rows % 32), value=torch.inf)
     unused = torch.empty((), dtype=torch.int64, device=q.device)
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        dout,
+        _sequence_major(dout),
         q,
         _repeat_heads(k, group),
         _repeat_heads(v, group),
         _efficient_bias(mask, q, k),
-        out,
+        _sequence_major(out),
         padded,
         unused,
         unused,

@@ -10,6 +10,7 @@ The backward takes `out` and `lse` over *all* keys, so the gradients of blocks a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,25 @@ def _refuses_flash(case: Case) -> str:
     return reason or ("" if case.head_dim <= 256 and case.head_dim % 8 == 0 else "needs a head dim of 8, 16, ... 256")
 
 
+@functools.cache
+def _has_cudnn() -> bool:
+    return (
+        torch.cuda.is_available()
+        and torch.backends.cudnn.is_available()
+        and torch.cuda.get_device_capability() >= (9, 0)
+    )
+
+
+def _refuses_cudnn(case: Case) -> str:
+    reason = _refuses(case, "cuda", HALF, ("none",))
+    if not reason and (case.head_dim > 128 or case.head_dim % 8):
+        reason = "needs a head dim of 8, 16, ... 128"
+    if not reason and torch.are_deterministic_algorithms_enabled():
+        reason = "is not deterministic"
+    # Before Hopper, FlashAttention is as fast; torch's own attention chooses alike.
+    return reason or ("" if _has_cudnn() else "needs a Hopper GPU")
+
+
 def _refuses_efficient(case: Case) -> str:
     reason = _refuses(case, "cuda", FLOATS, ("none", "bool"))
     return reason or ("" if case.head_dim % 8 == 0 else "needs a head dim that 8 divides")
@@ -88,6 +108,7 @@ def _refuses_cpu(case: Case) -> str:
 
 
 KERNELS: tuple[Kernel, ...] = (  # fastest first; the last takes everything
+    Kernel("cudnn", kernel_torch.cudnn_forward, kernel_torch.cudnn_backward, _refuses_cudnn),
     Kernel("cuda_flash", kernel_torch.flash_forward, kernel_torch.flash_backward, _refuses_flash),
     Kernel("cuda_efficient", kernel_torch.efficient_forward, kernel_torch.efficient_backward, _refuses_efficient),
     Kernel("cpu_flash", kernel_torch.cpu_forward, kernel_torch.cpu_backward, _refuses_cpu),

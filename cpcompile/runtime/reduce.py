@@ -51,25 +51,3 @@ def _scale_gradient_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor
 
 
 scale_gradient.register_autograd(_scale_gradient_backward, setup_context=_keep_scale)
-
-
-@torch.library.custom_op("cpcompile::sum_gradient", mutates_args=())
-def sum_gradient(x: torch.Tensor, scale: float, world_size: int, group: str) -> torch.Tensor:
-    """Return a copy of `x`, the same on every rank, whose gradient is `scale` times the sum of the ranks' gradients."""
-    return x.clone()
-
-
-@sum_gradient.register_fake
-def _(x: torch.Tensor, scale: float, world_size: int, group: str) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-def _keep_scale_and_group(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, ctx.scale, ctx.world_size, ctx.group = inputs
-
-
-def _sum_gradient_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-    return all_reduce(grad, ctx.world_size, ctx.group) * ctx.scale, None, None, None
-
-
-sum_gradient.register_autograd(_sum_gradient_backward, setup_context=_keep_scale_and_group)

@@ -39,8 +39,8 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstStep:
-    """Loss and gradient norms of one step: of all parameters, and of each by its name."""
+class Gradients:
+    """What one backward gave: the loss, and the gradient norm of all parameters together and of each by its name."""
 
     loss: float
     grad_norm: float
@@ -51,8 +51,8 @@ class FirstStep:
 class Comparison:
     """The first step on one device and on the ranks."""
 
-    single: FirstStep
-    ranks: FirstStep
+    single: Gradients
+    ranks: Gradients
     num_ranks: int
     dtype: str
     exact: bool

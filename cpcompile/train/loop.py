@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import resource
 import shutil
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import cpcompile
 from cpcompile.errors import InputError, VerificationError
 from cpcompile.train import checkpoint, data
-from cpcompile.train.events import Comparison, Event, FirstStep, Note, Phase, Resumed, Saved, Step
+from cpcompile.train.events import Comparison, Event, Gradients, Note, Phase, Resumed, Saved, Step
 from cpcompile.train.model import active_dropout, find_model, load_model, load_tokenizer
 from cpcompile.train.options import DTYPES, TrainOptions
 
@@ -51,28 +52,25 @@ class Trainer:
         dist.broadcast(batch, src=0)
         return batch
 
-    def backward(self, batch: torch.Tensor) -> float:
-        """Fill the gradients, and return the loss of the whole batch."""
+    def backward(self, batch: torch.Tensor) -> Gradients:
+        """Fill the gradients, and return the loss of the whole batch and the norms."""
         loss = self.model(input_ids=batch, labels=batch).loss
         loss.backward()
-        return float(loss.detach())
-
-    def clip(self) -> float:
-        """Clip the gradients, and return their norm before."""
-        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_norm))
+        norms = grad_norms(self.model)
+        return Gradients(float(loss.detach()), math.hypot(*norms.values()), norms)
 
 
 def train(options: TrainOptions, rank: int, device: torch.device, emit: Callable[[Event], None]) -> None:
     """Run all steps on this rank. The process group is there; only rank 0's events are shown."""
     trainer = build(options, rank, device, emit)
     start = resume(trainer) if options.resume else 0
-    random_state = torch.get_rng_state()
+    random_state = get_random_state(device)
     single = first_step_on_one_device(trainer, start) if options.check and options.apply and rank == 0 else None
     if options.apply:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
         cpcompile.apply(trainer.model, mesh, strategy=options.strategy, balancer=options.balancer, inner=options.inner)
-    torch.set_rng_state(random_state)
-    emit(Phase("first step (compiles)" if options.apply else "first step"))
+    set_random_state(device, random_state)
+    emit(Phase("first step (compiling takes a while)" if options.apply else "first step"))
     for step in range(start, options.steps):
         run_step(trainer, step, single if step == start else None)
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
@@ -121,34 +119,34 @@ def check_vocabulary(tokens: torch.Tensor, model: torch.nn.Module) -> None:
         )
 
 
-def run_step(trainer: Trainer, step: int, single: FirstStep | None) -> None:
+def run_step(trainer: Trainer, step: int, single: Gradients | None) -> None:
     """One optimizer step, its numbers, and the comparison with one device if there is one."""
     batch = trainer.batch(step)
     begin = time.perf_counter()
     trainer.optimizer.zero_grad(set_to_none=True)
-    loss = trainer.backward(batch)
-    norms = grad_norms(trainer.model) if single is not None else {}
-    norm = trainer.clip()
+    found = trainer.backward(batch)
+    loss, norm = found.loss, found.grad_norm
+    torch.nn.utils.clip_grads_with_norm_(trainer.model.parameters(), trainer.options.max_norm, torch.tensor(norm))
     trainer.optimizer.step()
-    # Float values have been read, so the device has done its work up to the optimizer's.
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
     seconds, memory = largest(trainer.device, time.perf_counter() - begin, float(peak_memory(trainer.device)))
     trainer.emit(Step(step + 1, loss, norm, seconds, batch.numel() / seconds, int(memory)))
     if single is not None:
-        compare(trainer, single, FirstStep(loss, norm, norms))
+        compare(trainer, single, found)
     if not (torch.isfinite(torch.tensor([loss, norm])).all()):
         raise InputError(
             f"step {step + 1}: the loss is {loss} and the gradient norm {norm}: try a smaller --learning-rate."
         )
 
 
-def first_step_on_one_device(trainer: Trainer, step: int) -> FirstStep | None:
+def first_step_on_one_device(trainer: Trainer, step: int) -> Gradients | None:
     """Compute a step on the untouched model, all tokens on this device; None when they do not fit."""
     assert trainer.batches is not None, "only rank 0 has the data"
     trainer.emit(Phase("first step on one device, for comparison"))
     try:
         with all_threads(trainer.device):
-            loss = trainer.backward(trainer.batches.at(step).to(trainer.device))
-        norms = grad_norms(trainer.model)
+            return trainer.backward(trainer.batches.at(step).to(trainer.device))
     except torch.OutOfMemoryError:
         trainer.emit(
             Note("the first step does not fit one device, so there is nothing to compare with (--no-check skips it).")
@@ -156,18 +154,16 @@ def first_step_on_one_device(trainer: Trainer, step: int) -> FirstStep | None:
         return None
     finally:
         trainer.optimizer.zero_grad(set_to_none=True)
-    total = sum(norm**2 for norm in norms.values()) ** 0.5
-    return FirstStep(loss, total, norms)
 
 
 def grad_norms(model: torch.nn.Module) -> dict[str, float]:
-    """Return the norm of each parameter's gradient."""
+    """Return the norm of each parameter's gradient, added up in float64: in float32, rounding would hide small differences."""
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     norms = torch._foreach_norm(list(grads.values()), dtype=torch.float64)
     return dict(zip(grads, torch.stack(norms).tolist(), strict=True))
 
 
-def compare(trainer: Trainer, single: FirstStep, ranks: FirstStep) -> None:
+def compare(trainer: Trainer, single: Gradients, ranks: Gradients) -> None:
     """Report both first steps. With dropout they differ by chance, without it by rounding only."""
     dtype, dropout = trainer.options.dtype, active_dropout(trainer.model)
     trainer.emit(Comparison(single, ranks, dist.get_world_size(), dtype, exact=not dropout))
@@ -192,7 +188,7 @@ def finish_steps(trainer: Trainer, step: int) -> None:
     if options.save is None:
         return
     random_states = [None] * dist.get_world_size()
-    dist.all_gather_object(random_states, torch.get_rng_state())
+    dist.all_gather_object(random_states, get_random_state(trainer.device))
     if trainer.rank != 0:
         return
     state = {
@@ -230,9 +226,22 @@ def resume(trainer: Trainer) -> int:
     trainer.model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     states = state["random"]
-    torch.set_rng_state(states[trainer.rank if len(states) == dist.get_world_size() else 0])
+    set_random_state(trainer.device, states[trainer.rank if len(states) == dist.get_world_size() else 0])
     trainer.emit(Resumed(state["step"]))
     return int(state["step"])
+
+
+def get_random_state(device: torch.device) -> list[torch.Tensor]:
+    """Return the state of the generators that dropout uses: the CPU's, then the GPU's."""
+    gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *gpu]
+
+
+def set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
+    """Go on from what `get_random_state` returned."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def check_ranks(model: torch.nn.Module, step: int) -> None:

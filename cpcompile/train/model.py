@@ -81,9 +81,8 @@ def check_causal(folder: Path) -> None:
 
 def import_transformers() -> Any:
     """Return transformers, quiet and offline; a `ConfigError` says how to install it."""
-    # Paths are local, so a look at the hub could only hang. Ranks would draw their bars over each other.
+    # Paths are local, so a look at the hub could only hang.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         import transformers
     except ImportError as error:

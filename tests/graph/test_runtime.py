@@ -44,12 +44,15 @@ def test_cpu_kernel_equals_math(mask: bool) -> None:
 
 
 def test_kernel_choice_says_why() -> None:
-    assert choose_kernel(Case("cuda", torch.bfloat16, 64, 64)).kernel.name == "cuda_flash"
+    assert choose_kernel(Case("cuda", torch.bfloat16, 256, 256)).kernel.name == "cuda_flash"
     assert choose_kernel(Case("cuda", torch.float32, 64, 64, "bool")).kernel.name == "cuda_efficient"
     assert choose_kernel(Case("cpu", torch.float64, 64, 64)).kernel.name == "cpu_flash"
     choice = choose_kernel(Case("cpu", torch.float32, 64, 64, softcap=True))
     assert choice.kernel.name == "math"
-    assert choice.reason == "cuda_flash runs on cuda; cuda_efficient runs on cuda; cpu_flash has no softcap"
+    assert (
+        choice.reason
+        == "cudnn runs on cuda; cuda_flash runs on cuda; cuda_efficient runs on cuda; cpu_flash has no softcap"
+    )
     assert "needs equal head dims" in choose_kernel(Case("cuda", torch.bfloat16, 64, 32)).reason
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cpcompile.errors import InputError, VerificationError
 from cpcompile.train import loop
-from cpcompile.train.events import FirstStep
+from cpcompile.train.events import Gradients
 from cpcompile.train.launch import process_group
 from cpcompile.train.options import TrainOptions
 from cpcompile.train.report import Reporter
@@ -74,7 +74,7 @@ def test_a_first_step_that_differs_ends_the_run(tmp_path: Path) -> None:
         trainer = loop.build(options, 0, device, lambda event: None)
         single = loop.first_step_on_one_device(trainer, 0)
         assert single is not None
-        wrong = FirstStep(single.loss * 1.001, single.grad_norm, single.grad_norms)
+        wrong = Gradients(single.loss * 1.001, single.grad_norm, single.grad_norms)
         loop.compare(trainer, single, single)
         with pytest.raises(VerificationError, match=r"the first step is not that of one device: loss .* against .*"):
             loop.compare(trainer, single, wrong)
