@@ -136,8 +136,9 @@ def read_written_out(node: fx.Node, reader: Reader) -> Attention | None:
         return None
     end = weighing.nodes[-1]
     dtype = value_of(end).dtype
-    written = [source(scores.product), second(scores.product), second(end)]
-    q_shape, k_shape, v_shape = (value_of(x).shape for x in written)
+    keys = second(scores.product)
+    written = [source(scores.product), source(keys) if is_transposition(keys) else keys, second(end)]
+    q_shape, k_shape, v_shape = (value_of(x).shape for x in (written[0], keys, written[2]))
     keeps_dtype = value_of(scores.product).dtype == dtype or all(is_of(x, dtype) for x in written)
     if (
         not keeps_dtype
@@ -145,8 +146,8 @@ def read_written_out(node: fx.Node, reader: Reader) -> Attention | None:
         or not can_mask(scores.masks)
     ):
         return None
-    q, k_transposed, v = (of_dtype(end, x, dtype) for x in written)
-    k = transposed(end, k_transposed)
+    q, k, v = (of_dtype(end, x, dtype) for x in written)
+    k = k if is_transposition(keys) else emit(end, aten.transpose.int, k, -2, -1)
     return Attention(
         nodes=(*scores.nodes, *weighing.nodes),
         q=q,
@@ -288,7 +289,8 @@ def is_of(node: fx.Node, dtype: torch.dtype) -> bool:
 
 def of_dtype(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     """Return an operand in the dtype of the result, from before its conversion if it was converted."""
-    return source(node) if is_conversion(node) and is_of(source(node), dtype) else converted(before, node, dtype)
+    is_original = value_of(node).dtype != dtype and is_of(node, dtype)
+    return source(node) if is_original else converted(before, node, dtype)
 
 
 def converted(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -296,12 +298,13 @@ def converted(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     return node if value_of(node).dtype == dtype else emit(before, aten.to.dtype, node, dtype)
 
 
-def transposed(before: fx.Node, node: fx.Node) -> fx.Node:
-    """Return a node with its last two dims exchanged."""
+def is_transposition(node: fx.Node) -> bool:
+    """Tell whether a node exchanges the last two dims of another."""
     rank = value_of(node).dim()
-    if node.target is aten.transpose.int and {d % rank for d in node.args[1:]} == {rank - 2, rank - 1}:
-        return source(node)
-    return emit(before, aten.transpose.int, node, rank - 2, rank - 1)
+    if node.target is not aten.transpose.int:
+        return False
+    call = Call.of(node)
+    return {call.dim("dim0", "self"), call.dim("dim1", "self")} == {rank - 2, rank - 1}
 
 
 def num_heads(node: fx.Node) -> Any:

@@ -98,15 +98,13 @@ def key_predicate(before: fx.Node, part: Compare | Truth) -> fx.Node:
     """Return the node that computes a predicate of one per-token value."""
     load = key_load(part)
     assert load is not None
+    node: fx.Node = load.node
     if isinstance(part, Truth):
-        return emit(before, aten.logical_not.default, load.node) if part.is_negated else load.node
+        return emit(before, aten.logical_not.default, node) if part.is_negated else node
     sign = dict(part.value.terms)[load]
-    names: dict[str, torch._ops.OpOverload] = {
-        "eq": aten.eq.Scalar,
-        "ne": aten.ne.Scalar,
-        "le": aten.le.Scalar if sign > 0 else aten.ge.Scalar,
-    }
-    return emit(before, names[part.kind], load.node, -sign * part.value.constant)
+    names: dict[str, torch._ops.OpOverload] = {"eq": aten.eq.Scalar, "ne": aten.ne.Scalar}
+    target = names.get(part.kind, aten.le.Scalar if sign > 0 else aten.ge.Scalar)
+    return emit(before, target, node, -sign * part.value.constant)
 
 
 def rows_of(before: fx.Node, vector: fx.Node) -> fx.Node:

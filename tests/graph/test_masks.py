@@ -68,7 +68,7 @@ def implied(gm: fx.GraphModule, node: fx.Node, *vectors: Tensor) -> Tensor:
     if given["is_causal"]:
         visible &= COLUMNS <= ROWS
     if given["window"]:
-        visible &= ROWS - COLUMNS < given["window"]
+        visible &= COLUMNS > ROWS - given["window"]
     return visible
 
 
