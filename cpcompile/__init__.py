@@ -11,6 +11,7 @@ from cpcompile.errors import (
     UnsupportedAttention,
     VerificationError,
 )
+from cpcompile.explain import Explanation, explain
 from cpcompile.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "CPError",
     "Config",
     "ConfigError",
+    "Explanation",
     "GraphBreakError",
     "InputError",
     "NoRule",
@@ -26,6 +28,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "apply",
+    "explain",
     "no_sync",
     "remove",
     "shard",

@@ -19,11 +19,13 @@ class Annotation:
     Attributes:
         placement: how the ranks hold its value; a tuple for an operator with several results.
         strategy: how an attention will be computed.
+        site: the attention node that a collective computes.
         origin: the node of the captured graph whose value this node holds, for comparison node by node.
     """
 
     placement: Placement | tuple[Placement, ...] = FULL
     strategy: str = ""
+    site: str = ""
     origin: str = ""
 
 

@@ -80,7 +80,7 @@ class Call:
         return int(self[name]) % rank
 
     def rebound(self, changes: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return (args, kwargs) with the named arguments or list members changed, in the form that the schema wants."""
+        """Return (args, kwargs) with the named arguments or list members changed; defaults at the end are left out."""
         bound = dict(self.arguments)
         for name, value in changes.items():
             outer, _, index = name.partition(".")
@@ -91,6 +91,12 @@ class Call:
             else:
                 bound[outer] = value
         schema = self.target._schema.arguments
-        args = tuple(bound[a.name] for a in schema if not a.kwarg_only)
-        kwargs = {a.name: bound[a.name] for a in schema if a.kwarg_only}
-        return args, kwargs
+        args = [bound[a.name] for a in schema if not a.kwarg_only]
+        while args and _is_default(args[-1], schema[len(args) - 1]):
+            args.pop()
+        kwargs = {a.name: bound[a.name] for a in schema if a.kwarg_only and not _is_default(bound[a.name], a)}
+        return tuple(args), kwargs
+
+
+def _is_default(value: Any, argument: torch.Argument) -> bool:
+    return bool(argument.has_default_value() and type(value) is type(argument.default_value) and value == argument.default_value)

@@ -47,7 +47,7 @@ def lower(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> None:
         out = gm.graph.call_function(operator.getitem, (collective, 0))
     for new in (collective, out):
         new.meta = dict(node.meta)
-        annotate(new, origin="")
+        annotate(new, origin="", site=node.name)
     annotate(out, origin=known.origin or node.name)
     node.replace_all_uses_with(out)
     gm.graph.erase_node(node)

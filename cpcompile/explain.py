@@ -1,0 +1,292 @@
+"""Explain: the plan for a model, as text and as data, without processes or GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.annotation import annotation
+from cpcompile.call import Call, is_tensor
+from cpcompile.capture import placeholders
+from cpcompile.compile import transform_dynamo_graph
+from cpcompile.config import Config
+from cpcompile.cost import BYTES, FLOPS
+from cpcompile.dynamo import by_name, compile_whole, token_length
+from cpcompile.errors import ConfigError, module_path, user_frame
+from cpcompile.layout import local_length
+from cpcompile.listing import input_name, listing, operator_name
+from cpcompile.passes.lift_masks import describe
+from cpcompile.placement import Sharded
+from cpcompile.plan import Lengths
+from cpcompile.runtime.traffic import Traffic, traffic
+from cpcompile.sites import attention_nodes, size_hint
+from cpcompile.transform import Transformed
+
+cp = torch.ops.cpcompile
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One attention: where it is, what it is, and how it will be computed. Bytes are those that one rank sends in a step."""
+
+    module: str
+    line: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mask: str
+    strategy: str
+    layout: str
+    forward_bytes: int
+    backward_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedInput:
+    """Where whole values become this rank's tokens: the value, its shape, the dim, and the user's line."""
+
+    value: str
+    shape: tuple[int, ...]
+    dim: int
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """All calls of one collective operator: how many, and the bytes that one rank sends in a step."""
+
+    operator: str
+    calls: int
+    forward_bytes: int
+    backward_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The plan of a model on `world_size` ranks. `print` it, or read its fields; `to_dict` for JSON."""
+
+    world_size: int
+    tokens: int
+    local_tokens: int
+    layout: str
+    token_inputs: Mapping[str, int]
+    sites: tuple[Site, ...]
+    inputs: tuple[ShardedInput, ...]
+    collectives: tuple[Collective, ...]
+    gradient_bytes: int
+    estimates: Mapping[str, float]
+    before: str
+    after: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        inputs = ", ".join(f"{name} (dim {dim})" for name, dim in self.token_inputs.items())
+        lines = [
+            f"{self.tokens} tokens on {self.world_size} ranks, {self.local_tokens} slots each, layout {self.layout}; tokens of {inputs}",
+            "",
+            f"{len(self.sites)} attention(s), bytes that one rank sends in a step",
+            *table(
+                ("module", "line", "heads", "kv", "dim", "mask", "strategy", "forward", "backward"),
+                [
+                    (s.module, s.line, s.heads, s.kv_heads, s.head_dim, s.mask, s.strategy, size(s.forward_bytes), size(s.backward_bytes))
+                    for s in self.sites
+                ],
+            ),
+            "",
+            "sharded where",
+            *table(
+                ("value", "shape", "dim", "line"),
+                [(i.value, "x".join(map(str, i.shape)), i.dim, i.line) for i in self.inputs],
+            ),
+            "",
+            "collectives of a step, bytes that one rank sends",
+            *table(
+                ("operator", "calls", "forward", "backward"),
+                [(c.operator, c.calls, size(c.forward_bytes), size(c.backward_bytes)) for c in self.collectives]
+                + [("gradient sum of parameters", "", "", size(self.gradient_bytes))],
+            ),
+        ]
+        if self.estimates:
+            lines += [
+                "",
+                "estimated attention time of a step, slowest rank",
+                *table(("layout", "strategy", "ms"), [(*k.split("/"), f"{v * 1e3:.3g}") for k, v in self.estimates.items()]),
+                f"(at {FLOPS['cuda'] / 1e12:.0f} TFLOP/s and {BYTES['cuda'] / 1e9:.0f} GB/s on GPUs, {FLOPS['cpu'] / 1e9:.0f} GFLOP/s and "
+                f"{BYTES['cpu'] / 1e9:.0f} GB/s on CPUs)",
+            ]
+        return "\n".join(lines)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return rows as aligned text."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def explain(model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, **options: Any) -> Explanation:
+    """Return the plan for `model` on `world_size` ranks: nothing is run, and neither GPUs nor processes are needed.
+
+    Args:
+        model: the single-device model, on any device; `meta` too.
+        inputs: its keyword arguments, on the model's device; their shapes decide, not their values.
+        world_size: ranks that share the sequence.
+        options: the fields of `cpcompile.Config`.
+
+    Raises:
+        CPError: the model is refused, with the line, the reason and the remedy.
+    """
+    if world_size < 1:
+        raise ConfigError(f"world_size={world_size}: there is at least one rank.")
+    transformed = plan_for(model, inputs, world_size=world_size, config=Config.of({**options, "dynamic": False}))
+    gm, plan = transformed.graph, transformed.plan
+    length = size_hint(Lengths.of(gm).value)
+    names = {node.name: input_name(node) for node in placeholders(gm)}
+    return Explanation(
+        world_size=world_size,
+        tokens=length,
+        local_tokens=local_length(length, world_size, plan.layout),
+        layout=plan.layout,
+        token_inputs={names[name]: dim for name, dim in plan.token_dims.items()},
+        sites=tuple(attention_sites(transformed)),
+        inputs=tuple(sharded_inputs(gm)),
+        collectives=tuple(collectives(transformed)),
+        gradient_bytes=gradient_bytes(model, world_size, plan.gradient_scale == 1),
+        estimates={f"{layout}/{name}": cost for (layout, name), cost in transformed.choice.estimates.items()},
+        before=listing(transformed.analysed),
+        after=listing(gm),
+    )
+
+
+class _Planned(Exception):
+    """Ends the call of a model whose plan is made."""
+
+
+def plan_for(
+    model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, config: Config
+) -> Transformed:
+    """Trace and transform `model` without running it."""
+    made: list[Transformed] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        made.append(transform_dynamo_graph(gm, example_inputs, config=config, world_size=world_size, group=""))
+
+        def stop(*args: Any) -> Any:
+            raise _Planned
+
+        return stop
+
+    named = by_name(model.forward, inputs)
+    token_length(named, config, mark_dynamic=config.dynamic)
+    try:
+        compile_whole(model.forward, backend)(**named)
+    except _Planned:
+        pass
+    return made[0]
+
+
+def local_arguments(node: fx.Node, transformed: Transformed) -> dict[str, Any]:
+    """Return the arguments of a call with meta tensors in the shapes that a rank holds."""
+    length = size_hint(Lengths.of(transformed.graph).value)
+    slots = local_length(length, transformed.plan.world_size, transformed.plan.layout)
+
+    def local(argument: Any) -> Any:
+        if not isinstance(argument, fx.Node):
+            return argument
+        value, placement = argument.meta["val"], annotation(argument).placement
+        if not isinstance(value, torch.Tensor):
+            return size_hint(value)
+        shape = [size_hint(n) for n in value.shape]
+        if isinstance(placement, Sharded):
+            shape[placement.dim] = shape[placement.dim] // length * slots
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+
+    return {name: local(argument) for name, argument in Call.of(node).arguments.items()}
+
+
+def traffic_of(node: fx.Node, transformed: Transformed) -> Traffic:
+    """Return what one rank sends for this call."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return traffic(node.target, local_arguments(node, transformed))
+
+
+def collective_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the calls of operators that know the group."""
+    return [
+        node
+        for node in gm.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and any(a.name == "group" for a in node.target._schema.arguments)
+    ]
+
+
+def attention_sites(transformed: Transformed) -> list[Site]:
+    """Return the attentions in order; those that run on whole tokens have no strategy."""
+    calls = {annotation(n).site: n for n in collective_nodes(transformed.graph) if "attention" in operator_name(n)}
+    sites = []
+    for node, strategy in zip(attention_nodes(transformed.analysed), transformed.choice.strategies, strict=True):
+        call, frame = Call.of(node), user_frame(node)
+        q, k = call.shape("q"), call.shape("k")
+        rewritten = calls.get(node.name)
+        sent = traffic_of(rewritten, transformed) if rewritten is not None else Traffic(0, 0)
+        sites.append(
+            Site(
+                module=module_path(node),
+                line=f"{Path(frame[0]).name}:{frame[1]}" if frame else "",
+                heads=size_hint(q[1]),
+                kv_heads=size_hint(k[1]),
+                head_dim=size_hint(q[3]),
+                mask=describe(node),
+                strategy=strategy if rewritten is not None else "whole on every rank",
+                layout=transformed.plan.layout,
+                forward_bytes=sent.forward,
+                backward_bytes=sent.backward,
+            )
+        )
+    return sites
+
+
+def sharded_inputs(gm: fx.GraphModule) -> list[ShardedInput]:
+    """Return the places where whole values become local tokens."""
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=cp.shard_tokens.default):
+        source, frame = node.args[0], user_frame(node)
+        shape = tuple(size_hint(n) for n in source.meta["val"].shape) if is_tensor(source) else ()
+        name = input_name(source) if source.op == "placeholder" else f"{operator_name(source)} ({source.name})"
+        found.append(ShardedInput(name, shape, node.args[1], f"{Path(frame[0]).name}:{frame[1]}" if frame else "input"))
+    return found
+
+
+def collectives(transformed: Transformed) -> list[Collective]:
+    """Return the collectives by operator, those that send nothing left out."""
+    sums: dict[str, list[int]] = {}
+    for node in collective_nodes(transformed.graph):
+        if node.target in (cp.shard_tokens.default, cp.fill_padding.default):
+            continue
+        sent = traffic_of(node, transformed)
+        entry = sums.setdefault(operator_name(node), [0, 0, 0])
+        for i, count in enumerate((1, sent.forward, sent.backward)):
+            entry[i] += count
+    return [Collective(name, *entry) for name, entry in sums.items()]
+
+
+def gradient_bytes(model: torch.nn.Module, world_size: int, is_summed: bool) -> int:
+    """Return what one rank sends to sum the parameter gradients (a ring all-reduce)."""
+    total = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return 2 * total * (world_size - 1) // world_size if is_summed else 0
