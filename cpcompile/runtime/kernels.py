@@ -81,11 +81,7 @@ def _refuses_flash(case: Case) -> str:
 
 @functools.cache
 def _has_cudnn() -> bool:
-    return (
-        torch.cuda.is_available()
-        and torch.backends.cudnn.is_available()
-        and torch.cuda.get_device_capability() >= (9, 0)
-    )
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) and torch.backends.cudnn.enabled
 
 
 def _refuses_cudnn(case: Case) -> str:
