@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cpcompile.train import RankError
-from cpcompile.train.events import Event, Failed, Step
+from cpcompile.train.events import Comparison, Event, Failed, Saved, Step
 from cpcompile.train.launch import exit_reason, launch, root_cause
 from tests.train_support import tiny_options
 
@@ -63,3 +63,13 @@ def test_an_error_of_a_rank_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"^the text has \d+ tokens, fewer than one sequence of --length 100000\.$"):
         launch(options, lambda event: None)
     assert not multiprocessing.active_children()
+
+
+def test_two_ranks_train_as_one_device(tmp_path: Path) -> None:
+    events: list[Event] = []
+    launch(tiny_options(tmp_path, ranks=2, steps=2, length=31, save=tmp_path / "run"), events.append)
+    comparison = next(event for event in events if isinstance(event, Comparison))
+    assert comparison.ranks.loss == pytest.approx(comparison.single.loss, rel=1e-6)
+    assert comparison.ranks.grad_norms == pytest.approx(comparison.single.grad_norms, rel=1e-4)
+    assert [event.step for event in events if isinstance(event, Step)] == [1, 2]
+    assert [Path(event.path).name for event in events if isinstance(event, Saved)] == ["checkpoint-000002.pt", "model"]
