@@ -101,6 +101,12 @@ def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
+def run_backward(loss: torch.Tensor) -> None:
+    """Back-propagate from a scalar with the active torch function mode kept: `Tensor.backward` switches it off."""
+    ones = torch.ones_like(loss)
+    torch.autograd.graph._engine_run_backward((loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
 _LOGGING = ("debug", "info", "warning", "error", "exception", "critical", "log", "warning_once", "info_once", "warning_advice")
 _RECOMPILE_LIMIT = 256
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cpcompile import _torch
 from cpcompile.annotation import annotation
 from cpcompile.call import Call
 from cpcompile.capture import capture
@@ -208,7 +209,7 @@ def run_and_differentiate(
         if config is not None:
             token_length(inputs, config, mark_dynamic=config.dynamic)
         loss = objective(forward(**inputs))
-        loss.backward()  # type: ignore[no-untyped-call]
+        _torch.run_backward(loss)
         zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
         return loss.detach(), zeros | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     finally:

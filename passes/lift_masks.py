@@ -86,7 +86,7 @@ def put(call: Call, mask: Mask) -> None:
 
 def real_keys(call: Call, mask: Mask) -> fx.Node:
     """Return which keys are real: all predicates, and what the attention was given before."""
-    parts = [] if call["key_padding"] is None else [call["key_padding"]]
+    parts: list[fx.Node] = [] if call["key_padding"] is None else [call["key_padding"]]
     parts += [rows_of(call.node, key_predicate(call.node, part)) for part in sorted(mask.key_padding, key=str)]
     result = parts[0]
     for part in parts[1:]:

@@ -98,10 +98,7 @@ def narrowed(mask: Mask, part: Boolean) -> Mask | None:
 def same_id(number: Affine) -> Load | None:
     """Return the load at the query of `id[b, query] - id[b, key]`, or None."""
     for load in loads(number):
-        if number == affine(load) - at_token(load, KEY) and is_per_token(load, QUERY):
-            return load
-        other = -number
-        if other == affine(load) - at_token(load, KEY) and is_per_token(load, QUERY):
+        if is_per_token(load, QUERY) and affine(load) - at_token(load, KEY) in (number, -number):
             return load
     return None
 

@@ -127,9 +127,13 @@ def split(call: Call) -> Indices:
 @rule(aten.cat.default)
 def cat(call: Call) -> Indices:
     """[a b], [a c] -> [a (b c)], closed along the dim that is joined"""
-    shape = tuple(call.result.shape)
-    names = closed(tuple(f"d{i}" for i in range(len(shape))), int(call["dim"]) % len(shape))
-    return Indices({name: names for name, _ in call.operands()}, (names,))
+    rank = call.result.dim()
+    names = tuple(f"d{i}" for i in range(rank))
+    # torch skips empty vectors whatever the other shapes are; the first step of a key-value cache joins one with the keys.
+    joined = [name for name, _ in call.operands() if rank == 1 or call.shape(name) != (0,)]
+    if len(joined) > 1:
+        names = closed(names, int(call["dim"]) % rank)
+    return Indices(dict.fromkeys(joined, names), (names,))
 
 
 @rule(aten.stack.default)

@@ -68,7 +68,7 @@ def implied(gm: fx.GraphModule, node: fx.Node, *vectors: Tensor) -> Tensor:
     if given["is_causal"]:
         visible &= COLUMNS <= ROWS
     if given["window"]:
-        visible &= COLUMNS > ROWS - given["window"]
+        visible &= ROWS - given["window"] < COLUMNS
     return visible
 
 
@@ -166,6 +166,7 @@ NEAR_MISSES_OF_VECTORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "two equalities": lambda a, b: (
         (a[:, None, :, None] == a[:, None, None, :]) & (b[:, None, :, None] == b[:, None, None, :])
     ),
+    "one sequence's ids": lambda a, b: a[1][:, None] == a[1],
     "different ids": lambda a, b: a[:, None, :, None] != a[:, None, None, :],
     "ordered ids": lambda a, b: a[:, None, :, None] >= a[:, None, None, :],
     "shifted ids": lambda a, b: a[:, None, :, None] == a[:, None, None, :] + 1,
