@@ -85,11 +85,8 @@ def narrowed(mask: Mask, part: Boolean) -> Mask | None:
         case Compare("le", number) if number.terms == (QUERY - KEY).terms and number.constant <= 0:
             window = 1 - number.constant
             return replace(mask, window=min(window, mask.window or window))
-        case Compare("eq", number) if (documents := same_id(number)) is not None and mask.documents in (
-            None,
-            documents,
-        ):
-            return replace(mask, documents=documents)
+        case Compare("eq", number) if (documents := same_id(number)) is not None:
+            return replace(mask, documents=documents) if mask.documents in (None, documents) else None
         case Compare() | Truth() if key_load(part) is not None:
             return replace(mask, key_padding=mask.key_padding | {part})
     return None
