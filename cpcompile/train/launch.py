@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from cpcompile.errors import CPError
 from cpcompile.train import loop
@@ -173,6 +174,8 @@ def rank_main(rank: int, options: TrainOptions, connection: Connection, store: s
     # Ctrl-C reaches the whole terminal; the launcher ends the ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
+    # tqdm, which torch imports, would share a semaphore between processes, and Python complains about it when a rank is ended.
+    tqdm.set_lock(threading.RLock())
     if sys.platform == "linux":
         # Local ranks meet on the loopback device; the host's own name may not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
