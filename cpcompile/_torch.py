@@ -25,18 +25,21 @@ from torch.utils.checkpoint import CheckpointPolicy
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     """Return the fake mode of the compilation under way and `example_inputs` in it, with the symbols that Dynamo gave them.
 
-    A backend receives real tensors; AOTAutograd makes them fake again by the same steps, so both see the same symbols.
+    A backend receives real tensors; AOTAutograd makes them fake again by the same steps, so both see the same
+    symbols.
     """
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None else None
     if mode is None:
-        mode = detect_fake_mode(list(example_inputs)) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        mode = detect_fake_mode(list(example_inputs)) or FakeTensorMode(
+            shape_env=ShapeEnv(), allow_non_fake_inputs=True
+        )
 
     def fake(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
             return value
-        symbols = context.tensor_to_context.get(value) if context is not None else None
-        source = symbols.tensor_source if symbols is not None else None  # type: ignore[attr-defined]
+        symbols = context.tensor_to_context.get(value) if context is not None else None  # type: ignore[no-untyped-call]
+        source = symbols.tensor_source if symbols is not None else None
         return mode.from_tensor(value, static_shapes=symbols is None, symbolic_context=symbols, source=source)
 
     return mode, [fake(value) for value in example_inputs]
@@ -64,13 +67,19 @@ def trace_pre_dispatch(gm: fx.GraphModule, mode: FakeTensorMode, inputs: Sequenc
     """Trace `gm` to ATen before dispatch: no decomposition, no autograd, source lines and module paths kept."""
     interpreter = _InlineCheckpoints(gm)
     with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher(), mode:
-        return make_fx(  # type: ignore[no-any-return]
+        return make_fx(
             lambda *args: interpreter.run(*args),
             decomposition_table={},
             tracing_mode="real",
             pre_dispatch=True,
             _allow_non_fake_inputs=True,
         )(*inputs)
+
+
+def source_name(node: fx.Node) -> str:
+    """Return where Dynamo found the value of a placeholder, e.g. `L['kwargs']['input_ids']`, or ''."""
+    name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
+    return str(name() if callable(name) else name)  # a method until torch 2.12, an attribute since
 
 
 def dynamo_break_reason(gm: fx.GraphModule) -> Any | None:
@@ -87,16 +96,16 @@ def inner_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[Any]], Calla
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch.compilers import nop
 
-        return aot_autograd(fw_compiler=nop, bw_compiler=nop)  # type: ignore[no-any-return]
+        return aot_autograd(fw_compiler=nop, bw_compiler=nop)
     from torch._inductor.compile_fx import compile_fx
 
-    return functools.partial(compile_fx)
+    return compile_fx  # type: ignore[return-value]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     """Return the process group with that name."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
@@ -104,17 +113,31 @@ def resolve_group(name: str) -> torch.distributed.ProcessGroup:
 def run_backward(loss: torch.Tensor) -> None:
     """Back-propagate from a scalar with the active torch function mode kept: `Tensor.backward` switches it off."""
     ones = torch.ones_like(loss)
-    torch.autograd.graph._engine_run_backward((loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    torch.autograd.graph._engine_run_backward(
+        (loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
-_LOGGING = ("debug", "info", "warning", "error", "exception", "critical", "log", "warning_once", "info_once", "warning_advice")
+_LOGGING = (
+    "debug",
+    "info",
+    "warning",
+    "error",
+    "exception",
+    "critical",
+    "log",
+    "warning_once",
+    "info_once",
+    "warning_advice",
+)
 _RECOMPILE_LIMIT = 256
 
 
 def tracing_one_graph() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which Dynamo skips logging calls, so that a model that logs once still traces as one graph.
 
-    The limit of compilations for one function is raised: several models, plans or lengths may share a forward.
+    The limit of compilations for one function is raised: several models, plans or lengths may share a
+    forward.
     """
     import torch._dynamo.config as config
 

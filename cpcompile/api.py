@@ -23,22 +23,25 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def apply(model: Model, mesh: DeviceMesh, *, axis: str | None = None, **options: Any) -> Model:
     """Make `model` context parallel, in place.
 
-    Each rank of the axis calls the model as a single-device script does, with the whole batch. The loss is that of the whole batch on every rank, and
-    after `loss.backward()` every parameter's gradient is that of the single-device model. Sequence-shaped outputs (logits) hold this
-    rank's tokens, or all with `outputs="full"`; `unshard` joins them. Parameters, state-dict names, call signature and output type stay.
+    Each rank of the axis calls the model as a single-device script does, with the whole batch. The loss is
+    that of the whole batch on every rank, and after `loss.backward()` every parameter's gradient is that of
+    the single-device model. Sequence-shaped outputs (logits) hold this rank's tokens, or all with
+    `outputs="full"`; `unshard` joins them. Parameters, state-dict names, call signature and output type stay.
 
     Args:
         model: any module that traces as one graph.
         mesh: a 1-D mesh of the ranks that share each sequence, or a larger one with `axis`.
         axis: name of the context-parallel axis of `mesh`.
-        options: the fields of `cpcompile.Config`: `strategy`, `balancer`, `inner`, `outputs`, `grad_sync`, ...
+        options: the fields of `cpcompile.Config`: `strategy`, `balancer`, `inner`, `outputs`, `grad_sync`,
+            ...
 
     Returns:
         The same object.
 
     Raises:
         ConfigError: an option, the mesh or the axis does not fit.
-        CPError: at the first call: the model cannot be sharded exactly; the message has the line, the reason and the remedy.
+        CPError: at the first call: the model cannot be sharded exactly; the message has the line, the reason
+            and the remedy.
     """
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"cpcompile.apply takes a torch.nn.Module, not {type(model).__name__}.")
@@ -57,7 +60,7 @@ def remove(model: Model) -> Model:
 
 
 def no_sync(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which backward keeps gradients back; the next one outside sums and delivers them too (gradient accumulation)."""
+    """Return a context in which backward keeps gradients back; the next one outside delivers them too, summed."""
     return parallel_forward(model).sync.no_sync()
 
 
@@ -121,7 +124,8 @@ def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, lengt
 def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1) -> torch.Tensor:
     """Return this rank's tokens of a whole tensor (labels, weights), in the order of the model's local outputs. Differentiable.
 
-    Where the length does not divide, the last slots of some ranks are padding: they repeat the last token (`valid_tokens` tells which).
+     Where the length does not divide, the last slots of some ranks are padding: they repeat the last token
+    .
     """
     forward, at = _called(model), dim % tensor.dim()
     out: torch.Tensor = torch.ops.cpcompile.shard_tokens(
@@ -133,5 +137,7 @@ def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1) -> torc
 def _called(model: torch.nn.Module) -> ParallelForward:
     forward = parallel_forward(model)
     if not forward.layout:
-        raise ConfigError("the layout is chosen when the model is first called: call the model before shard or unshard.")
+        raise ConfigError(
+            "the layout is chosen when the model is first called: call the model before shard or unshard."
+        )
     return forward

@@ -20,11 +20,14 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     """Compile a Dynamo graph for this rank. `options` holds `mesh`, perhaps `axis`, and the fields of `cpcompile.Config`.
 
     Raises:
-        CPError: the model cannot be sharded exactly; Dynamo reports it as the cause of its `BackendCompilerFailed`.
+        CPError: the model cannot be sharded exactly; Dynamo reports it as the cause of its
+            `BackendCompilerFailed`.
     """
     given = dict(options or {})
     if "mesh" not in given:
-        raise ConfigError('the mesh is missing: torch.compile(model, backend="cpcompile", options={"mesh": mesh, ...}).')
+        raise ConfigError(
+            'the mesh is missing: torch.compile(model, backend="cpcompile", options={"mesh": mesh, ...}).'
+        )
     axis = axis_of(given.pop("mesh"), given.pop("axis", None))
     config = Config.of(given)
     return Compiled(gm, example_inputs, config, gradient_sync(config, axis))
@@ -45,13 +48,7 @@ class Compiled:
             gm, example_inputs, config=config, world_size=axis.world_size, group=axis.group
         )
         self._run = compile_inner(self.transformed, example_inputs, config.inner)
-        sums = {"sum": torch.Tensor, "mean": torch.Tensor, "none": ()}[config.grad_sync]
-        averaged = torch.nn.Parameter if config.grad_sync == "mean" else ()  # their wrapper averages parameters
-        self._summed = [
-            i
-            for i, x in enumerate(example_inputs)
-            if isinstance(x, sums) and x.requires_grad and not isinstance(x, averaged)
-        ]
+        self._summed = [i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config)]
         self._sync = sync
 
     def __call__(self, *inputs: Any) -> Any:
@@ -60,6 +57,13 @@ class Compiled:
             for i, tensor in zip(self._summed, self._sync([inputs[i] for i in self._summed]), strict=True):
                 given[i] = tensor
         return self._run(*given)
+
+
+def has_summed_gradient(value: Any, config: Config) -> bool:
+    """Tell whether the gradient of a graph input is summed here: with `mean`, a wrapper averages those of parameters."""
+    if not isinstance(value, torch.Tensor) or not value.requires_grad or config.grad_sync == "none":
+        return False
+    return config.grad_sync == "sum" or not isinstance(value, torch.nn.Parameter)
 
 
 def check_devices(inputs: Sequence[Any], axis: Axis) -> None:

@@ -99,4 +99,6 @@ class Call:
 
 
 def _is_default(value: Any, argument: torch.Argument) -> bool:
-    return bool(argument.has_default_value() and type(value) is type(argument.default_value) and value == argument.default_value)
+    return bool(
+        argument.has_default_value() and type(value) is type(argument.default_value) and value == argument.default_value
+    )

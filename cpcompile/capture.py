@@ -18,7 +18,8 @@ _KEPT_INPUT_META = ("tensor_dict", "grapharg")
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """Return `gm` as ATen before dispatch, with the same inputs in the same order.
 
-    Every node carries `stack_trace`, `nn_module_stack` and `val`. Raises `GraphBreakError` when `gm` is a part of the model.
+    Every node carries `stack_trace`, `nn_module_stack` and `val`. Raises `GraphBreakError` when `gm` is a
+    part of the model.
     """
     reason = _torch.dynamo_break_reason(gm)
     if reason is not None:

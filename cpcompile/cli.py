@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-# torch and transformers take seconds to import: each command imports what it needs, so that --help answers at once.
+# torch and transformers take seconds to import: each command imports what it needs, so that --help answers at
+# once.
 
 app = typer.Typer(name="cpcompile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

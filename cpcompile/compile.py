@@ -19,12 +19,12 @@ _ARGUMENT = re.compile(r"\['?(\w+)'?\]")
 def input_names(gm: fx.GraphModule) -> dict[str, str]:
     """Return, for each placeholder that is an input of the model (no parameter, no buffer), the user's argument name.
 
-    Dynamo's source of an input reads `L['input_ids']` or `L['kwargs']['input_ids']`; a positional one in `L['args'][0]` is called `args[0]`.
+    Dynamo's source of an input reads `L['input_ids']` or `L['kwargs']['input_ids']`; a positional one in
+    `L['args'][0]` is called `args[0]`.
     """
     names: dict[str, str] = {}
     for node in placeholders(gm):
-        source = getattr(node.meta.get("grapharg"), "source", None)
-        text = str(getattr(source, "name", "") if not callable(getattr(source, "name", None)) else source.name())
+        text = _torch.source_name(node)
         if re.search(r"_parameters|_buffers|_modules|\.\w", text) or not text.startswith("L["):
             continue
         parts = _ARGUMENT.findall(text)
@@ -40,9 +40,7 @@ def transform_dynamo_graph(
     return transform(captured, config=config, world_size=world_size, group=group, inputs=input_names(captured))
 
 
-def compile_inner(
-    transformed: Transformed, example_inputs: Sequence[Any], inner: str
-) -> Callable[..., Any]:
+def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
     """Compile the transformed graph with the inner compiler."""
     graph = transformed.graph
     for node in graph.graph.nodes:
@@ -50,4 +48,3 @@ def compile_inner(
         if node.op != "placeholder":
             node.meta.pop("val", None)
     return _torch.inner_compiler(inner)(graph, example_inputs)
-

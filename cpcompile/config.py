@@ -26,15 +26,19 @@ class Config:
     """How a model is made context parallel.
 
     Attributes:
-        strategy: how attention is computed: `ulysses` (all-to-all to heads), `ring` (KV blocks travel), `gather` (KV gathered,
-            local query rows) or `auto` (the cheapest by the printed cost model, one for each attention).
+        strategy: how attention is computed: `ulysses` (all-to-all to heads), `ring` (KV blocks travel),
+            `gather` (KV gathered, local query rows) or `auto` (the cheapest by the printed cost model, one
+            for each attention).
         balancer: which tokens each rank holds: `contiguous`, `zig_zag` (equal causal work) or `auto`.
         inner: what compiles the transformed graph: `inductor`, `aot_eager` or `eager`.
-        outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's order (`full`).
-        grad_sync: `sum`: parameter gradients are added over the axis, bucketed, at the end of backward. `mean`: a DDP or FSDP
-            wrapper over a mesh that contains the axis averages them. `none`: the caller adds them.
+        outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's
+            order (`full`).
+        grad_sync: `sum`: parameter gradients are added over the axis, bucketed, at the end of backward.
+            `mean`: a DDP or FSDP wrapper over a mesh that contains the axis averages them. `none`: the caller
+            adds them.
         check_inputs: when the inputs of all ranks are compared: at every step, at the first, or never.
-        token_dims: input name to the dim of its tokens, for models whose token inputs are not `input_ids` or `inputs_embeds`.
+        token_dims: input name to the dim of its tokens, for models whose token inputs are not `input_ids` or
+            `inputs_embeds`.
         dynamic: one compiled graph for all lengths (True), or one for each length (False).
     """
 

@@ -1,7 +1,8 @@
 """Cost model: what each strategy and layout costs an attention, in estimated seconds of the slowest rank, forward and backward.
 
-Work is the mask area that a rank computes; traffic is what it sends. Ring hides its traffic behind its work, the others do not. The rates are
-those of one device kind, so that only their ratio matters; `explain` prints the estimates behind a choice.
+Work is the mask area that a rank computes; traffic is what it sends. Ring hides its traffic behind its work,
+the others do not. The rates are those of one device kind, so that only their ratio matters; `explain` prints
+the estimates behind a choice.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Attention:
     def strategies(self) -> tuple[str, ...]:
         """The strategies that are exact here.
 
-        An additive mask may hide every key with a finite bias; such rows average over all keys, which merging blocks cannot keep exactly.
+        An additive mask may hide every key with a finite bias; such rows average over all keys, which merging
+        blocks cannot keep exactly.
         """
         return ("ulysses", "gather") if self.is_additive else ("ulysses", "ring", "gather")
 

@@ -23,7 +23,10 @@ def by_name(forward: Callable[..., Any], kwargs: Mapping[str, Any], *args: Any) 
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
-        elif parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY) and parameter.name in named:
+        elif (
+            parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+            and parameter.name in named
+        ):
             raise ConfigError(f"pass the arguments of the model by name: {parameter.name} is positional only.")
     return named
 

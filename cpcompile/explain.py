@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,13 +91,24 @@ class Explanation:
     def __str__(self) -> str:
         inputs = ", ".join(f"{name} (dim {dim})" for name, dim in self.token_inputs.items())
         lines = [
-            f"{self.tokens} tokens on {self.world_size} ranks, {self.local_tokens} slots each, layout {self.layout}; tokens of {inputs}",
+            f"{self.tokens} tokens on {self.world_size} ranks, {self.local_tokens} slots each, layout {self.layout}; "
+            f"tokens of {inputs}",
             "",
             f"{len(self.sites)} attention(s), bytes that one rank sends in a step",
             *table(
                 ("module", "line", "heads", "kv", "dim", "mask", "strategy", "forward", "backward"),
                 [
-                    (s.module, s.line, s.heads, s.kv_heads, s.head_dim, s.mask, s.strategy, size(s.forward_bytes), size(s.backward_bytes))
+                    (
+                        s.module,
+                        s.line,
+                        s.heads,
+                        s.kv_heads,
+                        s.head_dim,
+                        s.mask,
+                        s.strategy,
+                        size(s.forward_bytes),
+                        size(s.backward_bytes),
+                    )
                     for s in self.sites
                 ],
             ),
@@ -118,9 +130,11 @@ class Explanation:
             lines += [
                 "",
                 "estimated attention time of a step, slowest rank",
-                *table(("layout", "strategy", "ms"), [(*k.split("/"), f"{v * 1e3:.3g}") for k, v in self.estimates.items()]),
-                f"(at {FLOPS['cuda'] / 1e12:.0f} TFLOP/s and {BYTES['cuda'] / 1e9:.0f} GB/s on GPUs, {FLOPS['cpu'] / 1e9:.0f} GFLOP/s and "
-                f"{BYTES['cpu'] / 1e9:.0f} GB/s on CPUs)",
+                *table(
+                    ("layout", "strategy", "ms"), [(*k.split("/"), f"{v * 1e3:.3g}") for k, v in self.estimates.items()]
+                ),
+                f"(at {FLOPS['cuda'] / 1e12:.0f} TFLOP/s and {BYTES['cuda'] / 1e9:.0f} GB/s on GPUs, "
+                f"{FLOPS['cpu'] / 1e9:.0f} GFLOP/s and {BYTES['cpu'] / 1e9:.0f} GB/s on CPUs)",
             ]
         return "\n".join(lines)
 
@@ -129,7 +143,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """Return rows as aligned text."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
 
 
 def size(count: float) -> str:
@@ -179,9 +195,7 @@ class _Planned(Exception):
     """Ends the call of a model whose plan is made."""
 
 
-def plan_for(
-    model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, config: Config
-) -> Transformed:
+def plan_for(model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, config: Config) -> Transformed:
     """Trace and transform `model` without running it."""
     made: list[Transformed] = []
 
@@ -195,10 +209,8 @@ def plan_for(
 
     named = by_name(model.forward, inputs)
     token_length(named, config, mark_dynamic=config.dynamic)
-    try:
+    with contextlib.suppress(_Planned):
         compile_whole(model.forward, backend)(**named)
-    except _Planned:
-        pass
     return made[0]
 
 
@@ -232,7 +244,8 @@ def collective_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     return [
         node
         for node in gm.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and any(a.name == "group" for a in node.target._schema.arguments)
+        if isinstance(node.target, torch._ops.OpOverload)
+        and any(a.name == "group" for a in node.target._schema.arguments)
     ]
 
 

@@ -1,7 +1,8 @@
 """Gradient sums: what leaves the transformed graph as a gradient is the sum over the axis, in buckets.
 
-Each rank back-propagates its own tokens' part, so the parts add up to the single-device gradient. The sum is taken where gradients leave the graph, not
-where they reach `.grad`: what else a parameter is used for (a penalty, another model, earlier micro-batches) is not the graph's to sum.
+Each rank back-propagates its own tokens' part, so the parts add up to the single-device gradient. The sum is
+taken where gradients leave the graph, not where they reach `.grad`: what else a parameter is used for (a
+penalty, another model, earlier micro-batches) is not the graph's to sum.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class GradientSync:
         return [None if grad is None else next(summed) for grad in grads]
 
     def _with_unsummed(self, tensor: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor | None:
-        earlier = self._unsummed.pop(tensor, None)
+        earlier = self._unsummed.get(tensor)  # type: ignore[no-untyped-call]
+        self._unsummed.pop(tensor, None)  # type: ignore[no-untyped-call]
         return grad if earlier is None else earlier if grad is None else earlier + grad
 
     def _all_reduce(self, bucket: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -52,7 +54,7 @@ class GradientSync:
         dist.all_reduce(flat, group=self.axis.process_group)
         if self.scale != 1:
             flat *= self.scale
-        parts = flat.split([grad.numel() for grad in bucket])
+        parts = torch.split(flat, [grad.numel() for grad in bucket])
         # Each gradient gets memory of its own: one that a user keeps must not keep the bucket.
         return [part.clone().view(grad.shape) for grad, part in zip(bucket, parts, strict=True)]
 

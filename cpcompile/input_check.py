@@ -1,7 +1,8 @@
 """Input check: every rank of the axis must be given the same batch.
 
-Each rank passes the whole batch; ranks whose data loaders differ would train on a sequence that nobody has. One fingerprint of names, shapes, dtypes
-and values is compared in one small all-reduce; only when it differs do the ranks say what they hold.
+Each rank passes the whole batch; ranks whose data loaders differ would train on a sequence that nobody has.
+One fingerprint of names, shapes, dtypes and values is compared in one small all-reduce; only when it differs
+do the ranks say what they hold.
 """
 
 from __future__ import annotations
@@ -38,18 +39,25 @@ def check_same_inputs(inputs: Mapping[str, torch.Tensor], axis: Axis) -> None:
     """Compare the inputs of all ranks of the axis.
 
     Raises:
-        InputError: they differ; the message names the first input that does, and the ranks. Raised on every rank.
+        InputError: they differ; the message names the first input that does, and the ranks. Raised on every
+            rank.
     """
     if axis.world_size == 1:
         return
-    device = torch.device(axis.device_type, torch.cuda.current_device() if axis.device_type == "cuda" else None)
+    device = torch.device("cuda", torch.cuda.current_device()) if axis.device_type == "cuda" else torch.device("cpu")
     header = zlib.crc32(";".join(describe(name, x) for name, x in inputs.items()).encode())
     values = [value_fingerprint(x).to(device) for x in inputs.values()]
-    total = torch.stack([torch.tensor(header, device=device), *values]).mul(_MIX).cumsum(0).sum() if values else torch.tensor(header)
+    total = (
+        torch.stack([torch.tensor(header, device=device), *values]).mul(_MIX).cumsum(0).sum()
+        if values
+        else torch.tensor(header)
+    )
     low_and_high = torch.stack([total, ~total])  # the minimum of ~x is that of the complement of the maximum
     dist.all_reduce(low_and_high, op=dist.ReduceOp.MIN, group=axis.process_group)
     if bool(low_and_high[0] != ~low_and_high[1]):
-        raise InputError(difference({name: (describe(name, x), int(value_fingerprint(x))) for name, x in inputs.items()}, axis))
+        raise InputError(
+            difference({name: (describe(name, x), int(value_fingerprint(x))) for name, x in inputs.items()}, axis)
+        )
 
 
 def difference(own: Mapping[str, tuple[str, int]], axis: Axis) -> str:

@@ -1,7 +1,8 @@
 """Layouts: which tokens each rank holds.
 
-A layout is a permutation of the padded sequence, cut into equal slices. Lengths that do not divide are padded at the global end;
-a padding slot has a position >= length, and causal attention never looks at it. 8 tokens on 2 ranks, with the causal work of each:
+A layout is a permutation of the padded sequence, cut into equal slices. Lengths that do not divide are padded
+at the global end; a padding slot has a position >= length, and causal attention never looks at it. 8 tokens
+on 2 ranks, with the causal work of each:
 
     contiguous   rank 0: 0 1 2 3 (10 pairs)   rank 1: 4 5 6 7 (26 pairs)
     zig_zag      rank 0: 0 1 6 7 (18 pairs)   rank 1: 2 3 4 5 (18 pairs)

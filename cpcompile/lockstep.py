@@ -1,7 +1,7 @@
 """Lockstep: all ranks of a transformed graph in one process, node by node, with plain autograd.
 
-Collectives are ordinary differentiable code over the ranks' values and share nothing with the runtime, so that this checks the rewrite. A value that
-is the same on every rank by construction is computed once.
+Collectives are ordinary differentiable code over the ranks' values and share nothing with the runtime, so
+that this checks the rewrite. A value that is the same on every rank by construction is computed once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.call import Call
 from cpcompile.layout import inverse, local_length, positions
 from cpcompile.placement import Full, Partial, Placement, Sharded
 
@@ -21,18 +20,24 @@ cp = torch.ops.cpcompile
 Ranks = list[Any]
 
 
+def factors(x: torch.Tensor, at: Sharded, tokens: int) -> torch.Tensor:
+    """Return `x` with the dim of the tokens viewed as (outer, tokens, inner)."""
+    sizes = (x.shape[at.dim] // (tokens * at.inner), tokens, at.inner)
+    return x.reshape(*x.shape[: at.dim], *sizes, *x.shape[at.dim + 1 :])
+
+
 def join(values: Sequence[torch.Tensor], at: Sharded, length: int, layout: str) -> torch.Tensor:
     """Return the whole tensor, in the user's order, of the ranks' tokens."""
     world_size = len(values)
     slots = local_length(length, world_size, layout)
-    parts = [v.unflatten(at.dim, (v.shape[at.dim] // (slots * at.inner), slots, at.inner)) for v in values]
+    parts = [factors(v, at, slots) for v in values]
     order = inverse(length, world_size, layout, values[0].device)
     return torch.cat(parts, at.dim + 1).index_select(at.dim + 1, order).flatten(at.dim, at.dim + 2)
 
 
 def split(whole: torch.Tensor, at: Sharded, length: int, layout: str, world_size: int) -> list[torch.Tensor]:
     """Return each rank's tokens of a whole tensor; padding slots repeat the last token."""
-    whole = whole.unflatten(at.dim, (whole.shape[at.dim] // (length * at.inner), length, at.inner))
+    whole = factors(whole, at, length)
     parts = []
     for rank in range(world_size):
         index = positions(length, rank, world_size, layout, whole.device).clamp(max=length - 1)
@@ -70,7 +75,7 @@ def _all_reduce(calls: list[Mapping[str, Any]]) -> Ranks:
 
 
 def _scale(calls: list[Mapping[str, Any]]) -> Ranks:
-    return [_Scale.apply(c["x"], c["scale"]) for c in calls]
+    return [_Scale.apply(c["x"], c["scale"]) for c in calls]  # type: ignore[no-untyped-call]
 
 
 class _Scale(torch.autograd.Function):
@@ -123,7 +128,8 @@ def reference_attention(
         scores = scores + mask
     blind = ~seen.any(-1, keepdim=True)
     weights = scores.masked_fill(~seen & ~blind, float("-inf")).softmax(-1).masked_fill(blind, 0.0)
-    return weights.to(v.dtype) @ v
+    out: torch.Tensor = weights.to(v.dtype) @ v
+    return out
 
 
 COLLECTIVES: dict[Any, Callable[[list[Mapping[str, Any]]], Ranks]] = {
@@ -171,12 +177,12 @@ class Lockstep:
 
     def _step(self, node: fx.Node, values: Mapping[fx.Node, Ranks]) -> Ranks:
         def of_rank(rank: int) -> tuple[Any, Any]:
-            return fx.map_arg((node.args, node.kwargs), lambda operand: values[operand][rank])  # type: ignore[no-any-return]
+            return fx.map_arg((node.args, node.kwargs), lambda operand: values[operand][rank])
 
         if node.op == "output":
             return [of_rank(rank)[0][0] for rank in range(self.world_size)]
         if node.target in COLLECTIVES:
-            calls = []
+            calls: list[Mapping[str, Any]] = []
             for rank in range(self.world_size):
                 args, kwargs = of_rank(rank)
                 names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]

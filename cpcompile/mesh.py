@@ -31,7 +31,8 @@ def axis_of(mesh: DeviceMesh, axis: str | None) -> Axis:
     """Return the context-parallel axis of `mesh`: its only one, or the one called `axis`.
 
     Raises:
-        ConfigError: `mesh` is no mesh, has several axes and none is named, has no axis of that name, or leaves this rank out.
+        ConfigError: `mesh` is no mesh, has several axes and none is named, has no axis of that name, or
+            leaves this rank out.
     """
     if not isinstance(mesh, DeviceMesh):
         raise ConfigError(f"mesh must be a DeviceMesh (torch.distributed.init_device_mesh), not {type(mesh).__name__}.")
@@ -46,5 +47,7 @@ def axis_of(mesh: DeviceMesh, axis: str | None) -> Axis:
     chosen = mesh if axis is None or mesh.ndim == 1 else mesh[axis]
     if chosen.get_coordinate() is None:
         rank = torch.distributed.get_rank()
-        raise ConfigError(f"rank {rank} is not in the mesh {mesh.mesh.tolist()}: every rank that runs the model must be.")
+        raise ConfigError(
+            f"rank {rank} is not in the mesh {mesh.mesh.tolist()}: every rank that runs the model must be."
+        )
     return Axis(chosen.size(), chosen.get_local_rank(), chosen.get_group().group_name, chosen.device_type)

@@ -1,7 +1,8 @@
 """Placement: how the ranks of the context-parallel axis hold a tensor.
 
-Exactly one logical axis is sharded, the tokens of the sequence. A tensor dim of size `outer * tokens * inner` holds the tokens
-as its middle factor (`[B, S, D] -> [B*S, D]` gives outer B, inner 1); `outer` follows from the size, so only `inner` is kept.
+Exactly one logical axis is sharded, the tokens of the sequence. A tensor dim of size `outer * tokens * inner`
+holds the tokens as its middle factor (`[B, S, D] -> [B*S, D]` gives outer B, inner 1); `outer` follows from
+the size, so only `inner` is kept.
 """
 
 from __future__ import annotations
@@ -40,3 +41,4 @@ class Partial:
 
 Placement = Full | Sharded | Partial
 FULL = Full()
+PARTIAL = Partial()

@@ -24,7 +24,8 @@ class Plan:
         strategy: the strategy that was asked for, or `auto`.
         token_dims: for each token input (the name of its placeholder) the dim of its tokens.
         outputs: `local` or `full`.
-        gradient_scale: what one rank's gradient of a loss counts: 1 when gradients are summed over the axis, P when they are averaged.
+        gradient_scale: what one rank's gradient of a loss counts: 1 when gradients are summed over the axis,
+            P when they are averaged.
     """
 
     world_size: int
@@ -86,7 +87,7 @@ class Lengths:
         """Return the graph argument for `size // tokens * local slots`, where `size` is an int or a node."""
         value = size.meta["val"] if isinstance(size, fx.Node) else size
         if isinstance(value, int) and isinstance(self.local, int):
-            return value // self.value * self.local
+            return int(value // self.value) * self.local
         if not isinstance(value, int) and value.node.expr == self.value.node.expr:
             return self.local
         with gm.graph.inserting_before(before):

@@ -1,6 +1,7 @@
 """Tokens: which inputs of a graph hold the tokens of the sequence, and along which dim.
 
-This only says which logical axis to shard. That the sharded program computes the same is for the rules to prove.
+This only says which logical axis to shard. That the sharded program computes the same is for the rules to
+prove.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ aten = torch.ops.aten
 def find_token_dims(gm: fx.GraphModule, inputs: Mapping[str, str], declared: Mapping[str, int]) -> dict[str, int]:
     """Return the token dim of each token input of `gm`, by placeholder name.
 
-    `inputs` maps placeholder names to the user's argument names. Declared inputs come first, then `input_ids` and `inputs_embeds`, then
-    integer inputs that an embedding looks up directly (their last dim).
+    `inputs` maps placeholder names to the user's argument names. Declared inputs come first, then `input_ids`
+    and `inputs_embeds`, then integer inputs that an embedding looks up directly (their last dim).
 
     Raises:
         InputError: a declared input does not exist, or no input with tokens is found.

@@ -73,7 +73,9 @@ def transform(
     for analysis in ANALYSIS:
         run_pass(captured, analysis, changes, times)
     analysed = copy.deepcopy(captured)
-    choice = choose([attention_site(n) for n in attention_nodes(captured)], config.strategy, config.balancer, world_size)
+    choice = choose(
+        [attention_site(n) for n in attention_nodes(captured)], config.strategy, config.balancer, world_size
+    )
     warn_of_other_strategies(captured, choice, config.strategy)
     run_pass(captured, choose_strategies, changes, times, strategies=choice.strategies)
     plan = Plan(

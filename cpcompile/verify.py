@@ -1,4 +1,4 @@
-"""Verify: the transformed program of all ranks, in this process, against the untouched model: loss, every gradient, node by node."""
+"""Verify: all ranks of the transformed program, in this process, against the untouched model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ from cpcompile.widen import Widen, widen_graph
 
 aten = torch.ops.aten
 
-# Relative, of norms. Rounding errors of sums in another order grow like the root of their length times the depth of the network: about 256 units in
-# the last place for the models that fit one process. bfloat16 and float16 attention accumulates in float32 and is compared after one rounding a layer.
+# Relative, of norms. Rounding errors of sums in another order grow like the root of their length times the
+# depth of the network: about 256 units in the last place for the models that fit one process. bfloat16 and
+# float16 attention accumulates in float32 and is compared after one rounding a layer.
 TOLERANCE_ULPS = 256
-# A gradient that cancels to nothing (a key bias under softmax) has only noise: it is measured against this part of the largest gradient.
+# A gradient that cancels to nothing (a key bias under softmax) has only noise: it is measured against this
+# part of the largest gradient.
 NOISE_FLOOR = 1e-2
 
 
@@ -76,7 +78,11 @@ class Verification:
     @property
     def worst_gradient(self) -> tuple[str, float]:
         """The parameter whose gradient differs most, and by how much; NaN counts as most."""
-        return max(self.gradient_errors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1], default=("", 0.0))
+        return max(
+            self.gradient_errors.items(),
+            key=lambda item: math.inf if math.isnan(item[1]) else item[1],
+            default=("", 0.0),
+        )
 
     def raise_if_wrong(self) -> None:
         """Raise `VerificationError` unless `ok`."""
@@ -118,10 +124,11 @@ def verify(
         model: the single-device model, on any device.
         inputs: its keyword arguments: the whole batch, labels included.
         world_size: ranks to simulate.
-        dtype: run a copy of the model in this dtype; `torch.float64` separates errors from rounding (float32 casts are widened too).
+        dtype: run a copy of the model in this dtype; `torch.float64` separates errors from rounding (float32
+            casts are widened too).
         tolerance: largest relative error; by default 256 units in the last place of the dtype.
-        objective: from the model's output to the scalar to differentiate; by default its loss, or else a fixed random projection of
-            all its floating-point outputs.
+        objective: from the model's output to the scalar to differentiate; by default its loss, or else a
+            fixed random projection of all its floating-point outputs.
         options: the fields of `cpcompile.Config`.
 
     Returns:
@@ -135,13 +142,17 @@ def verify(
     config = Config.of(options)
     if dtype is not None:
         model = copy.deepcopy(model).to(dtype)
-        inputs = {n: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in inputs.items()}
+        inputs = {
+            n: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in inputs.items()
+        }
     objective = objective or default_objective
     is_wide = dtype == torch.float64
     with Widen() if is_wide else contextlib.nullcontext():
         reference_loss, reference = run_and_differentiate(model, model.forward, inputs, objective)
     ranks = LockstepBackend(config, world_size, is_wide)
-    loss, gradients = run_and_differentiate(model, compile_whole(model.forward, ranks), by_name(model.forward, inputs), objective, config)
+    loss, gradients = run_and_differentiate(
+        model, compile_whole(model.forward, ranks), by_name(model.forward, inputs), objective, config
+    )
     assert ranks.transformed is not None
     error = max(relative(value, reference_loss) for value in (loss, *ranks.scalars(loss)))
     largest = max((g.norm().item() for g in reference.values()), default=0.0)
@@ -166,14 +177,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the relative difference of two scalars; two NaNs agree (a batch without labels has no loss)."""
     if bool(a.isnan()) and bool(b.isnan()):
         return 0.0
-    return float((a - b).abs() / b.abs().clamp(min=torch.finfo(b.dtype).tiny))
+    return ((a - b).abs() / b.abs().clamp(min=torch.finfo(b.dtype).tiny)).item()
 
 
 def gradient_error(grad: torch.Tensor | None, reference: torch.Tensor, largest: float) -> float:
     """Return the norm of the difference, relative to the gradient's norm or the noise floor."""
     difference = reference if grad is None else grad - reference
-    scale = max(reference.norm().item(), NOISE_FLOOR * largest)
-    norm = difference.norm().item()
+    scale: float = max(reference.norm().item(), NOISE_FLOOR * largest)
+    norm: float = difference.norm().item()
     if math.isnan(norm) and bool(reference.isnan().any()):
         return 0.0
     return norm / scale if scale else norm
@@ -210,7 +221,9 @@ def run_and_differentiate(
             token_length(inputs, config, mark_dynamic=config.dynamic)
         loss = objective(forward(**inputs))
         _torch.run_backward(loss)
-        zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+        zeros = {
+            name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad and p.grad is None
+        }
         return loss.detach(), zeros | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     finally:
         for name, p in model.named_parameters():
@@ -320,8 +333,6 @@ def value_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     both_finite = expected.isfinite() & found.isfinite()
     if not torch.equal(expected.isfinite(), found.isfinite()):
         return math.inf
-    scale = expected[both_finite].norm().item()
-    error = (found - expected)[both_finite].norm().item()
+    scale: float = expected[both_finite].norm().item()
+    error: float = (found - expected)[both_finite].norm().item()
     return error / scale if scale else error
-
-

@@ -1,7 +1,7 @@
 """Widen: run a model in float64 although it casts to float32 here and there (logits, softmax, norms).
 
-Such casts round, and rounding hides errors of another order of summation. Both sides of a comparison are widened alike: the untouched model by a
-torch function mode, a captured graph by its dtype arguments.
+Such casts round, and rounding hides errors of another order of summation. Both sides of a comparison are
+widened alike: the untouched model by a torch function mode, a captured graph by its dtype arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ class Widen(TorchFunctionMode):
     """While active, casts to float32 are casts to float64."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is torch.Tensor.float:
             func = torch.Tensor.double

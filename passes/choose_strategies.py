@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from torch import fx
 
 from cpcompile.annotation import annotate
-from cpcompile.call import Call
-from cpcompile.errors import UnsupportedAttention, where
 from cpcompile.sites import attention_nodes
 
 
@@ -20,11 +18,5 @@ def choose_strategies(gm: fx.GraphModule, *, strategies: Sequence[str]) -> int:
     """Mark the attentions with `strategies`, in order, and return how many there are."""
     nodes = attention_nodes(gm)
     for node, strategy in zip(nodes, strategies, strict=True):
-        call = Call.of(node)
-        if call["mask"] is not None and call.tensor("mask").requires_grad:
-            raise UnsupportedAttention(
-                f"a score bias that requires gradients cannot be sharded yet.\n\n{where(node)}\n\n"
-                "Detach the bias, or compute this attention outside the model."
-            )
         annotate(node, strategy=strategy)
     return len(nodes)

@@ -46,7 +46,8 @@ _DROPOUTS = {aten.dropout.default, aten.dropout_.default}
 _REGROUPINGS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
 # A chain that crosses one of these is not computed under one mode: its gradient or its dtypes would change.
 _MODE_SWITCHES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
-# A score that is replaced by at most this and one to which it is added are the same number, whatever the score.
+# A score that is replaced by at most this and one to which it is added are the same number, whatever the
+# score.
 _ABSORBING = torch.finfo(torch.bfloat16).min
 
 

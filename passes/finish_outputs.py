@@ -2,7 +2,8 @@
 
 before  return (loss, logits)                                      # loss: Partial(sum), logits: Sharded(1)
 after   loss = cp.scale_gradient(cp.all_reduce(loss), 1 / P)       # every rank returns it, so each back-propagates 1 / P of it
-        return (loss, logits)                                      # with outputs="full": cp.gather_tokens(logits, 1)
+        return (loss, logits)                                      # with outputs="full":
+        cp.gather_tokens(logits, 1)
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def finished_output(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> fx.Node:
         node = insert(gm, cp.all_reduce.default, (node, plan.world_size, plan.group), node)
     if isinstance(placement, Sharded) and plan.outputs == "full":
         total = Lengths.of(gm).total
-        node = insert(gm, cp.gather_tokens.default, (node, placement.dim, placement.inner, total, *plan.axis_arguments), node)
+        node = insert(
+            gm, cp.gather_tokens.default, (node, placement.dim, placement.inner, total, *plan.axis_arguments), node
+        )
         placement = FULL
     if node.op != "call_function" or not node.meta["val"].is_floating_point():
         return node

@@ -24,7 +24,14 @@ from cpcompile.rules import RULES, Decision, Local, no_rule
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 # The first operators that are worth sharding: whole index arithmetic before them is cheap.
-HEAVY = {aten.embedding.default, aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default}
+HEAVY = {
+    aten.embedding.default,
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+}
 
 # A partial sum may stay one under a linear operator; it is reduced before any other.
 LINEAR = {
@@ -38,7 +45,12 @@ LINEAR = {
     aten.unsqueeze.default,
     aten.clone.default,
 }
-LINEAR_IN_FIRST = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}  # the others must be Full or numbers
+LINEAR_IN_FIRST = {
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+}  # the others must be Full or numbers
 
 # A reshape works on local tokens whatever the strides; a view of an operand that a collective made may not.
 COPYING = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
@@ -77,9 +89,7 @@ class Placer:
         elif node.op == "call_function":
             if node.target is operator.getitem:
                 self._place_item(node)
-            elif isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "cpcompile":
-                self._place_call(node)
-            elif node.target is cp.attention.default:
+            elif isinstance(node.target, torch._ops.OpOverload):
                 self._place_call(node)
             else:
                 self._require_whole(node)
@@ -257,7 +267,8 @@ class Placer:
         last = self.lengths.local
         if isinstance(last, fx.Node):
             return last.next
-        return next(node for node in self.gm.graph.nodes if node.op != "placeholder")
+        first: fx.Node = next(node for node in self.gm.graph.nodes if node.op != "placeholder")
+        return first
 
 
 def stays_partial(call: Call, operands: Mapping[str, Placement]) -> bool:
@@ -283,7 +294,9 @@ def whole_results(call: Call) -> Placement | tuple[Placement, ...]:
     return (FULL,) * len(call.result) if is_tuple(call) else FULL
 
 
-def derived(gm: fx.GraphModule, target: Any, arguments: tuple[Any, ...], source: fx.Node, placement: Placement) -> fx.Node:
+def derived(
+    gm: fx.GraphModule, target: Any, arguments: tuple[Any, ...], source: fx.Node, placement: Placement
+) -> fx.Node:
     """Insert a node that holds the value of `source` in another placement."""
     node = gm.graph.call_function(target, arguments)
     node.meta = {key: source.meta[key] for key in ("val", "stack_trace", "nn_module_stack") if key in source.meta}

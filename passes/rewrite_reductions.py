@@ -2,8 +2,9 @@
 
 before  loss = aten.cross_entropy_loss(logits, labels)                      # Partial(sum), in name only
 after   total = aten.cross_entropy_loss(logits, labels, None, SUM)          # Partial(sum)
-        count = cp.all_reduce(aten.sum(aten.ne(labels, -100)))              # the same on every rank, also where no label counts
-        loss = aten.div(total, count)                                       # Partial(sum)
+        count = cp.all_reduce(aten.sum(aten.ne(labels, -100)))              # the same on every rank, also
+        where no label counts loss = aten.div(total, count)                                       #
+        Partial(sum)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import fx
 
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call
-from cpcompile.placement import FULL, Partial, Placement, Sharded
+from cpcompile.placement import FULL, PARTIAL, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
 from cpcompile.rules.reduction import reduced_dims
 
@@ -32,7 +33,7 @@ def rewrite_reductions(gm: fx.GraphModule, *, plan: Plan) -> int:
     count = 0
     for node in list(gm.graph.nodes):
         rewrite = MEANS.get(node.target) if node.op == "call_function" else None
-        if rewrite is None or annotation(node).placement != Partial():
+        if rewrite is None or annotation(node).placement != PARTIAL:
             continue
         call = Call.of(node)
         if "reduction" in call and call["reduction"] != _MEAN:
@@ -49,7 +50,7 @@ def rewrite_reductions(gm: fx.GraphModule, *, plan: Plan) -> int:
 def inserter(gm: fx.GraphModule, like: fx.Node) -> Insert:
     """Return a function that inserts a call with the source line of `like`."""
 
-    def insert(target: Any, *args: Any, placement: Placement = Partial(), **kwargs: Any) -> fx.Node:
+    def insert(target: Any, *args: Any, placement: Placement = PARTIAL, **kwargs: Any) -> fx.Node:
         node = gm.graph.call_function(target, args, kwargs)
         node.meta = {key: like.meta[key] for key in ("val", "stack_trace", "nn_module_stack") if key in like.meta}
         annotate(node, placement=placement)
@@ -87,6 +88,7 @@ def mean_of_tensor(call: Call, insert: Insert, plan: Plan) -> fx.Node:
 
 def whole_count(insert: Insert, node: fx.Node, dims: set[int]) -> fx.Node | int:
     """Return the product of the sizes that `dims` have in the whole tensor, of which `node` holds the local tokens."""
+    assert node.graph.owning_module is not None
     lengths, placement = Lengths.of(node.graph.owning_module), placement_of(node)
     product: fx.Node | int = 1
     for dim in sorted(dims):

@@ -29,14 +29,20 @@ def closed(names: Names, dim: int) -> Names:
 def transpose(call: Call) -> Indices:
     """[... a ... b ...] -> [... b ... a ...]"""
     names = own(call)
-    first, second = (("dim0", "dim1") if "dim0" in call else ("axis0", "axis1"))
+    first, second = ("dim0", "dim1") if "dim0" in call else ("axis0", "axis1")
     a, b = call.dim(first, "self"), call.dim(second, "self")
     swapped = list(names)
     swapped[a], swapped[b] = names[b], names[a]
     return Indices({"self": names}, (tuple(swapped),))
 
 
-@rule(aten.t.default, aten.numpy_T.default, aten.mT.default)
+@rule(aten.numpy_T.default)
+def reverse(call: Call) -> Indices:
+    """[a b c] -> [c b a]"""
+    return Indices({"self": own(call)}, (own(call)[::-1],))
+
+
+@rule(aten.t.default, aten.mT.default)
 def t(call: Call) -> Indices:
     """[... a b] -> [... b a]"""
     names = own(call)
@@ -69,7 +75,9 @@ def repeat(call: Call) -> Indices:
 
 @rule(aten.repeat_interleave.self_int)
 def repeat_interleave(call: Call) -> Indices:
-    """[a b] -> [a (b n)], closed along b"""
+    """[a b] -> [a (b n)], closed along b; all dims when none is given, because the result is flat"""
+    if call["dim"] is None:
+        return Indices({"self": (None,) * len(own(call))}, ((None,),))
     names = closed(own(call), call.dim("dim", "self"))
     return Indices({"self": names}, (names,))
 
@@ -83,7 +91,9 @@ def is_whole(call: Call) -> bool:
     if end is None or (isinstance(end, int) and end == sys.maxsize):
         return True
     stop = end.meta["val"] if isinstance(end, torch.fx.Node) else end
-    return bool(expression(stop) == expression(size)) or (isinstance(size, int) and isinstance(stop, int) and stop >= size)
+    return bool(expression(stop) == expression(size)) or (
+        isinstance(size, int) and isinstance(stop, int) and stop >= size
+    )
 
 
 @rule(aten.slice.Tensor)
@@ -95,7 +105,7 @@ def slice_(call: Call) -> Indices:
     return Indices({"self": names}, (names,))
 
 
-@rule(aten.narrow.default, aten.pad.default, aten.constant_pad_nd.default, aten.diff.default, aten.gather.default)
+@rule(aten.narrow.default, aten.pad.default, aten.constant_pad_nd.default, aten.diff.default)
 def cut(call: Call) -> Indices:
     """[a b] -> [a b'], closed along b"""
     names = own(call)
@@ -107,6 +117,15 @@ def cut(call: Call) -> Indices:
     else:
         names = closed(names, call.dim("dim", "self"))
     return Indices({name: names for name, _ in call.operands()}, (names,))
+
+
+@rule(aten.gather.default)
+def gather(call: Call) -> Indices:
+    """[a b], [a c] -> [a c], closed along b and where the index is smaller, because it reads the front only"""
+    names = closed(own(call), call.dim("dim", "self"))
+    same = [expression(a) == expression(b) for a, b in zip(call.shape("self"), call.shape("index"), strict=True)]
+    names = tuple(name if equal else None for name, equal in zip(names, same, strict=True))
+    return Indices({"self": names, "index": names}, (names,))
 
 
 @rule(aten.select.int)
@@ -128,8 +147,9 @@ def split(call: Call) -> Indices:
 def cat(call: Call) -> Indices:
     """[a b], [a c] -> [a (b c)], closed along the dim that is joined"""
     rank = call.result.dim()
-    names = tuple(f"d{i}" for i in range(rank))
-    # torch skips empty vectors whatever the other shapes are; the first step of a key-value cache joins one with the keys.
+    names: Names = tuple(f"d{i}" for i in range(rank))
+    # torch skips empty vectors whatever the other shapes are; the first step of a key-value cache joins one
+    # with the keys.
     joined = [name for name, _ in call.operands() if rank == 1 or call.shape(name) != (0,)]
     if len(joined) > 1:
         names = closed(names, int(call["dim"]) % rank)

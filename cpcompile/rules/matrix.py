@@ -22,10 +22,11 @@ def leading(count: int, prefix: str = "b") -> Names:
 def linear(call: Call) -> Indices:
     """[... k], [n k], [n] -> [... n]"""
     batch = leading(len(call.shape("input")) - 1)
-    operands: dict[str, Names] = {"input": (*batch, "k"), "weight": ("n", "k")}
+    out: Names = ("n",) if len(call.shape("weight")) == 2 else ()
+    operands: dict[str, Names] = {"input": (*batch, "k"), "weight": (*out, "k")}
     if call["bias"] is not None:
-        operands["bias"] = ("n",)
-    return Indices(operands, ((*batch, "n"),), summed=call["bias"] is None)
+        operands["bias"] = out[: len(call.shape("bias"))]
+    return Indices(operands, ((*batch, *out),), summed=call["bias"] is None)
 
 
 @rule(aten.matmul.default)
@@ -72,4 +73,6 @@ def addmm(call: Call) -> Indices:
 def embedding(call: Call) -> Indices:
     """[v d], [...] -> [... d]"""
     batch = leading(len(call.shape("indices")))
+    if call["scale_grad_by_freq"]:  # the gradient divides by counts over all tokens
+        batch = (None,) * len(batch)
     return Indices({"weight": (None, "d"), "indices": batch}, ((*batch, "d"),))

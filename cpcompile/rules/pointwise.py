@@ -11,7 +11,8 @@ from cpcompile.rules.registry import RULES, Indices, Names, rule
 
 aten = torch.ops.aten
 
-# Pointwise in effect, though torch does not tag them so: conversions, copies, and operators that draw or fill by element.
+# Pointwise in effect, though torch does not tag them so: conversions, copies, and operators that draw or fill
+# by element.
 UNTAGGED = (
     aten.__and__.Scalar,
     aten.__and__.Tensor,
@@ -25,7 +26,6 @@ UNTAGGED = (
     aten.detach.default,
     aten.dropout.default,
     aten.empty_like.default,
-    aten.feature_dropout.default,
     aten.fill_.Scalar,
     aten.float_power.Tensor_Scalar,
     aten.full_like.default,
@@ -81,15 +81,28 @@ def type_as(call: Call) -> Indices:
     return Indices({"self": names}, (names,))
 
 
+@rule(aten.feature_dropout.default)
+def feature_dropout(call: Call) -> Indices:
+    """[a b ...] -> [a b ...'], mixing all but the first two dims: a feature is dropped whole or kept"""
+    names = tuple(f"d{i}" if i < 2 else None for i in range(len(call.shape("input"))))
+    return Indices({"input": names}, (names,))
+
+
+# Tagged as pointwise, but the result is one truth value for all elements.
+NOT_POINTWISE = (aten.equal.default,)
+
+
 def _register_tagged() -> None:
-    """Enter the rule for every ATen operator that torch tags as pointwise."""
+    """Enter the rule for every ATen operator that torch tags as pointwise. Those that write to `out=` would need it localised too."""
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, qualified = name.partition("::")
         packet, _, overload = qualified.partition(".")
         if namespace != "aten" or not hasattr(aten, packet):
             continue
         target = getattr(getattr(aten, packet), overload or "default", None)
-        if target is not None and torch.Tag.pointwise in target.tags and target not in RULES:
+        if target is None or torch.Tag.pointwise not in target.tags or target in RULES or target in NOT_POINTWISE:
+            continue
+        if not any(argument.is_out for argument in target._schema.arguments):
             rule(target)(pointwise)
 
 

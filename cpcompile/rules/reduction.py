@@ -39,8 +39,10 @@ def without(names: Names, dims: set[int]) -> Names:
 )
 def along_dim(call: Call) -> Indices:
     """[... d ...] -> [... d' ...], mixing d"""
-    given: Any = call["dims"] if "dims" in call else [call["dim"]]
     rank = max(len(call.shape("self")), 1)
+    given: Any = call["dims"] if "dims" in call else [call["dim"]]
+    if call.target is aten.roll.default and not given:  # over the flattened tensor
+        given = range(rank)
     names = without(dims_of(call), {int(d) % rank for d in given})
     results = call.result if isinstance(call.result, tuple | list) else (call.result,)
     return Indices({"self": names}, (names,) * len(results))
@@ -49,7 +51,7 @@ def along_dim(call: Call) -> Indices:
 def reduced_dims(call: Call) -> set[int]:
     """Return the dims that a reduction runs over."""
     rank = len(call.shape("self"))
-    given = call["dim"] if "dim" in call else None
+    given = call.arguments.get("dim")
     if given is None or given == []:
         return set(range(rank))
     return {int(d) % rank for d in (given if isinstance(given, list | tuple) else [given])}
@@ -57,7 +59,7 @@ def reduced_dims(call: Call) -> set[int]:
 
 def kept(call: Call) -> Names:
     """Return the dims that a reduction leaves."""
-    dims, keep = reduced_dims(call), bool("keepdim" in call and call["keepdim"])
+    dims, keep = reduced_dims(call), bool(call.arguments.get("keepdim"))
     return tuple(None if i in dims else name for i, name in enumerate(dims_of(call)) if keep or i not in dims)
 
 
@@ -103,7 +105,8 @@ def norm(call: Call) -> Indices:
 def loss(call: Call) -> Indices:
     """[n c ...], [n ...], [c] -> [n ...] or [], a partial sum over n
 
-    A mean is over the labels that count on all ranks: `rewrite_reductions` divides the local sums by the global count.
+    A mean is over the labels that count on all ranks: `rewrite_reductions` divides the local sums by the
+    global count.
     """
     shape = call.shape("self")
     batch = () if len(shape) == 1 else ("n",)

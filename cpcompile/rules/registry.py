@@ -1,8 +1,9 @@
 """The rule table: for each operator, how placements pass through it.
 
-A rule answers two questions. `push`: the operands are sharded so; what must the other operands be, and what is the result? `pull`: the
-result is wanted sharded so; what must the operands be? Both answers are a `Decision`. Most rules only name the dims of operands and
-results (`Indices`): dims with one name run together, so that either answer follows from the names.
+A rule answers two questions. `push`: the operands are sharded so; what must the other operands be, and what
+is the result? `pull`: the result is wanted sharded so; what must the operands be? Both answers are a
+`Decision`. Most rules only name the dims of operands and results (`Indices`): dims with one name run
+together, so that either answer follows from the names.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ class Decision:
     """What an operator does on local tokens.
 
     Attributes:
-        operands: the placement that each tensor operand must have; one that is not named may have any (only its metadata is read).
+        operands: the placement that each tensor operand must have; one that is not named may have any (only
+            its metadata is read).
         results: the placement of each result.
         arguments: the arguments that change; sizes of tokens are `Local`.
-        padding: the value that the padding slots of an operand must hold first, because the operator runs over tokens.
+        padding: the value that the padding slots of an operand must hold first, because the operator runs
+            over tokens.
     """
 
     operands: Mapping[str, Placement]
@@ -47,7 +50,9 @@ class Decision:
 class Rule(Protocol):
     """How placements pass through one operator. `length` is the number of tokens, possibly symbolic."""
 
-    notation: str
+    @property
+    def notation(self) -> str:
+        """The rule in index notation, for messages."""
 
     def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
         """Return what happens when `operands` are sharded (the others are not). Raises `NoRule`."""
@@ -60,8 +65,10 @@ class Rule(Protocol):
 class Indices:
     """The dims of operands and results by name.
 
-    Dims with one name run together. None: the operator mixes this dim, or an operand is broadcast along it. A name that only operands have is
-    contracted: summed where `summed`, impossible to shard otherwise. `sizes` names the argument that spells the sizes of the result.
+    Dims with one name run together. None: the operator mixes this dim, or an operand is broadcast along it. A
+    name that only operands have is
+    contracted: summed where `summed`, impossible to shard otherwise. `sizes` names the argument that spells
+    the sizes of the result.
     """
 
     operands: Mapping[str, Names]

@@ -1,7 +1,8 @@
 """Views by factors: where the tokens land when a tensor of the same elements gets another shape.
 
-In row-major order the tokens are one factor of the element number: `outer * tokens * inner`. A view keeps element numbers, so the tokens stay
-sharded exactly when some dim of the new shape holds that whole factor. Sizes never decide: a 64 that is no token count stays one.
+In row-major order the tokens are one factor of the element number: `outer * tokens * inner`. A view keeps
+element numbers, so the tokens stay sharded exactly when some dim of the new shape holds that whole factor.
+Sizes never decide: a 64 that is no token count stays one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 
 from cpcompile.call import Call

@@ -1,0 +1,570 @@
+"""Calls of every operator that has a rule, on concrete tensors with S tokens.
+
+Hand-written rules have cases by hand, entered by `@cases(operator, ...)`; the pointwise family gets arguments from its schemas.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from cpcompile.rules.registry import RULES
+from tests.graph.rule_checker import Case
+
+aten = torch.ops.aten
+B, H, D = 2, 4, 3
+
+Make = Callable[[Any, int], Iterator[Case]]
+CASES: dict[torch._ops.OpOverload, Make] = {}
+
+
+def cases(*targets: torch._ops.OpOverload) -> Callable[[Make], Make]:
+    """Register a generator of cases, called with the operator and S."""
+
+    def register(make: Make) -> Make:
+        for target in targets:
+            assert target not in CASES, target
+            CASES[target] = make
+        return make
+
+    return register
+
+
+def x(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, dtype=torch.float64) * 0.8 + 0.1
+
+
+def integers(*shape: int, high: int) -> torch.Tensor:
+    return torch.randint(0, high, shape)
+
+
+def cases_of(target: torch._ops.OpOverload, s: int) -> list[Case]:
+    """Return the cases of an operator, its own or else pointwise ones from its schema."""
+    return list(CASES[target](target, s)) if target in CASES else list(pointwise_cases(target, s))
+
+
+# Pointwise operators with cases by hand: conversions (dtype and device), what draws (exact where it does not: p=0 or not
+# training), what has no values, and one whose mask is boolean.
+
+
+@cases(aten.dropout.default, aten.feature_dropout.default)
+def dropout(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), 0.0, True))
+    yield Case(target, (x(B, s, D), 0.5, False))
+    yield Case(target, (x(s, s, D), 0.5, False))
+
+
+@cases(aten.native_dropout.default)
+def native_dropout(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), 0.0, True))
+    yield Case(target, (x(B, s, D), 0.5, False))
+
+
+@cases(aten.native_dropout_backward.default)
+def native_dropout_backward(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), x(B, s, D) > 0.5, 2.0))
+
+
+@cases(aten.empty_like.default)
+def empty_like(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D),), has_values=False)
+
+
+@cases(aten.copy_.default)
+def copy(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), x(B, s, D)))
+    yield Case(target, (x(s, s, D), x(s, 1)))
+
+
+@cases(aten._to_copy.default)
+def to_copy(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D),), {"dtype": torch.float32})
+
+
+@cases(aten.to.dtype, aten.to.dtype_layout, aten.to.device)
+def conversion(target: Any, s: int) -> Iterator[Case]:
+    if target is aten.to.dtype:
+        yield Case(target, (x(B, s, D), torch.float32))
+        yield Case(target, (x(s, s, D), torch.int64))
+    elif target is aten.to.device:
+        yield Case(target, (x(B, s, D), torch.device("cpu"), torch.float32))
+    else:
+        yield Case(target, (x(B, s, D),), {"dtype": torch.float32, "device": torch.device("cpu")})
+
+
+@cases(aten.type_as.default)
+def type_as(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), integers(4, high=3)))
+
+
+def pointwise_cases(target: torch._ops.OpOverload, s: int) -> Iterator[Case]:
+    """Yield calls with equal and with broadcast operands, of the first kind of numbers that the operator takes."""
+    for kind in ("float", "integer", "boolean"):
+        found = []
+        for shapes in (((B, s, D), (B, s, D)), ((s, s, 1), (s, 1)), ((B, 2 * s, D), (1, D))):
+            case = pointwise_case(target, kind, shapes)
+            try:
+                case.target(*(a.clone() if isinstance(a, torch.Tensor) else a for a in case.args), **case.kwargs)
+            except (RuntimeError, IndexError, NotImplementedError):
+                continue
+            found.append(case)
+        if found:
+            yield from found
+            return
+
+
+def pointwise_case(target: torch._ops.OpOverload, kind: str, shapes: tuple[tuple[int, ...], ...]) -> Case:
+    """Return a call whose first tensor has the first shape and whose others have the second."""
+    make: dict[str, Callable[..., torch.Tensor]] = {
+        "float": x,
+        "integer": lambda *shape: integers(*shape, high=3) + 1,
+        "boolean": lambda *shape: integers(*shape, high=2).bool(),
+    }
+    args: list[Any] = []
+    count = 0
+    for argument in target._schema.arguments:
+        type_ = str(argument.type).removeprefix("Optional[").removesuffix("]")
+        if type_ == "Tensor":
+            wants_mask = argument.name in ("mask", "condition")
+            shape = shapes[min(count, 1)]
+            args.append(make["boolean" if wants_mask else kind](*shape))
+            count += 1
+        elif argument.kwarg_only:
+            break
+        elif argument.has_default_value() and type_ not in ("number", "Scalar"):
+            args.append(argument.default_value)
+        else:
+            args.append(
+                {"number": 1 if kind == "integer" else 0.7, "int": 1, "float": 0.7, "bool": True, "str": "none"}[type_]
+            )
+    kwargs = {"rounding_mode": "floor"} if "rounding_mode" in {a.name for a in target._schema.arguments} else {}
+    return Case(target, tuple(args), kwargs)
+
+
+def groupings(factors: list[int], rng: random.Random) -> tuple[int, ...]:
+    """Return a shape that multiplies neighbouring factors at random, with ones strewn in."""
+    shape = [factors[0]]
+    for factor in factors[1:]:
+        if rng.random() < 0.5:
+            shape[-1] *= factor
+        else:
+            shape.append(factor)
+    if rng.random() < 0.3:
+        shape.insert(rng.randrange(len(shape) + 1), 1)
+    return tuple(shape)
+
+
+@cases(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+def views(target: Any, s: int) -> Iterator[Case]:
+    rng = random.Random(s)
+    for _ in range(8):
+        factors = [rng.choice([1, 2, s]), s, rng.choice([1, 2, 4]), 3]
+        yield Case(target, (x(*groupings(factors, rng)), list(groupings(factors, rng))))
+    yield Case(target, (x(B, s, 6), [B, s, 2, -1]))
+    yield Case(target, (x(B, s, 6), [-1, 6]))
+    yield Case(target, (x(s, B, D), [B, s, D]))  # moves tokens, except where a factor still holds them whole
+    yield Case(target, (x(s, s), [s * s]))
+    yield Case(target, (x(2 * s, D), [s, 2 * D]))
+
+
+@cases(aten.unflatten.int)
+def unflatten(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B * s, D), 0, [B, s]))
+    yield Case(target, (x(B * s, D), 0, [B, -1]))
+    yield Case(target, (x(B, s, 6), -1, [2, 3]))
+    yield Case(target, (x(B, s * 4), 1, [s, 4]))
+    yield Case(target, (x(B, s * 4), 1, [2, s, 2]))
+
+
+@cases(aten.flatten.using_ints)
+def flatten(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, 2, D), 0, 1))
+    yield Case(target, (x(B, s, 2, D), 1, 2))
+    yield Case(target, (x(s, s, D),))
+
+
+@cases(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
+def squeeze(target: Any, s: int) -> Iterator[Case]:
+    extra: tuple[tuple[Any, ...], ...] = ((),)
+    if target is aten.squeeze.dims:
+        extra = (([0, 2],), ([-1, 0],))
+    elif target is not aten.squeeze.default:
+        extra = ((0,), (-1,), (2,))
+    for arguments in extra:
+        yield Case(target, (x(1, s, 1, D), *arguments))
+        yield Case(target, (x(1, B * s, 1), *arguments))
+
+
+@cases(aten.transpose.int, aten.swapaxes.default)
+def transpose(target: Any, s: int) -> Iterator[Case]:
+    for dims in ((1, 2), (-1, -2), (0, 1), (0, 3)):
+        yield Case(target, (x(B, s, H, D), *dims))
+    yield Case(target, (x(s, s, 2, D), 0, 2))
+
+
+@cases(aten.t.default, aten.numpy_T.default)
+def t(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(2 * s, D),))
+    yield Case(target, (x(s, s),))
+    yield Case(target, (x(s),))
+    if target is aten.numpy_T.default:
+        yield Case(target, (x(s, B, D),))
+
+
+@cases(aten.mT.default)
+def matrix_transpose(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D),))
+    yield Case(target, (x(s, s),))
+
+
+@cases(aten.permute.default)
+def permute(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, H, D), [0, 2, 1, 3]))
+    yield Case(target, (x(B, s, D), [2, 0, 1]))
+    yield Case(target, (x(s, B * s, D), [-1, 0, -2]))
+
+
+@cases(aten.expand.default)
+def expand(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(1, s, D), [B, s, D]))
+    yield Case(target, (x(1, s, D), [B, -1, -1]))
+    yield Case(target, (x(D), [B, s, D]))
+    yield Case(target, (x(1, 1, s), [B, s, s]))
+    yield Case(target, (x(1, 2 * s), [3, 2 * s]))
+
+
+@cases(aten.repeat.default)
+def repeat(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(1, s, D), [B, 1, 1]))
+    yield Case(target, (x(s, D), [B, 1, 2]))
+    yield Case(target, (x(s, s), [1, 2]))
+
+
+@cases(aten.repeat_interleave.self_int)
+def repeat_interleave(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, H, D), 2, 2))
+    yield Case(target, (x(B, s, D), 2, 1))
+    yield Case(target, (x(B, s, D), 2))
+
+
+@cases(aten.slice.Tensor)
+def slice_(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, 6), 2, 0, 3))
+    yield Case(target, (x(B, s, 6), -1, -3))
+    yield Case(target, (x(B, s, 6), 1))
+    yield Case(target, (x(B, s, 6), 1, 0, s))
+    yield Case(target, (x(B, s, 6), 1, 0, s - 1))
+    yield Case(target, (x(B, s, 6), 1, 0, s + 5))
+    yield Case(target, (x(B, 2 * s), 1, 0, s))
+    yield Case(target, (x(B, s), 1, -s))
+    yield Case(target, (x(B, s), 1, 0, s, 2))
+    yield Case(target, (x(B, s), 1, 0, -1))
+
+
+@cases(aten.narrow.default)
+def narrow(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, 6), 2, 1, 3))
+    yield Case(target, (x(B, s, 6), 1, 0, s - 1))
+    yield Case(target, (x(B, 2 * s, 6), 1, s, s))
+
+
+@cases(aten.pad.default, aten.constant_pad_nd.default)
+def pad(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), [1, 2]))
+    yield Case(target, (x(B, s, D), [0, 0, 0, 0, 1, 0]))
+    yield Case(target, (x(B, s, D), [0, 0, 1, -1]))
+    yield Case(target, (x(B, s, D), [0, 0, 0, s]))
+    if target is aten.pad.default:
+        yield Case(target, (x(B, s, D), [1, 1], "replicate"))
+
+
+@cases(aten.diff.default)
+def diff(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), 1, -1))
+    yield Case(target, (x(B, s, D), 1, 1, x(B, 1, D)))
+    yield Case(target, (x(B, s, D), 1, 2, x(B, s, 1)))
+
+
+@cases(aten.gather.default)
+def gather(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, 5), 2, integers(B, s, 2, high=5)))
+    yield Case(target, (x(B, s, 5), 1, integers(B, s, 5, high=s)))
+    yield Case(target, (x(B, 2 * s, 5), 2, integers(B, s, 2, high=5)))  # the index may be smaller elsewhere too
+    yield Case(target, (x(B, s, 5), 2, integers(B, 1, 2, high=5)))
+    yield Case(target, (x(s, s, 5), 2, integers(1, s, 2, high=5)))
+
+
+@cases(aten.select.int)
+def select(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(3, B, s), 0, 1))
+    yield Case(target, (x(B, s, D), -1, 2))
+    yield Case(target, (x(B, s, D), 1, -1))
+
+
+@cases(
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.tensor_split.sections
+)
+def split(target: Any, s: int) -> Iterator[Case]:
+    sections: tuple[Any, ...] = {aten.split_with_sizes.default: ([2, 4],), aten.unbind.int: ()}.get(target, (3,))
+    yield Case(target, (x(B, s, 6), *sections, 2))
+    yield Case(target, (x(6, s, D), *sections, 0))
+    if target is not aten.split_with_sizes.default:
+        yield Case(target, (x(B, s, 6), *sections, 1))
+
+
+@cases(aten.cat.default, aten.stack.default)
+def cat(target: Any, s: int) -> Iterator[Case]:
+    for dim in (0, 1, -1):
+        yield Case(target, ([x(B, s, D), x(B, s, D)], dim))
+    yield Case(target, ([x(s, s), x(s, s), x(s, s)], 1))
+    if target is aten.cat.default:
+        yield Case(target, ([x(B, s, D), x(B, s, 2 * D)], -1))
+        yield Case(target, ([x(0), x(B, s, D)], 2))  # an empty vector is skipped, whatever the others are
+
+
+@cases(aten.index.Tensor)
+def index(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(7, D), [integers(B, s, high=7)]))
+    yield Case(target, (x(B, s, D), [None, None, integers(4, high=D)]))
+    yield Case(target, (x(B, s, D), [None, integers(s, high=s)]))
+    yield Case(target, (x(B, s, D), [torch.arange(B)[:, None], integers(B, s, high=s)]))
+    yield Case(target, (x(s, s, D), [integers(s, 1, high=s), integers(s, high=s)]))
+    yield Case(target, (x(B, s, D), [integers(s, high=B), None, integers(s, high=D)]))
+    yield Case(target, (x(B, s, D), [None, x(s) > 0.4]))
+    yield Case(target, (x(s, D), [integers(1, high=s)]))
+
+
+@cases(aten.index_select.default)
+def index_select(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(7, D), 0, integers(s, high=7)))
+    yield Case(target, (x(B, s, 5), -1, integers(3, high=5)))
+    yield Case(target, (x(B, s, 5), 1, integers(s, high=s)))
+
+
+@cases(aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format)
+def create(target: Any, s: int) -> Iterator[Case]:
+    value = (1.5,) if target is aten.full.default else ()
+    has_values = target is not aten.empty.memory_format
+    yield Case(target, ([B, s, D], *value), has_values=has_values)
+    yield Case(target, ([s, 2 * s], *value), has_values=has_values)
+
+
+@cases(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
+def new(target: Any, s: int) -> Iterator[Case]:
+    value = (1.5,) if target is aten.new_full.default else ()
+    has_values = target is not aten.new_empty.default
+    yield Case(target, (x(B, s, D), [s, 2 * s], *value), has_values=has_values)
+
+
+@cases(aten.linear.default)
+def linear(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), x(5, D), x(5)))
+    yield Case(target, (x(B, s, D), x(5, D)))
+    yield Case(target, (x(s, D), x(s, D), x(s)))
+    yield Case(target, (x(B, D, s), x(5, s)))  # mixes tokens
+    yield Case(target, (x(B, D, s), x(5, s), x(5)))
+    yield Case(target, (x(B, s, D), x(D)))
+    yield Case(target, (x(s), x(2 * s, s)))
+
+
+@cases(aten.matmul.default)
+def matmul(target: Any, s: int) -> Iterator[Case]:
+    for left, right in (
+        ((B, s, D), (D, 5)),
+        ((B, s, D), (B, D, s)),
+        ((B, D, s), (B, s, D)),
+        ((1, s, D), (s, D, 2)),
+        ((s, D), (B, D, s)),
+        ((s,), (s,)),
+        ((s,), (B, s, D)),
+        ((B, s, D), (D,)),
+        ((B, 1, s, D), (H, D, s)),
+        ((s, 2, D), (s, D, 2)),
+    ):
+        yield Case(target, (x(*left), x(*right)))
+
+
+@cases(aten.mm.default)
+def mm(target: Any, s: int) -> Iterator[Case]:
+    for left, right in (((2 * s, D), (D, 5)), ((D, s), (s, 5)), ((s, s), (s, s)), ((D, 2), (2, s))):
+        yield Case(target, (x(*left), x(*right)))
+
+
+@cases(aten.bmm.default)
+def bmm(target: Any, s: int) -> Iterator[Case]:
+    for left, right in (((B, s, D), (B, D, s)), ((B, D, s), (B, s, D)), ((s, 2, D), (s, D, 2))):
+        yield Case(target, (x(*left), x(*right)))
+
+
+@cases(aten.addmm.default)
+def addmm(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(5), x(s, D), x(D, 5)), {"beta": 0.5, "alpha": 2.0})
+    yield Case(target, (x(s, 5), x(s, D), x(D, 5)))
+    yield Case(target, (x(1, 5), x(s, D), x(D, 5)))
+    yield Case(target, (x(s), x(s, D), x(D, s)))
+    yield Case(target, (x(5), x(D, s), x(s, 5)))
+
+
+@cases(aten.embedding.default)
+def embedding(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(7, D), integers(B, s, high=7)))
+    yield Case(target, (x(7, D), integers(s, high=7), 2))
+    yield Case(target, (x(s, D), integers(s, s, high=s)))
+    yield Case(target, (x(7, D), integers(B, s, high=7), -1, True))  # gradients over counts that no rank knows
+
+
+@cases(
+    aten.softmax.int,
+    aten.log_softmax.int,
+    aten._softmax.default,
+    aten._log_softmax.default,
+    aten.cumsum.default,
+    aten.cumprod.default,
+    aten.glu.default,
+    aten.argsort.default,
+    aten.sort.default,
+    aten.flip.default,
+    aten.roll.default,
+    aten.topk.default,
+)
+def along_dim(target: Any, s: int) -> Iterator[Case]:
+    def arguments(dim: int) -> tuple[Any, ...]:
+        if target in (aten._softmax.default, aten._log_softmax.default):
+            return (dim, False)
+        if target is aten.roll.default:
+            return ([1], [dim])
+        return {aten.flip.default: ([dim],), aten.topk.default: (2, dim)}.get(target, (dim,))
+
+    yield Case(target, (x(B, s, 4), *arguments(-1)))
+    yield Case(target, (x(s, s, 4), *arguments(2)))
+    yield Case(target, (x(4, 2 * s), *arguments(0)))
+    yield Case(target, (x(4, 2 * s), *arguments(1)))
+    if target is aten.roll.default:
+        yield Case(target, (x(B, s, 4), [1]))  # rolls the flattened tensor
+
+
+REDUCTIONS_OF_ONE_DIM = (
+    aten.argmax.default, aten.argmin.default, aten.all.dim, aten.any.dim, aten.max.dim, aten.min.dim, aten.prod.dim_int,
+)  # fmt: skip
+
+
+@cases(
+    *REDUCTIONS_OF_ONE_DIM,
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.amax.default,
+    aten.amin.default,
+    aten.logsumexp.default,
+)
+def reduction(target: Any, s: int) -> Iterator[Case]:
+    is_single = target in REDUCTIONS_OF_ONE_DIM
+    for shape, dim in (((B, s, 4), -1), ((B, s, 4), 1), ((s, s, 2), 0), ((4, 2 * s), 0)):
+        yield Case(target, (x(*shape), dim if is_single else [dim], True))
+        yield Case(target, (x(*shape), dim if is_single else [dim]))
+    if not is_single:
+        yield Case(target, (x(B, s, 4), [0, 2]))
+        yield Case(target, (x(B, s, 4), [0, 1], True))
+    if target in (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default):
+        yield Case(target, (x(B, s, 4), []))
+    if target in (aten.sum.dim_IntList, aten.mean.dim):
+        yield Case(target, (integers(B, s, 4, high=9), [1]), {"dtype": torch.float64})
+    if target in (aten.argmax.default, aten.argmin.default):
+        yield Case(target, (x(B, s, 4),))
+
+
+@cases(aten.sum.default, aten.mean.default)
+def total(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, 4),))
+    yield Case(target, (x(2 * s, s),))
+    yield Case(target, (integers(B, s, high=9),), {"dtype": torch.float64})
+
+
+@cases(aten.var.correction, aten.std.correction)
+def variance(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, 4), [-1]), {"correction": 0, "keepdim": True})
+    yield Case(target, (x(s, s, 4), [2]))
+    yield Case(target, (x(B, s, 4), [1]))
+    yield Case(target, (x(B, s, 4),))
+
+
+@cases(aten.norm.ScalarOpt_dim, aten.linalg_vector_norm.default)
+def norm_of_dims(target: Any, s: int) -> Iterator[Case]:
+    for shape, dim in (((B, s, 4), -1), ((s, s, 4), 2), ((B, s, 4), 1)):
+        yield Case(target, (x(*shape), 2, [dim], True))
+    if target is aten.linalg_vector_norm.default:
+        yield Case(target, (x(B, s, 4),))
+
+
+@cases(aten.layer_norm.default, aten.rms_norm.default)
+def norm(target: Any, s: int) -> Iterator[Case]:
+    biases = (x(4),) if target is aten.layer_norm.default else ()
+    yield Case(target, (x(B, s, 4), [4], x(4), *biases))
+    yield Case(target, (x(s, s, 4), [4]))
+    yield Case(target, (x(B, s, 4), [s, 4]))
+    yield Case(target, (x(4, s), [s], x(s)))
+
+
+@cases(aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
+def loss(target: Any, s: int) -> Iterator[Case]:
+    classes = 5
+
+    def labels(*shape: int) -> torch.Tensor:
+        drawn = integers(*shape, high=classes)
+        drawn.view(-1)[::3] = -100
+        return drawn
+
+    for reduction in (0, 1, 2):
+        yield Case(target, (x(B * s, classes), labels(B * s), None, reduction))
+        yield Case(target, (x(B, classes, s), labels(B, s), None, reduction))
+        yield Case(target, (x(s, classes), labels(s), x(classes), reduction), buffers=(2,))
+        yield Case(target, (x(B, s, 2), integers(B, 2, high=s), None, reduction))  # the classes are no tokens
+    yield Case(target, (x(s, classes), torch.full((s,), 4), None, 1, 3))
+    yield Case(target, (x(classes), torch.tensor(2)))
+    if target is aten.cross_entropy_loss.default:
+        for reduction in (0, 1, 2):
+            yield Case(target, (x(B * s, classes), labels(B * s), None, reduction, -100, 0.1))
+            yield Case(target, (x(s, classes), labels(s), x(classes), reduction, -100, 0.1), buffers=(2,))
+            yield Case(target, (x(s, classes), x(s, classes).softmax(1), None, reduction))
+            yield Case(
+                target, (x(B, classes, s), x(B, classes, s).softmax(1), x(classes), reduction, -100, 0.1), buffers=(2,)
+            )
+
+
+@cases(torch.ops.cpcompile.attention.default)
+def attention(target: Any, s: int) -> Iterator[Case]:
+    def call(strategy: str, **changes: Any) -> Case:
+        given: dict[str, Any] = {
+            "q": x(B, H, s, 8),
+            "k": x(B, 2, s, 8),
+            "v": x(B, 2, s, 8),
+            "mask": None,
+            "documents": None,
+            "key_padding": None,
+            "scale": 0.5,
+            "is_causal": True,
+            "window": 0,
+            "softcap": 0.0,
+            "dropout": 0.0,
+        }
+        return Case(target, tuple((given | changes).values()), strategy=strategy)
+
+    for strategy in ("ring", "gather", "ulysses"):
+        yield call(strategy)
+        yield call(strategy, window=3, softcap=2.0)
+        yield call(strategy, documents=torch.arange(s).expand(B, s) // 3)
+        yield call(strategy, mask=x(1, H, s, s) > 0.5, is_causal=False)
+        yield call(strategy, mask=x(B, 1, 1, s) > 0.5, key_padding=torch.arange(s).expand(B, s) > 1)
+
+
+def all_targets() -> list[torch._ops.OpOverload]:
+    return sorted(RULES, key=str)
+
+
+def settings(seed: int, count: int) -> list[tuple[int, int, str]]:
+    """Return (length, ranks, layout) drawn at random, without repetition."""
+    lengths, ranks, layouts = (2, 3, 5, 6, 8, 12), (1, 2, 3, 4, 8), ("contiguous", "zig_zag")
+    return random.Random(seed).sample(list(itertools.product(lengths, ranks, layouts)), count)
