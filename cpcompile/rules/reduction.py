@@ -115,6 +115,9 @@ def loss(call: Call) -> Indices:
     has_probabilities = call.tensor("target").is_floating_point()
     if has_probabilities and call["reduction"] == _MEAN and "n" not in batch:
         raise no_rule(call, {}, "probability targets without a batch dim")
+    is_reduced = call["reduction"] in (_MEAN, _SUM)
+    if has_probabilities and is_reduced and call.arguments.get("label_smoothing"):  # padding rows would not count 0
+        raise no_rule(call, {}, "probability targets with label smoothing; smooth the targets before the loss")
     operands: dict[str, Names] = {
         "self": (*batch, None, *rest),
         "target": (*batch, None, *rest) if has_probabilities else labels,
@@ -122,5 +125,4 @@ def loss(call: Call) -> Indices:
     if call["weight"] is not None:
         operands["weight"] = (None,)
     padding = 0.0 if has_probabilities else float(call["ignore_index"])
-    is_reduced = call["reduction"] in (_MEAN, _SUM)
     return Indices(operands, (() if is_reduced else labels,), summed=True, padding={"target": padding})

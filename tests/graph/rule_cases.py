@@ -35,7 +35,7 @@ def cases(*targets: torch._ops.OpOverload) -> Callable[[Make], Make]:
 
 
 def x(*shape: int) -> torch.Tensor:
-    return torch.rand(*shape, dtype=torch.float64) * 0.8 + 0.1
+    return torch.rand(shape, dtype=torch.float64) * 0.8 + 0.1
 
 
 def integers(*shape: int, high: int) -> torch.Tensor:
@@ -72,6 +72,12 @@ def native_dropout_backward(target: Any, s: int) -> Iterator[Case]:
 @cases(aten.empty_like.default)
 def empty_like(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, D),), has_values=False)
+
+
+@cases(aten.masked_fill.Tensor)
+def masked_fill(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), x(B, s, D) > 0.5, x()))
+    yield Case(target, (x(s, s, D), x(s, 1) > 0.5, x()))
 
 
 @cases(aten.copy_.default)
@@ -134,15 +140,16 @@ def pointwise_case(target: torch._ops.OpOverload, kind: str, shapes: tuple[tuple
             args.append(make["boolean" if wants_mask else kind](*shape))
             count += 1
         elif argument.kwarg_only:
-            break
+            continue
         elif argument.has_default_value() and type_ not in ("number", "Scalar"):
             args.append(argument.default_value)
         else:
             args.append(
                 {"number": 1 if kind == "integer" else 0.7, "int": 1, "float": 0.7, "bool": True, "str": "none"}[type_]
             )
-    kwargs = {"rounding_mode": "floor"} if "rounding_mode" in {a.name for a in target._schema.arguments} else {}
-    return Case(target, tuple(args), kwargs)
+    options = {"rounding_mode": "floor", "decimals": 1}
+    needed = {a.name for a in target._schema.arguments if a.kwarg_only}
+    return Case(target, tuple(args), {name: value for name, value in options.items() if name in needed})
 
 
 def groupings(factors: list[int], rng: random.Random) -> tuple[int, ...]:
@@ -554,8 +561,7 @@ def attention(target: Any, s: int) -> Iterator[Case]:
 
     for strategy in ("ring", "gather", "ulysses"):
         yield call(strategy)
-        yield call(strategy, window=3, softcap=2.0)
-        yield call(strategy, documents=torch.arange(s).expand(B, s) // 3)
+        yield call(strategy, window=3, softcap=2.0, documents=torch.arange(s).expand(B, s) // 3)
         yield call(strategy, mask=x(1, H, s, s) > 0.5, is_causal=False)
         yield call(strategy, mask=x(B, 1, 1, s) > 0.5, key_padding=torch.arange(s).expand(B, s) > 1)
 
