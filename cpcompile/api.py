@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -48,14 +49,16 @@ def apply(model: Model, mesh: DeviceMesh, *, axis: str | None = None, **options:
     if isinstance(model.__dict__.get("forward"), ParallelForward):
         raise ConfigError("this model is context parallel already: call cpcompile.remove(model) first.")
     config, chosen = Config.of(options), axis_of(mesh, axis)
-    model.forward = ParallelForward(model, config, chosen)
+    model.forward = ParallelForward(model.forward, config, chosen)
     return model
 
 
 def remove(model: Model) -> Model:
     """Undo `apply`: the model is the single-device one again. Returns the same object."""
-    parallel_forward(model)
+    forward = parallel_forward(model).__wrapped__
     del model.__dict__["forward"]
+    if getattr(forward, "__self__", None) is not model:
+        model.forward = forward  # another library had replaced it before `apply` did
     return model
 
 
@@ -75,19 +78,29 @@ def parallel_forward(model: torch.nn.Module) -> ParallelForward:
 class ParallelForward:
     """What `apply` puts in place of a model's forward: checks the inputs, then runs the compiled, transformed program."""
 
-    def __init__(self, model: torch.nn.Module, config: Config, axis: Axis) -> None:
+    def __init__(self, forward: Callable[..., Any], config: Config, axis: Axis) -> None:
         self.config, self.axis = config, axis
         self.length = 0  # tokens of the last call
         self.layout = ""  # chosen when the model is first called
-        self.__wrapped__ = model.forward  # `inspect.signature(model.forward)` stays that of the model
+        self.__wrapped__ = forward  # `inspect.signature(model.forward)` stays that of the model
         self.sync = gradient_sync(config, axis)
-        self._compiled = compile_whole(model.forward, self._backend)
+        self._compiled = compile_whole(forward, self._backend)
         self._is_checked = config.check_inputs == "never"
 
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         compiled = Compiled(gm, example_inputs, self.config, self.sync)
         self.layout = compiled.transformed.plan.layout
         return compiled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelForward:
+        """Return the same for a copy of the model, which has parameters of its own."""
+        return ParallelForward(copy.deepcopy(self.__wrapped__, memo), self.config, self.axis)
+
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "a context-parallel model cannot be pickled: its process group exists in this job only. Save "
+            "model.state_dict(), whose names apply leaves alone, or call cpcompile.remove(model) first."
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = by_name(self.__wrapped__, kwargs, *args)
@@ -100,6 +113,9 @@ class ParallelForward:
 
 def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, length: int | None = None) -> torch.Tensor:
     """Return the whole of a sequence-shaped output, in the user's token order, on every rank. Collective; differentiable.
+
+    Every rank is expected to compute the same from it and to call backward, as with `outputs="full"`: each
+    back-propagates its share, so that the gradients are those of one device.
 
     Args:
         tensor: this rank's tokens, as the model returned them.
@@ -115,23 +131,34 @@ def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, lengt
             f"dim {dim} has {tensor.shape[at]} token slots, but a rank's part of {whole} tokens has {expected}: "
             "pass the dim of the tokens, and length= if this is not an output of the last call."
         )
+    share = torch.ops.cpcompile.scale_gradient(tensor, 1 / forward.axis.world_size)
     out: torch.Tensor = torch.ops.cpcompile.gather_tokens(
-        tensor, at, 1, whole, forward.layout, forward.axis.world_size, forward.axis.group
+        share, at, 1, whole, forward.layout, forward.axis.world_size, forward.axis.group
     )
     return out
 
 
-def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1) -> torch.Tensor:
+def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, padding: float | None = None) -> torch.Tensor:
     """Return this rank's tokens of a whole tensor (labels, weights), in the order of the model's local outputs. Differentiable.
 
-     Where the length does not divide, the last slots of some ranks are padding: they repeat the last token
-    .
+    Where the length does not divide, the last slots of some ranks are padding: they repeat the last token, or
+    hold `padding`. A loss of one's own sums over the tokens of the rank and divides by the whole count; the
+    gradients are then those of one device, and the losses of the ranks add up to the loss:
+
+        mine = cpcompile.shard(labels, model, padding=-100)
+        total = F.cross_entropy(logits.flatten(0, 1), mine.flatten(), reduction="sum")
+        (total / (labels != -100).sum()).backward()
+
+    Args:
+        tensor: the whole tensor, the same on every rank.
+        model: the context-parallel model.
+        dim: the dim of the tokens.
+        padding: what padding slots hold, e.g. the label that a loss ignores.
     """
     forward, at = _called(model), dim % tensor.dim()
-    out: torch.Tensor = torch.ops.cpcompile.shard_tokens(
-        tensor, at, 1, tensor.shape[at], forward.layout, forward.axis.world_size, forward.axis.group
-    )
-    return out
+    axis = (tensor.shape[at], forward.layout, forward.axis.world_size, forward.axis.group)
+    out: torch.Tensor = torch.ops.cpcompile.shard_tokens(tensor, at, 1, *axis)
+    return out if padding is None else torch.ops.cpcompile.fill_padding(out, at, 1, padding, *axis)
 
 
 def _called(model: torch.nn.Module) -> ParallelForward:
