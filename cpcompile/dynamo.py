@@ -55,7 +55,8 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any]) -> 
     compiled = torch.compile(function, backend=backend, fullgraph=True)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with clear_errors(), _torch.tracing_one_graph():
+        # DDP has Dynamo cut the model into a graph for each bucket; the parts could not be sharded.
+        with clear_errors(), _torch.tracing_one_graph(), torch._dynamo.config.patch(optimize_ddp=False):
             return compiled(*args, **kwargs)
 
     return call
