@@ -1,4 +1,4 @@
-"""Small tensors: one thread is faster than the handing over between several."""
+"""Small tensors: one thread is faster than the handing over between several. No test sees what Dynamo kept from another."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()

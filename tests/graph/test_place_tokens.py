@@ -1,0 +1,125 @@
+"""Tokens are placed: what meets the sharded stream is local, what does not stays whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cpcompile import NoRule, verify
+from cpcompile.annotation import annotation, placement_of
+from cpcompile.passes import place_tokens
+from cpcompile.placement import FULL, Full, Partial, Sharded
+from tests.graph.small_models import Logits, TinyLM, batch, before, count, planned
+
+aten, cp = torch.ops.aten, torch.ops.cpcompile
+
+
+def test_shards_ids_and_labels_once() -> None:
+    transformed = planned(TinyLM(), batch())
+    gm = before(transformed)
+    assert place_tokens(gm, plan=transformed.plan) == count(gm, cp.shard_tokens.default) == 2
+    (embedding,) = gm.graph.find_nodes(op="call_function", target=aten.embedding.default)
+    (loss,) = gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default)
+    assert placement_of(embedding) == Sharded(1)
+    assert annotation(loss).placement == Partial()
+
+
+class Positions(Logits):
+    """Adds a table of sines of the positions, and scales by a number that belongs to no token."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        positions = torch.arange(input_ids.shape[1])[:, None] * torch.ones(8)
+        x = self.embedding(input_ids) + positions.cos()
+        return self.head(x * self.embedding.weight.sin().sum())
+
+
+def test_leaves_what_meets_no_tokens_whole() -> None:
+    transformed = planned(Positions(), {"input_ids": batch()["input_ids"]})
+    gm = before(transformed)
+    untouched = [n for n in gm.graph.nodes if n.target in (aten.sin.default, aten.sum.default)][-2:]
+    assert [n.target for n in untouched] == [aten.sin.default, aten.sum.default]
+    texts = [str((n.args, n.kwargs)) for n in untouched]
+    place_tokens(gm, plan=transformed.plan)
+    assert [str((n.args, n.kwargs)) for n in untouched] == texts
+    assert all(placement_of(n) == FULL for n in untouched)
+
+
+def test_localises_a_table_where_it_is_read() -> None:
+    """The cosine of all positions is not computed: the request walks up to the positions."""
+    transformed = planned(Positions(), {"input_ids": batch()["input_ids"]})
+    gm = before(transformed)
+    place_tokens(gm, plan=transformed.plan)
+    gm.graph.eliminate_dead_code()
+    (cosine,) = gm.graph.find_nodes(op="call_function", target=aten.cos.default)
+    assert isinstance(placement_of(cosine), Sharded)
+
+
+class ShiftedLabels(TinyLM):
+    """Shifts its labels itself, as transformers models do."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        return self.loss(self.logits(input_ids), labels)
+
+
+def test_shift_runs_on_whole_labels() -> None:
+    transformed = planned(ShiftedLabels(), batch())
+    gm = before(transformed)
+    place_tokens(gm, plan=transformed.plan)
+    pads = [n for n in gm.graph.nodes if n.target in (aten.pad.default, aten.constant_pad_nd.default)]
+    assert [isinstance(placement_of(n), Full) for n in pads] == [True]
+
+
+class Pooled(Logits):
+    """A nonlinear function of a sum over tokens."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        total = self.logits(input_ids).sum(1)
+        return (total * 2.0).tanh()
+
+
+def test_partial_sum_is_reduced_before_a_nonlinear_function() -> None:
+    transformed = planned(Pooled(), {"input_ids": batch()["input_ids"]})
+    gm = before(transformed)
+    place_tokens(gm, plan=transformed.plan)
+    (tanh,) = gm.graph.find_nodes(op="call_function", target=aten.tanh.default)
+    (mul,) = gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+    assert annotation(mul).placement == Partial()
+    assert tanh.args[0].target is cp.all_reduce.default  # type: ignore[union-attr]
+
+
+class Written(Logits):
+    """Writes into a whole tensor before and after a local value reads it."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        bias = torch.zeros(input_ids.shape[1], 1)
+        bias[1:] = 2.0
+        x = self.embedding(input_ids) + bias
+        bias.add_(1.0)
+        return self.head(x * bias)
+
+
+class ScatteredIn(Logits):
+    """Adds local values to a whole tensor in place."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        total = torch.zeros(*input_ids.shape, 8, dtype=self.head.weight.dtype)
+        total += self.embedding(input_ids)
+        return self.head(total)
+
+
+@pytest.mark.parametrize("model", [TinyLM, Positions, ShiftedLabels, Pooled, Written])
+@pytest.mark.parametrize(("length", "world_size"), [(8, 2), (5, 3)])
+def test_keeps_numerics(model: type[nn.Module], length: int, world_size: int) -> None:
+    inputs = batch(length)
+    if "labels" not in model.forward.__annotations__:
+        del inputs["labels"]
+    for balancer in ("contiguous", "zig_zag"):
+        result = verify(model(), inputs, world_size=world_size, dtype=torch.float64, balancer=balancer)
+        assert result.ok, result
+
+
+def test_refuses_local_values_written_into_a_whole_tensor() -> None:
+    with pytest.raises(NoRule, match=r"total \+= self.embedding"):
+        planned(ScatteredIn(), {"input_ids": batch()["input_ids"]})

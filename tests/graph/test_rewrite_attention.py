@@ -1,0 +1,66 @@
+"""A sharded attention becomes the collective of its strategy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpcompile import verify
+from cpcompile.annotation import annotation, placement_of
+from cpcompile.passes import place_tokens, rewrite_attention
+from cpcompile.passes.rewrite_attention import OPERATORS
+from cpcompile.placement import Sharded
+from tests.graph.small_models import TinyLM, batch, before, count, planned
+
+cp = torch.ops.cpcompile
+
+
+@pytest.mark.parametrize("strategy", sorted(OPERATORS))
+def test_rewrites_each_attention_to_its_strategy(strategy: str) -> None:
+    transformed = planned(TinyLM(), batch(), strategy=strategy)
+    gm = before(transformed, place_tokens)
+    assert rewrite_attention(gm, plan=transformed.plan) == 1
+    (collective,) = gm.graph.find_nodes(op="call_function", target=OPERATORS[strategy])
+    (out,) = collective.users
+    assert placement_of(out) == Sharded(2)
+    assert annotation(out).origin
+    assert count(gm, cp.attention.default) == 0
+    assert collective.args[-4:] == (8, transformed.plan.layout, 2, "")
+
+
+class WholeAttention(TinyLM):
+    """Attends over a table of parameters, which every rank holds whole."""
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        table = self.attend(self.embedding.weight[None])
+        return self.head(self.embedding(input_ids) + table.sum(1, keepdim=True))
+
+
+def test_leaves_attention_over_whole_tensors_alone() -> None:
+    transformed = planned(WholeAttention(), batch())
+    gm = before(transformed, place_tokens)
+    text = gm.graph.python_code("self").src
+    assert rewrite_attention(gm, plan=transformed.plan) == 0
+    assert gm.graph.python_code("self").src == text
+    assert count(gm, cp.attention.default) == 1
+
+
+@pytest.mark.parametrize("strategy", sorted(OPERATORS))
+@pytest.mark.parametrize(("length", "world_size"), [(8, 2), (7, 4)])
+def test_keeps_numerics(strategy: str, length: int, world_size: int) -> None:
+    result = verify(TinyLM(), batch(length), world_size=world_size, dtype=torch.float64, strategy=strategy)
+    assert result.ok, result
+
+
+def test_whole_attention_keeps_numerics() -> None:
+    result = verify(WholeAttention(), batch(), world_size=3, dtype=torch.float64)
+    assert result.ok, result
+
+
+def test_second_run_changes_nothing() -> None:
+    transformed = planned(TinyLM(), batch())
+    gm = before(transformed, place_tokens, rewrite_attention)
+    text = gm.graph.python_code("self").src
+    assert rewrite_attention(gm, plan=transformed.plan) == 0
+    assert gm.graph.python_code("self").src == text
