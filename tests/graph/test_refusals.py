@@ -1,0 +1,188 @@
+"""What cannot be sharded exactly is refused with the user's line, the reason and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cpcompile import ConfigError, CPError, GraphBreakError, InputError, NoRule, explain
+from tests.graph.small_models import Logits, TinyLM, batch
+
+IDS = {"input_ids": batch()["input_ids"]}
+
+
+class Applied(Logits):
+    """Applies a function to the embedded tokens, then attends."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.function(self.embedding(input_ids))
+        return self.head(x)
+
+
+def refused(model: torch.nn.Module, inputs: dict[str, Any] = IDS, **options: Any) -> str:
+    """Return the text of the refusal, on two ranks."""
+    with pytest.raises(CPError) as error:
+        explain(model, inputs, world_size=2, **options)
+    return str(error.value)
+
+
+ALONG_TOKENS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "no rule": (lambda x: torch.linalg.inv(x @ x.mT), "torch.linalg.inv(x @ x.mT)", "no rule for this operator"),
+    "spectrum": (lambda x: torch.fft.rfft(x, dim=1).abs(), "torch.fft.rfft", "no rule for this operator"),
+    "running sum": (lambda x: x.cumsum(1), "x.cumsum(1)", "runs over the tokens of the whole sequence"),
+    "softmax": (lambda x: x.softmax(1), "x.softmax(1)", "runs over the tokens of the whole sequence"),
+    "maximum": (lambda x: x.amax(1), "x.amax(1)", "runs over the tokens of the whole sequence"),
+    "shift": (lambda x: x[:, 1:] - x[:, :-1], "x[:, 1:] - x[:, :-1]", "runs over the tokens of the whole sequence"),
+    "flip": (lambda x: x.flip(1), "x.flip(1)", "runs over the tokens of the whole sequence"),
+    "one token": (lambda x: x[:, -1], "x[:, -1]", "runs over the tokens of the whole sequence"),
+    "view": (
+        lambda x: x.reshape(x.shape[0] * 4, -1, 8),
+        "x.reshape(x.shape[0] * 4, -1, 8)",
+        "[2, 8, 8] -> [8, 2, 8] moves tokens between ranks",
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "line", "reason"), ALONG_TOKENS.values(), ids=ALONG_TOKENS.keys())
+def test_operator_along_tokens(function: Callable[[Tensor], Tensor], line: str, reason: str) -> None:
+    text = refused(Applied(function))
+    assert line in text
+    assert "test_refusals.py:" in text
+    assert reason in text
+    assert "Sharded(" in text
+    assert "of [2, 8, 8]" in text
+    assert "register a rule for this case (cpcompile.rules.rule)" in text
+
+
+def test_refusals_are_value_errors() -> None:
+    with pytest.raises(ValueError, match="softmax") as error:
+        explain(Applied(lambda x: x.softmax(1)), IDS, world_size=2)
+    assert type(error.value) is NoRule
+
+
+class Broken(Logits):
+    """Breaks the graph."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.embedding(input_ids)
+        torch._dynamo.graph_break()
+        return self.head(x)
+
+
+def test_graph_break() -> None:
+    with pytest.raises(GraphBreakError) as error:
+        explain(Broken(), IDS, world_size=2)
+    text = str(error.value)
+    assert "does not trace as one graph" in text
+    assert "torch._dynamo.graph_break()" in text
+    assert "test_refusals.py:" in text
+    assert "Change this line so that it traces" in text
+
+
+class DataDependent(Logits):
+    """Branches on values."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.embedding(input_ids)
+        if x.sum() > 0:
+            x = -x
+        return self.head(x)
+
+
+def test_branch_on_values() -> None:
+    text = refused(DataDependent())
+    assert "if x.sum() > 0:" in text
+    assert "does not trace as one graph" in text
+
+
+class Dropping(Logits):
+    """Drops attention weights."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.3, is_causal=True).transpose(1, 2).flatten(-2)
+
+
+def test_attention_dropout() -> None:
+    text = refused(Dropping())
+    assert "attention dropout is not supported across ranks: set it to 0" in text
+    assert "F.scaled_dot_product_attention(q, k, v, dropout_p=0.3, is_causal=True)" in text
+
+
+class Named(TinyLM):
+    """Calls its tokens otherwise, and embeds them without a lookup."""
+
+    def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+        return self.head(features)
+
+
+def test_no_token_input() -> None:
+    text = refused(Named(), {"features": torch.rand(2, 8, 8)})
+    assert "cannot tell which input holds the tokens (inputs of this graph: features [2, 8, 8])" in text
+    assert "token_dims={'x': 1}" in text
+    explain(Named(), {"features": torch.rand(2, 8, 8)}, world_size=2, token_dims={"features": 1})
+
+
+def test_unknown_token_input() -> None:
+    text = refused(TinyLM(), batch(), token_dims={"tokens": 1})
+    assert text == "token_dims names tokens, but the inputs of the model are: input_ids, labels."
+
+
+class TwoInputs(Logits):
+    """Has token inputs of two lengths."""
+
+    def forward(self, question: Tensor, answer: Tensor) -> Tensor:  # type: ignore[override]
+        return self.logits(question).sum() + self.logits(answer).sum()
+
+
+def test_token_inputs_of_different_lengths() -> None:
+    inputs = {"question": batch(8)["input_ids"], "answer": batch(6)["input_ids"]}
+    with pytest.raises(InputError) as error:
+        explain(TwoInputs(), inputs, world_size=2, token_dims={"question": 1, "answer": 1})
+    assert "the token inputs have different lengths" in str(error.value)
+    assert "question" in str(error.value)
+    assert "has 8" in str(error.value)
+    assert "has 6" in str(error.value)
+
+
+def test_unknown_option_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown option 'stratgy': the options are strategy, balancer, inner"):
+        explain(TinyLM(), batch(), world_size=2, stratgy="ring")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "choices"),
+    [
+        ("strategy", "rings", "'auto', 'ulysses', 'ring', 'gather'"),
+        ("balancer", "spiral", "'auto', 'contiguous', 'zig_zag'"),
+        ("outputs", "some", "'local', 'full'"),
+        ("grad_sync", "max", "'sum', 'mean', 'none'"),
+    ],
+)
+def test_bad_choice_lists_the_good_ones(option: str, value: str, choices: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option}='{value}' is not an option: choose one of {choices}"):
+        explain(TinyLM(), batch(), world_size=2, **{option: value})
+
+
+def test_nothing_to_shard() -> None:
+    class Whole(Logits):
+        def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+            return self.embedding.weight.sum() + 0 * input_ids.sum()
+
+    text = refused(Whole())
+    assert "nothing in this model could be sharded" in text
+    assert "token_dims={'name': dim}" in text
+
+
+def test_no_rank() -> None:
+    with pytest.raises(ConfigError, match="world_size=0"):
+        explain(TinyLM(), batch(), world_size=0)
