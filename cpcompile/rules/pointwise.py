@@ -93,7 +93,7 @@ NOT_POINTWISE = (aten.equal.default,)
 
 
 def _register_tagged() -> None:
-    """Enter the rule for every ATen operator that torch tags as pointwise. Those that write to `out=` would need it localised too."""
+    """Enter the rule for every ATen operator that torch tags as pointwise, but for those that write to `out=`: it is not localised."""
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, qualified = name.partition("::")
         packet, _, overload = qualified.partition(".")

@@ -266,7 +266,7 @@ def settled(program: Program, what: str) -> None:
 
 
 def check_case(case: Case, setting: Setting) -> int:
-    """Check every push of one, two or the first three operands and every pull of the result; return how many the rule accepted."""
+    """Check every push of one, two or the first three operands and every pull; return how many the rule accepted."""
     program = Program(case, setting)
     places = {
         name: list(token_places(node.meta["val"], setting.length)) for name, node in Call.of(program.node).operands()
