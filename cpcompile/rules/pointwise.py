@@ -93,7 +93,7 @@ NOT_POINTWISE = (aten.equal.default,)
 
 
 def _register_tagged() -> None:
-    """Enter the rule for every ATen operator that torch tags as pointwise, but for those that write to `out=`: it is not localised."""
+    """Enter the rule for every operator tagged as pointwise, but for those that write to `out=`, which is not localised."""
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, qualified = name.partition("::")
         packet, _, overload = qualified.partition(".")
