@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from cpcompile.compile import compile_inner, transform_dynamo_graph
+from cpcompile.capture import break_text, placeholders
+from cpcompile.compile import compile_inner, input_names, transform_dynamo_graph
 from cpcompile.config import Config
-from cpcompile.errors import ConfigError, InputError
+from cpcompile.errors import TORCH, ConfigError, GraphBreakError, InputError
 from cpcompile.grad_sync import GradientSync
+from cpcompile.input_check import check_same_inputs
 from cpcompile.mesh import Axis, axis_of
 from cpcompile.transform import Transformed
 
@@ -30,7 +35,30 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
         )
     axis = axis_of(given.pop("mesh"), given.pop("axis", None))
     config = Config.of(given)
-    return Compiled(gm, example_inputs, config, gradient_sync(config, axis))
+    refuse_parts()
+    return Compiled(gm, example_inputs, config, gradient_sync(config, axis), check_inputs=config.check_inputs)
+
+
+def refuse_parts() -> None:
+    """Refuse, while Dynamo compiles, a function that an uncompiled frame of the model called.
+
+    Without `fullgraph=True`, Dynamo gives up a function that breaks inside a loop or a `with`, runs it as it
+    is, and compiles what it calls, each as if it were whole.
+
+    Raises:
+        GraphBreakError: with the line that runs uncompiled.
+    """
+    frame, is_caller = sys._getframe(), False
+    while frame.f_back is not None:
+        frame = frame.f_back
+        name, file = frame.f_code.co_name, frame.f_code.co_filename
+        if name == "compile_wrapper" and file.startswith(TORCH):
+            return
+        is_caller = is_caller or (file.startswith(TORCH) and file.endswith("convert_frame.py"))
+        # contextlib runs functions under decorators such as torch.no_grad().
+        if is_caller and not file.startswith((TORCH, contextlib.__file__)):
+            line = traceback.FrameSummary(file, frame.f_lineno, name)
+            raise GraphBreakError(break_text("Dynamo gave up the function of this line, which runs uncompiled", [line]))
 
 
 def gradient_sync(config: Config, axis: Axis) -> GradientSync:
@@ -41,7 +69,14 @@ def gradient_sync(config: Config, axis: Axis) -> GradientSync:
 class Compiled:
     """One transformed and compiled graph; called with the flat inputs that Dynamo passes."""
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, sync: GradientSync) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        config: Config,
+        sync: GradientSync,
+        check_inputs: str = "never",
+    ) -> None:
         axis = sync.axis
         check_devices(example_inputs, axis)
         self.transformed: Transformed = transform_dynamo_graph(
@@ -50,8 +85,18 @@ class Compiled:
         self._run = compile_inner(self.transformed, example_inputs, config.inner)
         self._summed = [i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config)]
         self._sync = sync
+        self._check = check_inputs
+        names, nodes = input_names(self.transformed.original), placeholders(self.transformed.original)
+        self._named = [
+            (names[node.name], i)
+            for i, (node, x) in enumerate(zip(nodes, example_inputs, strict=True))
+            if node.name in names and isinstance(x, torch.Tensor)
+        ]
 
     def __call__(self, *inputs: Any) -> Any:
+        if self._check != "never":
+            check_same_inputs({name: inputs[i] for name, i in self._named}, self._sync.axis)
+            self._check = "always" if self._check == "always" else "never"
         given = list(inputs)
         if self._sync.axis.world_size > 1 and self._summed and torch.is_grad_enabled():
             for i, tensor in zip(self._summed, self._sync([inputs[i] for i in self._summed]), strict=True):

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from cpcompile.errors import InputError
 from cpcompile.mesh import Axis
 
-_MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # the 64-bit golden ratio, as in Fibonacci hashing (Knuth, TAOCP 3, 6.4)
+# The step and the first multiplier of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+_MIX = 0x9E3779B97F4A7C15 - (1 << 64)
+_SCRAMBLE = 0xBF58476D1CE4E5B9 - (1 << 64)
 
 
 def value_fingerprint(x: torch.Tensor) -> torch.Tensor:
@@ -27,7 +29,10 @@ def value_fingerprint(x: torch.Tensor) -> torch.Tensor:
     if flat.is_floating_point():
         flat = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}[flat.element_size()])
     places = torch.arange(flat.numel(), device=x.device, dtype=torch.int64)
-    return ((flat.to(torch.int64) + 1) * (places * _MIX + 1)).sum()
+    # Not linear in the values: a sum of products with the places is the same for 0 1 1 0 and 1 0 0 1.
+    mixed = places.add_(1).mul_(_MIX).add_(flat.to(torch.int64))
+    mixed = mixed.bitwise_xor_(mixed >> 30).mul_(_SCRAMBLE)
+    return mixed.bitwise_xor_(mixed >> 27).sum()
 
 
 def describe(name: str, x: torch.Tensor) -> str:
@@ -44,6 +49,7 @@ def check_same_inputs(inputs: Mapping[str, torch.Tensor], axis: Axis) -> None:
     """
     if axis.world_size == 1:
         return
+    inputs = dict(sorted(inputs.items()))  # the order of keyword arguments means nothing
     device = torch.device("cuda", torch.cuda.current_device()) if axis.device_type == "cuda" else torch.device("cpu")
     header = zlib.crc32(";".join(describe(name, x) for name, x in inputs.items()).encode())
     values = [value_fingerprint(x).to(device) for x in inputs.values()]
