@@ -126,11 +126,18 @@ def test_model_without_memory() -> None:
 
 
 @pytest.mark.parametrize("part", ["before", "after"])
-def test_listing_is_under_the_lines_of_the_model(part: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        ("= aten.embedding(", "x = self.embedding(input_ids)"),
+        ("= aten.cross_entropy_loss(", "F.cross_entropy(logits.flatten(0, 1), labels.flatten())"),
+    ],
+)
+def test_listing_is_under_the_lines_of_the_model(part: str, call: str, line: str) -> None:
     lines = getattr(plan(strategy="ring"), part).splitlines()
-    (embedding,) = [i for i, line in enumerate(lines) if "= aten.embedding(" in line]
-    comment = next(line for line in reversed(lines[:embedding]) if line.startswith("#"))
-    assert "x = self.embedding(input_ids)    small_models.py:" in comment
+    (at,) = [i for i, text in enumerate(lines) if call in text]
+    comment = next(text for text in reversed(lines[:at]) if text.startswith("#"))
+    assert f"{line}    small_models.py:" in comment
 
 
 def test_listing_after_shows_what_changed() -> None:
