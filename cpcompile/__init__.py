@@ -1,20 +1,48 @@
 """cpcompile: a compiler pass that makes single-device PyTorch models train on sequences sharded over several devices."""
 
-from cpcompile.api import apply, no_sync, remove, shard, unshard
-from cpcompile.config import Config
-from cpcompile.errors import (
-    ConfigError,
-    CPError,
-    GraphBreakError,
-    InputError,
-    NoRule,
-    UnsupportedAttention,
-    VerificationError,
-)
-from cpcompile.explain import Explanation, explain
-from cpcompile.verify import Verification, verify
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cpcompile.api import apply, no_sync, remove, shard, unshard
+    from cpcompile.config import Config
+    from cpcompile.errors import (
+        ConfigError,
+        CPError,
+        GraphBreakError,
+        InputError,
+        NoRule,
+        VerificationError,
+    )
+    from cpcompile.explanation import Explanation, explain
+    from cpcompile.verification import Verification, verify
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "api": ("apply", "no_sync", "remove", "shard", "unshard"),
+    "config": ("Config",),
+    "errors": (
+        "CPError",
+        "ConfigError",
+        "GraphBreakError",
+        "InputError",
+        "NoRule",
+        "VerificationError",
+    ),
+    "explanation": ("Explanation", "explain"),
+    "verification": ("Verification", "verify"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: importing torch and the passes takes seconds, and a command's --help should not wait for them.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
 
 __all__ = [
     "CPError",
@@ -24,7 +52,6 @@ __all__ = [
     "GraphBreakError",
     "InputError",
     "NoRule",
-    "UnsupportedAttention",
     "Verification",
     "VerificationError",
     "apply",

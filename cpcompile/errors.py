@@ -33,10 +33,6 @@ class NoRule(CPError):
     """An operator whose operands cannot stay sharded."""
 
 
-class UnsupportedAttention(CPError):
-    """An attention that the chosen strategy cannot compute exactly."""
-
-
 class VerificationError(CPError):
     """The transformed program does not compute what the original computes."""
 
@@ -65,7 +61,8 @@ def where(node: fx.Node) -> str:
     """Return one line that shows the user's source for `node`, its place and its module."""
     frame = user_frame(node)
     if frame is None:
-        return f"  {node.format_node()}"
+        inputs = [n.name for n in node.all_input_nodes if n.op == "placeholder"]
+        return f"  {node.name}" + (f", from the input {', '.join(inputs)}" if inputs else "")
     file, line, source = frame
     module = module_path(node)
     place = f"{Path(file).name}:{line}" + (f", in {module}" if module else "")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cpcompile import runtime  # noqa: F401  (registers the operators)
 from cpcompile.layout import inverse, local_length, positions
 from cpcompile.placement import Full, Partial, Placement, Sharded
 

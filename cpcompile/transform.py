@@ -89,6 +89,8 @@ def transform(
     )
     for sharding in SHARDING:
         run_pass(captured, sharding, changes, times, plan=plan)
+    captured.graph.eliminate_dead_code()
+    captured.recompile()
     check_legal(captured)
     return Transformed(original, analysed, captured, plan, choice, changes, times)
 
@@ -100,10 +102,11 @@ def run_pass(
     times: dict[str, float],
     **config: Any,
 ) -> None:
-    """Run one pass with the chores around it: dead code, lint, recompile, counts and times."""
+    """Run one pass with the chores around it: lint, recompile, counts and times; dead code while no pass keeps nodes."""
     start = time.perf_counter()
     changes[function.__name__] = function(gm, **config)
-    gm.graph.eliminate_dead_code()
+    if function in ANALYSIS:
+        gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
     times[function.__name__] = time.perf_counter() - start

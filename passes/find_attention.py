@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile import runtime  # noqa: F401  (registers the operator)
 from cpcompile.call import Call, is_tensor, value_of
-from cpcompile.masks.emit import emit
+from cpcompile.emit import emit
 from cpcompile.masks.read import Reader, constant
 
 aten = torch.ops.aten

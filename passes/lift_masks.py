@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.call import Call, value_of
-from cpcompile.masks.emit import emit
+from cpcompile.emit import emit
 from cpcompile.masks.expression import Compare, Load, Truth, shifted
 from cpcompile.masks.read import Reader
 from cpcompile.masks.recognise import Mask, key_load, predicate, recognise

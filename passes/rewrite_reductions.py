@@ -18,6 +18,7 @@ from torch import fx
 
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call
+from cpcompile.emit import emit
 from cpcompile.placement import FULL, PARTIAL, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
 from cpcompile.rules.reduction import reduced_dims
@@ -38,8 +39,7 @@ def rewrite_reductions(gm: fx.GraphModule, *, plan: Plan) -> int:
         call = Call.of(node)
         if "reduction" in call and call["reduction"] != _MEAN:
             continue
-        with gm.graph.inserting_before(node):
-            result = rewrite(call, inserter(gm, node), plan)
+        result = rewrite(call, inserter(node), plan)
         annotate(result, origin=annotation(node).origin or node.name)
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
@@ -47,12 +47,11 @@ def rewrite_reductions(gm: fx.GraphModule, *, plan: Plan) -> int:
     return count
 
 
-def inserter(gm: fx.GraphModule, like: fx.Node) -> Insert:
-    """Return a function that inserts a call with the source line of `like`."""
+def inserter(before: fx.Node) -> Insert:
+    """Return a function that inserts a call as a part of what the node `before` computes."""
 
     def insert(target: Any, *args: Any, placement: Placement = PARTIAL, **kwargs: Any) -> fx.Node:
-        node = gm.graph.call_function(target, args, kwargs)
-        node.meta = {key: like.meta[key] for key in ("val", "stack_trace", "nn_module_stack") if key in like.meta}
+        node = emit(before, target, *args, **kwargs)
         annotate(node, placement=placement)
         return node
 

@@ -44,4 +44,21 @@ class AttentionRule:
         return None  # attention over tokens that every rank holds whole stays whole
 
 
+@dataclass(frozen=True, slots=True)
+class UnrecognisedRule:
+    """An attention that `find_attention` left alone mixes tokens in a way that no strategy computes."""
+
+    notation: str = ""
+
+    def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
+        reason = "this form of attention cannot be sharded yet"
+        if call["attn_mask"] is not None:
+            reason = "a score bias that may require gradients cannot be sharded yet: detach it if it is not trained"
+        raise no_rule(call, operands, reason)
+
+    def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
+        return None
+
+
+register(UnrecognisedRule(), torch.ops.aten.scaled_dot_product_attention.default)
 register(AttentionRule(), torch.ops.cpcompile.attention.default)

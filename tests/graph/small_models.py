@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from cpcompile.config import Config
-from cpcompile.explain import plan_for
+from cpcompile.explanation import plan_for
 from cpcompile.passes import choose_strategies
 from cpcompile.transform import Transformed
 

@@ -80,7 +80,6 @@ def test_keeps_numerics_of_losses_of_any_length(loss: Callable[[Tensor, Tensor],
     assert result.ok, result
 
 
-@pytest.mark.xfail(reason="dead code elimination removes the node of the local length before it is used", strict=True)
 @pytest.mark.parametrize("loss", [mean_of_squares, mean_of_tokens])
 def test_keeps_numerics_of_means_of_any_length(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     result = verify(TinyLM(loss), batch(7), world_size=3, dtype=torch.float64)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
 from cpcompile.call import value_of
@@ -13,7 +14,7 @@ from cpcompile.call import value_of
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id", "custom")
 
 
-def emit(before: fx.Node, target: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+def emit(before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """Insert a call of `target` before the node `before`, as a part of what that node computes."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, kwargs)
@@ -22,9 +23,9 @@ def emit(before: fx.Node, target: torch._ops.OpOverload, *args: Any, **kwargs: A
     return node
 
 
-def fake_result(target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def fake_result(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `target` on the fake values of its arguments."""
     values = fx.map_arg(args, value_of)
     modes = [v.fake_mode for v in values if hasattr(v, "fake_mode")]
-    with modes[0]:
+    with modes[0] if modes else contextlib.nullcontext():
         return target(*values, **kwargs)
