@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import traceback
 from collections.abc import Callable, Sequence
@@ -102,7 +101,6 @@ def inner_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[Any]], Calla
     return compile_fx  # type: ignore[return-value]
 
 
-@functools.cache
 def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     """Return the process group with that name."""
     from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import fx
 
+from cpcompile.annotation import annotate, annotation
 from cpcompile.call import value_of
+from cpcompile.placement import FULL, Placement
 
 # Where the user's code made it, and what an activation checkpoint said about it.
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id", "custom")
@@ -20,6 +22,20 @@ def emit(before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any)
         node = before.graph.call_function(target, args, kwargs)
     node.meta.update({key: before.meta[key] for key in _KEPT_META if key in before.meta})
     node.meta["val"] = fake_result(target, args, kwargs)
+    return node
+
+
+def emit_copy(
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    source: fx.Node,
+    placement: Placement = FULL,
+) -> fx.Node:
+    """Insert, at the graph's insertion point, a call that holds the value of `source` in another placement."""
+    node = graph.call_function(target, arguments)
+    node.meta.update({key: source.meta[key] for key in (*_KEPT_META, "val") if key in source.meta})
+    annotate(node, placement=placement, origin=annotation(source).origin or source.name)
     return node
 
 

@@ -8,13 +8,12 @@ after   loss = cp.scale_gradient(cp.all_reduce(loss), 1 / P)       # every rank 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
-from cpcompile.annotation import annotate, annotation, placement_of
+from cpcompile.annotation import placement_of
 from cpcompile.call import is_tensor
+from cpcompile.emit import emit_copy
 from cpcompile.placement import FULL, Full, Partial, Sharded
 from cpcompile.plan import Lengths, Plan
 
@@ -40,12 +39,11 @@ def finished_output(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> fx.Node:
     """Return what the graph returns for `node`."""
     placement = placement_of(node)
     if isinstance(placement, Partial):
-        node = insert(gm, cp.all_reduce.default, (node, plan.world_size, plan.group), node)
+        node = emit_copy(gm.graph, cp.all_reduce.default, (node, plan.world_size, plan.group), node)
     if isinstance(placement, Sharded) and plan.outputs == "full":
         total = Lengths.of(gm).total
-        node = insert(
-            gm, cp.gather_tokens.default, (node, placement.dim, placement.inner, total, *plan.axis_arguments), node
-        )
+        arguments = (node, placement.dim, placement.inner, total, *plan.axis_arguments)
+        node = emit_copy(gm.graph, cp.gather_tokens.default, arguments, node)
         placement = FULL
     if node.op != "call_function" or not node.meta["val"].is_floating_point():
         return node
@@ -53,17 +51,7 @@ def finished_output(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> fx.Node:
     scale = plan.gradient_scale / (plan.world_size if is_replicated else 1)
     if scale == 1:
         return node
-    new = insert(gm, cp.scale_gradient.default, (node, scale), node)
-    annotate(new, placement=FULL if is_replicated else placement)
-    return new
-
-
-def insert(gm: fx.GraphModule, target: Any, arguments: tuple[Any, ...], source: fx.Node) -> fx.Node:
-    """Insert a call that holds the value of `source` whole."""
-    node = gm.graph.call_function(target, arguments)
-    node.meta = {key: source.meta[key] for key in ("val", "stack_trace", "nn_module_stack") if key in source.meta}
-    annotate(node, placement=FULL, origin=annotation(source).origin or source.name)
-    return node
+    return emit_copy(gm.graph, cp.scale_gradient.default, (node, scale), node, FULL if is_replicated else placement)
 
 
 def output_placements(gm: fx.GraphModule) -> list[Full | Sharded | None]:

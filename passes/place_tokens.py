@@ -16,10 +16,11 @@ from torch import fx
 
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call, is_tensor
+from cpcompile.emit import emit_copy
 from cpcompile.errors import InputError, NoRule
 from cpcompile.placement import FULL, Full, Partial, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
-from cpcompile.rules import RULES, Decision, Local, no_rule
+from cpcompile.rules import REASONS, RULES, Decision, Local, no_rule
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
@@ -150,7 +151,9 @@ class Placer:
 
     def _push(self, call: Call, sharded: Mapping[str, Sharded]) -> Decision:
         if call.target not in RULES:
-            raise no_rule(call, sharded, "there is no rule for this operator, so its operands cannot stay sharded")
+            reason = REASONS.get(call.target)
+            missing = "there is no rule for this operator, so its operands cannot stay sharded"
+            raise no_rule(call, sharded, reason(call) if reason else missing)
         return RULES[call.target].push(call, sharded, self.lengths.value)
 
     def _localise_call(self, node: fx.Node, call: Call, decision: Decision) -> None:
@@ -195,7 +198,7 @@ class Placer:
             return operand
         with self.gm.graph.inserting_before(before):
             arguments = (operand, at.dim, at.inner, value, self.lengths.total, *self.plan.axis_arguments)
-            return derived(self.gm, cp.fill_padding.default, arguments, operand, at)
+            return emit_copy(self.gm.graph, cp.fill_padding.default, arguments, operand, at)
 
     def _reduce_operands(self, node: fx.Node, call: Call, operands: Mapping[str, Placement]) -> None:
         """Add up the partial operands of a call that is not linear in them."""
@@ -210,7 +213,7 @@ class Placer:
         if node not in self.reduced:
             with self.gm.graph.inserting_after(node):
                 arguments = (node, self.plan.world_size, self.plan.group)
-                self.reduced[node] = derived(self.gm, cp.all_reduce.default, arguments, node, FULL)
+                self.reduced[node] = emit_copy(self.gm.graph, cp.all_reduce.default, arguments, node, FULL)
         return self.reduced[node]
 
     def localise(self, node: fx.Node, wanted: Sharded, *, before: fx.Node) -> fx.Node:
@@ -260,7 +263,7 @@ class Placer:
             place = graph.inserting_after(node)
         with place:
             arguments = (node, at.dim, at.inner, self.lengths.total, *self.plan.axis_arguments)
-            return derived(self.gm, cp.shard_tokens.default, arguments, node, at)
+            return emit_copy(self.gm.graph, cp.shard_tokens.default, arguments, node, at)
 
     def _first_call(self) -> fx.Node:
         """Return the node behind the placeholders and the lengths."""
@@ -292,16 +295,6 @@ def is_tuple(call: Call) -> bool:
 def whole_results(call: Call) -> Placement | tuple[Placement, ...]:
     """Return the placement of the results of a call whose operands every rank holds whole."""
     return (FULL,) * len(call.result) if is_tuple(call) else FULL
-
-
-def derived(
-    gm: fx.GraphModule, target: Any, arguments: tuple[Any, ...], source: fx.Node, placement: Placement
-) -> fx.Node:
-    """Insert a node that holds the value of `source` in another placement."""
-    node = gm.graph.call_function(target, arguments)
-    node.meta = {key: source.meta[key] for key in ("val", "stack_trace", "nn_module_stack") if key in source.meta}
-    annotate(node, placement=placement, origin=annotation(source).origin or source.name)
-    return node
 
 
 def written_values(gm: fx.GraphModule) -> set[fx.Node]:

@@ -18,8 +18,8 @@ from torch import fx
 
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call
-from cpcompile.emit import emit
-from cpcompile.placement import FULL, PARTIAL, Placement, Sharded
+from cpcompile.emit import emit, emit_copy
+from cpcompile.placement import PARTIAL, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
 from cpcompile.rules.reduction import reduced_dims
 
@@ -71,7 +71,9 @@ def mean_of_loss(call: Call, insert: Insert, plan: Plan) -> fx.Node:
         safe = insert(aten.mul.Tensor, target, counts)
         counts = insert(aten.mul.Tensor, insert(aten.index.Tensor, weight, [safe]), counts)
     local = insert(aten.sum.default, counts)
-    count = insert(cp.all_reduce.default, local, plan.world_size, plan.group, placement=FULL)
+    with call.node.graph.inserting_before(call.node):
+        arguments = (local, plan.world_size, plan.group)
+        count = emit_copy(call.node.graph, cp.all_reduce.default, arguments, local)
     return insert(aten.div.Tensor, total, count)
 
 

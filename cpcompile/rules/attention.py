@@ -13,7 +13,7 @@ from cpcompile.annotation import annotation
 from cpcompile.call import Call
 from cpcompile.placement import FULL, Placement, Sharded
 from cpcompile.rules.pointwise import is_one
-from cpcompile.rules.registry import Decision, no_rule, register
+from cpcompile.rules.registry import REASONS, Decision, no_rule, register
 
 QUERY_TOKENS = Sharded(2)
 
@@ -44,21 +44,12 @@ class AttentionRule:
         return None  # attention over tokens that every rank holds whole stays whole
 
 
-@dataclass(frozen=True, slots=True)
-class UnrecognisedRule:
-    """An attention that `find_attention` left alone mixes tokens in a way that no strategy computes."""
-
-    notation: str = ""
-
-    def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
-        reason = "this form of attention cannot be sharded yet"
-        if call["attn_mask"] is not None:
-            reason = "a score bias that may require gradients cannot be sharded yet: detach it if it is not trained"
-        raise no_rule(call, operands, reason)
-
-    def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
-        return None
+def why_unrecognised(call: Call) -> str:
+    """Return why an attention that `find_attention` left alone cannot be sharded."""
+    if call["attn_mask"] is not None:
+        return "a score bias that may require gradients cannot be sharded yet: detach it if it is not trained"
+    return "this form of attention cannot be sharded yet"
 
 
-register(UnrecognisedRule(), torch.ops.aten.scaled_dot_product_attention.default)
+REASONS[torch.ops.aten.scaled_dot_product_attention.default] = why_unrecognised
 register(AttentionRule(), torch.ops.cpcompile.attention.default)

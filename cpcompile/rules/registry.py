@@ -144,6 +144,9 @@ def no_rule(call: Call, operands: Mapping[str, Placement], reason: str, notation
 
 RULES: dict[torch._ops.OpOverload, Rule] = {}
 
+# For operators without a rule: why there is none, where more can be said than that.
+REASONS: dict[torch._ops.OpOverload, Callable[[Call], str]] = {}
+
 
 def register(rule: Rule, *targets: torch._ops.OpOverload) -> None:
     """Enter `rule` for each target; a second rule for an operator is an error."""

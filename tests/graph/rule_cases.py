@@ -541,11 +541,6 @@ def loss(target: Any, s: int) -> Iterator[Case]:
             )
 
 
-@cases(aten.scaled_dot_product_attention.default)
-def unrecognised_attention(target: Any, s: int) -> Iterator[Case]:
-    yield Case(target, (x(B, H, s, 8), x(B, H, s, 8), x(B, H, s, 8), x(1, H, s, s)))
-
-
 @cases(torch.ops.cpcompile.attention.default)
 def attention(target: Any, s: int) -> Iterator[Case]:
     def call(strategy: str, **changes: Any) -> Case:
