@@ -158,7 +158,7 @@ def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, padding
     forward, at = _called(model), dim % tensor.dim()
     axis = (tensor.shape[at], forward.layout, forward.axis.world_size, forward.axis.group)
     out: torch.Tensor = torch.ops.cpcompile.shard_tokens(tensor, at, 1, *axis)
-    return out if padding is None else torch.ops.cpcompile.fill_padding(out, at, 1, padding, *axis)
+    return out if padding is None else torch.ops.cpcompile.fill_padding(out, at, 1, padding, 0, 0, *axis)
 
 
 def _called(model: torch.nn.Module) -> ParallelForward:

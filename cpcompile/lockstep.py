@@ -32,7 +32,7 @@ def join(values: Sequence[torch.Tensor], at: Sharded, length: int, layout: str) 
     world_size = len(values)
     slots = local_length(length, world_size, layout)
     parts = [factors(v, at, slots) for v in values]
-    order = inverse(length, world_size, layout, values[0].device)
+    order = inverse(length, world_size, layout, values[0].device)[at.front : length - at.back]
     return torch.cat(parts, at.dim + 1).index_select(at.dim + 1, order).flatten(at.dim, at.dim + 2)
 
 
@@ -63,7 +63,8 @@ def _fill(calls: list[Mapping[str, Any]]) -> Ranks:
     results = []
     for rank, c in enumerate(calls):
         x, dim, inner = c["x"], c["dim"], c["inner"]
-        padding = positions(c["length"], rank, c["world_size"], c["layout"], x.device) >= c["length"]
+        position = positions(c["length"], rank, c["world_size"], c["layout"], x.device)
+        padding = (position < c["front"]) | (position >= c["length"] - c["back"])
         shape = [1] * x.dim()
         shape[dim] = x.shape[dim]
         outer = x.shape[dim] // (len(padding) * inner)

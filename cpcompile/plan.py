@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from cpcompile.layout import chunk_length, local_length, num_chunks
+from cpcompile.placement import Sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +84,25 @@ class Lengths:
         total.meta["val"] = value
         return cls(value, total, local)
 
-    def localise(self, gm: fx.GraphModule, size: Any, before: fx.Node) -> fx.Node | int:
+    def localise(self, gm: fx.GraphModule, size: Any, at: Sharded, before: fx.Node) -> fx.Node | int:
         """Return the graph argument for `size // tokens * local slots`, where `size` is an int or a node."""
-        value = size.meta["val"] if isinstance(size, fx.Node) else size
+        value, tokens = size.meta["val"] if isinstance(size, fx.Node) else size, at.count(self.value)
         if isinstance(value, int) and isinstance(self.local, int):
-            return int(value // self.value) * self.local
-        if not isinstance(value, int) and value.node.expr == self.value.node.expr:
+            return int(value // tokens) * self.local
+        if not isinstance(value, int) and value.node.expr == tokens.node.expr:
             return self.local
         with gm.graph.inserting_before(before):
-            outer = gm.graph.call_function(operator.floordiv, (size, self.total))
+            count = self.count(gm, at)
+            outer = gm.graph.call_function(operator.floordiv, (size, count))
             return gm.graph.call_function(operator.mul, (outer, self.local))
+
+    def count(self, gm: fx.GraphModule, at: Sharded) -> fx.Node | int:
+        """Return the graph argument for the number of tokens in the range of `at`; inserts where the graph inserts."""
+        if isinstance(self.total, int) or not (at.front or at.back):
+            return at.count(self.total) if isinstance(self.total, int) else self.total
+        count = gm.graph.call_function(operator.sub, (self.total, at.front + at.back))
+        count.meta["val"] = at.count(self.value)
+        return count
 
 
 def _after(gm: fx.GraphModule, node: fx.Node, function: Any, args: tuple[Any, ...], value: Any) -> fx.Node:

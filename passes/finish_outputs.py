@@ -14,6 +14,7 @@ from torch import fx
 from cpcompile.annotation import placement_of
 from cpcompile.call import is_tensor
 from cpcompile.emit import emit_copy
+from cpcompile.errors import NoRule, where
 from cpcompile.placement import FULL, Full, Partial, Sharded
 from cpcompile.plan import Lengths, Plan
 
@@ -40,6 +41,11 @@ def finished_output(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> fx.Node:
     placement = placement_of(node)
     if isinstance(placement, Partial):
         node = emit_copy(gm.graph, cp.all_reduce.default, (node, plan.world_size, plan.group), node)
+    if isinstance(placement, Sharded) and (placement.front or placement.back):
+        raise NoRule(
+            f"an output holds a part of the tokens ({placement}), which ranks cannot return in equal parts.\n\n{where(node)}\n\n"
+            "Return all tokens, and slice after cpcompile.unshard."
+        )
     if isinstance(placement, Sharded) and plan.outputs == "full":
         total = Lengths.of(gm).total
         arguments = (node, placement.dim, placement.inner, total, *plan.axis_arguments)

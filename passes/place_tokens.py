@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import fx
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call, is_tensor
 from cpcompile.emit import emit_copy
-from cpcompile.errors import InputError, NoRule
+from cpcompile.errors import InputError, NoRule, where
 from cpcompile.placement import FULL, Full, Partial, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
 from cpcompile.rules import REASONS, RULES, Decision, Local, no_rule
@@ -136,7 +137,9 @@ class Placer:
             return
         if node.target in HEAVY and any(isinstance(p, Sharded) for p in decision.results):
             self._localise_call(node, call, decision)
-        elif len(decision.results) == 1 and isinstance(decision.results[0], Sharded):
+        elif (
+            len(decision.results) == 1 and isinstance(decision.results[0], Sharded) and covers_all(decision.results[0])
+        ):
             annotate(node, placement=Full(decision.results[0]))
 
     def _place_size(self, node: fx.Node, call: Call) -> None:
@@ -190,14 +193,15 @@ class Placer:
 
     def _localise_sizes(self, value: Any, node: fx.Node) -> Any:
         if isinstance(value, Local):
-            return self.lengths.localise(self.gm, value.size, node)
+            return self.lengths.localise(self.gm, value.size, value.at, node)
         return [self._localise_sizes(item, node) for item in value] if isinstance(value, list) else value
 
     def _fill_padding(self, operand: fx.Node, at: Sharded, value: float, before: fx.Node) -> fx.Node:
-        if not self.plan.has_padding(self.lengths.value):
+        if not self.plan.has_padding(self.lengths.value) and not (at.front or at.back):
             return operand
         with self.gm.graph.inserting_before(before):
-            arguments = (operand, at.dim, at.inner, value, self.lengths.total, *self.plan.axis_arguments)
+            range_and_length = (at.front, at.back, self.lengths.total)
+            arguments = (operand, at.dim, at.inner, value, *range_and_length, *self.plan.axis_arguments)
             return emit_copy(self.gm.graph, cp.fill_padding.default, arguments, operand, at)
 
     def _reduce_operands(self, node: fx.Node, call: Call, operands: Mapping[str, Placement]) -> None:
@@ -254,16 +258,30 @@ class Placer:
         return copy
 
     def _shard(self, node: fx.Node, at: Sharded, before: fx.Node) -> fx.Node:
-        graph, self.num_shards = self.gm.graph, self.num_shards + 1
-        if node in self.written:
-            place = graph.inserting_before(before)  # later writes must not be missed
-        elif node.op == "placeholder":
-            place = graph.inserting_before(self._first_call())
-        else:
-            place = graph.inserting_after(node)
-        with place:
-            arguments = (node, at.dim, at.inner, self.lengths.total, *self.plan.axis_arguments)
+        self.num_shards += 1
+        with self._behind(node, before):
+            whole = node if covers_all(at) else self._extend(node, at)
+        with self._behind(whole, before):
+            arguments = (whole, at.dim, at.inner, self.lengths.total, *self.plan.axis_arguments)
             return emit_copy(self.gm.graph, cp.shard_tokens.default, arguments, node, at)
+
+    def _behind(self, node: fx.Node, before: fx.Node) -> AbstractContextManager[Any]:
+        """Return the insertion point for what reads `node`, as early as it can be."""
+        if node in self.written:
+            return self.gm.graph.inserting_before(before)  # later writes must not be missed
+        if node.op == "placeholder":
+            return self.gm.graph.inserting_before(self._first_call())
+        return self.gm.graph.inserting_after(node)
+
+    def _extend(self, node: fx.Node, at: Sharded) -> fx.Node:
+        """Return `node` with the tokens that its range leaves out filled in, so that it has one element for each token."""
+        value = node.meta["val"]
+        if at.inner != 1 or str(value.shape[at.dim]) != str(at.count(self.lengths.value)):
+            raise NoRule(f"a range of tokens inside merged dims cannot be sharded.\n\n{where(node)}")
+        pads = [0, 0] * (value.dim() - at.dim - 1) + [at.front, at.back]
+        whole = emit_copy(self.gm.graph, aten.constant_pad_nd.default, (node, pads), node)
+        annotate(whole, origin="")  # no value of the captured graph has this shape
+        return whole
 
     def _first_call(self) -> fx.Node:
         """Return the node behind the placeholders and the lengths."""
@@ -285,6 +303,11 @@ def stays_partial(call: Call, operands: Mapping[str, Placement]) -> bool:
         return len(partial) == 2
     floating = is_tensor(call.node) and call.result.is_floating_point() and call.tensor(partial[0]).is_floating_point()
     return call.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device) and floating
+
+
+def covers_all(at: Sharded) -> bool:
+    """Tell whether a placement is of all tokens, not of a range."""
+    return at.front == at.back == 0
 
 
 def is_tuple(call: Call) -> bool:

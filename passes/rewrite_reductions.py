@@ -97,7 +97,10 @@ def whole_count(insert: Insert, node: fx.Node, dims: set[int]) -> fx.Node | int:
         if not isinstance(size, int):
             size = insert(aten.sym_size.int, node, dim)
             if isinstance(placement, Sharded) and dim == placement.dim:
-                size = insert(operator.mul, insert(operator.floordiv, size, lengths.local), lengths.total)
+                outer = insert(operator.floordiv, size, lengths.local)
+                with node.graph.inserting_after(outer):
+                    tokens = lengths.count(node.graph.owning_module, placement)
+                size = insert(operator.mul, outer, tokens)
         both_known = isinstance(product, int) and isinstance(size, int)
         product = product * size if both_known else insert(operator.mul, product, size)  # type: ignore[operator]
     return product

@@ -9,7 +9,7 @@ together, so that either answer follows from the names.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +23,10 @@ Names = tuple[str | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """A size argument that counts the tokens: `size // tokens` times the local slots."""
+    """A size argument that counts the tokens of a placement: `size // tokens` times the local slots."""
 
     size: Any
+    at: Sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,27 +89,28 @@ class IndexedRule:
 
     def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
         indices = self.indices(call)
-        found = {(indices.operands[o][p.dim], p.inner) for o, p in operands.items() if o in indices.operands}
+        given = {o: p for o, p in operands.items() if o in indices.operands}
+        found = {(indices.operands[o][p.dim], replace(p, dim=0)) for o, p in given.items()}
         if len(found) > 1:
-            raise no_rule(call, operands, "the operands are sharded along different dims", self.notation)
+            raise no_rule(call, operands, "the operands hold tokens along different dims or ranges", self.notation)
         if not found:
             return Decision({}, (FULL,) * len(indices.results))
-        name, inner = found.pop()
+        name, at = found.pop()
         if name is None:
             raise no_rule(call, operands, "the operator runs over the tokens of the whole sequence", self.notation)
-        return decide(call, indices, name, inner, self.notation)
+        return decide(call, indices, name, at, self.notation)
 
     def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
         indices = self.indices(call)
         name = indices.results[0][result.dim]
         if name is None:
             return None
-        return decide(call, indices, name, result.inner, self.notation)
+        return decide(call, indices, name, result, self.notation)
 
 
-def decide(call: Call, indices: Indices, name: str, inner: int, notation: str) -> Decision:
-    """Return the decision to shard every dim called `name`."""
-    operands = {o: placed(names, name, inner) for o, names in indices.operands.items()}
+def decide(call: Call, indices: Indices, name: str, at: Sharded, notation: str) -> Decision:
+    """Return the decision to shard every dim called `name`, with the factors and the range of `at`."""
+    operands = {o: placed(names, name, at) for o, names in indices.operands.items()}
     if not any(name in names for names in indices.results):
         if not indices.summed:
             sharded = {o: p for o, p in operands.items() if isinstance(p, Sharded)}
@@ -119,15 +121,15 @@ def decide(call: Call, indices: Indices, name: str, inner: int, notation: str) -
     if indices.sizes is not None:
         dim = indices.results[0].index(name)
         sizes = list(call[indices.sizes])
-        at = dim - len(indices.results[0]) + len(sizes)
-        sizes[at] = sizes[at] if sizes[at] == -1 else Local(sizes[at])
+        entry = dim - len(indices.results[0]) + len(sizes)
+        sizes[entry] = sizes[entry] if sizes[entry] == -1 else Local(sizes[entry], at)
         arguments[indices.sizes] = sizes
-    return Decision(operands, tuple(placed(names, name, inner) for names in indices.results), arguments)
+    return Decision(operands, tuple(placed(names, name, at) for names in indices.results), arguments)
 
 
-def placed(names: Names, name: str, inner: int) -> Placement:
-    """Return the placement of a tensor with these dims when the dim called `name` is sharded."""
-    return Sharded(names.index(name), inner) if name in names else FULL
+def placed(names: Names, name: str, at: Sharded) -> Placement:
+    """Return the placement of a tensor with these dims when the dim called `name` is sharded like that of `at`."""
+    return replace(at, dim=names.index(name)) if name in names else FULL
 
 
 def no_rule(call: Call, operands: Mapping[str, Placement], reason: str, notation: str = "") -> NoRule:

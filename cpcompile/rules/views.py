@@ -8,7 +8,7 @@ Sizes never decide: a 64 that is no token count stays one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -37,7 +37,7 @@ def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
 
 def locate_tokens(shape: tuple[Any, ...], target: tuple[Any, ...], at: Sharded, length: Any) -> Sharded | None:
     """Return where the tokens of `shape`, sharded `at`, are in the view `target`, or None when no dim holds them whole."""
-    tokens = expression(length)
+    tokens = expression(at.count(length))
     stride = sympy.Integer(at.inner)
     for size in shape[at.dim + 1 :]:
         stride *= expression(size)
@@ -50,7 +50,7 @@ def locate_tokens(shape: tuple[Any, ...], target: tuple[Any, ...], at: Sharded, 
         inner = quotient(stride, after)
         if inner is None or not inner.is_Integer or quotient(size, tokens * inner) is None:
             return None
-        return Sharded(dim, int(inner))
+        return replace(at, dim=dim, inner=int(inner))
     return None
 
 
@@ -79,7 +79,7 @@ class ViewRule:
         sizes = list(call[self.sizes])
         first = call.dim("dim", "self") if "dim" in call else 0  # unflatten spells only the sizes of one dim
         if 0 <= result.dim - first < len(sizes) and sizes[result.dim - first] != -1:
-            sizes[result.dim - first] = Local(sizes[result.dim - first])
+            sizes[result.dim - first] = Local(sizes[result.dim - first], result)
         return Decision({"self": at}, (result,), {self.sizes: sizes})
 
 

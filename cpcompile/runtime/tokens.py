@@ -1,7 +1,7 @@
 """Tokens between whole tensors and the ranks' slices.
 
-A dim that holds tokens has size `outer * tokens * inner`, row-major; `outer` follows from the size. Locally, tokens is
-`local_length(length, world_size, layout)`, padding slots included.
+A dim that holds tokens has size `outer * tokens * inner`, row-major; `outer` follows from the size. Locally,
+tokens is `local_length(length, world_size, layout)`, padding slots included.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cpcompile.layout import local_length
+from cpcompile.layout import local_length, positions
 from cpcompile.runtime import comm
 from cpcompile.runtime.order import num_real, source_positions, to_rank_order, to_user_order
 
@@ -53,7 +53,8 @@ def shard_tokens_backward(
     index = source_positions(length, rank, world_size, layout, grad.device)
     real = num_real(length, rank, world_size, layout)
     whole.index_copy_(dim + 1, index[:real], grad.narrow(dim + 1, 0, real))
-    # Padding slots all came from the last token. Summed apart, the result does not depend on the order of atomic adds.
+    # Padding slots all came from the last token. Summed apart, the result does not depend on the order of
+    # atomic adds.
     padding = grad.narrow(dim + 1, real, grad.shape[dim + 1] - real)
     whole.narrow(dim + 1, length - 1, 1).add_(padding.sum(dim + 1, keepdim=True))
     return whole.flatten(dim, dim + 2)
@@ -97,19 +98,38 @@ def _(grad: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_
 
 @torch.library.custom_op("cpcompile::fill_padding", mutates_args=())
 def fill_padding(
-    x: torch.Tensor, dim: int, inner: int, value: float, length: int, layout: str, world_size: int, group: str
+    x: torch.Tensor,
+    dim: int,
+    inner: int,
+    value: float,
+    front: int,
+    back: int,
+    length: int,
+    layout: str,
+    world_size: int,
+    group: str,
 ) -> torch.Tensor:
-    """Return a copy of a local tensor whose padding slots hold `value`."""
-    tokens = local_length(length, world_size, layout)
-    real = num_real(length, comm.rank_in(world_size, group), world_size, layout)
+    """Return a copy of a local tensor that holds `value` in its padding slots, and in those of the first `front` and last `back` tokens."""
+    position = positions(length, comm.rank_in(world_size, group), world_size, layout, x.device)
+    outside = (position < front) | (position >= length - back)
     filled = x.clone(memory_format=torch.contiguous_format)
-    _split(filled, dim, inner, tokens).narrow(dim + 1, real, tokens - real).fill_(value)
+    slots = _split(filled, dim, inner, len(position))
+    slots.masked_fill_(outside.view(-1, *(1,) * (x.dim() - dim)), value)
     return filled
 
 
 @fill_padding.register_fake
 def _(
-    x: torch.Tensor, dim: int, inner: int, value: float, length: int, layout: str, world_size: int, group: str
+    x: torch.Tensor,
+    dim: int,
+    inner: int,
+    value: float,
+    front: int,
+    back: int,
+    length: int,
+    layout: str,
+    world_size: int,
+    group: str,
 ) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -128,7 +148,7 @@ def _gather_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None,
 
 def _fill_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dim, inner, _, *rest = ctx.settings
-    return fill_padding(grad, dim, inner, 0.0, *rest), *(None,) * 7
+    return fill_padding(grad, dim, inner, 0.0, *rest), *(None,) * 9
 
 
 shard_tokens.register_autograd(_shard_backward, setup_context=_keep_settings)

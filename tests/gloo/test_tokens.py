@@ -56,7 +56,7 @@ def adjoints(rank: Any, layout: str) -> list[tuple[float, ...]]:
         for out, leaf in (
             (ops.shard_tokens(x, 1, INNER, *where), x),
             (ops.gather_tokens(mine, 1, INNER, *where), mine),
-            (ops.fill_padding(mine, 1, INNER, 0.0, *where), mine),
+            (ops.fill_padding(mine, 1, INNER, 0.0, 0, 0, *where), mine),
         ):
             y = torch.randn_like(out)
             (grad,) = torch.autograd.grad(out, leaf, y)
@@ -78,7 +78,7 @@ def filled(rank: Any, layout: str) -> list[torch.Tensor]:
     where = (layout, rank.world_size, rank.group)
     sizes = {length: 2 * local_length(length, rank.world_size, layout) for length in LENGTHS}
     return [
-        ops.fill_padding(torch.zeros(size, dtype=torch.int64), 0, 1, -100.0, length, *where)
+        ops.fill_padding(torch.zeros(size, dtype=torch.int64), 0, 1, -100.0, 0, 0, length, *where)
         for length, size in sizes.items()
     ]
 

@@ -41,7 +41,6 @@ ALONG_TOKENS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "running sum": (lambda x: x.cumsum(1), "x.cumsum(1)", "runs over the tokens of the whole sequence"),
     "softmax": (lambda x: x.softmax(1), "x.softmax(1)", "runs over the tokens of the whole sequence"),
     "maximum": (lambda x: x.amax(1), "x.amax(1)", "runs over the tokens of the whole sequence"),
-    "shift": (lambda x: x[:, 1:] - x[:, :-1], "x[:, 1:] - x[:, :-1]", "runs over the tokens of the whole sequence"),
     "flip": (lambda x: x.flip(1), "x.flip(1)", "runs over the tokens of the whole sequence"),
     "one token": (lambda x: x[:, -1], "x[:, -1]", "runs over the tokens of the whole sequence"),
     "view": (

@@ -150,7 +150,7 @@ def operator_calls() -> list[tuple[str, Any, tuple[Any, ...]]]:
         ("attention", ops.attention_forward.default, (q, k, v, None, None, None, 0.3, True, 3, 0.0)),
         ("shard_tokens", ops.shard_tokens.default, (x, *tokens)),
         ("gather_tokens", ops.gather_tokens.default, (x, *tokens)),
-        ("fill_padding", ops.fill_padding.default, (x, 1, 2, 0.0, 6, "zig_zag", 1, "")),
+        ("fill_padding", ops.fill_padding.default, (x, 1, 2, 0.0, 1, 2, 6, "zig_zag", 1, "")),
         ("all_reduce", ops.all_reduce.default, (x, 1, "")),
         ("scale_gradient", ops.scale_gradient.default, (x, 0.5)),
     ]
