@@ -11,6 +11,10 @@ import torch.distributed as dist
 
 from cpcompile._torch import resolve_group
 
+# torch 2.13 renamed both and warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def rank_in(world_size: int, group: str) -> int:
     """Return this process's rank in the group. Read when an operator runs, so that all ranks share one graph."""
@@ -70,7 +74,7 @@ def all_gather(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
     if world_size == 1:
         return x.unsqueeze(0)
     stacked = x.new_empty(world_size * x.numel())
-    dist.all_gather_into_tensor(stacked, x.contiguous().view(-1), group=resolve_group(group))
+    _all_gather(stacked, x.contiguous().view(-1), group=resolve_group(group))
     return stacked.view(world_size, *x.shape)
 
 
@@ -79,7 +83,7 @@ def reduce_scatter(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor
     if world_size == 1:
         return x[0]
     reduced = x.new_empty(x[0].numel())
-    dist.reduce_scatter_tensor(reduced, x.contiguous().view(-1), group=resolve_group(group))
+    _reduce_scatter(reduced, x.contiguous().view(-1), group=resolve_group(group))
     return reduced.view(x.shape[1:])
 
 

@@ -109,7 +109,7 @@ def fill_padding(
     world_size: int,
     group: str,
 ) -> torch.Tensor:
-    """Return a copy of a local tensor that holds `value` in its padding slots, and in those of the first `front` and last `back` tokens."""
+    """Return a copy of a local tensor with `value` in its padding slots and in the first `front` and last `back` tokens."""
     position = positions(length, comm.rank_in(world_size, group), world_size, layout, x.device)
     outside = (position < front) | (position >= length - back)
     filled = x.clone(memory_format=torch.contiguous_format)
