@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,21 +129,27 @@ _LOGGING = (
     "warning_advice",
 )
 _RECOMPILE_LIMIT = 256
+# Before torch 2.13, the log of compilation metrics fails, harmlessly but loudly, on a config that ignores functions.
+_METRICS_MISREAD_CONFIG = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
-def tracing_one_graph() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which Dynamo skips logging calls, so that a model that logs once still traces as one graph.
+@contextlib.contextmanager
+def tracing_one_graph() -> Iterator[None]:
+    """Let Dynamo skip logging calls, so that a model that logs once still traces as one graph.
 
-    The limit of compilations for one function is raised: several models, plans or lengths may share a
-    forward.
+    The limit of compilations for one function is raised: several models, plans or lengths may share a forward.
     """
     import torch._dynamo.config as config
 
     methods = {getattr(logging.Logger, name) for name in _LOGGING if hasattr(logging.Logger, name)}
-    patch: contextlib.AbstractContextManager[Any] = config.patch(
-        ignore_logging_functions=config.ignore_logging_functions | methods, recompile_limit=_RECOMPILE_LIMIT
-    )
-    return patch
+    ignored = config.ignore_logging_functions | methods
+    metrics = logging.getLogger("torch._dynamo.metrics_context")
+    was_disabled, metrics.disabled = metrics.disabled, metrics.disabled or _METRICS_MISREAD_CONFIG
+    try:
+        with config.patch(ignore_logging_functions=ignored, recompile_limit=_RECOMPILE_LIMIT):
+            yield
+    finally:
+        metrics.disabled = was_disabled
 
 
 def break_frames(error: torch._dynamo.exc.Unsupported) -> traceback.StackSummary:

@@ -154,7 +154,8 @@ def test_equals_one_device(folder: Path, case: Case) -> None:
         result = json.loads(path.read_text())
         assert "failed" not in result, f"rank {rank}: {result['failed']}"
         print(f"{case} rank {rank}: {result}")
-        assert result["graphs"] == 1, "one graph serves all lengths"
+        # One graph serves all lengths; Inductor may make a second one for lengths that its kernels' alignment divides.
+        assert result["graphs"] <= (2 if case.inner == "inductor" else 1)
         for length, found in result["lengths"].items():
             # Each rank rounds its part of a gradient to the dtype, then the sum: a few units in the last place more than one
             # device, which rounds as often in its products. A part left out or counted twice is off by a tenth and more.
