@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--single", action="store_true", help="also the untouched, compiled model on one device")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.multiprocessing.start_processes(run, args=(options,), nprocs=options.ranks, start_method="spawn")
@@ -147,7 +148,7 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": options.commit or commit.stdout.strip(),
         "shape": options.shape,
         "dynamic": options.dynamic,
     }

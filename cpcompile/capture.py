@@ -30,6 +30,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         new.name = old.name
         new.meta.update({key: old.meta[key] for key in _KEPT_INPUT_META if key in old.meta})
     drop_metadata_asserts(traced)
+    detach_out_of_place(traced)
     traced.recompile()
     return traced
 
@@ -64,3 +65,12 @@ def drop_metadata_asserts(gm: fx.GraphModule) -> None:
     """Remove the checks of dtype and device that tracing leaves: they hold of any shard, and pin nothing else."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         gm.graph.erase_node(node)
+
+
+def detach_out_of_place(gm: fx.GraphModule) -> None:
+    """Make `detach_` a `detach`: it changes no data, and what comes after it in the graph already reads its result.
+
+    Before torch 2.13 every tensor made from a number in the model is traced with one.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
+        node.target = torch.ops.aten.detach.default

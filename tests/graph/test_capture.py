@@ -1,0 +1,35 @@
+"""Capture: the graph that the passes get."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cpcompile import verify
+from tests.models import RotaryLM, batch
+
+aten = torch.ops.aten
+
+
+class DetachedInPlace(RotaryLM):
+    """Scales its logits by a statistic that takes no part in differentiation."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        logits = super().forward(input_ids)["logits"]
+        scale = logits.abs().amax(-1, keepdim=True).detach_()
+        return nn.functional.cross_entropy((logits / scale).flatten(0, 1), labels.flatten())
+
+
+def test_detach_in_place_becomes_detach_and_stays_exact() -> None:
+    model = DetachedInPlace().double()
+    found = verify(model, batch(model, 31), world_size=2, dtype=torch.float64)
+    found.raise_if_wrong()
+    targets = {node.target for node in found.transformed.original.graph.nodes}
+    assert aten.detach.default in targets
+    assert aten.detach_.default not in targets
+
+
+def test_metadata_asserts_are_dropped() -> None:
+    model = RotaryLM()
+    found = verify(model, batch(model, 31), world_size=2)
+    assert aten._assert_tensor_metadata.default not in {n.target for n in found.transformed.original.graph.nodes}
