@@ -1,0 +1,81 @@
+"""The rules of arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from cpcompile.call import Call
+from cpcompile.masks.expression import Affine, Expression, Number, Value, as_value, both, either, map_leaves
+from cpcompile.masks.operands import INDEX_DTYPES, booleans, convert, operands, result_of, rounded
+from cpcompile.masks.read import Reader, Unreadable, is_index, reads
+
+aten = torch.ops.aten
+
+
+def arithmetic(
+    reader: Reader, call: Call, integers: Callable[[Affine, Affine], Affine], floats: Callable[[float, float], float]
+) -> Expression:
+    """Apply a binary operator to the leaves of both operands."""
+    dtype = result_of(call).dtype
+    if not dtype.is_floating_point and dtype not in INDEX_DTYPES:
+        raise Unreadable
+
+    def leaf(a: Value, b: Value) -> Value:
+        if isinstance(a, Affine) and isinstance(b, Affine):
+            return integers(a, b)
+        assert isinstance(a, Number) and isinstance(b, Number)
+        return rounded(floats(a.value, b.value), dtype)
+
+    return map_leaves(leaf, *(as_value(convert(operand, dtype)) for operand in operands(reader, call)))
+
+
+@reads(aten.add.Tensor, aten.add.Scalar)
+def add(reader: Reader, call: Call) -> Expression:
+    if call["alpha"] != 1:
+        raise Unreadable
+    if result_of(call).dtype is torch.bool:
+        return either(*booleans(reader, call))
+    return arithmetic(reader, call, lambda a, b: a + b, lambda a, b: a + b)
+
+
+@reads(aten.sub.Tensor, aten.sub.Scalar)
+def sub(reader: Reader, call: Call) -> Expression:
+    if call["alpha"] != 1:
+        raise Unreadable
+    return arithmetic(reader, call, lambda a, b: a - b, lambda a, b: a - b)
+
+
+@reads(aten.rsub.Tensor, aten.rsub.Scalar)
+def rsub(reader: Reader, call: Call) -> Expression:
+    if call["alpha"] != 1:
+        raise Unreadable
+    return arithmetic(reader, call, lambda a, b: b - a, lambda a, b: b - a)
+
+
+@reads(aten.mul.Tensor, aten.mul.Scalar)
+def mul(reader: Reader, call: Call) -> Expression:
+    if result_of(call).dtype is torch.bool:
+        return both(*booleans(reader, call))
+    return arithmetic(reader, call, product, lambda a, b: a * b)
+
+
+def product(a: Affine, b: Affine) -> Affine:
+    """Return the product, of which one factor is a constant."""
+    if a.terms and b.terms:
+        raise Unreadable
+    return a * b.constant if a.terms else b * a.constant
+
+
+@reads(aten.neg.default)
+def neg(reader: Reader, call: Call) -> Expression:
+    def leaf(value: Value) -> Value:
+        if isinstance(value, Number):
+            return Number(-value.value)
+        assert isinstance(value, Affine)
+        return -value
+
+    if is_index(result_of(call)) and result_of(call).dtype not in INDEX_DTYPES:
+        raise Unreadable
+    return map_leaves(leaf, as_value(reader.operand(call["self"])))

@@ -1,0 +1,116 @@
+"""The rules of views, slices and indices: every element of the result is one of the operand, at other coordinates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from cpcompile.call import Call, value_of
+from cpcompile.masks.expression import Affine, Expression, coordinate, is_natural, shifted, substitute
+from cpcompile.masks.operands import INDEX_DTYPES, number_of, result_of
+from cpcompile.masks.read import Reader, Unreadable, is_size_one, reads, size_of
+
+aten = torch.ops.aten
+
+
+@reads(
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+)
+def regroup(reader: Reader, call: Call) -> Expression:
+    """Dims of size 1 come and go; merging or splitting others is not read."""
+    _, source = next(call.operands())
+    old, new = (wide_dims(value_of(node)) for node in (source, call.node))
+    if len(old) != len(new) or not all(statically_known_true(a == b) for (_, a), (_, b) in zip(old, new, strict=True)):
+        raise Unreadable
+    moves = {dim: coordinate(to) for (dim, _), (to, _) in zip(old, new, strict=True)}
+    return substitute(reader.operand(source), moves)
+
+
+def wide_dims(tensor: torch.Tensor) -> list[tuple[int, Any]]:
+    """Return (dim, size) of the dims that are not known to have size 1."""
+    return [(dim, size) for dim, size in enumerate(tensor.shape) if not is_size_one(size)]
+
+
+@reads(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+def expand(reader: Reader, call: Call) -> Expression:
+    return reader.operand(call["self"], result_of(call).dim())
+
+
+@reads(aten.permute.default, aten.transpose.int, aten.t.default)
+def permute(reader: Reader, call: Call) -> Expression:
+    rank = result_of(call).dim()
+    order = list(range(rank))
+    if "dims" in call:
+        order = [dim % rank for dim in call["dims"]]
+    elif rank > 1:
+        first, second = (call.dim("dim0", "self"), call.dim("dim1", "self")) if "dim0" in call else (0, 1)
+        order[first], order[second] = second, first
+    return substitute(reader.operand(call["self"]), {old: coordinate(new) for new, old in enumerate(order)})
+
+
+@reads(aten.slice.Tensor)
+def slice_(reader: Reader, call: Call) -> Expression:
+    dim = call.dim("dim", "self")
+    start = from_front(reader, call["start"] or 0, call.shape("self")[dim])
+    return substitute(reader.operand(call["self"]), {dim: start + coordinate(dim) * call["step"]})
+
+
+def from_front(reader: Reader, index: Any, size: Any) -> Affine:
+    """Return the start of a slice, counted from the front."""
+    if isinstance(index, int) and isinstance(size, int):
+        return Affine(index if index >= 0 else max(index + size, 0))
+    start = number_of(reader, index)
+    if not is_natural(start):
+        raise Unreadable
+    return start
+
+
+@reads(aten.select.int)
+def select(reader: Reader, call: Call) -> Expression:
+    dim, size = call.dim("dim", "self"), call.shape("self")[call.dim("dim", "self")]
+    index = number_of(reader, call["index"])
+    if isinstance(call["index"], int) and call["index"] < 0:
+        index += size_of(size)
+    moves = {d: coordinate(d - 1) for d in range(dim + 1, len(call.shape("self")))}
+    return substitute(reader.operand(call["self"]), {**moves, dim: index})
+
+
+@reads(aten.index.Tensor)
+def index(reader: Reader, call: Call) -> Expression:
+    """Neighbouring dims are indexed by integers that cannot be negative."""
+    indices = [i for i in call["indices"] if i is not None]
+    first = next(dim for dim, i in enumerate(call["indices"]) if i is not None)
+    if call["indices"][first : first + len(indices)] != indices or not all(is_readable_index(i) for i in indices):
+        raise Unreadable
+    rank = max(value_of(i).dim() for i in indices)
+    moves = {}
+    for dim, i in enumerate(indices, first):
+        value = reader.operand(i, rank)
+        if not isinstance(value, Affine) or not is_natural(value):
+            raise Unreadable
+        moves[dim] = as_affine(shifted(value, first))
+    for dim in range(first + len(indices), len(call.shape("self"))):
+        moves[dim] = coordinate(dim - len(indices) + rank)
+    return substitute(reader.operand(call["self"]), moves)
+
+
+def is_readable_index(node: fx.Node) -> bool:
+    """Tell whether a tensor indexes by integers; booleans select."""
+    return value_of(node).dtype in INDEX_DTYPES
+
+
+def as_affine(value: Expression) -> Affine:
+    """Return an integer."""
+    assert isinstance(value, Affine)
+    return value

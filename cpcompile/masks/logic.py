@@ -1,0 +1,97 @@
+"""The rules of comparisons and logic, and of operators that choose between two values by a condition."""
+
+from __future__ import annotations
+
+import torch
+
+from cpcompile.call import Call
+from cpcompile.masks.expression import (
+    COMPARISONS,
+    FALSE,
+    FLOAT_COMPARISONS,
+    TRUE,
+    ZERO,
+    Boolean,
+    Expression,
+    Number,
+    Value,
+    as_boolean,
+    as_value,
+    both,
+    choose,
+    compare,
+    coordinate,
+    either,
+    map_leaves,
+    negated,
+)
+from cpcompile.masks.operands import booleans, convert, exact, number_of, operands, result_of
+from cpcompile.masks.read import Reader, Unreadable, reads
+
+aten = torch.ops.aten
+
+
+@reads(
+    *(
+        getattr(packet, overload)
+        for name in COMPARISONS
+        for packet in (getattr(aten, name),)
+        for overload in ("Tensor", "Scalar")
+    )
+)
+def comparison(reader: Reader, call: Call) -> Expression:
+    name = call.target._schema.name.partition("::")[2]
+
+    def leaf(a: Value, b: Value) -> Boolean:
+        if isinstance(a, Number) and isinstance(b, Number):
+            return TRUE if FLOAT_COMPARISONS[name](a.value, b.value) else FALSE
+        return COMPARISONS[name](exact(a), exact(b))
+
+    return map_leaves(leaf, *(as_value(operand) for operand in operands(reader, call)))
+
+
+@reads(
+    aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Scalar, aten.bitwise_and.Scalar
+)
+def conjunction(reader: Reader, call: Call) -> Expression:
+    return both(*booleans(reader, call))
+
+
+@reads(aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default, aten.__or__.Scalar, aten.bitwise_or.Scalar)
+def disjunction(reader: Reader, call: Call) -> Expression:
+    return either(*booleans(reader, call))
+
+
+@reads(aten.__xor__.Tensor, aten.bitwise_xor.Tensor, aten.logical_xor.default)
+def exclusive(reader: Reader, call: Call) -> Expression:
+    a, b = booleans(reader, call)
+    return either(both(a, negated(b)), both(negated(a), b))
+
+
+@reads(aten.logical_not.default, aten.bitwise_not.default)
+def negation(reader: Reader, call: Call) -> Expression:
+    if result_of(call).dtype is not torch.bool:
+        raise Unreadable
+    return negated(as_boolean(reader.operand(call["self"])))
+
+
+@reads(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def where(reader: Reader, call: Call) -> Expression:
+    result = result_of(call)
+    condition, yes, no = (reader.operand(call[name], result.dim()) for name in ("condition", "self", "other"))
+    return choose(as_boolean(condition), convert(yes, result.dtype), convert(no, result.dtype))
+
+
+@reads(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def masked_fill(reader: Reader, call: Call) -> Expression:
+    result = result_of(call)
+    rest, condition, fill = (reader.operand(call[name], result.dim()) for name in ("self", "mask", "value"))
+    return choose(as_boolean(condition), convert(fill, result.dtype), rest)
+
+
+@reads(aten.tril.default, aten.triu.default)
+def triangle(reader: Reader, call: Call) -> Expression:
+    result = result_of(call)
+    above = coordinate(result.dim() - 1) - coordinate(result.dim() - 2) - number_of(reader, call["diagonal"])
+    kept = compare("le", above if call.target is aten.tril.default else -above)
+    return choose(kept, reader.operand(call["self"]), convert(ZERO, result.dtype))

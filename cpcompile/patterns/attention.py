@@ -1,0 +1,42 @@
+"""An attention as the patterns find it, in whichever form the model says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from cpcompile.call import value_of
+from cpcompile.patterns.nodes import same_shape
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One attention as found: what it computes, and the nodes that compute it, in their order."""
+
+    nodes: tuple[fx.Node, ...]
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    scale: float
+    is_causal: bool = False
+    softcap: float = 0.0
+    dropout: float = 0.0
+
+
+def is_batched(q: Any, k: Any, v: Any) -> bool:
+    """Tell whether the shapes are `[B, H, S, D]`, or `[B, S, D]`, with as many heads as the operator takes."""
+    if not same_shape(v[:-1], k[:-1]) or len(q) != len(k) or not statically_known_true(q[0] == k[0]):
+        return False
+    if len(q) == 3:
+        return True
+    is_grouped = isinstance(q[1], int) and isinstance(k[1], int) and q[1] % k[1] == 0
+    return len(q) == 4 and is_grouped
+
+
+def num_heads(node: fx.Node) -> Any:
+    """Return the size of the head dim."""
+    return value_of(node).shape[-3]

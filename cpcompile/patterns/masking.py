@@ -1,0 +1,56 @@
+"""The masks of attention written out: one mask for the operator that means all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from cpcompile.call import value_of
+from cpcompile.emit import emit
+from cpcompile.patterns.nodes import may_need_gradient
+from cpcompile.patterns.scores import Masking, Scores
+
+aten = torch.ops.aten
+
+# A score that is replaced by at most this and one to which it is added are the same number, whatever the
+# score.
+_ABSORBING = torch.finfo(torch.bfloat16).min
+
+
+def can_mask(masks: tuple[Masking, ...]) -> bool:
+    """Tell whether one mask means all of them: a finite fill is like an addition when it absorbs the score, and alone."""
+    if any(may_need_gradient(masking.tensor) for masking in masks):
+        return False
+    fills = [masking.fill for masking in masks if masking.fill is not None]
+    return all(fill == float("-inf") or (fill <= _ABSORBING and len(masks) == 1) for fill in fills)
+
+
+def written_mask(before: fx.Node, scores: Scores) -> fx.Node | None:
+    """Return one node that means all masks."""
+    mask = None
+    for masking in scores.masks:
+        new = one_mask(before, masking, value_of(scores.product).dtype)
+        mask = new if mask is None else combined(before, mask, new)
+    return mask
+
+
+def one_mask(before: fx.Node, masking: Masking, dtype: torch.dtype) -> fx.Node:
+    """Return a mask as the operator takes it: a boolean that is true to attend, or a number to add."""
+    if masking.fill is None:
+        return masking.tensor
+    kept = emit(before, aten.logical_not.default, masking.tensor) if masking.where else masking.tensor
+    if masking.fill == float("-inf"):
+        return kept
+    zero = emit(before, aten.new_zeros.default, masking.tensor, [], dtype=dtype)
+    return emit(before, aten.where.ScalarOther, kept, zero, masking.fill)
+
+
+def combined(before: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    """Return the mask that means two."""
+    is_boolean = [value_of(mask).dtype is torch.bool for mask in (a, b)]
+    if all(is_boolean):
+        return emit(before, aten.logical_and.default, a, b)
+    if not any(is_boolean):
+        return emit(before, aten.add.Tensor, a, b)
+    kept, added = (a, b) if is_boolean[0] else (b, a)
+    return emit(before, aten.where.ScalarOther, kept, added, float("-inf"))

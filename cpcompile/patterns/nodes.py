@@ -1,0 +1,78 @@
+"""What the patterns ask of nodes: operands, dtypes, shapes and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from cpcompile.call import is_tensor, value_of
+from cpcompile.emit import emit
+
+aten = torch.ops.aten
+
+_CONVERSIONS = {
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+}
+_DETACHES = {aten.detach.default, aten.detach_.default}
+
+
+def source(node: fx.Node) -> fx.Node:
+    """Return the first operand."""
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node), node.format_node()
+    return operand
+
+
+def second(node: fx.Node) -> fx.Node:
+    """Return the second operand."""
+    operand = node.args[1]
+    assert isinstance(operand, fx.Node), node.format_node()
+    return operand
+
+
+def is_conversion(node: fx.Node) -> bool:
+    """Tell whether a node changes no more than the memory format, or one floating-point dtype to another."""
+    return node.target in _CONVERSIONS and all(value_of(n).dtype.is_floating_point for n in (node, source(node)))
+
+
+def converted(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Return the node in `dtype`, the one in which autocast computes."""
+    return node if value_of(node).dtype == dtype else emit(before, aten.to.dtype, node, dtype)
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Tell whether two shapes are known to be equal."""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
+def may_need_gradient(mask: fx.Node) -> bool:
+    """Tell whether a mask depends on an input that takes a gradient: the operator has none for its mask."""
+    seen: set[fx.Node] = set()
+    waiting = [mask]
+    while waiting:
+        node = waiting.pop()
+        if (
+            node in seen
+            or not is_tensor(node)
+            or not value_of(node).dtype.is_floating_point
+            or node.target in _DETACHES
+        ):
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            example = getattr(node.meta.get("grapharg"), "example", None)
+            if not isinstance(example, torch.Tensor) or example.requires_grad:
+                return True
+        waiting.extend(node.all_input_nodes)
+    return False

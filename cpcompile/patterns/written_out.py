@@ -1,0 +1,112 @@
+"""Attention written out: `softmax(cap(q @ k^T * scale) + masks) @ v`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from cpcompile.call import Call, value_of
+from cpcompile.emit import emit
+from cpcompile.masks.read import Reader
+from cpcompile.patterns.attention import Attention, is_batched
+from cpcompile.patterns.masking import can_mask, written_mask
+from cpcompile.patterns.nodes import converted, is_conversion, second, source
+from cpcompile.patterns.scores import PRODUCTS, read_scores
+
+aten = torch.ops.aten
+
+_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
+_DROPOUTS = {aten.dropout.default, aten.dropout_.default}
+
+# A chain that crosses one of these is not computed under one mode: its gradient or its dtypes would change.
+_MODE_SWITCHES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
+
+
+def read_written_out(node: fx.Node, reader: Reader) -> Attention | None:
+    """Read `softmax(cap(q @ k^T * scale) + masks) @ v`, from its softmax."""
+    if node.target not in _SOFTMAX or Call.of(node)["dim"] not in (-1, value_of(node).dim() - 1):
+        return None
+    scores = read_scores(node.args[0], reader)
+    weighing = read_weighing(node)
+    if scores is None or weighing is None or switches_mode(scores.product, weighing.nodes[-1]):
+        return None
+    end = weighing.nodes[-1]
+    dtype = value_of(end).dtype
+    keys = second(scores.product)
+    written = [source(scores.product), source(keys) if is_transposition(keys) else keys, second(end)]
+    q_shape, k_shape, v_shape = (value_of(x).shape for x in (written[0], keys, written[2]))
+    keeps_dtype = value_of(scores.product).dtype == dtype or all(is_of(x, dtype) for x in written)
+    if (
+        not keeps_dtype
+        or not is_batched(q_shape, [*k_shape[:-2], k_shape[-1], k_shape[-2]], v_shape)
+        or not can_mask(scores.masks)
+    ):
+        return None
+    q, k, v = (of_dtype(end, x, dtype) for x in written)
+    k = k if is_transposition(keys) else emit(end, aten.transpose.int, k, -2, -1)
+    return Attention(
+        nodes=(*scores.nodes, *weighing.nodes),
+        q=q,
+        k=k,
+        v=v,
+        mask=written_mask(end, scores),
+        scale=scores.scale,
+        softcap=scores.softcap,
+        dropout=weighing.dropout,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Weighing:
+    """What follows a softmax: dropout, then the product with the values, which is the last node."""
+
+    nodes: tuple[fx.Node, ...]
+    dropout: float
+
+
+def read_weighing(softmax: fx.Node) -> Weighing | None:
+    """Read on from a softmax to the product with the values, as long as nothing else uses the weights."""
+    nodes, dropout = [softmax], 0.0
+    while len(nodes[-1].users) == 1:
+        (node,) = nodes[-1].users
+        nodes.append(node)
+        if node.target in PRODUCTS:
+            return Weighing(tuple(nodes), dropout) if node.args[0] is nodes[-2] is not node.args[1] else None
+        if node.target in _DROPOUTS and not dropout:
+            call = Call.of(node)
+            dropout = float(call["p"]) if call["train"] else 0.0
+        elif not is_conversion(node):
+            return None
+    return None
+
+
+def switches_mode(first: fx.Node, last: fx.Node) -> bool:
+    """Tell whether autocast or gradients are switched between two nodes."""
+    node = first
+    while node is not last:
+        if getattr(node.target, "__name__", "") in _MODE_SWITCHES:
+            return True
+        node = node.next
+    return False
+
+
+def is_of(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Tell whether an operand is in `dtype`, or was converted from it just before."""
+    return value_of(node).dtype == dtype or (is_conversion(node) and value_of(source(node)).dtype == dtype)
+
+
+def of_dtype(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Return an operand in the dtype of the result, from before its conversion if it was converted."""
+    is_original = value_of(node).dtype != dtype and is_of(node, dtype)
+    return source(node) if is_original else converted(before, node, dtype)
+
+
+def is_transposition(node: fx.Node) -> bool:
+    """Tell whether a node exchanges the last two dims of another."""
+    rank = value_of(node).dim()
+    if node.target is not aten.transpose.int:
+        return False
+    call = Call.of(node)
+    return {call.dim("dim0", "self"), call.dim("dim1", "self")} == {rank - 2, rank - 1}
