@@ -186,7 +186,7 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: in
         collectives=tuple(collectives(transformed)),
         gradient_bytes=gradient_bytes(model, world_size, plan.gradient_scale == 1),
         estimates={f"{layout}/{name}": cost for (layout, name), cost in transformed.choice.estimates.items()},
-        before=listing(transformed.analysed),
+        before=listing(transformed.original),
         after=listing(gm),
     )
 

@@ -20,7 +20,9 @@ def model_and_text() -> tuple[torch.nn.Module, torch.Tensor]:
 
     source = find_model(None)
     text = (torch.nn.Module.__doc__ or "") * 4
-    return load_model(source, torch.float64), torch.tensor([load_tokenizer(source)(text)["input_ids"]])
+    return load_model(source, torch.float32, torch.device("cpu")), torch.tensor(
+        [load_tokenizer(source)(text)["input_ids"]]
+    )
 
 
 @pytest.mark.parametrize(
