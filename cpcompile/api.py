@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -84,11 +85,13 @@ class ParallelForward:
         self.layout = ""  # chosen when the model is first called
         self.__wrapped__ = forward  # `inspect.signature(model.forward)` stays that of the model
         self.sync = gradient_sync(config, axis)
-        self._compiled = compile_whole(forward, self._backend)
+        self._compiled = compile_whole(forward, self._backend, config)
         self._is_checked = config.check_inputs == "never"
 
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        compiled = Compiled(gm, example_inputs, self.config, self.sync)
+        # The first graph chooses the layout for all: `unshard` must know it whichever graph ran last.
+        config = replace(self.config, balancer=self.layout or self.config.balancer)
+        compiled = Compiled(gm, example_inputs, config, self.sync)
         self.layout = compiled.transformed.plan.layout
         return compiled
 

@@ -50,9 +50,10 @@ def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: boo
     return int(sizes[0])
 
 
-def compile_whole(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], config: Config) -> Callable[..., Any]:
     """Return `function` compiled as one graph by `backend`; errors come out as ours, with the user's line."""
-    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    # Not dynamic=True, which would make every size a symbol: `token_length` marks those that may change.
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=None if config.dynamic else False)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # DDP has Dynamo cut the model into a graph for each bucket; the parts could not be sharded.

@@ -210,7 +210,7 @@ def plan_for(model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: i
     named = by_name(model.forward, inputs)
     token_length(named, config, mark_dynamic=config.dynamic)
     with contextlib.suppress(_Planned):
-        compile_whole(model.forward, backend)(**named)
+        compile_whole(model.forward, backend, config)(**named)
     return made[0]
 
 

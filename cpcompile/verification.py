@@ -152,7 +152,7 @@ def verify(
         reference_loss, reference = run_and_differentiate(model, model.forward, inputs, objective)
     ranks = LockstepBackend(config, world_size, is_wide)
     loss, gradients = run_and_differentiate(
-        model, compile_whole(model.forward, ranks), by_name(model.forward, inputs), objective, config
+        model, compile_whole(model.forward, ranks, config), by_name(model.forward, inputs), objective, config
     )
     assert ranks.transformed is not None
     error = max(relative(value, reference_loss) for value in (loss, *ranks.scalars(loss)))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import cpcompile
-from tests.models import VOCABULARY, batch, error, errors, gradients, loss_of, make
+from tests.models import VOCABULARY, batch, error, errors, gradients, logits_of, loss_of, make
 
 EXACT = 1e-12  # float64
 FLOAT32 = 2e-5  # the transformers models cast to float32 themselves, even in float64: rounding, times the depth
@@ -177,6 +177,30 @@ def outputs(rank: Any, layout: str, length: int) -> dict[str, float]:
 @pytest.mark.parametrize(("layout", "length"), [("contiguous", 31), ("zig_zag", 64)])
 def test_logits_are_local_or_whole(pool: Any, layout: str, length: int) -> None:
     assert_exact(pool.run(3, outputs, layout, length))
+
+
+def lengths_that_would_choose_differently(rank: Any) -> dict[str, float]:
+    from unittest import mock
+
+    from cpcompile import transform
+
+    model, alone = new(rank, "rotary", dynamic=False, strategy="ring")
+    free, choices = transform.choose, iter(("zig_zag", "contiguous"))
+
+    def choose(sites: Any, strategy: str, balancer: str, world_size: int) -> Any:
+        return free(sites, strategy, next(choices) if balancer == "auto" else balancer, world_size)
+
+    with mock.patch.object(transform, "choose", choose):
+        found = {}
+        for length in (32, 48, 32):  # the last runs the first graph again
+            inputs = batch(alone, length)
+            whole = cpcompile.unshard(logits_of(model(**inputs)), model)
+            found[f"logits of {length}"] = error(whole, logits_of(alone(**inputs)))
+    return found
+
+
+def test_one_layout_for_all_graphs_of_a_model(pool: Any) -> None:
+    assert_exact(pool.run(2, lengths_that_would_choose_differently))
 
 
 def own_loss(rank: Any, length: int) -> dict[str, float]:
