@@ -60,7 +60,7 @@ def permute(call: Call) -> Indices:
     return Indices({"self": names}, (tuple(names[int(d) % len(names)] for d in call["dims"]),))
 
 
-@rule(aten.expand.default)
+@rule(aten.expand.default, aten.broadcast_to.default)
 def expand(call: Call) -> Indices:
     """[a 1] -> [n a b]"""
     shape = tuple(call.result.shape)
@@ -98,7 +98,7 @@ def sliced_off(call: Call) -> tuple[int, int] | None:
 
     start, stop = bound(call["start"], sympy.Integer(0)), bound(call["end"], size)
     front, back = start, sympy.simplify(size - stop)
-    if size.is_Integer:
+    if back.is_Integer and size.is_Integer:
         back = max(back, sympy.Integer(0))  # an end beyond the last element is the last element
     if call["step"] != 1 or not (front.is_Integer and back.is_Integer) or front < 0 or back < 0:
         return None

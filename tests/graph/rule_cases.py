@@ -235,7 +235,7 @@ def permute(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(s, B * s, D), [-1, 0, -2]))
 
 
-@cases(aten.expand.default)
+@cases(aten.expand.default, aten.broadcast_to.default)
 def expand(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(1, s, D), [B, s, D]))
     yield Case(target, (x(1, s, D), [B, -1, -1]))

@@ -52,6 +52,28 @@ def test_exact(loss: Loss, world_size: int, layout: str, dynamic: bool) -> None:
     found.raise_if_wrong()
 
 
+class PositionsFromABuffer(RotaryLM):
+    """Looks learned positions up with a slice of a buffer of all positions, as BERT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = torch.nn.Embedding(128, 32)
+        self.register_buffer("position_ids", torch.arange(128)[None])
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        positions = self.positions(self.position_ids[:, : input_ids.shape[1]])
+        return super().forward(labels=labels, inputs_embeds=self.embed(input_ids) + positions)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_slice_of_a_whole_tensor(dynamic: bool) -> None:
+    model = PositionsFromABuffer().double()
+    found = cpcompile.verify(
+        model, batch(model, 33), world_size=3, dtype=torch.float64, balancer="zig_zag", dynamic=dynamic
+    )
+    found.raise_if_wrong()
+
+
 def test_ranges_that_do_not_line_up_are_refused() -> None:
     def difference(logits: Tensor, labels: Tensor) -> Tensor:
         return (logits[:, 1:] - logits[:, :-1]).pow(2).mean()
