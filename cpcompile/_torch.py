@@ -44,6 +44,10 @@ def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any
     return mode, [fake(value) for value in example_inputs]
 
 
+class SelectiveCheckpointError(Exception):
+    """A checkpoint that chooses what to recompute by a `context_fn`, which the graph in line could not honour."""
+
+
 class _InlineCheckpoints(fx.Interpreter):
     """Run a Dynamo graph with the bodies of activation checkpoints in line, their nodes marked for recomputation."""
 
@@ -54,7 +58,7 @@ class _InlineCheckpoints(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         body = args[0]
         if "_checkpoint_context_fn" in body.meta:
-            raise NotImplementedError("selective activation checkpointing (context_fn)")
+            raise SelectiveCheckpointError
         _InlineCheckpoints.num_regions += 1
         for node in body.graph.nodes:
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from cpcompile import _torch
-from cpcompile.errors import TORCH, GraphBreakError
+from cpcompile.errors import TORCH, CPError, GraphBreakError
 
 _KEPT_INPUT_META = ("tensor_dict", "grapharg")
 
@@ -19,13 +19,18 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     """Return `gm` as ATen before dispatch, with the same inputs in the same order.
 
     Every node carries `stack_trace`, `nn_module_stack` and `val`. Raises `GraphBreakError` when `gm` is a
-    part of the model.
+    part of the model, and `CPError` for selective activation checkpointing.
     """
     reason = _torch.dynamo_break_reason(gm)
     if reason is not None:
         raise GraphBreakError(describe_break(reason))
     mode, inputs = _torch.fake_inputs(example_inputs)
-    traced = _torch.trace_pre_dispatch(gm, mode, inputs)
+    try:
+        traced = _torch.trace_pre_dispatch(gm, mode, inputs)
+    except _torch.SelectiveCheckpointError:
+        raise CPError(
+            "selective activation checkpointing (context_fn=...) is not supported yet: checkpoint without it, or not at all."
+        ) from None
     for new, old in zip(placeholders(traced), placeholders(gm), strict=True):
         new.name = old.name
         new.meta.update({key: old.meta[key] for key in _KEPT_INPUT_META if key in old.meta})
