@@ -32,7 +32,6 @@ class Attention:
     device: str
     is_causal: bool
     window: int
-    has_dense_mask: bool
     is_additive: bool
 
     @property

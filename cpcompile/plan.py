@@ -22,7 +22,6 @@ class Plan:
         world_size: ranks of the context-parallel axis, P.
         group: name of the process group of the axis; '' when the ranks only exist in this process.
         layout: which tokens each rank holds.
-        strategy: the strategy that was asked for, or `auto`.
         token_dims: for each token input (the name of its placeholder) the dim of its tokens.
         outputs: `local` or `full`.
         gradient_scale: what one rank's gradient of a loss counts: 1 when gradients are summed over the axis,
@@ -32,7 +31,6 @@ class Plan:
     world_size: int
     group: str
     layout: str
-    strategy: str
     token_dims: Mapping[str, int]
     outputs: str = "local"
     gradient_scale: float = 1.0

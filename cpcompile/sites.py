@@ -40,6 +40,5 @@ def attention_site(node: fx.Node) -> Attention:
         device=q.device.type,
         is_causal=bool(call["is_causal"]),
         window=int(call["window"]),
-        has_dense_mask=mask is not None,
         is_additive=mask is not None and call.tensor("mask").is_floating_point(),
     )

@@ -82,7 +82,6 @@ def transform(
         world_size=world_size,
         group=group,
         layout=choice.layout,
-        strategy=config.strategy,
         token_dims=token_dims,
         outputs=config.outputs,
         gradient_scale=float(world_size) if config.grad_sync == "mean" else 1.0,

@@ -133,7 +133,7 @@ class Program:
         return node
 
     def placer(self) -> Placer:
-        plan = Plan(self.setting.world_size, "", self.setting.layout, "auto", {})
+        plan = Plan(self.setting.world_size, "", self.setting.layout, {})
         return Placer(self.gm, plan, self.lengths)
 
     def push(self, sharded: Mapping[str, Sharded]) -> None:

@@ -12,7 +12,7 @@ from cpcompile.layout import positions
 
 SITE = Attention(
     batch=1, heads=32, kv_heads=8, tokens=4096, head_dim=128, value_dim=128, bytes_per_element=2, device="cuda",
-    is_causal=True, window=0, has_dense_mask=False, is_additive=False,
+    is_causal=True, window=0, is_additive=False,
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_what_is_asked_for_is_done(strategy: str) -> None:
 
 
 def test_additive_masks_are_not_for_ring() -> None:
-    biased = replace(SITE, has_dense_mask=True, is_additive=True)
+    biased = replace(SITE, is_additive=True)
     assert choose([biased, SITE], "ring", "auto", 4).strategies == ("gather", "ring")
 
 
