@@ -46,6 +46,12 @@ def user_frame(node: fx.Node) -> tuple[str, int, str] | None:
     return None
 
 
+def source_place(node: fx.Node) -> str:
+    """Return file and line of the user's code for `node`, e.g. `model.py:41`, or ''."""
+    frame = user_frame(node)
+    return f"{Path(frame[0]).name}:{frame[1]}" if frame else ""
+
+
 def module_path(node: fx.Node) -> str:
     """Return the dotted path of the module that made `node`, e.g. `model.layers.0.self_attn`, or ''."""
     stack = node.meta.get("nn_module_stack")
@@ -63,7 +69,6 @@ def where(node: fx.Node) -> str:
     if frame is None:
         inputs = [n.name for n in node.all_input_nodes if n.op == "placeholder"]
         return f"  {node.name}" + (f", from the input {', '.join(inputs)}" if inputs else "")
-    file, line, source = frame
     module = module_path(node)
-    place = f"{Path(file).name}:{line}" + (f", in {module}" if module else "")
-    return f"  {source or node.name:<60} {place}"
+    place = source_place(node) + (f", in {module}" if module else "")
+    return f"  {frame[2] or node.name:<60} {place}"

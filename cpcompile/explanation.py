@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from cpcompile.compile import transform_dynamo_graph
 from cpcompile.config import Config
 from cpcompile.cost import BYTES, FLOPS
 from cpcompile.dynamo import by_name, compile_whole, token_length
-from cpcompile.errors import ConfigError, module_path, user_frame
+from cpcompile.errors import ConfigError, module_path, source_place
 from cpcompile.layout import local_length
 from cpcompile.listing import input_name, listing, operator_name
 from cpcompile.passes.lift_masks import describe
@@ -254,14 +253,14 @@ def attention_sites(transformed: Transformed) -> list[Site]:
     calls = {annotation(n).site: n for n in collective_nodes(transformed.graph) if "attention" in operator_name(n)}
     sites = []
     for node, strategy in zip(attention_nodes(transformed.analysed), transformed.choice.strategies, strict=True):
-        call, frame = Call.of(node), user_frame(node)
+        call = Call.of(node)
         q, k = call.shape("q"), call.shape("k")
         rewritten = calls.get(node.name)
         sent = traffic_of(rewritten, transformed) if rewritten is not None else Traffic(0, 0)
         sites.append(
             Site(
                 module=module_path(node),
-                line=f"{Path(frame[0]).name}:{frame[1]}" if frame else "",
+                line=source_place(node),
                 heads=size_hint(q[1]),
                 kv_heads=size_hint(k[1]),
                 head_dim=size_hint(q[3]),
@@ -279,10 +278,10 @@ def sharded_inputs(gm: fx.GraphModule) -> list[ShardedInput]:
     """Return the places where whole values become local tokens."""
     found = []
     for node in gm.graph.find_nodes(op="call_function", target=cp.shard_tokens.default):
-        source, frame = node.args[0], user_frame(node)
+        source = node.args[0]
         shape = tuple(size_hint(n) for n in source.meta["val"].shape) if is_tensor(source) else ()
         name = input_name(source) if source.op == "placeholder" else f"{operator_name(source)} ({source.name})"
-        found.append(ShardedInput(name, shape, node.args[1], f"{Path(frame[0]).name}:{frame[1]}" if frame else "input"))
+        found.append(ShardedInput(name, shape, node.args[1], source_place(node) or "input"))
     return found
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
 from cpcompile.annotation import annotation
-from cpcompile.errors import module_path, user_frame
+from cpcompile.errors import module_path, source_place, user_frame
 
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16",
@@ -26,9 +25,8 @@ def listing(gm: fx.GraphModule) -> str:
             continue
         frame = user_frame(node)
         if frame is not None and frame != shown:
-            file, number, source = frame
             module = module_path(node)
-            lines.append(f"\n# {source}    {Path(file).name}:{number}{', in ' + module if module else ''}")
+            lines.append(f"\n# {frame[2]}    {source_place(node)}{', in ' + module if module else ''}")
             shown = frame
         lines.append(statement(node))
     return "\n".join(lines).lstrip("\n")

@@ -232,16 +232,15 @@ class Placer:
         return self.localised[key]
 
     def _pull(self, node: fx.Node, wanted: Sharded) -> Decision | None:
-        if node.op != "call_function" or node.target not in RULES or is_tuple(Call.of(node)):
-            return None
-        target = node.target
-        assert isinstance(target, torch._ops.OpOverload)
-        if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
+        if node.op != "call_function" or node.target not in RULES:
             return None
         call = Call.of(node)
-        decision = RULES[target].pull(call, wanted, self.lengths.value)
-        placements = {name: placement_of(operand) for name, operand in call.operands()}
-        return decision if all(isinstance(p, Full) for p in placements.values()) else None
+        is_random = torch.Tag.nondeterministic_seeded in call.target.tags
+        if is_tuple(call) or is_random or call.target._schema.is_mutable:
+            return None
+        if not all(isinstance(placement_of(operand), Full) for _, operand in call.operands()):
+            return None
+        return RULES[call.target].pull(call, wanted, self.lengths.value)
 
     def _copy_locally(self, node: fx.Node, decision: Decision) -> fx.Node:
         call = Call.of(node)
