@@ -112,6 +112,11 @@ def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """Raise `RuntimeError` unless a scalar is true; on a GPU when the device gets there, so that the host need not wait."""
+    torch._assert_async(condition, message)
+
+
 def run_backward(loss: torch.Tensor) -> None:
     """Back-propagate from a scalar with the active torch function mode kept: `Tensor.backward` switches it off."""
     ones = torch.ones_like(loss)

@@ -51,3 +51,34 @@ def _scale_gradient_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor
 
 
 scale_gradient.register_autograd(_scale_gradient_backward, setup_context=_keep_scale)
+
+
+@torch.library.custom_op("cpcompile::stack_ranks", mutates_args=())
+def stack_ranks(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
+    """Return every rank's `x`, stacked in the order of the ranks: `[world_size, *x.shape]`."""
+    return comm.all_gather(x, world_size, group) if world_size > 1 else torch.stack([x])
+
+
+@stack_ranks.register_fake
+def _(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
+    return x.new_empty(world_size, *x.shape)
+
+
+@torch.library.custom_op("cpcompile::stack_ranks_backward", mutates_args=())
+def stack_ranks_backward(grad: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
+    """Return the sum over ranks of their gradients of this rank's `x`."""
+    if world_size > 1:
+        return comm.reduce_scatter(grad, world_size, group)
+    return grad[0].clone(memory_format=torch.contiguous_format)
+
+
+@stack_ranks_backward.register_fake
+def _(grad: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
+    return grad.new_empty(grad.shape[1:])
+
+
+def _stack_ranks_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    return stack_ranks_backward(grad, ctx.world_size, ctx.group), None, None
+
+
+stack_ranks.register_autograd(_stack_ranks_backward, setup_context=_keep_group)

@@ -15,12 +15,12 @@ from cpcompile.runtime import comm
 from cpcompile.runtime.order import num_real, source_positions, to_rank_order, to_user_order
 
 
-def _split(x: torch.Tensor, dim: int, inner: int, tokens: int) -> torch.Tensor:
+def factors(x: torch.Tensor, dim: int, inner: int, tokens: int) -> torch.Tensor:
     """Return `x` with `dim` viewed as (outer, tokens, inner)."""
     return torch.unflatten(x, dim, (x.shape[dim] // (tokens * inner), tokens, inner))
 
 
-def _resized(x: torch.Tensor, dim: int, old: int, new: int) -> torch.Tensor:
+def resized(x: torch.Tensor, dim: int, old: int, new: int) -> torch.Tensor:
     """Return an empty tensor like `x` whose `dim` holds `new` tokens in place of `old`."""
     shape = list(x.shape)
     shape[dim] = shape[dim] // old * new
@@ -34,12 +34,12 @@ def shard_tokens(
     """Return this rank's tokens of a whole tensor. Padding slots repeat the last token, so they are always finite."""
     rank = comm.rank_in(world_size, group)
     index = source_positions(length, rank, world_size, layout, x.device)
-    return _split(x, dim, inner, length).index_select(dim + 1, index).flatten(dim, dim + 2)
+    return factors(x, dim, inner, length).index_select(dim + 1, index).flatten(dim, dim + 2)
 
 
 @shard_tokens.register_fake
 def _(x: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str) -> torch.Tensor:
-    return _resized(x, dim, length, local_length(length, world_size, layout))
+    return resized(x, dim, length, local_length(length, world_size, layout))
 
 
 @torch.library.custom_op("cpcompile::shard_tokens_backward", mutates_args=())
@@ -48,7 +48,7 @@ def shard_tokens_backward(
 ) -> torch.Tensor:
     """Return the gradient of the whole tensor: this rank's tokens, 0 elsewhere."""
     rank = comm.rank_in(world_size, group)
-    grad = _split(grad, dim, inner, local_length(length, world_size, layout))
+    grad = factors(grad, dim, inner, local_length(length, world_size, layout))
     whole = grad.new_zeros(*grad.shape[: dim + 1], length, *grad.shape[dim + 2 :])
     index = source_positions(length, rank, world_size, layout, grad.device)
     real = num_real(length, rank, world_size, layout)
@@ -62,7 +62,7 @@ def shard_tokens_backward(
 
 @shard_tokens_backward.register_fake
 def _(grad: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str) -> torch.Tensor:
-    return _resized(grad, dim, local_length(length, world_size, layout), length)
+    return resized(grad, dim, local_length(length, world_size, layout), length)
 
 
 @torch.library.custom_op("cpcompile::gather_tokens", mutates_args=())
@@ -70,14 +70,14 @@ def gather_tokens(
     x: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str
 ) -> torch.Tensor:
     """Return the whole tensor in the user's order, on every rank, without padding."""
-    local = _split(x, dim, inner, local_length(length, world_size, layout))
+    local = factors(x, dim, inner, local_length(length, world_size, layout))
     stacked = comm.all_gather(local, world_size, group).movedim(0, dim + 1).flatten(dim + 1, dim + 2)
     return to_user_order(stacked, dim + 1, length, layout, world_size).flatten(dim, dim + 2)
 
 
 @gather_tokens.register_fake
 def _(x: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str) -> torch.Tensor:
-    return _resized(x, dim, local_length(length, world_size, layout), length)
+    return resized(x, dim, local_length(length, world_size, layout), length)
 
 
 @torch.library.custom_op("cpcompile::gather_tokens_backward", mutates_args=())
@@ -85,7 +85,7 @@ def gather_tokens_backward(
     grad: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str
 ) -> torch.Tensor:
     """Return this rank's tokens of the sum over ranks of `grad`; padding slots get 0."""
-    whole = _split(grad, dim, inner, length)
+    whole = factors(grad, dim, inner, length)
     ordered = to_rank_order(whole, dim + 1, length, layout, world_size)
     stacked = torch.unflatten(ordered, dim + 1, (world_size, -1)).movedim(dim + 1, 0)
     return comm.reduce_scatter(stacked, world_size, group).flatten(dim, dim + 2).contiguous()
@@ -93,7 +93,7 @@ def gather_tokens_backward(
 
 @gather_tokens_backward.register_fake
 def _(grad: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str) -> torch.Tensor:
-    return _resized(grad, dim, length, local_length(length, world_size, layout))
+    return resized(grad, dim, length, local_length(length, world_size, layout))
 
 
 @torch.library.custom_op("cpcompile::fill_padding", mutates_args=())
@@ -113,7 +113,7 @@ def fill_padding(
     position = positions(length, comm.rank_in(world_size, group), world_size, layout, x.device)
     outside = (position < front) | (position >= length - back)
     filled = x.clone(memory_format=torch.contiguous_format)
-    slots = _split(filled, dim, inner, len(position))
+    slots = factors(filled, dim, inner, len(position))
     slots.masked_fill_(outside.view(-1, *(1,) * (x.dim() - dim)), value)
     return filled
 

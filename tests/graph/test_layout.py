@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpcompile.collectives import join, split
 from cpcompile.layout import LAYOUTS, inverse, local_length, num_chunks, positions
-from cpcompile.lockstep import join, split
 from cpcompile.placement import Sharded
 
 

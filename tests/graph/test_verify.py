@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpcompile import ConfigError, VerificationError, lockstep, verify
+from cpcompile import ConfigError, VerificationError, collectives, verify
 from cpcompile.passes import rewrite_reductions
 from cpcompile.verification import value_error
 from tests.graph.small_models import VOCABULARY, Logits, TinyLM, batch
@@ -159,16 +159,16 @@ def test_sees_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def patched(name: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda monkeypatch: monkeypatch.setitem(
-        lockstep.COLLECTIVES, getattr(torch.ops.cpcompile, name).default, value
+        collectives.COLLECTIVES, getattr(torch.ops.cpcompile, name).default, value
     )
 
 
 def first_ranks_tokens(calls: list[Any]) -> list[Any]:
-    return [lockstep._shard(calls)[0]] * len(calls)
+    return [collectives._shard(calls)[0]] * len(calls)
 
 
 def without_mask(calls: list[Any]) -> list[Any]:
-    return lockstep._attention([{**c, "is_causal": False} for c in calls])
+    return collectives._attention([{**c, "is_causal": False} for c in calls])
 
 
 def own_sum_only(calls: list[Any]) -> list[Any]:
