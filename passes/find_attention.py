@@ -3,6 +3,8 @@
 before  out = aten.scaled_dot_product_attention(q, repeat(k), repeat(v), mask, scale=0.25)     # or
         out = aten.matmul(aten.softmax(aten.matmul(q, repeat(k)^T) * 0.25 + mask, -1), repeat(v))
 after   out = cpcompile.attention(q, k, v, mask, None, None, 0.25, False, 0, 0.0, 0.0)
+
+What the operator cannot say stays written out, or is: a trained bias, dropout, dims beyond `[B, H, S, D]`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from cpcompile.call import value_of
 from cpcompile.emit import emit
 from cpcompile.masks.read import Reader
 from cpcompile.patterns.attention import Attention, num_heads
-from cpcompile.patterns.fused import read_fused
+from cpcompile.patterns.formula import written_out
+from cpcompile.patterns.fused import is_one_operator, read_fused
 from cpcompile.patterns.repeated_heads import unrepeated
 from cpcompile.patterns.written_out import read_written_out
 
@@ -27,10 +30,15 @@ def find_attention(gm: fx.GraphModule) -> int:
     reader = Reader(gm)
     count = 0
     for node in list(gm.graph.nodes):
-        found = read_fused(node) or read_written_out(node, reader)
-        if found is not None:
+        fused = read_fused(node)
+        found = fused or read_written_out(node, reader)
+        if found is None:
+            continue
+        if fused is not None and not is_one_operator(fused):
+            replace_by(fused, written_out(fused))
+        else:
             write_operator(found)
-            count += 1
+        count += 1
     return count
 
 
@@ -43,11 +51,16 @@ def write_operator(found: Attention) -> None:
     operands = [found.q, k, v, found.mask]
     if value_of(end).dim() == 3:
         operands = [as_one_head(end, node) for node in operands]
-    settings = (found.scale, found.is_causal, 0, found.softcap, found.dropout)
+    settings = (found.scale, found.is_causal, 0, found.softcap, 0.0)
     new = emit(end, torch.ops.cpcompile.attention.default, *operands, None, None, *settings)
     if value_of(end).dim() == 3:
         new = emit(end, aten.squeeze.dim, new, 1)
-    end.replace_all_uses_with(new)
+    replace_by(found, new)
+
+
+def replace_by(found: Attention, new: fx.Node) -> None:
+    """Put a node in the place of an attention."""
+    found.nodes[-1].replace_all_uses_with(new)
     # Dropout and operators in place are not dead code to fx, even when nothing uses them.
     for node in reversed(found.nodes):
         node.graph.erase_node(node)

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from cpcompile.call import Call, value_of
-from cpcompile.patterns.attention import Attention, is_batched, num_heads
+from cpcompile.patterns.attention import Attention, is_batched
 from cpcompile.patterns.nodes import converted, may_need_gradient
 
 aten = torch.ops.aten
@@ -19,16 +19,18 @@ def read_fused(node: fx.Node) -> Attention | None:
     call = Call.of(node)
     q, k, v, mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
     scale = call["scale"] if call["scale"] is not None else default_scale(call)
-    if scale is None or not is_batched(*(value_of(x).shape for x in (q, k, v))):
-        return None
-    if value_of(q).dim() == 4 and num_heads(q) != num_heads(k) and not call["enable_gqa"]:
-        return None
-    if mask is not None and may_need_gradient(mask):
+    if scale is None:
         return None
     q, k, v = (converted(node, operand, value_of(node).dtype) for operand in (q, k, v))
     return Attention(
         (node,), q, k, v, mask, float(scale), is_causal=call["is_causal"], dropout=float(call["dropout_p"])
     )
+
+
+def is_one_operator(found: Attention) -> bool:
+    """Tell whether `cpcompile.attention` can say a fused attention: it has no gradient for its mask and no dropout."""
+    has_gradient = found.mask is not None and may_need_gradient(found.mask)
+    return is_batched(*(value_of(x).shape for x in (found.q, found.k, found.v))) and not (has_gradient or found.dropout)
 
 
 def default_scale(call: Call) -> float | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 
@@ -17,7 +15,7 @@ from cpcompile.patterns.scores import PRODUCTS, read_scores
 
 aten = torch.ops.aten
 
-_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
+_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default}
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default}
 
 # A chain that crosses one of these is not computed under one mode: its gradient or its dtypes would change.
@@ -30,9 +28,9 @@ def read_written_out(node: fx.Node, reader: Reader) -> Attention | None:
         return None
     scores = read_scores(node.args[0], reader)
     weighing = read_weighing(node)
-    if scores is None or weighing is None or switches_mode(scores.product, weighing.nodes[-1]):
+    if scores is None or weighing is None or switches_mode(scores.product, weighing[-1]):
         return None
-    end = weighing.nodes[-1]
+    end = weighing[-1]
     dtype = value_of(end).dtype
     keys = second(scores.product)
     written = [source(scores.product), source(keys) if is_transposition(keys) else keys, second(end)]
@@ -47,39 +45,32 @@ def read_written_out(node: fx.Node, reader: Reader) -> Attention | None:
     q, k, v = (of_dtype(end, x, dtype) for x in written)
     k = k if is_transposition(keys) else emit(end, aten.transpose.int, k, -2, -1)
     return Attention(
-        nodes=(*scores.nodes, *weighing.nodes),
+        nodes=(*scores.nodes, *weighing),
         q=q,
         k=k,
         v=v,
         mask=written_mask(end, scores),
         scale=scores.scale,
         softcap=scores.softcap,
-        dropout=weighing.dropout,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Weighing:
-    """What follows a softmax: dropout, then the product with the values, which is the last node."""
-
-    nodes: tuple[fx.Node, ...]
-    dropout: float
-
-
-def read_weighing(softmax: fx.Node) -> Weighing | None:
-    """Read on from a softmax to the product with the values, as long as nothing else uses the weights."""
-    nodes, dropout = [softmax], 0.0
+def read_weighing(softmax: fx.Node) -> tuple[fx.Node, ...] | None:
+    """Read on from a softmax to the product with the values, the last node, as long as nothing else uses the weights."""
+    nodes = [softmax]
     while len(nodes[-1].users) == 1:
         (node,) = nodes[-1].users
         nodes.append(node)
         if node.target in PRODUCTS:
-            return Weighing(tuple(nodes), dropout) if node.args[0] is nodes[-2] is not node.args[1] else None
-        if node.target in _DROPOUTS and not dropout:
-            call = Call.of(node)
-            dropout = float(call["p"]) if call["train"] else 0.0
-        elif not is_conversion(node):
+            return tuple(nodes) if node.args[0] is nodes[-2] is not node.args[1] else None
+        if not is_conversion(node) and not is_idle_dropout(node):
             return None
     return None
+
+
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Tell whether a node is a dropout that drops nothing; one that does leaves the attention written out."""
+    return node.target in _DROPOUTS and not (Call.of(node)["train"] and Call.of(node)["p"])
 
 
 def switches_mode(first: fx.Node, last: fx.Node) -> bool:

@@ -26,6 +26,7 @@ def without(names: Names, dims: set[int]) -> Names:
 @rule(
     aten.softmax.int,
     aten._softmax.default,
+    aten._safe_softmax.default,
     aten.log_softmax.int,
     aten._log_softmax.default,
     aten.cumsum.default,

@@ -428,6 +428,7 @@ def embedding(target: Any, s: int) -> Iterator[Case]:
     aten.softmax.int,
     aten.log_softmax.int,
     aten._softmax.default,
+    aten._safe_softmax.default,
     aten._log_softmax.default,
     aten.cumsum.default,
     aten.cumprod.default,

@@ -80,10 +80,74 @@ def test_fused_positional_and_keyword() -> None:
     assert call.tensor("mask").dtype is torch.bool
 
 
-def test_fused_with_dropout() -> None:
-    gm, _ = captured(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.25), *operands())
+def assert_written_out(function: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
+    """Check that a fused attention is written out, with the values and gradients of the function."""
+    gm, args = captured(function, *inputs)
     assert find_attention(gm) == 1
-    assert found(gm)["dropout"] == 0.25
+    gm.graph.lint()
+    gm.recompile()
+    targets = [str(node.target) for node in gm.graph.nodes]
+    assert (targets.count("aten._safe_softmax.default"), targets.count("aten.matmul.default")) == (1, 2)
+    assert not [t for t in targets if "scaled_dot" in t or "cpcompile" in t]
+    text = str(gm.graph)
+    assert (find_attention(gm), str(gm.graph)) == (0, text)
+    torch.manual_seed(3)
+    (out,) = gm(*args)
+    torch.manual_seed(3)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        wanted = function(*inputs)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-10)
+    trained = [x for x in inputs if x.requires_grad]
+    gradients = [torch.autograd.grad(y.square().sum(), trained) for y in (out, wanted)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-8)
+    return gm
+
+
+def test_fused_with_a_trained_bias_is_written_out() -> None:
+    bias = torch.randn(1, H, S, S, dtype=torch.float64, requires_grad=True)
+    assert_written_out(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, scale=0.4), *operands(), bias)
+    hidden = torch.zeros(S, S, dtype=torch.float64).masked_fill_(~CAUSAL.roll(-1, 0), float("-inf"))
+    assert not hidden[-1].isinf().all() and hidden[0].isinf().sum() == S - 2
+    assert_written_out(
+        lambda q, k, v, m, h: F.scaled_dot_product_attention(q, k, v, m + h, enable_gqa=True),
+        *operands(K),
+        bias,
+        hidden,
+    )
+
+
+def test_a_row_without_a_key_is_zero_when_written_out() -> None:
+    bias = torch.randn(S, S, dtype=torch.float64, requires_grad=True)
+    hidden = torch.zeros(S, S, dtype=torch.float64)
+    hidden[2] = float("-inf")
+    gm = assert_written_out(
+        lambda q, k, v, m, h: F.scaled_dot_product_attention(q, k, v, m + h), *operands(), bias, hidden
+    )
+    _, args = captured(lambda q, k, v, m, h: F.scaled_dot_product_attention(q, k, v, m + h), *operands(), bias, hidden)
+    assert gm(*args)[0][:, :, 2].abs().max() == 0
+
+
+def test_fused_with_dropout_is_written_out() -> None:
+    assert_written_out(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.25), *operands())
+    assert_written_out(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.25, is_causal=True, enable_gqa=True),
+        *operands(K),
+    )
+    assert_written_out(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, 0.5), *operands(), CAUSAL)
+
+
+def test_fused_with_other_dims_is_written_out() -> None:
+    def five(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+
+    assert_written_out(five, *operands())
+    assert_written_out(lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), *operands())
+
+
+def test_one_key_head_broadcasts() -> None:
+    call = assert_same(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), *operands(1))
+    assert call.shape("k") == (B, 1, S, D)
+    assert_same(lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v, *operands(1))
 
 
 def test_three_dims_get_one_head() -> None:
@@ -218,7 +282,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "weights on the right": lambda q, k, v: v.mT @ F.softmax(product(q, k), dim=-1),
     "no product": lambda q, k, v: F.softmax(q, dim=-1) @ k.mT,
     "weights are changed": lambda q, k, v: (F.softmax(product(q, k), dim=-1) + 1) @ v,
-    "fused with a learned bias": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, product(q, k)),
+    "dropout": lambda q, k, v: F.dropout(F.softmax(product(q, k), dim=-1), 0.5) @ v,
     "only a product": lambda q, k, v: product(q, k) @ v,
 }
 

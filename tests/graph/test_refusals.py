@@ -103,20 +103,6 @@ def test_branch_on_values() -> None:
     assert "does not trace as one graph" in text
 
 
-class Dropping(Logits):
-    """Drops attention weights."""
-
-    def attend(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.3, is_causal=True).transpose(1, 2).flatten(-2)
-
-
-def test_attention_dropout() -> None:
-    text = refused(Dropping())
-    assert "attention dropout is not supported across ranks: set it to 0" in text
-    assert "F.scaled_dot_product_attention(q, k, v, dropout_p=0.3, is_causal=True)" in text
-
-
 class Named(TinyLM):
     """Calls its tokens otherwise, and embeds them without a lookup."""
 
