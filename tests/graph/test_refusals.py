@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cpcompile import ConfigError, CPError, GraphBreakError, InputError, NoRule, explain
 from tests.graph.small_models import Logits, TinyLM, batch
