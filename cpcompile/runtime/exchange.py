@@ -34,6 +34,11 @@ def halo_length(before: int, after: int, length: int, world_size: int, layout: s
     return num_chunks * (before + chunk_length(length, world_size, layout) + after)
 
 
+def route_of(sign: int, offset: int, wrap: bool, length: int) -> Route:
+    """Return the route of `move_tokens`: within one period of the positions, going round is one step of the length."""
+    return Route(sign, (offset % length, offset % length - sign * length) if wrap else (offset,))
+
+
 @torch.library.custom_op("cpcompile::move_tokens", mutates_args=())
 def move_tokens(
     x: torch.Tensor,
@@ -53,12 +58,11 @@ def move_tokens(
     With `wrap` that is taken modulo the length; without, positions whose token is outside the sequence are `fill`.
     Padding slots are `fill`.
     """
-    # Within one period of the positions, going round is one step of the length.
-    offsets = (offset % length, offset % length - sign * length) if wrap else (offset,)
     local = factors(x, dim, inner, local_length(length, world_size, layout))
     spans = spans_of_ranks(length, world_size, layout)
     result = local.new_full(local.shape, fill)
-    return exchange(local, result, dim + 1, spans, spans, Route(sign, offsets), group).flatten(dim, dim + 2)
+    route = route_of(sign, offset, wrap, length)
+    return exchange(local, result, dim + 1, spans, spans, route, group).flatten(dim, dim + 2)
 
 
 @move_tokens.register_fake

@@ -96,3 +96,12 @@ def exchange(
         for move, tokens in zip(moves, comm.unpack(message, parts), strict=True):
             move.write(tokens, result, dim, is_sum)
     return result
+
+
+def most_sent(sources: Sequence[Spans], targets: Sequence[Spans], route: Route) -> tuple[int, int]:
+    """Return the most tokens that any rank sends to others, and the most that any receives."""
+    ranks = range(len(sources))
+    sizes = [
+        [sum(move.size for move in route.moves(sources[a], targets[b])) if a != b else 0 for b in ranks] for a in ranks
+    ]
+    return max(map(sum, sizes)), max(map(sum, zip(*sizes, strict=True)))

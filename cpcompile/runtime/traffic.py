@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cpcompile.layout import local_length
+from cpcompile.runtime.exchange import halo_spans, route_of, spans_of_ranks
 from cpcompile.runtime.heads import heads_of
 from cpcompile.runtime.merge import accumulation_dtype
+from cpcompile.runtime.moves import Route, Spans, most_sent
 
 Arguments = Mapping[str, Any]
 
@@ -31,6 +33,11 @@ def traffic(target: torch._ops.OpOverload, arguments: Arguments) -> Traffic:
     return count(arguments)
 
 
+def sends(target: Any) -> bool:
+    """Tell whether an operator communicates."""
+    return target._schema.name.removeprefix("cpcompile::") in _COUNTS
+
+
 def _bytes(x: torch.Tensor, dtype: torch.dtype | None = None) -> int:
     return int(x.numel()) * (dtype or x.dtype).itemsize
 
@@ -44,6 +51,29 @@ def _all_reduce(a: Arguments) -> Traffic:
     # A ring all-reduce is a reduce-scatter and an all-gather of 1/P each.
     size = 2 * _bytes(a["x"]) * (a["world_size"] - 1) // a["world_size"]
     return Traffic(size, size if a["x"].dtype.is_floating_point else 0)
+
+
+def _stack_ranks(a: Arguments) -> Traffic:
+    size = (a["world_size"] - 1) * _bytes(a["x"])
+    return Traffic(size, size if a["x"].is_floating_point() else 0)
+
+
+def _exchange(a: Arguments, targets: Sequence[Spans], route: Route) -> Traffic:
+    axis = a["length"], a["world_size"], a["layout"]
+    token = _bytes(a["x"]) // local_length(*axis)
+    sent, received = most_sent(spans_of_ranks(*axis), targets, route)
+    return Traffic(token * sent, token * received if a["x"].is_floating_point() else 0)
+
+
+def _move_tokens(a: Arguments) -> Traffic:
+    targets = spans_of_ranks(a["length"], a["world_size"], a["layout"])
+    return _exchange(a, targets, route_of(a["sign"], a["offset"], a["wrap"], a["length"]))
+
+
+def _halo_tokens(a: Arguments) -> Traffic:
+    world_size, layout = a["world_size"], a["layout"]
+    targets = [halo_spans(a["before"], a["after"], a["length"], rank, world_size, layout) for rank in range(world_size)]
+    return _exchange(a, targets, Route())
 
 
 def _keys(a: Arguments, dtype: torch.dtype | None = None) -> int:
@@ -78,6 +108,9 @@ def _ulysses(a: Arguments) -> Traffic:
 _COUNTS: dict[str, Callable[[Arguments], Traffic]] = {
     "all_reduce": _all_reduce,
     "gather_tokens": _gather_tokens,
+    "move_tokens": _move_tokens,
+    "halo_tokens": _halo_tokens,
+    "stack_ranks": _stack_ranks,
     "ring_attention": _ring,
     "gather_attention": _gather,
     "ulysses_attention": _ulysses,
