@@ -16,8 +16,9 @@ from cpcompile.compile import compile_inner, input_names, transform_dynamo_graph
 from cpcompile.config import Config
 from cpcompile.errors import TORCH, ConfigError, GraphBreakError, InputError
 from cpcompile.grad_sync import GradientSync
-from cpcompile.input_check import check_same_inputs
+from cpcompile.input_check import check_same_generators, check_same_inputs
 from cpcompile.mesh import Axis, axis_of
+from cpcompile.passes.rewrite_dropout import drawing_devices
 from cpcompile.transform import Transformed
 
 
@@ -82,6 +83,8 @@ class Compiled:
         self.transformed: Transformed = transform_dynamo_graph(
             gm, example_inputs, config=config, world_size=axis.world_size, group=axis.group
         )
+        self._drawing = drawing_devices(self.transformed.graph) if config.check_inputs != "never" else set()
+        self._checks_always = config.check_inputs == "always"
         self._run = compile_inner(self.transformed, example_inputs, config.inner)
         self._summed = [i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config)]
         self._sync = sync
@@ -97,6 +100,8 @@ class Compiled:
         if self._check != "never":
             check_same_inputs({name: inputs[i] for name, i in self._named}, self._sync.axis)
             self._check = "always" if self._check == "always" else "never"
+        check_same_generators(self._drawing, self._sync.axis)
+        self._drawing = self._drawing if self._checks_always else set()
         given = list(inputs)
         if self._sync.axis.world_size > 1 and self._summed and torch.is_grad_enabled():
             for i, tensor in zip(self._summed, self._sync([inputs[i] for i in self._summed]), strict=True):

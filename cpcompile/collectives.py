@@ -230,9 +230,7 @@ def _dropout(calls: Calls) -> Ranks:
     whole = torch.empty_like(c["x"]) if at.dim < 0 else join([c["x"] for c in calls], at, c["length"], c["layout"])
     index = torch.arange(whole.numel(), device=whole.device).view(whole.shape)
     kept = is_kept(c["seed"], c["site"], index, c["p"])
-    return [
-        c["x"] * mask / (1 - c["p"]) for c, mask in zip(calls, _of_ranks(kept, at, c, len(calls)), strict=True)
-    ]
+    return [c["x"] * mask / (1 - c["p"]) for c, mask in zip(calls, _of_ranks(kept, at, c, len(calls)), strict=True)]
 
 
 def _draw_kept(calls: Calls) -> Ranks:
@@ -242,8 +240,8 @@ def _draw_kept(calls: Calls) -> Ranks:
         x = x[(slice(None), slice(None), *[slice(1)] * (x.dim() - 2))]
     like = torch.empty([x.shape[d] for d in c["order"]], dtype=x.dtype, device=x.device)
     ones = torch.ones_like(like.permute([c["order"].index(d) for d in range(x.dim())]))
-    drop = torch.nn.functional.dropout1d if c["of_features"] else torch.nn.functional.dropout
-    return _of_ranks(drop(ones, c["p"]) != 0, at, c, len(calls))
+    drop = torch.feature_dropout if c["of_features"] else torch.dropout
+    return _of_ranks(drop(ones, c["p"], True) != 0, at, c, len(calls))
 
 
 def _of_ranks(kept: torch.Tensor, at: Sharded, c: Mapping[str, Any], world_size: int) -> Ranks:

@@ -8,7 +8,7 @@ do the ranks say what they hold.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 import torch.distributed as dist
@@ -47,23 +47,42 @@ def check_same_inputs(inputs: Mapping[str, torch.Tensor], axis: Axis) -> None:
         InputError: they differ; the message names the first input that does, and the ranks. Raised on every
             rank.
     """
-    if axis.world_size == 1:
-        return
     inputs = dict(sorted(inputs.items()))  # the order of keyword arguments means nothing
-    device = torch.device("cuda", torch.cuda.current_device()) if axis.device_type == "cuda" else torch.device("cpu")
-    header = zlib.crc32(";".join(describe(name, x) for name, x in inputs.items()).encode())
-    values = [value_fingerprint(x).to(device) for x in inputs.values()]
-    total = (
-        torch.stack([torch.tensor(header, device=device), *values]).mul(_MIX).cumsum(0).sum()
-        if values
-        else torch.tensor(header)
-    )
-    low_and_high = torch.stack([total, ~total])  # the minimum of ~x is that of the complement of the maximum
-    dist.all_reduce(low_and_high, op=dist.ReduceOp.MIN, group=axis.process_group)
-    if bool(low_and_high[0] != ~low_and_high[1]):
+    if not are_same(inputs, axis):
         raise InputError(
             difference({name: (describe(name, x), int(value_fingerprint(x))) for name, x in inputs.items()}, axis)
         )
+
+
+def check_same_generators(device_types: Set[str], axis: Axis) -> None:
+    """Compare the states of the ranks' default generators, from which ranks draw what all must hold alike.
+
+    Raises:
+        InputError: they differ. Raised on every rank.
+    """
+    if not device_types:
+        return
+    states = {"cpu": torch.get_rng_state, "cuda": torch.cuda.get_rng_state}
+    if not are_same({kind: states[kind]() for kind in sorted(device_types)}, axis):
+        raise InputError(
+            "the random generators of the ranks are in different states, but this model draws numbers that all ranks must "
+            "draw alike (dropout with exact_dropout=True, or another random operator on values that every rank holds whole). "
+            "Call torch.manual_seed with the same seed on every rank of the context-parallel axis, and draw nothing on some "
+            "ranks only (shuffle data by a torch.Generator of its own), or leave exact_dropout off."
+        )
+
+
+def are_same(inputs: Mapping[str, torch.Tensor], axis: Axis) -> bool:
+    """Tell whether the named tensors of all ranks are the same. Collective; the same answer on every rank."""
+    if axis.world_size == 1:
+        return True
+    device = torch.device("cuda", torch.cuda.current_device()) if axis.device_type == "cuda" else torch.device("cpu")
+    header = zlib.crc32(";".join(describe(name, x) for name, x in inputs.items()).encode())
+    values = [value_fingerprint(x).to(device) for x in inputs.values()]
+    total = torch.stack([torch.tensor(header, device=device), *values]).mul(_MIX).cumsum(0).sum()
+    low_and_high = torch.stack([total, ~total])  # the minimum of ~x is that of the complement of the maximum
+    dist.all_reduce(low_and_high, op=dist.ReduceOp.MIN, group=axis.process_group)
+    return bool(low_and_high[0] == ~low_and_high[1])
 
 
 def difference(own: Mapping[str, tuple[str, int]], axis: Axis) -> str:

@@ -105,3 +105,10 @@ def all_reduce(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
     if world_size > 1:
         dist.all_reduce(total, group=resolve_group(group))
     return total
+
+
+def broadcast(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
+    """Overwrite `x` with that of the group's first rank, and return it."""
+    if world_size > 1:
+        dist.broadcast(x, group=resolve_group(group), group_src=0)
+    return x

@@ -1,0 +1,167 @@
+"""Rewrite dropout: what is dropped no longer depends on the rank that holds it, nor on how the ranks are seeded.
+
+before  y = aten.dropout(x, 0.1, True)                                       # x, y: Sharded(1)
+after   seed = cp.shared_seed(device)                                        # once in a graph
+        y = cp.dropout_tokens(x, seed, site, 0.1, 1)                         # x, y: Sharded(1)
+        with exact_dropout=True:
+        kept = cp.draw_kept(x, kept of the previous site, ..., 0.1, 1)       # draws for the whole tensor, keeps its tokens
+        y = aten.mul(x, aten.div(aten.type_as(kept, x), 0.9))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from cpcompile.annotation import annotate, annotation, placement_of
+from cpcompile.call import Call
+from cpcompile.emit import emit_copy
+from cpcompile.errors import NoRule, where
+from cpcompile.placement import Full, Sharded
+from cpcompile.plan import Lengths, Plan
+from cpcompile.sites import size_hint
+
+aten, cp = torch.ops.aten, torch.ops.cpcompile
+
+# Each element or each feature is dropped by itself; one that is dropped in place stays a random operator like others.
+DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
+
+
+def rewrite_dropout(gm: fx.GraphModule, *, plan: Plan) -> int:
+    """Return how many dropouts were rewritten. Runs after `place_tokens`.
+
+    Raises:
+        NoRule: another operator draws random numbers for local tokens.
+    """
+    drawing = drawing_nodes(gm)
+    sites = [node for node in drawing if node.target in DROPOUTS]
+    for node in drawing:
+        if node not in sites:
+            refuse_drawing(node, plan)
+    if not sites:
+        return 0
+    Rewriter(gm, plan).rewrite(sites)
+    return len(sites)
+
+
+def drawing_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the nodes that draw from the default generator of the rank; those that this pass makes are left out."""
+    return [
+        node
+        for node in gm.graph.nodes
+        if draws(node) and node.target not in (cp.shared_seed.default, cp.draw_kept.default)
+    ]
+
+
+def drawing_devices(gm: fx.GraphModule) -> set[str]:
+    """Return the kinds of devices whose generators must agree between the ranks for this graph to be right."""
+    nodes = [node for node in gm.graph.nodes if draws(node) and node.target is not cp.shared_seed.default]
+    values = [value for node in nodes for value in torch.utils._pytree.tree_leaves(node.meta.get("val"))]
+    return {value.device.type for value in values if isinstance(value, torch.Tensor)}
+
+
+def draws(node: fx.Node) -> bool:
+    """Tell whether a node draws random numbers: dropout that is not training, or of rate 0 or 1, draws none."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    call = Call.of(node)
+    if node.target is cp.attention.default:
+        return bool(call["dropout"])
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    if "training" in call:
+        return bool(call["training"])
+    return "train" not in call or (call["train"] is not False and 0 < call["p"] < 1)
+
+
+def refuse_drawing(node: fx.Node, plan: Plan) -> None:
+    """Refuse random numbers for local tokens, and those that no compiler repeats as one device draws them."""
+    placements = annotation(node).placement
+    if all(isinstance(p, Full) for p in (placements if isinstance(placements, tuple) else (placements,))):
+        if not plan.exact_dropout:
+            return  # the ranks' generators are compared when the program runs
+        reason = "is no dropout: with exact_dropout, nothing else may draw random numbers"
+        remedy = "Draw them outside the model and pass them as an input, or leave exact_dropout off."
+    else:
+        reason = "draws random numbers for this rank's tokens, which would depend on the rank"
+        remedy = (
+            "Draw them outside the model for all tokens and pass them as an input, or use torch.nn.functional.dropout."
+        )
+    raise NoRule(f"{node.target}: {reason}.\n\n{where(node)}\n\n{remedy}")
+
+
+class Rewriter:
+    """Rewrites the dropouts of one graph in their order."""
+
+    def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
+        self.gm, self.plan = gm, plan
+        self.seeds: dict[torch.device, fx.Node] = {}
+        self.previous: fx.Node | None = None
+
+    def rewrite(self, sites: list[fx.Node]) -> None:
+        """Replace each site by its operator."""
+        for number, node in enumerate(sites):
+            with self.gm.graph.inserting_before(node):
+                result = self._exact(node) if self.plan.exact_dropout else self._seeded(node, number)
+            node.replace_all_uses_with(result)
+            self.gm.graph.erase_node(node)
+
+    def _seeded(self, node: fx.Node, number: int) -> fx.Node:
+        call, (dim, inner, _, _, *axis) = Call.of(node), self._axis(node)
+        x = call["input"]
+        settings = (self._seed(node.meta["val"]), number, call["p"], dim, inner, *axis)
+        if node.target is aten.dropout.default:
+            return self._emit(node, cp.dropout_tokens.default, x, *settings)
+        for d in range(2, node.meta["val"].dim()):
+            x = self._emit(node, aten.slice.Tensor, x, d, 0, 1)
+        noise = self._emit(node, cp.dropout_tokens.default, self._emit(node, aten.ones_like.default, x), *settings)
+        return self._emit(node, aten.mul.Tensor, call["input"], noise)
+
+    def _seed(self, like: torch.Tensor) -> fx.Node:
+        """Return the shared seed on the device of `like`; drawn first, outside of what a checkpoint recomputes."""
+        if like.device not in self.seeds:
+            last = self.gm.graph.find_nodes(op="placeholder")[-1]
+            with self.gm.graph.inserting_after(last):
+                seed = self.gm.graph.call_function(
+                    cp.shared_seed.default, (like.device, self.plan.world_size, self.plan.group)
+                )
+            seed.meta |= {"val": like.new_empty((), dtype=torch.int64), "recompute": CheckpointPolicy.MUST_SAVE}
+            self.seeds[like.device] = seed
+        return self.seeds[like.device]
+
+    def _exact(self, node: fx.Node) -> fx.Node:
+        """Compute as torch does: one rounded factor for all, but for the fused kernel of GPUs."""
+        call, value, of_features = Call.of(node), node.meta["val"], node.target is not aten.dropout.default
+        x, p = call["input"], call["p"]
+        settings = (self.previous, of_features, p, memory_order(value), *self._axis(node))
+        kept = self._emit(node, cp.draw_kept.default, x, *settings)
+        kept.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        kept.meta.pop("ac_graph_id", None)
+        kept.meta["val"] = value.new_empty(value.shape, dtype=torch.bool)
+        annotate(kept, origin="")
+        self.previous = kept
+        if value.device.type == "cpu" or of_features:
+            noise = self._emit(node, aten.div.Tensor, self._emit(node, aten.type_as.default, kept, x), 1 - p)
+            return self._emit(node, aten.mul.Tensor, x, noise)
+        return self._emit(node, aten.mul.Tensor, self._emit(node, aten.mul.Tensor, x, 1 / (1 - p)), kept)
+
+    def _axis(self, node: fx.Node) -> tuple[Any, ...]:
+        """Return dim, inner, front, back, length, layout, world size and group; dim -1 for a whole value."""
+        at = placement_of(node)
+        if not isinstance(at, Sharded):
+            return -1, 1, 0, 0, 1, *self.plan.axis_arguments
+        total = Lengths.of(self.gm, at.sequence).total
+        return at.dim, at.inner, at.front, at.back, total, *self.plan.axis_arguments
+
+    def _emit(self, node: fx.Node, target: Any, *arguments: Any) -> fx.Node:
+        """Insert a call that holds a part of what `node` computes."""
+        return emit_copy(self.gm.graph, target, arguments, node, placement_of(node))
+
+
+def memory_order(x: torch.Tensor) -> list[int]:
+    """Return the dims of a tensor like `x`, largest stride first."""
+    strides = [size_hint(stride) for stride in torch.empty_like(x).stride()]
+    return sorted(range(x.dim()), key=lambda d: -strides[d])
