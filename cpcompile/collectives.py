@@ -28,12 +28,18 @@ def factors(x: torch.Tensor, at: Sharded, tokens: int) -> torch.Tensor:
 
 
 def join(values: Sequence[torch.Tensor], at: Sharded, length: int, layout: str) -> torch.Tensor:
-    """Return the whole tensor, in the user's order, of the ranks' tokens."""
+    """Return the tokens of the range that the ranks hold, in the user's order; 0 where it is not known what is outside."""
     world_size = len(values)
     slots = local_length(length, world_size, layout)
     parts = [factors(v, at, slots) for v in values]
-    order = inverse(length, world_size, layout, values[0].device)[at.front : length - at.back]
-    return torch.cat(parts, at.dim + 1).index_select(at.dim + 1, order).flatten(at.dim, at.dim + 2)
+    order = inverse(length, world_size, layout, values[0].device)[max(at.front, 0) : length - max(at.back, 0)]
+    held = torch.cat(parts, at.dim + 1).index_select(at.dim + 1, order)
+    shape = list(held.shape)
+    outside = [
+        held.new_full((*shape[: at.dim + 1], max(-n, 0), *shape[at.dim + 2 :]), at.outside or 0.0)
+        for n in (at.front, at.back)
+    ]
+    return torch.cat([outside[0], held, outside[1]], at.dim + 1).flatten(at.dim, at.dim + 2)
 
 
 def split(whole: torch.Tensor, at: Sharded, length: int, layout: str, world_size: int) -> list[torch.Tensor]:

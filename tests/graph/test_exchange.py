@@ -154,3 +154,12 @@ def test_definitions_are_what_users_write(world_size: int, layout: str) -> None:
     local = [torch.cat(sums[rank * per_rank : (rank + 1) * per_rank]) for rank in range(world_size)]
     expected = torch.nn.functional.pad(x, (0, 0, 3, 0)).unfold(0, 4, 1).sum(-1)
     torch.testing.assert_close(join(local, Sharded(0), length, layout), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_join_of_a_range(layout: str) -> None:
+    x = normal(13, 2)
+    parts = split(x, Sharded(0), 13, layout, 3)
+    assert torch.equal(join(parts, Sharded(0, front=1, back=2), 13, layout), x[1:-2])
+    shifted = join(parts, Sharded(0, front=-2, back=2, outside=0.5), 13, layout)
+    assert torch.equal(shifted, torch.nn.functional.pad(x[:-2], (0, 0, 2, 0), value=0.5))
