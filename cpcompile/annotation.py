@@ -21,12 +21,16 @@ class Annotation:
         strategy: how an attention will be computed.
         site: the attention node that a collective computes.
         origin: the node of the captured graph whose value this node holds, for comparison node by node.
+        reason: what a gathered value is needed for.
+        is_local: the recorded value is what one rank holds; elsewhere it is the whole.
     """
 
     placement: Placement | tuple[Placement, ...] = FULL
     strategy: str = ""
     site: str = ""
     origin: str = ""
+    reason: str = ""
+    is_local: bool = False
 
 
 def annotation(node: fx.Node) -> Annotation:

@@ -39,6 +39,11 @@ class Config:
         check_inputs: when the inputs of all ranks are compared: at every step, at the first, or never.
         token_dims: input name to the dim of its tokens, for models whose token inputs are not `input_ids` or
             `inputs_embeds`.
+        exact_dropout: dropout draws what one device draws from the same seed, which costs the random numbers of the whole
+            tensor on every rank at each site; ranks must be seeded alike. Otherwise each rank draws for its own tokens,
+            and losses agree with those of one device in distribution.
+        strict: refuse a model in which hidden states would have to be gathered (True), or gather them around every
+            operator that has no better rule and compute it whole on every rank (False), which `explain` lists.
         dynamic: one compiled graph for all lengths (True), or one for each length (False).
     """
 
@@ -49,6 +54,8 @@ class Config:
     grad_sync: str = "sum"
     check_inputs: str = "always"
     token_dims: Mapping[str, int] = field(default_factory=dict)
+    exact_dropout: bool = False
+    strict: bool = True
     dynamic: bool = True
 
     def __post_init__(self) -> None:

@@ -34,7 +34,8 @@ def by_name(forward: Callable[..., Any], kwargs: Mapping[str, Any], *args: Any) 
 def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: bool) -> int | None:
     """Return how many tokens the inputs have, as far as their names tell.
 
-    With `mark_dynamic`, every input dim of that size may change without compiling again.
+    With `mark_dynamic`, every input dim of that size (or of that of a second sequence) may change without compiling
+    again.
     """
     tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
     dims = config.token_dims or KNOWN
@@ -43,9 +44,12 @@ def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: boo
         sizes = [x.shape[-1] for x in tensors.values() if x.dim() >= 2 and not x.is_floating_point()]
     if not sizes:
         return None
+    labels = tensors.get("labels")
+    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+        sizes.append(labels.shape[1])
     for x in tensors.values():
         for dim, size in enumerate(x.shape):
-            if mark_dynamic and size == sizes[0] and size > 1:
+            if mark_dynamic and size in sizes and size > 1:
                 torch._dynamo.maybe_mark_dynamic(x, dim)
     return int(sizes[0])
 

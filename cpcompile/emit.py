@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from cpcompile.annotation import annotate, annotation
@@ -20,9 +21,14 @@ def emit(before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any)
     """Insert a call of `target` before the node `before`, as a part of what that node computes."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, kwargs)
-    node.meta.update({key: before.meta[key] for key in _KEPT_META if key in before.meta})
-    node.meta["val"] = fake_result(target, args, kwargs)
+    keep_source(node, before)
+    node.meta["val"] = fake_result(target, *fx.map_arg((args, kwargs), value_of))
     return node
+
+
+def keep_source(node: fx.Node, source: fx.Node) -> None:
+    """Give `node` the user's line and module of `source`."""
+    node.meta.update({key: source.meta[key] for key in _KEPT_META if key in source.meta})
 
 
 def emit_copy(
@@ -40,8 +46,8 @@ def emit_copy(
 
 
 def fake_result(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run `target` on the fake values of its arguments."""
-    values = fx.map_arg(args, value_of)
-    modes = [v.fake_mode for v in values if hasattr(v, "fake_mode")]
+    """Run `target` on fake values."""
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    modes = [v.fake_mode for v in leaves if hasattr(v, "fake_mode")]
     with modes[0] if modes else contextlib.nullcontext():
-        return target(*values, **kwargs)
+        return target(*args, **kwargs)

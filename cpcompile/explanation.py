@@ -23,7 +23,7 @@ from cpcompile.listing import input_name, listing, operator_name
 from cpcompile.passes.lift_masks import describe
 from cpcompile.placement import Sharded
 from cpcompile.plan import Lengths
-from cpcompile.runtime.traffic import Traffic, traffic
+from cpcompile.runtime.traffic import Traffic, sends, traffic
 from cpcompile.sites import attention_nodes, size_hint
 from cpcompile.transform import Transformed
 
@@ -172,7 +172,8 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: in
         raise ConfigError(f"world_size={world_size}: there is at least one rank.")
     transformed = plan_for(model, inputs, world_size=world_size, config=Config.of({**options, "dynamic": False}))
     gm, plan = transformed.graph, transformed.plan
-    length = size_hint(Lengths.of(gm).value)
+    lengths = Lengths.all_of(gm)
+    length = size_hint(lengths[0].value) if lengths else 0
     names = {node.name: input_name(node) for node in placeholders(gm)}
     return Explanation(
         world_size=world_size,
@@ -215,8 +216,7 @@ def plan_for(model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: i
 
 def local_arguments(node: fx.Node, transformed: Transformed) -> dict[str, Any]:
     """Return the arguments of a call with meta tensors in the shapes that a rank holds."""
-    length = size_hint(Lengths.of(transformed.graph).value)
-    slots = local_length(length, transformed.plan.world_size, transformed.plan.layout)
+    plan = transformed.plan
 
     def local(argument: Any) -> Any:
         if not isinstance(argument, fx.Node):
@@ -225,8 +225,10 @@ def local_arguments(node: fx.Node, transformed: Transformed) -> dict[str, Any]:
         if not isinstance(value, torch.Tensor):
             return size_hint(value)
         shape = [size_hint(n) for n in value.shape]
-        if isinstance(placement, Sharded):
-            shape[placement.dim] = shape[placement.dim] // length * slots
+        if isinstance(placement, Sharded) and not annotation(argument).is_local:
+            length = size_hint(Lengths.of(transformed.graph, placement.sequence).value)
+            slots = local_length(length, plan.world_size, plan.layout)
+            shape[placement.dim] = shape[placement.dim] // placement.count(length) * slots
         return torch.empty(shape, dtype=value.dtype, device="meta")
 
     return {name: local(argument) for name, argument in Call.of(node).arguments.items()}
@@ -289,7 +291,7 @@ def collectives(transformed: Transformed) -> list[Collective]:
     """Return the collectives by operator, those that send nothing left out."""
     sums: dict[str, list[int]] = {}
     for node in collective_nodes(transformed.graph):
-        if node.target in (cp.shard_tokens.default, cp.fill_padding.default):
+        if not sends(node.target):
             continue
         sent = traffic_of(node, transformed)
         entry = sums.setdefault(operator_name(node), [0, 0, 0])

@@ -26,6 +26,7 @@ class Plan:
         outputs: `local` or `full`.
         gradient_scale: what one rank's gradient of a loss counts: 1 when gradients are summed over the axis,
             P when they are averaged.
+        exact_dropout: dropout draws what one device draws.
     """
 
     world_size: int
@@ -34,6 +35,8 @@ class Plan:
     token_dims: Mapping[str, int]
     outputs: str = "local"
     gradient_scale: float = 1.0
+    strict: bool = True
+    exact_dropout: bool = False
 
     @property
     def axis_arguments(self) -> tuple[str, int, str]:
@@ -54,17 +57,31 @@ class Lengths:
     local: fx.Node | int
 
     @classmethod
-    def of(cls, gm: fx.GraphModule) -> Lengths:
-        """Return the lengths that were inserted into `gm`."""
-        lengths = gm.meta["cpcompile_lengths"]
+    def of(cls, gm: fx.GraphModule, sequence: int = 0) -> Lengths:
+        """Return the lengths of a sequence that were inserted into `gm`."""
+        lengths = gm.meta["cpcompile_lengths"][sequence]
         assert isinstance(lengths, cls)
         return lengths
 
     @classmethod
-    def insert(cls, gm: fx.GraphModule, plan: Plan, tokens: fx.Node, dim: int) -> Lengths:
-        """Put the nodes that compute the lengths from the size of the input `tokens` behind the placeholders."""
-        lengths = gm.meta["cpcompile_lengths"] = cls._insert(gm, plan, tokens, dim)
+    def all_of(cls, gm: fx.GraphModule) -> tuple[Lengths, ...]:
+        """Return the lengths of every sequence, in the order of their numbers."""
+        lengths: tuple[Lengths, ...] = gm.meta["cpcompile_lengths"]
         return lengths
+
+    @classmethod
+    def insert(cls, gm: fx.GraphModule, plan: Plan) -> dict[str, int]:
+        """Put the nodes that compute the lengths of the token inputs behind the placeholders.
+
+        Returns the sequence of each token input: inputs of one length hold the same sequence.
+        """
+        sequences = sequences_of(gm, plan)
+        lengths: dict[int, Lengths] = {}
+        for node in gm.graph.find_nodes(op="placeholder"):
+            if node.name in sequences and sequences[node.name] not in lengths:
+                lengths[sequences[node.name]] = cls._insert(gm, plan, node, plan.token_dims[node.name])
+        gm.meta["cpcompile_lengths"] = tuple(lengths.values())
+        return sequences
 
     @classmethod
     def _insert(cls, gm: fx.GraphModule, plan: Plan, tokens: fx.Node, dim: int) -> Lengths:
@@ -101,6 +118,14 @@ class Lengths:
         count = gm.graph.call_function(operator.sub, (self.total, at.front + at.back))
         count.meta["val"] = at.count(self.value)
         return count
+
+
+def sequences_of(gm: fx.GraphModule, plan: Plan) -> dict[str, int]:
+    """Return the number of the sequence that each token input holds: those of one length hold the same."""
+    inputs = [node for node in gm.graph.find_nodes(op="placeholder") if node.name in plan.token_dims]
+    sizes = {node.name: str(node.meta["val"].shape[plan.token_dims[node.name]]) for node in inputs}
+    distinct = list(dict.fromkeys(sizes.values()))
+    return {name: distinct.index(size) for name, size in sizes.items()}
 
 
 def _after(gm: fx.GraphModule, node: fx.Node, function: Any, args: tuple[Any, ...], value: Any) -> fx.Node:

@@ -13,7 +13,12 @@ from torch import fx
 
 from cpcompile.errors import InputError
 
-KNOWN = {"input_ids": 1, "inputs_embeds": 1}
+KNOWN = {
+    "input_ids": 1,
+    "inputs_embeds": 1,
+    "decoder_input_ids": 1,
+    "decoder_inputs_embeds": 1,
+}
 aten = torch.ops.aten
 
 
@@ -38,15 +43,32 @@ def find_token_dims(gm: fx.GraphModule, inputs: Mapping[str, str], declared: Map
             listed = ", ".join(sorted(set(inputs.values()))) or "none"
             raise InputError(f"token_dims names {', '.join(unknown)}, but the inputs of the model are: {listed}.")
         if found:
-            return found
-    found = {name: node.meta["val"].dim() - 1 for name, node in tensors.items() if is_looked_up(node)}
+            break
+    found = found or {name: node.meta["val"].dim() - 1 for name, node in tensors.items() if is_looked_up(node)}
     if not found:
         listed = ", ".join(f"{inputs[name]} {list(node.meta['val'].shape)}" for name, node in tensors.items()) or "none"
         raise InputError(
             f"cannot tell which input holds the tokens (inputs of this graph: {listed}). Name it and the dim of its tokens, e.g. "
             "token_dims={'x': 1}. If the model was cut by a graph break, remove the break (fullgraph=True shows it)."
         )
-    return found
+    return found | labels_of_another_sequence(tensors, inputs, found)
+
+
+def labels_of_another_sequence(
+    tensors: Mapping[str, fx.Node], inputs: Mapping[str, str], found: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the token dim of labels of another length than the inputs: those of a decoder that has no inputs of its own."""
+    lengths = {str(tensors[name].meta["val"].shape[dim]) for name, dim in found.items()}
+    is_decoder_given = any(inputs[name].startswith("decoder_") for name in found)
+    return {
+        name: 1
+        for name, node in tensors.items()
+        if inputs[name] == "labels"
+        and not is_decoder_given
+        and node.meta["val"].dim() == 2
+        and not node.meta["val"].is_floating_point()
+        and str(node.meta["val"].shape[1]) not in lengths
+    }
 
 
 def is_looked_up(node: fx.Node) -> bool:

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.annotation import annotate, placement_of
+from cpcompile.annotation import annotate
 from cpcompile.call import is_tensor
 from cpcompile.config import Config
 from cpcompile.cost import Choice, choose
-from cpcompile.errors import CPError, where
+from cpcompile.errors import CPError, InputError, where
 from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies
-from cpcompile.placement import Sharded
-from cpcompile.plan import Plan
+from cpcompile.plan import Plan, sequences_of
 from cpcompile.sites import attention_nodes, attention_site
 from cpcompile.tokens import find_token_dims
 
@@ -35,6 +34,7 @@ class Transformed:
         analysed: the graph with its attentions found and their masks lifted; still a single-device program.
         graph: the graph of every rank.
         plan: the decisions that all passes shared.
+        sequences: the sequence that each token input holds.
         choice: the layout and strategies that were chosen, with their estimated costs.
         changes: how many places each pass changed.
         seconds: how long each pass took.
@@ -44,6 +44,7 @@ class Transformed:
     analysed: fx.GraphModule
     graph: fx.GraphModule
     plan: Plan
+    sequences: dict[str, int]
     choice: Choice
     changes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -69,7 +70,7 @@ def transform(
         annotate(node, origin=node.name)
     changes: dict[str, int] = {}
     times: dict[str, float] = {}
-    token_dims = find_token_dims(captured, inputs, config.token_dims)
+    token_dims = token_inputs(captured, config, inputs)
     for analysis in ANALYSIS:
         run_pass(captured, analysis, changes, times)
     analysed = copy.deepcopy(captured)
@@ -85,13 +86,15 @@ def transform(
         token_dims=token_dims,
         outputs=config.outputs,
         gradient_scale=float(world_size) if config.grad_sync == "mean" else 1.0,
+        exact_dropout=config.exact_dropout,
+        strict=config.strict,
     )
     for sharding in SHARDING:
         run_pass(captured, sharding, changes, times, plan=plan)
     captured.graph.eliminate_dead_code()
     captured.recompile()
-    check_legal(captured)
-    return Transformed(original, analysed, captured, plan, choice, changes, times)
+    check_legal(captured, config.strict)
+    return Transformed(original, analysed, captured, plan, sequences_of(captured, plan), choice, changes, times)
 
 
 def run_pass(
@@ -125,16 +128,26 @@ def warn_of_other_strategies(gm: fx.GraphModule, choice: Choice, asked: str) -> 
         )
 
 
-def check_legal(gm: fx.GraphModule) -> None:
-    """Check what every transformed graph must satisfy.
+def token_inputs(gm: fx.GraphModule, config: Config, inputs: Mapping[str, str]) -> dict[str, int]:
+    """Return the token dims of the inputs; a model without any may run whole when nothing has to be sharded."""
+    try:
+        return find_token_dims(gm, inputs, config.token_dims)
+    except InputError:
+        if config.strict or config.token_dims:
+            raise
+        return {}
+
+
+def check_legal(gm: fx.GraphModule, strict: bool) -> None:
+    """Check what every transformed graph must satisfy; warn when every rank computes the whole model.
 
     Raises:
         CPError: no attention or other operator runs on local tokens.
     """
     nodes = [node for node in gm.graph.nodes if node.op == "call_function" and is_tensor(node)]
-    assert not any(node.target is cp.attention.default and isinstance(placement_of(node), Sharded) for node in nodes)
-    if not any(node.target is cp.shard_tokens.default for node in nodes):
-        raise CPError(
-            "nothing in this model could be sharded: no embedding or product meets an input with tokens. "
-            "Name the inputs and the dims of their tokens with token_dims={'name': dim}."
-        )
+    if any(node.target is cp.shard_tokens.default for node in nodes):
+        return
+    nothing = "nothing in this model could be sharded: no embedding or product meets an input with tokens."
+    if strict:
+        raise CPError(f"{nothing} Name the inputs and the dims of their tokens with token_dims={{'name': dim}}.")
+    warnings.warn(f"{nothing} Every rank computes the whole model.", stacklevel=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,7 @@ def verify(
         The comparison; `.ok` tells whether it is within the tolerance, `print` it for details.
 
     Raises:
-        CPError: the model is refused, or dropout makes any two runs differ.
+        CPError: the model is refused, or dropout makes any two runs differ (not with `exact_dropout=True`).
     """
     if world_size < 1:
         raise ConfigError(f"world_size={world_size}: there is at least one rank.")
@@ -148,12 +148,13 @@ def verify(
         }
     objective = objective or default_objective
     is_wide = dtype == torch.float64
-    with Widen() if is_wide else contextlib.nullcontext():
+    with Widen() if is_wide else contextlib.nullcontext(), seeded(model):
         reference_loss, reference = run_and_differentiate(model, model.forward, inputs, objective)
     ranks = LockstepBackend(config, world_size, is_wide)
-    loss, gradients = run_and_differentiate(
-        model, compile_whole(model.forward, ranks, config), by_name(model.forward, inputs), objective, config
-    )
+    with seeded(model):
+        loss, gradients = run_and_differentiate(
+            model, compile_whole(model.forward, ranks, config), by_name(model.forward, inputs), objective, config
+        )
     assert ranks.transformed is not None
     error = max(relative(value, reference_loss) for value in (loss, *ranks.scalars(loss)))
     largest = max((g.norm().item() for g in reference.values()), default=0.0)
@@ -164,8 +165,17 @@ def verify(
     )
     if result.ok:
         return result
-    first = first_difference(ranks.transformed, ranks.inputs, world_size, limit)
+    first = first_difference(model, ranks.transformed, ranks.inputs, world_size, limit)
     return Verification(world_size, result.loss, result.reference_loss, error, errors, limit, first, ranks.transformed)
+
+
+@contextlib.contextmanager
+def seeded(model: torch.nn.Module) -> Iterator[None]:
+    """Begin with the same random numbers each time; leave the generators as they were."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(0)
+        yield
 
 
 def model_dtype(model: torch.nn.Module) -> torch.dtype:
@@ -248,7 +258,8 @@ class LockstepBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = capture(gm, example_inputs)
-        refuse_dropout(captured)
+        if not self.config.exact_dropout:
+            refuse_dropout(captured)
         if self.is_wide:
             widen_graph(captured)
         self.transformed = transform(
@@ -261,11 +272,11 @@ class LockstepBackend:
         graph, layout = self.transformed.graph, self.transformed.plan.layout
         self.inputs = inputs
         outputs = Lockstep(graph, self.world_size).run(*inputs)
-        length = token_count(self.transformed, inputs)
+        lengths = sequence_lengths(self.transformed, inputs)
         joined = []
         for placement, *values in zip(output_placements(graph), *outputs, strict=True):
             if isinstance(placement, Sharded):
-                joined.append(whole_value(values, placement, length, layout))
+                joined.append(whole_value(values, placement, lengths[placement.sequence], layout))
             elif isinstance(placement, Full) and values[0].is_floating_point():
                 # Every rank back-propagates its own copy; the value is the first rank's.
                 joined.append(values[0] + sum(value - value.detach() for value in values[1:]))
@@ -280,11 +291,13 @@ class LockstepBackend:
         return next((values for values in self._scalars if torch.equal(values[0], loss)), [])
 
 
-def token_count(transformed: Transformed, inputs: Sequence[Any]) -> int:
-    """Return the number of tokens in these flat inputs."""
-    name, dim = next(iter(transformed.plan.token_dims.items()))
+def sequence_lengths(transformed: Transformed, inputs: Sequence[Any]) -> list[int]:
+    """Return the number of tokens of each sequence in these flat inputs."""
     names = [node.name for node in transformed.graph.graph.find_nodes(op="placeholder")]
-    return int(inputs[names.index(name)].shape[dim])
+    of_sequence: dict[int, int] = {}
+    for name, sequence in transformed.sequences.items():
+        of_sequence[sequence] = int(inputs[names.index(name)].shape[transformed.plan.token_dims[name]])
+    return [of_sequence[sequence] for sequence in sorted(of_sequence)]
 
 
 def refuse_dropout(gm: fx.GraphModule) -> None:
@@ -299,12 +312,13 @@ def refuse_dropout(gm: fx.GraphModule) -> None:
             continue
         if active:
             raise VerificationError(
-                f"dropout is active, so that no two runs agree.\n\n{where(node)}\n\nCall model.eval(), or set the rate to 0."
+                f"dropout is active, so that no two runs agree.\n\n{where(node)}\n\n"
+                "Call model.eval(), set the rate to 0, or pass exact_dropout=True to draw what one device draws."
             )
 
 
 def first_difference(
-    transformed: Transformed, inputs: Sequence[Any], world_size: int, tolerance: float
+    model: torch.nn.Module, transformed: Transformed, inputs: Sequence[Any], world_size: int, tolerance: float
 ) -> Difference | None:
     """Return the first node of the transformed graph whose joined value is not that of the captured graph."""
     values: dict[str, Any] = {}
@@ -314,9 +328,10 @@ def first_difference(
             values[n.name] = result = super().run_node(n)
             return result
 
-    length = token_count(transformed, inputs)
-    with torch.no_grad():
+    lengths = sequence_lengths(transformed, inputs)
+    with torch.no_grad(), seeded(model):
         Recorder(transformed.original).run(*inputs)
+    with torch.no_grad(), seeded(model):
         for node, ranks in Lockstep(transformed.graph, world_size).steps(*inputs):
             known = annotation(node)
             expected = values.get(known.origin)
@@ -324,7 +339,11 @@ def first_difference(
                 continue
             if not all(isinstance(value, torch.Tensor) for value in ranks):
                 continue
-            found = whole_value(ranks, known.placement or FULL, length, transformed.plan.layout)
+            at = known.placement
+            if isinstance(at, Sharded) and at.reaches_outside:
+                continue
+            length = lengths[at.sequence] if isinstance(at, Sharded) else 0
+            found = whole_value(ranks, at or FULL, length, transformed.plan.layout)
             error = value_error(found, expected)
             if error > tolerance:
                 return Difference(known.origin, error, where(node).strip())

@@ -15,8 +15,9 @@ from cpcompile.annotation import placement_of
 from cpcompile.call import is_tensor
 from cpcompile.emit import emit_copy
 from cpcompile.errors import NoRule, where
+from cpcompile.movement import Movement
 from cpcompile.placement import FULL, Full, Partial, Sharded
-from cpcompile.plan import Lengths, Plan
+from cpcompile.plan import Plan
 
 cp = torch.ops.cpcompile
 
@@ -41,15 +42,14 @@ def finished_output(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> fx.Node:
     placement = placement_of(node)
     if isinstance(placement, Partial):
         node = emit_copy(gm.graph, cp.all_reduce.default, (node, plan.world_size, plan.group), node)
-    if isinstance(placement, Sharded) and (placement.front or placement.back):
+    is_part = isinstance(placement, Sharded) and not placement.covers_all
+    if is_part and plan.outputs != "full" and plan.strict:
         raise NoRule(
             f"an output holds a part of the tokens ({placement}), which ranks cannot return in equal parts.\n\n{where(node)}\n\n"
-            "Return all tokens, and slice after cpcompile.unshard."
+            "Return all tokens, and slice after cpcompile.unshard; or have it gathered with outputs='full' or strict=False."
         )
-    if isinstance(placement, Sharded) and plan.outputs == "full":
-        total = Lengths.of(gm).total
-        arguments = (node, placement.dim, placement.inner, total, *plan.axis_arguments)
-        node = emit_copy(gm.graph, cp.gather_tokens.default, arguments, node)
+    if isinstance(placement, Sharded) and (plan.outputs == "full" or is_part):
+        node = Movement(gm, plan).gather(node, "it is an output")
         placement = FULL
     if node.op != "call_function" or not node.meta["val"].is_floating_point():
         return node

@@ -8,22 +8,21 @@ after   ids = cp.shard_tokens(input_ids, 1); h = aten.embedding(wte, ids)       
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from cpcompile.annotation import annotate, annotation, placement_of
-from cpcompile.call import Call, is_tensor
-from cpcompile.emit import emit_copy
-from cpcompile.errors import InputError, NoRule, where
+from cpcompile.call import Call, is_tensor, value_of
+from cpcompile.errors import NoRule, where
+from cpcompile.movement import Movement, Writer
 from cpcompile.placement import FULL, Full, Partial, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
-from cpcompile.rules import REASONS, RULES, Decision, Local, no_rule
+from cpcompile.rules import KEEPS_OUTSIDE, REASONS, RULES, Decision, Local, no_rule
 
-aten, cp = torch.ops.aten, torch.ops.cpcompile
+aten = torch.ops.aten
 
 # The first operators that are worth sharding: whole index arithmetic before them is cheap.
 HEAVY = {
@@ -60,34 +59,28 @@ COPYING = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: a
 
 def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
     """Place every node and return how many `shard_tokens` were inserted."""
-    tokens = {node.name: node for node in gm.graph.nodes if node.op == "placeholder" and node.name in plan.token_dims}
-    if not tokens:
-        raise InputError("no input with tokens: name it and the dim of its tokens, e.g. token_dims={'input_ids': 1}.")
-    sizes = {name: node.meta["val"].shape[plan.token_dims[name]] for name, node in tokens.items()}
-    if len({str(size) for size in sizes.values()}) > 1:
-        listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
-        raise InputError(f"the token inputs have different lengths: {listed}.")
-    first, node = next(iter(tokens.items()))
-    placer = Placer(gm, plan, Lengths.insert(gm, plan, node, plan.token_dims[first]))
+    placer = Placer(gm, plan, Lengths.insert(gm, plan))
     for node in list(gm.graph.nodes):
         placer.place(node)
-    return placer.num_shards
+    return placer.movement.num_shards
 
 
 class Placer:
     """Walks the graph once in order; every node before the current one has its placement."""
 
-    def __init__(self, gm: fx.GraphModule, plan: Plan, lengths: Lengths) -> None:
-        self.gm, self.plan, self.lengths = gm, plan, lengths
+    def __init__(self, gm: fx.GraphModule, plan: Plan, sequences: Mapping[str, int]) -> None:
+        self.gm, self.plan, self.sequences = gm, plan, sequences
+        self.movement = Movement(gm, plan)
         self.localised: dict[tuple[fx.Node, Sharded], fx.Node] = {}
-        self.reduced: dict[fx.Node, fx.Node] = {}
-        self.written = written_values(gm)
-        self.num_shards = 0
+        self.replaced: set[fx.Node] = set()
 
     def place(self, node: fx.Node) -> None:
         """Give `node` its placement; localise what it needs."""
-        if node.op == "placeholder" and node.name in self.plan.token_dims:
-            annotate(node, placement=Full(Sharded(self.plan.token_dims[node.name])))
+        if node in self.replaced:
+            return
+        if node.op == "placeholder" and node.name in self.sequences:
+            at = Sharded(self.plan.token_dims[node.name], sequence=self.sequences[node.name])
+            annotate(node, placement=Full(at))
         elif node.op == "call_function":
             if node.target is operator.getitem:
                 self._place_item(node)
@@ -101,10 +94,20 @@ class Placer:
         annotate(node, placement=source[node.args[1]] if isinstance(source, tuple) else source)  # type: ignore[index]
 
     def _require_whole(self, node: fx.Node) -> None:
+        """Give an operator that is no ATen operator whole operands."""
         for operand in node.all_input_nodes:
             placement = annotation(operand).placement
-            if is_tensor(operand) and not isinstance(placement, Full):
-                raise NoRule(f"{node.format_node()}: no rule for {node.target} on an operand that is {placement}.")
+            if not is_tensor(operand) or isinstance(placement, Full):
+                continue
+            if isinstance(placement, Partial):
+                node.replace_input_with(operand, self.movement.reduce(operand))
+            elif not self.plan.strict:
+                node.replace_input_with(operand, self.movement.gather(operand, f"{node.target}"))
+            else:
+                raise NoRule(
+                    f"no rule for {node.target} on an operand that is {placement}.\n\n{where(node)}\n\n"
+                    "Move it out of the model, or pass strict=False to gather its operands."
+                )
 
     def _place_call(self, node: fx.Node) -> None:
         call = Call.of(node)
@@ -116,48 +119,139 @@ class Placer:
             if stays_partial(call, operands):
                 annotate(node, placement=Partial())
                 return
-            self._reduce_operands(node, call, operands)
+            self._replace_operands(node, call, {n: self.movement.reduce for n, p in operands.items() if p == Partial()})
             call = Call.of(node)
             operands = {name: placement_of(operand) for name, operand in call.operands()}
-        sharded = {name: p for name, p in operands.items() if isinstance(p, Sharded)}
-        if sharded:
-            self._localise_call(node, call, self._push(call, sharded))
+        if any(isinstance(p, Sharded) for p in operands.values()):
+            self._place_sharded(node, call)
+        else:
+            hints = {name: p.tokens for name, p in operands.items() if isinstance(p, Full) and p.tokens is not None}
+            self._place_whole(node, call, hints)
+
+    def _place_sharded(self, node: fx.Node, call: Call) -> None:
+        """Place a call of sharded operands: by its rule, by its rule on aligned operands, or on whole operands."""
+        try:
+            self._fit_operands(node, call)
+            call = Call.of(node)
+            try:
+                self._localise_call(node, call, self._push(call, sharded_operands(call)))
+            except NoRule:
+                if not self._align_operands(node, call):
+                    raise
+                call = Call.of(node)
+                self._localise_call(node, call, self._push(call, sharded_operands(call)))
+        except NoRule as error:
+            if self.plan.strict:
+                raise
+            call = Call.of(node)
+            reason = str(error).partition(".\n")[0]
+            gather = {name: lambda operand: self.movement.gather(operand, reason) for name in sharded_operands(call)}
+            self._replace_operands(node, call, gather)
+            call = Call.of(node)
+            hints = {
+                name: p.tokens for name, o in call.operands() if isinstance(p := placement_of(o), Full) and p.tokens
+            }
+            self._place_whole(node, call, hints)
+
+    def _fit_operands(self, node: fx.Node, call: Call) -> None:
+        """Move operands that reach outside the sequence to where every token has a slot, if that is possible."""
+        if call.target in KEEPS_OUTSIDE:
             return
-        hints = {name: p.tokens for name, p in operands.items() if isinstance(p, Full) and p.tokens is not None}
-        self._place_whole(node, call, hints)
+        outside = [n for n, at in sharded_operands(call).items() if at.reaches_outside and at.front + at.back >= 0]
+        self._replace_operands(node, call, dict.fromkeys(outside, self.movement.fit))
+
+    def _align_operands(self, node: fx.Node, call: Call) -> bool:
+        """Move operands that hold as many tokens in other slots; tells whether there were any."""
+        ranges = {name: (at.sequence, at.front, at.back) for name, at in sharded_operands(call).items()}
+        counts = {(sequence, front + back) for sequence, front, back in ranges.values()}
+        if len(set(ranges.values())) < 2 or len(counts) > 1:
+            return False
+        _, front, back = min(ranges.values(), key=lambda r: (abs(r[1]) + abs(r[2]), r))
+
+        def align(operand: fx.Node) -> fx.Node:
+            at = placement_of(operand)
+            assert isinstance(at, Sharded)
+            return self.movement.move(operand, at.with_range(front, back))
+
+        self._replace_operands(node, call, dict.fromkeys(ranges, align))
+        return True
+
+    def _replace_operands(self, node: fx.Node, call: Call, changes: Mapping[str, Any]) -> None:
+        """Put what `changes` makes of them in the place of these operands."""
+        new = {name: changes[name](operand) for name, operand in call.operands() if name in changes}
+        if new:
+            node.args, node.kwargs = call.rebound(new)
 
     def _place_whole(self, node: fx.Node, call: Call, hints: Mapping[str, Sharded]) -> None:
         """Place a call of whole operands: a heavy one that meets tokens starts the sharded stream."""
         annotate(node, placement=whole_results(call))
+        if node.target is aten.embedding.default and not hints:
+            hints = self._hint_by_size(call)
         if not hints or node.target not in RULES:
             return
         try:
             decision = self._push(call, hints)
         except NoRule:
             return
+        if decision.lower is not None:
+            return
+        first = decision.results[0]
         if node.target in HEAVY and any(isinstance(p, Sharded) for p in decision.results):
             self._localise_call(node, call, decision)
-        elif (
-            len(decision.results) == 1 and isinstance(decision.results[0], Sharded) and covers_all(decision.results[0])
-        ):
-            annotate(node, placement=Full(decision.results[0]))
+        elif len(decision.results) == 1 and isinstance(first, Sharded) and first.covers_all:
+            annotate(node, placement=Full(first))
+
+    def _hint_by_size(self, call: Call) -> Mapping[str, Sharded]:
+        """Return where the indices of an embedding may hold tokens, by their last size: any dim is right to shard."""
+        sizes = call.shape("indices")
+        for sequence, lengths in enumerate(Lengths.all_of(self.gm)):
+            is_length = [str(size) == str(lengths.value) for size in sizes]
+            if any(is_length[-1:]) and sum(is_length) == 1:
+                return {"indices": Sharded(len(sizes) - 1, sequence=sequence)}
+        return {}
 
     def _place_size(self, node: fx.Node, call: Call) -> None:
         """Keep sizes those of the whole: what needs a local size asks for it."""
-        placement = placement_of(node.args[0])  # type: ignore[arg-type]
-        if not isinstance(placement, Sharded) or call.dim("dim", "self") != placement.dim:
+        at = placement_of(node.args[0])  # type: ignore[arg-type]
+        if not isinstance(at, Sharded) or call.dim("dim", "self") != at.dim:
             return
-        if placement.inner != 1 or str(node.meta["val"]) != str(self.lengths.value):
-            raise no_rule(call, {"self": placement}, "the size of merged dims is read")
-        if isinstance(self.lengths.total, fx.Node):
-            node.replace_all_uses_with(self.lengths.total)
+        lengths = self.movement.lengths(at)
+        if not isinstance(lengths.total, fx.Node):
+            return
+        if str(node.meta["val"]) == str(lengths.value):
+            node.replace_all_uses_with(lengths.total)
+            return
+        with self.gm.graph.inserting_after(node):
+            outer = self.gm.graph.call_function(operator.floordiv, (node, lengths.local))
+        with self.gm.graph.inserting_before(outer):
+            count = lengths.count(self.gm, at)
+        with self.gm.graph.inserting_after(outer):
+            whole = self.gm.graph.call_function(operator.mul, (outer, count))
+        whole.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not outer)
 
     def _push(self, call: Call, sharded: Mapping[str, Sharded]) -> Decision:
         if call.target not in RULES:
             reason = REASONS.get(call.target)
             missing = "there is no rule for this operator, so its operands cannot stay sharded"
             raise no_rule(call, sharded, reason(call) if reason else missing)
-        return RULES[call.target].push(call, sharded, self.lengths.value)
+        at = next(iter(sharded.values()))
+        decision = RULES[call.target].push(call, sharded, self.movement.lengths(at).value)
+        if not all(self._is_cut_back(call.node, result) for result in decision.results):
+            raise no_rule(call, sharded, "tokens outside the sequence would be read, and what they hold is not known")
+        return decision
+
+    def _is_cut_back(self, node: fx.Node, at: Placement) -> bool:
+        """Tell whether what is not known of a value, its tokens outside the sequence, is cut off by all who read it."""
+        if not isinstance(at, Sharded) or not at.reaches_outside or at.outside is not None:
+            return True
+        for user in node.users:
+            if user.target not in KEEPS_OUTSIDE or user.args[0] is not node:
+                return False
+            decision = RULES[user.target].push(Call.of(user), {"self": at}, self.movement.lengths(at).value)  # type: ignore[index]
+            if not all(self._is_cut_back(user, result) for result in decision.results):
+                return False
+        return True
 
     def _localise_call(self, node: fx.Node, call: Call, decision: Decision) -> None:
         """Make `node` run on local tokens as decided."""
@@ -165,19 +259,43 @@ class Placer:
         for name, operand in call.operands():
             wanted = decision.operands.get(name)
             if wanted is not None:
-                changes[name] = self._as_wanted(call, name, operand, wanted)
+                changes[name] = self._as_wanted(call, name, operand, wanted, name in decision.gathers)
             if name in decision.padding and isinstance(wanted, Sharded):
-                changes[name] = self._fill_padding(changes[name], wanted, decision.padding[name], node)
-        self._apply(node, call, changes)
+                changes[name] = self.movement.fill_padding(changes[name], wanted, decision.padding[name], node)
         annotate(node, placement=decision.results if is_tuple(call) else decision.results[0])
+        if decision.lower is None:
+            self._apply(node, call, changes)
+        else:
+            node.args, node.kwargs = call.rebound(changes)
+            at = next(iter(sharded_operands(Call.of(node)).values()))
+            results = decision.lower(Writer(self.movement, Call.of(node), at))
+            self._replace_by(node, results, decision.results)
 
-    def _as_wanted(self, call: Call, name: str, operand: fx.Node, wanted: Placement) -> fx.Node:
+    def _replace_by(self, node: fx.Node, results: Sequence[fx.Node], placements: Sequence[Placement]) -> None:
+        """Put the nodes of a lowering in the place of `node`, or of the items that are taken of it."""
+        by_item = {u.args[1]: u for u in node.users} if isinstance(value_of(node), tuple | list) else {0: node}
+        for i, (new, placement) in enumerate(zip(results, placements, strict=True)):
+            old = by_item.get(i)
+            if old is None:
+                continue
+            assert annotation(new).is_local or new.op != "call_function", "a lowering returns nodes of its own"
+            new.meta["val"] = old.meta["val"]
+            annotate(new, placement=placement, origin=annotation(old).origin or old.name, is_local=False)
+            old.replace_all_uses_with(new)
+        for old in {*by_item.values(), node}:
+            self.replaced.add(old)
+        for old in [*(item for item in by_item.values() if item is not node), node]:
+            self.gm.graph.erase_node(old)
+
+    def _as_wanted(self, call: Call, name: str, operand: fx.Node, wanted: Placement, may_gather: bool) -> fx.Node:
         have = placement_of(operand)
         match have, wanted:
             case Full(), Full():
                 return operand
-            case Full(), Sharded() if not (call.target._schema.is_mutable and name == "self"):
-                return self.localise(operand, wanted, before=call.node)
+            case Full(), Sharded():
+                return self.localise(operand, wanted)
+            case Sharded(), Full() if may_gather:
+                return self.movement.gather(operand, f"{call.target}: its {name} is needed whole")
             case _ if have == wanted:
                 return operand
         operands = {n: placement_of(o) for n, o in call.operands()}
@@ -193,40 +311,16 @@ class Placer:
 
     def _localise_sizes(self, value: Any, node: fx.Node) -> Any:
         if isinstance(value, Local):
-            return self.lengths.localise(self.gm, value.size, value.at, node)
+            return self.movement.lengths(value.at).localise(self.gm, value.size, value.at, node)
         return [self._localise_sizes(item, node) for item in value] if isinstance(value, list) else value
 
-    def _fill_padding(self, operand: fx.Node, at: Sharded, value: float, before: fx.Node) -> fx.Node:
-        if not self.plan.has_padding(self.lengths.value) and not (at.front or at.back):
-            return operand
-        with self.gm.graph.inserting_before(before):
-            range_and_length = (at.front, at.back, self.lengths.total)
-            arguments = (operand, at.dim, at.inner, value, *range_and_length, *self.plan.axis_arguments)
-            return emit_copy(self.gm.graph, cp.fill_padding.default, arguments, operand, at)
-
-    def _reduce_operands(self, node: fx.Node, call: Call, operands: Mapping[str, Placement]) -> None:
-        """Add up the partial operands of a call that is not linear in them."""
-        changes = {}
-        for name, operand in call.operands():
-            if isinstance(operands[name], Partial):
-                changes[name] = self.reduce(operand)
-        node.args, node.kwargs = call.rebound(changes)
-
-    def reduce(self, node: fx.Node) -> fx.Node:
-        """Return the sum over the ranks of the partial `node`."""
-        if node not in self.reduced:
-            with self.gm.graph.inserting_after(node):
-                arguments = (node, self.plan.world_size, self.plan.group)
-                self.reduced[node] = emit_copy(self.gm.graph, cp.all_reduce.default, arguments, node, FULL)
-        return self.reduced[node]
-
-    def localise(self, node: fx.Node, wanted: Sharded, *, before: fx.Node) -> fx.Node:
+    def localise(self, node: fx.Node, wanted: Sharded) -> fx.Node:
         """Return this rank's tokens of the whole value `node`: recomputed from local operands as far up as rules allow."""
         key = (node, wanted)
         if key not in self.localised:
-            decision = None if node in self.written else self._pull(node, wanted)
+            decision = self._pull(node, wanted)
             if decision is None:
-                self.localised[key] = self._shard(node, wanted, before)
+                self.localised[key] = self.movement.shard(node, wanted)
             else:
                 self.localised[key] = self._copy_locally(node, decision)
         return self.localised[key]
@@ -240,7 +334,7 @@ class Placer:
             return None
         if not all(isinstance(placement_of(operand), Full) for _, operand in call.operands()):
             return None
-        return RULES[call.target].pull(call, wanted, self.lengths.value)
+        return RULES[call.target].pull(call, wanted, self.movement.lengths(wanted).value)
 
     def _copy_locally(self, node: fx.Node, decision: Decision) -> fx.Node:
         call = Call.of(node)
@@ -248,7 +342,7 @@ class Placer:
         for name, operand in call.operands():
             wanted = decision.operands.get(name)
             if isinstance(wanted, Sharded):
-                changes[name] = self.localise(operand, wanted, before=node)
+                changes[name] = self.localise(operand, wanted)
         with self.gm.graph.inserting_after(node):
             copy = self.gm.graph.node_copy(node)
         copy.meta = dict(node.meta)
@@ -256,39 +350,10 @@ class Placer:
         annotate(copy, placement=decision.results[0], origin=annotation(node).origin)
         return copy
 
-    def _shard(self, node: fx.Node, at: Sharded, before: fx.Node) -> fx.Node:
-        self.num_shards += 1
-        with self._behind(node, before):
-            whole = node if covers_all(at) else self._extend(node, at)
-        with self._behind(whole, before):
-            arguments = (whole, at.dim, at.inner, self.lengths.total, *self.plan.axis_arguments)
-            return emit_copy(self.gm.graph, cp.shard_tokens.default, arguments, node, at)
 
-    def _behind(self, node: fx.Node, before: fx.Node) -> AbstractContextManager[Any]:
-        """Return the insertion point for what reads `node`, as early as it can be."""
-        if node in self.written:
-            return self.gm.graph.inserting_before(before)  # later writes must not be missed
-        if node.op == "placeholder":
-            return self.gm.graph.inserting_before(self._first_call())
-        return self.gm.graph.inserting_after(node)
-
-    def _extend(self, node: fx.Node, at: Sharded) -> fx.Node:
-        """Return `node` with the tokens that its range leaves out filled in, so that it has one element for each token."""
-        value = node.meta["val"]
-        if at.inner != 1 or str(value.shape[at.dim]) != str(at.count(self.lengths.value)):
-            raise NoRule(f"a range of tokens inside merged dims cannot be sharded.\n\n{where(node)}")
-        pads = [0, 0] * (value.dim() - at.dim - 1) + [at.front, at.back]
-        whole = emit_copy(self.gm.graph, aten.constant_pad_nd.default, (node, pads), node)
-        annotate(whole, origin="")  # no value of the captured graph has this shape
-        return whole
-
-    def _first_call(self) -> fx.Node:
-        """Return the node behind the placeholders and the lengths."""
-        last = self.lengths.local
-        if isinstance(last, fx.Node):
-            return last.next
-        first: fx.Node = next(node for node in self.gm.graph.nodes if node.op != "placeholder")
-        return first
+def sharded_operands(call: Call) -> dict[str, Sharded]:
+    """Return the placements of the operands that are sharded."""
+    return {name: p for name, operand in call.operands() if isinstance(p := placement_of(operand), Sharded)}
 
 
 def stays_partial(call: Call, operands: Mapping[str, Placement]) -> bool:
@@ -304,11 +369,6 @@ def stays_partial(call: Call, operands: Mapping[str, Placement]) -> bool:
     return call.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device) and floating
 
 
-def covers_all(at: Sharded) -> bool:
-    """Tell whether a placement is of all tokens, not of a range."""
-    return at.front == at.back == 0
-
-
 def is_tuple(call: Call) -> bool:
     """Tell whether an operator has several results."""
     return isinstance(call.result, tuple | list)
@@ -317,22 +377,3 @@ def is_tuple(call: Call) -> bool:
 def whole_results(call: Call) -> Placement | tuple[Placement, ...]:
     """Return the placement of the results of a call whose operands every rank holds whole."""
     return (FULL,) * len(call.result) if is_tuple(call) else FULL
-
-
-def written_values(gm: fx.GraphModule) -> set[fx.Node]:
-    """Return the nodes that share memory with a tensor that some operator writes: their value depends on when it is read."""
-    storages: dict[fx.Node, fx.Node] = {}
-    written: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload):
-            continue
-        call = Call.of(node)
-        for schema in target._schema.arguments:
-            operand = call[schema.name]
-            if schema.alias_info is not None and isinstance(operand, fx.Node):
-                root = storages.get(operand, operand)
-                storages[node] = root
-                if schema.alias_info.is_write:
-                    written.add(root)
-    return {node for node in gm.graph.nodes if storages.get(node, node) in written}

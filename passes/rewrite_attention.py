@@ -32,7 +32,7 @@ def rewrite_attention(gm: fx.GraphModule, *, plan: Plan) -> int:
     """Return how many attentions were rewritten. Runs after `place_tokens`."""
     count = 0
     for node in gm.graph.find_nodes(op="call_function", target=cp.attention.default):
-        if isinstance(placement_of(node), Sharded):
+        if isinstance(placement_of(Call.of(node)["k"]), Sharded):
             lower(gm, node, plan)
             count += 1
     return count
@@ -40,8 +40,10 @@ def rewrite_attention(gm: fx.GraphModule, *, plan: Plan) -> int:
 
 def lower(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> None:
     """Replace one attention by the operator of its strategy."""
-    call, known = Call.of(node), annotation(node)
-    arguments = (*(call[name] for name in SHARED_ARGUMENTS), Lengths.of(gm).total, *plan.axis_arguments)
+    call, known, at = Call.of(node), annotation(node), placement_of(node)
+    assert isinstance(at, Sharded)
+    length = Lengths.of(gm, at.sequence).total
+    arguments = (*(call[name] for name in SHARED_ARGUMENTS), length, *plan.axis_arguments)
     with gm.graph.inserting_before(node):
         collective = gm.graph.call_function(OPERATORS[known.strategy], arguments)
         out = gm.graph.call_function(operator.getitem, (collective, 0))

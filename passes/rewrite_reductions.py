@@ -90,13 +90,14 @@ def mean_of_tensor(call: Call, insert: Insert, plan: Plan) -> fx.Node:
 def whole_count(insert: Insert, node: fx.Node, dims: set[int]) -> fx.Node | int:
     """Return the product of the sizes that `dims` have in the whole tensor, of which `node` holds the local tokens."""
     assert node.graph.owning_module is not None
-    lengths, placement = Lengths.of(node.graph.owning_module), placement_of(node)
+    placement = placement_of(node)
     product: fx.Node | int = 1
     for dim in sorted(dims):
         size: fx.Node | int = node.meta["val"].shape[dim]
         if not isinstance(size, int):
             size = insert(aten.sym_size.int, node, dim)
             if isinstance(placement, Sharded) and dim == placement.dim:
+                lengths = Lengths.of(node.graph.owning_module, placement.sequence)
                 outer = insert(operator.floordiv, size, lengths.local)
                 with node.graph.inserting_after(outer):
                     tokens = lengths.count(node.graph.owning_module, placement)

@@ -1,22 +1,38 @@
 """Placement rules, one for each operator, entered in `RULES` by the family modules."""
 
-from cpcompile.rules import attention, dims, matrix, pointwise, reduction, views
-from cpcompile.rules.registry import REASONS, RULES, Decision, Indices, Local, Rule, no_rule, register, rule
+from cpcompile.rules import attention, dims, matrix, pointwise, ranges, reduction, tokens, views
+from cpcompile.rules.registry import (
+    KEEPS_OUTSIDE,
+    REASONS,
+    RULES,
+    Decision,
+    Indices,
+    Local,
+    Lowering,
+    Rule,
+    no_rule,
+    register,
+    rule,
+)
 
 __all__ = [
+    "KEEPS_OUTSIDE",
     "REASONS",
     "RULES",
     "Decision",
     "Indices",
     "Local",
+    "Lowering",
     "Rule",
     "attention",
     "dims",
     "matrix",
     "no_rule",
     "pointwise",
+    "ranges",
     "reduction",
     "register",
     "rule",
+    "tokens",
     "views",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,25 +20,48 @@ QUERY_TOKENS = Sharded(2)
 
 @dataclass(frozen=True, slots=True)
 class AttentionRule:
-    """Queries, keys and values hold the same local tokens; Ulysses wants a dense mask whole, the others their query rows."""
+    """Queries, keys and values hold the same local tokens; Ulysses wants a dense mask whole, the others their query rows.
+
+    Keys and values of another sequence, or of a memory that is not sharded, are made whole on every rank, and each
+    rank attends from its own queries, so that the operator stays what it is.
+    """
 
     notation: str = "[b h m d], [b k m d], [b k m e], mask [b h m n] -> [b h m e]"
 
     def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
-        wanted: dict[str, Placement] = dict.fromkeys(("q", "k", "v"), QUERY_TOKENS)
-        for name in wanted:
-            if operands.get(name, QUERY_TOKENS) != QUERY_TOKENS:
-                raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
-        if not {"q", "k", "v"} <= set(operands):
-            raise no_rule(call, operands, "queries and keys do not come from the same sharded tokens", self.notation)
+        given = {name: operands[name] for name in ("q", "k", "v") if name in operands}
         if call["dropout"]:
             raise no_rule(call, operands, "attention dropout is not supported across ranks: set it to 0", self.notation)
+        if any(
+            at.with_range(0, 0) != replace(QUERY_TOKENS, sequence=at.sequence) or not at.covers_all
+            for at in given.values()
+        ):
+            raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
+        sizes = {str(call.shape(name)[2]) for name in ("q", "k", "v")}
+        if len(sizes) == 1 and len({at.sequence for at in given.values()}) == 1:
+            return self._along_one_sequence(call, next(iter(given.values())))
+        return self._across(call, operands)
+
+    def _along_one_sequence(self, call: Call, at: Sharded) -> Decision:
+        wanted: dict[str, Placement] = dict.fromkeys(("q", "k", "v"), at)
         if call["mask"] is not None:
-            rows = Sharded(len(call.shape("mask")) - 2)
+            rows = replace(at, dim=len(call.shape("mask")) - 2)
             by_rows = annotation(call.node).strategy != "ulysses" and not is_one(call.shape("mask")[rows.dim])
             wanted["mask"] = rows if by_rows else FULL
         wanted.update({name: FULL for name in ("documents", "key_padding") if call[name] is not None})
-        return Decision(wanted, (QUERY_TOKENS,))
+        return Decision(wanted, (at,))
+
+    def _across(self, call: Call, operands: Mapping[str, Sharded]) -> Decision:
+        if call["is_causal"] or call["window"] or call["documents"] is not None:
+            raise no_rule(call, operands, "queries and keys of different tokens have no common order", self.notation)
+        wanted: dict[str, Placement] = {name: FULL for name, _ in call.operands()}
+        result: Placement = FULL
+        if "q" in operands:
+            wanted["q"] = result = operands["q"]
+            if call["mask"] is not None:
+                rows = replace(operands["q"], dim=len(call.shape("mask")) - 2)
+                wanted["mask"] = FULL if is_one(call.shape("mask")[rows.dim]) else rows
+        return Decision(wanted, (result,), gathers=frozenset({"k", "v"}))
 
     def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
         return None  # attention over tokens that every rank holds whole stays whole

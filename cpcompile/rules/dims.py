@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 
 from cpcompile.call import Call
-from cpcompile.placement import Sharded
 from cpcompile.rules.pointwise import aligned, is_one
-from cpcompile.rules.registry import Decision, Indices, Names, no_rule, register, rule
+from cpcompile.rules.registry import Indices, Names, rule
 from cpcompile.rules.views import expression
 
 aten = torch.ops.aten
@@ -84,55 +79,6 @@ def repeat_interleave(call: Call) -> Indices:
         return Indices({"self": (None,) * len(own(call))}, ((None,),))
     names = closed(own(call), call.dim("dim", "self"))
     return Indices({"self": names}, (names,))
-
-
-def sliced_off(call: Call) -> tuple[int, int] | None:
-    """Return how many elements a slice leaves out at the start and at the end, or None where that is not one number."""
-    size = expression(call.shape("self")[call.dim("dim", "self")])
-
-    def bound(argument: Any, default: sympy.Expr) -> sympy.Expr:
-        value = argument.meta["val"] if isinstance(argument, torch.fx.Node) else argument
-        if value is None or (isinstance(value, int) and value == sys.maxsize):
-            return default
-        return expression(value) + (size if isinstance(value, int) and value < 0 else 0)
-
-    start, stop = bound(call["start"], sympy.Integer(0)), bound(call["end"], size)
-    front, back = start, sympy.simplify(size - stop)
-    if back.is_Integer and size.is_Integer:
-        back = max(back, sympy.Integer(0))  # an end beyond the last element is the last element
-    if call["step"] != 1 or not (front.is_Integer and back.is_Integer) or front < 0 or back < 0:
-        return None
-    return int(front), int(back)
-
-
-@dataclass(frozen=True, slots=True)
-class SliceRule:
-    """A slice along another dim leaves the tokens alone; one along the tokens keeps all slots and narrows their range."""
-
-    notation: str = "[a b] -> [a b'], a range of the tokens when b is the tokens"
-
-    def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
-        at = operands["self"]
-        if at.dim != call.dim("dim", "self"):
-            return Decision({"self": at}, (at,))
-        off = sliced_off(call)
-        is_plain = expression(call.shape("self")[at.dim]) == expression(at.count(length))
-        if off is None or (off != (0, 0) and not is_plain):
-            raise no_rule(call, operands, "the slice of the tokens depends on their number", self.notation)
-        result = replace(at, front=at.front + off[0], back=at.back + off[1])
-        return Decision({"self": at}, (result,), {"start": 0, "end": sys.maxsize})
-
-    def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
-        if result.dim != call.dim("dim", "self"):
-            return Decision({"self": result}, (result,))
-        off = sliced_off(call)
-        if off is None or off[0] > result.front or off[1] > result.back:
-            return None
-        at = replace(result, front=result.front - off[0], back=result.back - off[1])
-        return Decision({"self": at}, (result,), {"start": 0, "end": sys.maxsize})
-
-
-register(SliceRule(), aten.slice.Tensor)
 
 
 @rule(aten.narrow.default, aten.pad.default, aten.constant_pad_nd.default, aten.diff.default)

@@ -1,4 +1,8 @@
-"""Products: one operand's rows against the other's columns; a contracted token dim leaves a partial sum."""
+"""Products: one operand's rows against the other's columns; a contracted token dim leaves a partial sum.
+
+A product of tokens with tokens (scores of queries and keys, weights and values) keeps the rows of the first
+operand and gathers the second.
+"""
 
 from __future__ import annotations
 
@@ -44,20 +48,23 @@ def matmul(call: Call) -> Indices:
 
     result = (*batch, *(("m",) if len(left) > 1 else ()), *(("n",) if len(right) > 1 else ()))
     return Indices(
-        {"self": names(left, ("m", "k"), ("k",)), "other": names(right, ("k", "n"), ("k",))}, (result,), summed=True
+        {"self": names(left, ("m", "k"), ("k",)), "other": names(right, ("k", "n"), ("k",))},
+        (result,),
+        summed=True,
+        gathers="other",
     )
 
 
 @rule(aten.mm.default)
 def mm(call: Call) -> Indices:
     """[m k], [k n] -> [m n]"""
-    return Indices({"self": ("m", "k"), "mat2": ("k", "n")}, (("m", "n"),), summed=True)
+    return Indices({"self": ("m", "k"), "mat2": ("k", "n")}, (("m", "n"),), summed=True, gathers="mat2")
 
 
 @rule(aten.bmm.default)
 def bmm(call: Call) -> Indices:
     """[b m k], [b k n] -> [b m n]"""
-    return Indices({"self": ("b", "m", "k"), "mat2": ("b", "k", "n")}, (("b", "m", "n"),), summed=True)
+    return Indices({"self": ("b", "m", "k"), "mat2": ("b", "k", "n")}, (("b", "m", "n"),), summed=True, gathers="mat2")
 
 
 @rule(aten.addmm.default)

@@ -8,11 +8,12 @@ together, so that either answer follows from the names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
+from torch import fx
 
 from cpcompile.call import Call
 from cpcompile.errors import NoRule, where
@@ -40,12 +41,43 @@ class Decision:
         arguments: the arguments that change; sizes of tokens are `Local`.
         padding: the value that the padding slots of an operand must hold first, because the operator runs
             over tokens.
+        gathers: the sharded operands that are gathered to be whole, as the operator's own way (keys and values).
+        lower: writes other operators in place of this one; it returns the node of each result.
     """
 
     operands: Mapping[str, Placement]
     results: tuple[Placement, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     padding: Mapping[str, float] = field(default_factory=dict)
+    gathers: frozenset[str] = frozenset()
+    lower: Callable[[Lowering], Sequence[fx.Node]] | None = None
+
+
+class Lowering(Protocol):
+    """What a rule writes with, when other operators take the place of its own. Its operands are local already."""
+
+    @property
+    def call(self) -> Call:
+        """The call, with the operands as they were decided."""
+
+    @property
+    def length(self) -> fx.Node | int:
+        """The number of tokens, as a graph argument."""
+
+    @property
+    def local(self) -> fx.Node | int:
+        """The number of local slots, as a graph argument."""
+
+    @property
+    def chunks(self) -> int:
+        """The number of globally ordered chunks that a rank holds."""
+
+    @property
+    def axis(self) -> tuple[str, int, str]:
+        """The last arguments of every operator that knows the layout: layout, world size, group."""
+
+    def insert(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert a call before the operator; its recorded value is what one rank holds."""
 
 
 class Rule(Protocol):
@@ -69,13 +101,15 @@ class Indices:
     Dims with one name run together. None: the operator mixes this dim, or an operand is broadcast along it. A
     name that only operands have is
     contracted: summed where `summed`, impossible to shard otherwise. `sizes` names the argument that spells
-    the sizes of the result.
+    the sizes of the result. `gathers` is the operand that is gathered where the other one's tokens are along
+    another dim.
     """
 
     operands: Mapping[str, Names]
     results: tuple[Names, ...]
     summed: bool = False
     sizes: str | None = None
+    gathers: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     padding: Mapping[str, float] = field(default_factory=dict)
 
@@ -91,6 +125,12 @@ class IndexedRule:
         indices = self.indices(call)
         given = {o: p for o, p in operands.items() if o in indices.operands}
         found = {(indices.operands[o][p.dim], replace(p, dim=0)) for o, p in given.items()}
+        if len(found) > 1 and indices.gathers in given:
+            rest = {o: p for o, p in operands.items() if o != indices.gathers}
+            decision = self.push(call, rest, length)
+            is_free = decision.operands.get(indices.gathers) == FULL
+            if is_free and not isinstance(decision.results[0], Partial):
+                return replace(decision, gathers=frozenset({indices.gathers}))
         if len(found) > 1:
             raise no_rule(call, operands, "the operands hold tokens along different dims or ranges", self.notation)
         if not found:
@@ -112,7 +152,7 @@ def decide(call: Call, indices: Indices, name: str, at: Sharded, notation: str) 
     """Return the decision to shard every dim called `name`, with the factors and the range of `at`."""
     operands = {o: placed(names, name, at) for o, names in indices.operands.items()}
     if not any(name in names for names in indices.results):
-        if not indices.summed:
+        if not indices.summed or at.reaches_outside:
             sharded = {o: p for o, p in operands.items() if isinstance(p, Sharded)}
             raise no_rule(call, sharded, "the operator runs over the tokens of the whole sequence", notation)
         padding = indices.padding or {next(o for o, p in operands.items() if isinstance(p, Sharded)): 0.0}
@@ -124,12 +164,17 @@ def decide(call: Call, indices: Indices, name: str, at: Sharded, notation: str) 
         entry = dim - len(indices.results[0]) + len(sizes)
         sizes[entry] = sizes[entry] if sizes[entry] == -1 else Local(sizes[entry], at)
         arguments[indices.sizes] = sizes
-    return Decision(operands, tuple(placed(names, name, at) for names in indices.results), arguments)
+    return Decision(operands, tuple(after(call, placed(names, name, at)) for names in indices.results), arguments)
 
 
 def placed(names: Names, name: str, at: Sharded) -> Placement:
     """Return the placement of a tensor with these dims when the dim called `name` is sharded like that of `at`."""
     return replace(at, dim=names.index(name)) if name in names else FULL
+
+
+def after(call: Call, at: Placement) -> Placement:
+    """Return the placement of a result: only an operator that computes nothing keeps what is outside the sequence."""
+    return at if not isinstance(at, Sharded) or call.target in KEEPS_OUTSIDE else replace(at, outside=None)
 
 
 def no_rule(call: Call, operands: Mapping[str, Placement], reason: str, notation: str = "") -> NoRule:
@@ -140,11 +185,27 @@ def no_rule(call: Call, operands: Mapping[str, Placement], reason: str, notation
         f"{call.target}: {reason}.\n\n{where(call.node)}\n{lines}\n"
         + (f"  rule: {notation}\n" if notation else "")
         + "\nCompute this value from inputs that every rank holds whole, move it out of the model (after cpcompile.unshard), "
-        "or register a rule for this case (cpcompile.rules.rule)."
+        "pass strict=False to gather it on every rank, or register a rule for this case (cpcompile.rules.rule)."
     )
 
 
 RULES: dict[torch._ops.OpOverload, Rule] = {}
+
+# Operators that move elements and compute nothing, so that tokens outside the sequence stay what they are.
+aten = torch.ops.aten
+KEEPS_OUTSIDE = {
+    aten.alias.default,
+    aten.clone.default,
+    aten.constant_pad_nd.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.pad.default,
+    aten.permute.default,
+    aten.slice.Tensor,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+}
 
 # For operators without a rule: why there is none, where more can be said than that.
 REASONS: dict[torch._ops.OpOverload, Callable[[Call], str]] = {}

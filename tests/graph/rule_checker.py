@@ -92,7 +92,7 @@ class Program:
         self.graph.output(tuple(self.outputs))
         self.gm = fx.GraphModule({}, self.graph)
         self.lengths = Lengths(setting.length, setting.length, local_length(*self.axis))
-        self.gm.meta["cpcompile_lengths"] = self.lengths
+        self.gm.meta["cpcompile_lengths"] = (self.lengths,)
         if case.strategy:
             annotate(self.node, strategy=case.strategy)
 
@@ -134,7 +134,7 @@ class Program:
 
     def placer(self) -> Placer:
         plan = Plan(self.setting.world_size, "", self.setting.layout, {})
-        return Placer(self.gm, plan, self.lengths)
+        return Placer(self.gm, plan, {})
 
     def push(self, sharded: Mapping[str, Sharded]) -> None:
         """Shard these operands and let the rule place the rest. Raises `NoRule`."""
@@ -153,7 +153,7 @@ class Program:
         if placer._pull(self.node, wanted) is None:
             return False
         (output,) = self.graph.find_nodes(op="output")
-        output.args = ((placer.localise(self.node, wanted, before=output),),)
+        output.args = ((placer.localise(self.node, wanted),),)
         return True
 
     def check(self) -> None:

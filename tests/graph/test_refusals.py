@@ -40,8 +40,7 @@ ALONG_TOKENS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "running sum": (lambda x: x.cumsum(1), "x.cumsum(1)", "runs over the tokens of the whole sequence"),
     "softmax": (lambda x: x.softmax(1), "x.softmax(1)", "runs over the tokens of the whole sequence"),
     "maximum": (lambda x: x.amax(1), "x.amax(1)", "runs over the tokens of the whole sequence"),
-    "flip": (lambda x: x.flip(1), "x.flip(1)", "runs over the tokens of the whole sequence"),
-    "one token": (lambda x: x[:, -1], "x[:, -1]", "runs over the tokens of the whole sequence"),
+    "sort": (lambda x: x.sort(1)[0], "x.sort(1)[0]", "runs over the tokens of the whole sequence"),
     "view": (
         lambda x: x.reshape(x.shape[0] * 4, -1, 8),
         "x.reshape(x.shape[0] * 4, -1, 8)",
@@ -126,16 +125,6 @@ class TwoInputs(Logits):
 
     def forward(self, question: Tensor, answer: Tensor) -> Tensor:  # type: ignore[override]
         return self.logits(question).sum() + self.logits(answer).sum()
-
-
-def test_token_inputs_of_different_lengths() -> None:
-    inputs = {"question": batch(8)["input_ids"], "answer": batch(6)["input_ids"]}
-    with pytest.raises(InputError) as error:
-        explain(TwoInputs(), inputs, world_size=2, token_dims={"question": 1, "answer": 1})
-    assert "the token inputs have different lengths" in str(error.value)
-    assert "question" in str(error.value)
-    assert "has 8" in str(error.value)
-    assert "has 6" in str(error.value)
 
 
 def test_unknown_option_lists_the_known_ones() -> None:

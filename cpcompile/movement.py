@@ -1,0 +1,181 @@
+"""Movement: the nodes that bring a value from one placement to another.
+
+before  h                                      # Sharded(1), one token to the left of what it meets
+after   h_1 = cp.move_tokens(h, 1, 1, 1, -1, False, 0.0, S, "zig_zag", 2, "cp")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from cpcompile.annotation import annotate, annotation, placement_of
+from cpcompile.call import Call, is_tensor, value_of
+from cpcompile.emit import emit_copy, fake_result, keep_source
+from cpcompile.errors import NoRule, where
+from cpcompile.layout import num_chunks
+from cpcompile.placement import FULL, Full, Sharded
+from cpcompile.plan import Lengths, Plan
+
+aten, cp = torch.ops.aten, torch.ops.cpcompile
+
+UNKNOWN_OUTSIDE = "tokens outside the sequence are read, and what they hold is not known"
+
+
+class Movement:
+    """Inserts collectives; the same movement of a value is inserted once."""
+
+    def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
+        self.gm, self.plan = gm, plan
+        self.num_shards = 0
+        self._reduced: dict[fx.Node, fx.Node] = {}
+        self._gathered: dict[fx.Node, fx.Node] = {}
+        self._moved: dict[tuple[fx.Node, Sharded], fx.Node] = {}
+
+    def lengths(self, at: Sharded) -> Lengths:
+        """Return the lengths of the sequence that is sharded."""
+        return Lengths.of(self.gm, at.sequence)
+
+    def reduce(self, node: fx.Node) -> fx.Node:
+        """Return the sum over the ranks of the partial `node`."""
+        if node not in self._reduced:
+            with self.gm.graph.inserting_after(node):
+                arguments = (node, self.plan.world_size, self.plan.group)
+                self._reduced[node] = emit_copy(self.gm.graph, cp.all_reduce.default, arguments, node, FULL)
+        return self._reduced[node]
+
+    def gather(self, node: fx.Node, reason: str) -> fx.Node:
+        """Return the whole of the sharded `node`; `reason` says what needs it, for the plan."""
+        if node not in self._gathered:
+            at = placement_of(node)
+            assert isinstance(at, Sharded)
+            if at.reaches_outside and at.outside is None:
+                raise NoRule(f"{UNKNOWN_OUTSIDE}.\n\n{where(node)}")
+            lengths = self.lengths(at)
+            with self.gm.graph.inserting_after(node):
+                arguments = (node, at.dim, at.inner, lengths.total, *self.plan.axis_arguments)
+                whole = emit_copy(self.gm.graph, cp.gather_tokens.default, arguments, node, Full(at))
+            annotate(whole, reason=reason)
+            self._gathered[node] = whole if at.covers_all else self._cut(whole, at, lengths)
+        return self._gathered[node]
+
+    def _cut(self, whole: fx.Node, at: Sharded, lengths: Lengths) -> fx.Node:
+        """Return the range of a value that was gathered with all its slots; tokens outside the sequence are added."""
+        value = value_of(whole)
+        if at.inner != 1 or not statically_known_true(value.shape[at.dim] == at.count(lengths.value)):
+            raise NoRule(f"a range of tokens inside merged dims cannot be gathered.\n\n{where(whole)}")
+        annotate(whole, origin="")  # no value of the captured graph has this shape
+        pads = [0, 0] * (value.dim() - at.dim - 1) + [-at.front, -at.back]
+        with self.gm.graph.inserting_after(whole):
+            arguments = (whole, pads, at.outside or 0.0)
+            cut = emit_copy(self.gm.graph, aten.constant_pad_nd.default, arguments, whole, Full(at))
+        annotate(cut, origin=annotation(whole.args[0]).origin)  # type: ignore[arg-type]
+        return cut
+
+    def fit(self, node: fx.Node) -> fx.Node:
+        """Return a value whose range reaches outside the sequence, moved so that every token has a slot."""
+        at = placement_of(node)
+        assert isinstance(at, Sharded)
+        if at.front + at.back < 0:
+            raise NoRule(f"{-at.front - at.back} token(s) more than the sequence has have no slot.\n\n{where(node)}")
+        front = min(max(at.front, 0), at.front + at.back)
+        return self.move(node, at.with_range(front, at.front + at.back - front))
+
+    def move(self, node: fx.Node, to: Sharded) -> fx.Node:
+        """Return `node` with its tokens in the slots of another range of as many tokens."""
+        at = placement_of(node)
+        assert isinstance(at, Sharded) and at.front + at.back == to.front + to.back
+        if at == to:
+            return node
+        if at.reaches_outside and at.outside is None:
+            raise NoRule(f"{UNKNOWN_OUTSIDE}.\n\n{where(node)}")
+        if (node, to) not in self._moved:
+            fill = 0.0 if at.outside is None else at.outside
+            with self.gm.graph.inserting_after(node):
+                places = (at.dim, at.inner, 1, at.front - to.front, False, fill)
+                arguments = (node, *places, self.lengths(at).total, *self.plan.axis_arguments)
+                self._moved[node, to] = emit_copy(self.gm.graph, cp.move_tokens.default, arguments, node, to)
+        return self._moved[node, to]
+
+    def fill_padding(self, operand: fx.Node, at: Sharded, value: float, before: fx.Node) -> fx.Node:
+        """Return `operand` with `value` in the slots that hold no token of its range."""
+        lengths = self.lengths(at)
+        if not self.plan.has_padding(lengths.value) and at.covers_all:
+            return operand
+        with self.gm.graph.inserting_before(before):
+            front, back = max(at.front, 0), max(at.back, 0)
+            arguments = (operand, at.dim, at.inner, value, front, back, lengths.total, *self.plan.axis_arguments)
+            return emit_copy(self.gm.graph, cp.fill_padding.default, arguments, operand, at)
+
+    def shard(self, node: fx.Node, at: Sharded) -> fx.Node:
+        """Return this rank's tokens of the whole value `node`."""
+        self.num_shards += 1
+        at = at.with_range(at.front, at.back)
+        with self._behind(node):
+            whole = node if at.covers_all else self._extend(node, at)
+        with self._behind(whole):
+            arguments = (whole, at.dim, at.inner, self.lengths(at).total, *self.plan.axis_arguments)
+            return emit_copy(self.gm.graph, cp.shard_tokens.default, arguments, node, at)
+
+    def _behind(self, node: fx.Node) -> AbstractContextManager[Any]:
+        """Return the insertion point for what reads `node`, as early as it can be."""
+        if node.op == "placeholder":
+            return self.gm.graph.inserting_before(self._first_call())
+        return self.gm.graph.inserting_after(node)
+
+    def _extend(self, node: fx.Node, at: Sharded) -> fx.Node:
+        """Return `node` with the tokens that its range leaves out filled in, so that it has one element for each token."""
+        value = node.meta["val"]
+        if at.inner != 1 or str(value.shape[at.dim]) != str(at.count(self.lengths(at).value)):
+            raise NoRule(f"a range of tokens inside merged dims cannot be sharded.\n\n{where(node)}")
+        pads = [0, 0] * (value.dim() - at.dim - 1) + [at.front, at.back]
+        whole = emit_copy(self.gm.graph, aten.constant_pad_nd.default, (node, pads), node)
+        annotate(whole, origin="")  # no value of the captured graph has this shape
+        return whole
+
+    def _first_call(self) -> fx.Node:
+        """Return the node behind the placeholders and the lengths."""
+        nodes = [lengths.local for lengths in Lengths.all_of(self.gm) if isinstance(lengths.local, fx.Node)]
+        placeholders = [*self.gm.graph.find_nodes(op="placeholder"), *nodes]
+        last: fx.Node = max(placeholders).next
+        return last
+
+
+class Writer:
+    """Writes the operators of a `Decision.lower` in place of a call."""
+
+    def __init__(self, movement: Movement, call: Call, at: Sharded) -> None:
+        self.call = call
+        self._movement, self._at = movement, at
+        lengths = movement.lengths(at)
+        self.length, self.local = lengths.total, lengths.local
+        plan = movement.plan
+        self.chunks = num_chunks(plan.world_size, plan.layout) // plan.world_size
+        self.axis = plan.axis_arguments
+
+    def insert(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert a call before the operator; its recorded value is what one rank holds."""
+        node = self.call.node
+        with node.graph.inserting_before(node):
+            new = node.graph.call_function(target, args, kwargs)
+        keep_source(new, node)
+        values = fx.map_arg((args, kwargs), self._local_value)
+        new.meta["val"] = fake_result(target, *values)
+        annotate(new, is_local=True)
+        return new
+
+    def _local_value(self, node: fx.Node) -> Any:
+        """Return a fake tensor of the shape that one rank holds."""
+        value, at = value_of(node), annotation(node).placement
+        if not is_tensor(node) or annotation(node).is_local or not isinstance(at, Sharded):
+            return value
+        lengths = self._movement.lengths(at)
+        local = lengths.local.meta["val"] if isinstance(lengths.local, fx.Node) else lengths.local
+        shape = list(value.shape)
+        shape[at.dim] = shape[at.dim] // at.count(lengths.value) * local
+        return value.new_empty(shape)

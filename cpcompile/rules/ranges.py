@@ -1,0 +1,203 @@
+"""Operators that cut, pad and join along the tokens: most tokens keep their slots, and only their range changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import fx
+
+from cpcompile.call import Call
+from cpcompile.placement import FULL, Placement, Sharded
+from cpcompile.rules import dims  # noqa: F401  (the rules that are extended here)
+from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only
+from cpcompile.rules.registry import Decision, Lowering, no_rule, register
+from cpcompile.rules.views import expression
+
+aten, cp = torch.ops.aten, torch.ops.cpcompile
+
+
+def picked(call: Call, at: Sharded, start: Any, count: int, length: Any, *, squeezed: bool = False) -> Decision | None:
+    """Return the decision to read `count` tokens from `start` (an expression) on: their owners send them to all ranks."""
+    from_start, from_end = start + at.front, expression(length) - (start + at.front)
+    if not (from_start.is_Integer or from_end.is_Integer) or at.reaches_outside:
+        return None
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        begin = int(from_start) if from_start.is_Integer else before_end(writer, int(from_end))
+        arguments = (writer.call["self"], at.dim, begin, count, writer.length, *writer.axis)
+        new = writer.insert(cp.pick_tokens.default, *arguments)
+        if squeezed:
+            new = writer.insert(aten.squeeze.dim, new, at.dim)
+        return [added_up(writer, new)]
+
+    return Decision({"self": at}, (addend_of(call),), lower=lower)
+
+
+def bounds(call: Call) -> tuple[sympy.Expr, sympy.Expr]:
+    """Return where a slice of step 1 starts and stops, counted from the front."""
+    dim, argument = call.dim("dim", "self"), call["start"]
+    size, count = expression(call.shape("self")[dim]), expression(call.result.shape[dim])
+    if size == count:
+        return sympy.Integer(0), size
+    start = argument.meta["val"] if isinstance(argument, torch.fx.Node) else (argument or 0)
+    first = sympy.simplify(expression(start) + (size if isinstance(start, int) and start < 0 else 0))
+    if first.is_Integer:
+        first = max(first, sympy.Integer(0))
+    return first, sympy.simplify(first + count)
+
+
+def sliced_off(call: Call) -> tuple[int, int] | None:
+    """Return how many elements a slice leaves out at the start and at the end, or None where that is not one number."""
+    front, stop = bounds(call)
+    back = sympy.simplify(expression(call.shape("self")[call.dim("dim", "self")]) - stop)
+    if call["step"] != 1 or not (front.is_Integer and back.is_Integer) or front < 0 or back < 0:
+        return None
+    return int(front), int(back)
+
+
+@dataclass(frozen=True, slots=True)
+class SliceRule:
+    """A slice along another dim leaves the tokens alone; along the tokens, most of them keep their slots, and a few are sent."""
+
+    notation: str = "[a b] -> [a b'], when b is the tokens: a range of them, or a few that every rank gets"
+
+    def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
+        at = operands["self"]
+        if at.dim != call.dim("dim", "self"):
+            return Decision({"self": at}, (at,))
+        off = sliced_off(call)
+        decision = None
+        if off == (0, 0):
+            decision = self._range(at, at)
+        elif holds_tokens_only(call, "self", at, length) and call["step"] == 1:
+            start, stop = bounds(call)
+            count = sympy.simplify(stop - start)
+            if count.is_Integer and count > 0 and (not isinstance(length, int) or 4 * count <= length):
+                decision = picked(call, at, start, int(count), length)
+            elif off is not None:
+                decision = self._range(at, at.with_range(at.front + off[0], at.back + off[1], at.outside))
+        if decision is None:
+            raise no_rule(call, operands, "the slice of the tokens depends on their number", self.notation)
+        return decision
+
+    def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
+        if result.dim != call.dim("dim", "self"):
+            return Decision({"self": result}, (result,))
+        off = sliced_off(call)
+        if off is None or off[0] > result.front or off[1] > result.back:
+            return None
+        return self._range(result.with_range(result.front - off[0], result.back - off[1]), result)
+
+    def _range(self, at: Sharded, result: Sharded) -> Decision:
+        return Decision({"self": at}, (result,), {"start": 0, "end": sys.maxsize})
+
+
+register(SliceRule(), aten.slice.Tensor)
+
+
+def constant_value(node: fx.Node) -> float | None:
+    """Return the number that fills a tensor, if it is known."""
+    fills = {"zeros": 0.0, "new_zeros": 0.0, "zeros_like": 0.0, "ones": 1.0, "new_ones": 1.0, "ones_like": 1.0}
+    passes_on = {"expand", "to", "clone", "unsqueeze", "view", "reshape", "contiguous", "alias", "detach", "slice"}
+    while isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.partition("::")[2]
+        if name in fills:
+            return fills[name]
+        if name in ("full", "new_full", "full_like"):
+            value = Call.of(node)["fill_value"]
+            return float(value) if isinstance(value, int | float) else None
+        if name not in passes_on or not isinstance(node.args[0], fx.Node):
+            return None
+        node = node.args[0]
+    return None
+
+
+@along_tokens(aten.constant_pad_nd.default, aten.pad.default)
+def pad(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """more tokens in the range, all of one value"""
+    at, amounts = operands["self"], list(call["pad"])
+    if call.arguments.get("mode", "constant") != "constant" or not holds_tokens_only(call, "self", at, length):
+        return None
+    entry = 2 * (len(call.shape("self")) - 1 - at.dim)
+    front, back = amounts[entry : entry + 2]
+    value = float(call["value"] or 0.0)
+    if not (isinstance(front, int) and isinstance(back, int)) or (at.reaches_outside and at.outside != value):
+        return None
+    amounts[entry : entry + 2] = [0, 0]
+    result = at.with_range(at.front - front, at.back - back, value)
+    takes_slots = (at.front > 0 and front > 0) or (at.back > 0 and back > 0)
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        if any(amounts):
+            return [writer.insert(aten.constant_pad_nd.default, writer.call["self"], amounts, value)]
+        return [writer.insert(aten.alias.default, writer.call["self"])]
+
+    return Decision({"self": at}, (result,), padding={"self": value} if takes_slots else {}, lower=lower)
+
+
+@along_tokens(aten.cat.default)
+def cat(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each rank joins its own tokens of all operands; or a few tokens that every rank has go to their slots"""
+    dim = int(call["dim"]) % call.result.dim()
+    joined = [name for name, _ in call.operands() if call.result.dim() == 1 or call.shape(name) != (0,)]
+    places = {operands.get(name) for name in joined}
+    if len(places) == 1 and dim == operands[joined[0]].dim:
+        return Decision(dict.fromkeys(joined, operands[joined[0]]), (operands[joined[0]],))
+    if len(operands) != 1 or len({call.tensor(name).dtype for name in joined}) > 1:
+        return None
+    ((name, at),) = operands.items()
+    sizes = {other: call.shape(other)[dim] for other in joined if other != name}
+    is_few = all(isinstance(size, int) for size in sizes.values())
+    if at.dim != dim or not is_few or not holds_tokens_only(call, name, at, length):
+        return None
+    first = joined.index(name)
+    before, after = joined[:first], joined[first + 1 :]
+    front = at.front - sum(sizes[other] for other in before)
+    back = at.back - sum(sizes[other] for other in after)
+    wanted: dict[str, Placement] = {**dict.fromkeys(joined, FULL), name: at}
+    if front + back < 0 or at.reaches_outside:
+        return padded(call, at, name, [*before, *after], wanted, front, back)
+    start = front if front >= 0 and back >= 0 else min(max(front, 0), front + back)
+    result = at.with_range(start, front + back - start)
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        parts = dict(Call.operands(writer.call))
+        x = parts[name]
+        if start != front:
+            move = (at.dim, 1, 1, front - start, False, 0.0, writer.length, *writer.axis)
+            x = writer.insert(cp.move_tokens.default, x, *move)
+        place = start
+        for other in before:
+            x = writer.insert(cp.put_tokens.default, x, parts[other], dim, place, writer.length, *writer.axis)
+            place += sizes[other]
+        place = result.back + sum(sizes[other] for other in after)
+        for other in after:
+            begin = before_end(writer, place)
+            x = writer.insert(cp.put_tokens.default, x, parts[other], dim, begin, writer.length, *writer.axis)
+            place -= sizes[other]
+        return [x]
+
+    return Decision(wanted, (result,), lower=lower)
+
+
+def padded(
+    call: Call, at: Sharded, name: str, others: Sequence[str], wanted: dict[str, Placement], front: int, back: int
+) -> Decision | None:
+    """Return the decision for a join that is longer than the sequence: what is joined must all be one number."""
+    nodes = dict(call.operands())
+    values = {constant_value(nodes[other]) for other in others}
+    if at.reaches_outside:
+        values.add(at.outside)
+    (value, *rest) = values
+    if value is None or rest:
+        return None
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        return [writer.insert(aten.alias.default, dict(writer.call.operands())[name])]
+
+    return Decision(wanted, (at.with_range(front, back, value),), padding={name: value}, lower=lower)

@@ -1,0 +1,132 @@
+"""Operators along the tokens: shifts, joins, ends and look-ups are exact in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cpcompile
+
+WIDTH = 8
+
+
+def token_shift(x: Tensor) -> Tensor:
+    """RWKV's: each token sees the one before."""
+    return x + 0.5 * F.pad(x, (0, 0, 1, -1))
+
+
+def shift_by_join(x: Tensor) -> Tensor:
+    return x * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+
+
+def shift_and_keep_first(x: Tensor) -> Tensor:
+    return x + torch.cat([x[:, :1], x[:, 1:] - x[:, :-1]], 1)
+
+
+def shift_to_the_left(x: Tensor) -> Tensor:
+    return x * F.pad(x, (0, 0, 0, 1))[:, 1:].tanh()
+
+
+def join_and_cut(x: Tensor) -> Tensor:
+    return x + torch.cat([x.new_ones(x.shape[0], 2, x.shape[2]), x], 1)[:, : x.shape[1]]
+
+
+def two_windows(x: Tensor) -> Tensor:
+    """A centred difference, padded back to the length."""
+    return F.pad(x[:, 2:] - x[:, :-2], (0, 0, 1, 1))
+
+
+def roll(x: Tensor) -> Tensor:
+    return x + torch.roll(x, (5, 1), (1, 2)).tanh()
+
+
+def turned_round(x: Tensor) -> Tensor:
+    return x * x.flip(1) + x.flip(1, 2)
+
+
+def joined_with_itself(x: Tensor) -> Tensor:
+    return torch.cat([x, x.tanh()], 1).view(x.shape[0], 2, x.shape[1], -1).sum(1)
+
+
+def differences(x: Tensor) -> Tensor:
+    return x[:, 1:] * x.diff(dim=1)
+
+
+def last_token(x: Tensor) -> Tensor:
+    return x[:, -1] * x[:, 0]
+
+
+def last_tokens(x: Tensor) -> Tensor:
+    return x[:, -3:].tanh()
+
+
+def one_token_of_each_row(x: Tensor) -> Tensor:
+    last = torch.arange(x.shape[0], device=x.device) + 3
+    return x[torch.arange(x.shape[0]), last] + x[torch.arange(x.shape[0]), -1]
+
+
+def gathered(x: Tensor) -> Tensor:
+    index = torch.tensor([1, 4], device=x.device)[None, :, None].expand(x.shape[0], 2, x.shape[2])
+    return x.gather(1, index) + x.index_select(1, torch.tensor([6, 0], device=x.device))
+
+
+def is_last_positive(x: Tensor) -> Tensor:
+    return torch.where((x > 0)[:, -1], x[:, 2], 1.0)
+
+
+def twice_shifted(x: Tensor) -> Tensor:
+    """The second pad puts new tokens in slots that the first cut freed."""
+    return x * F.pad(F.pad(x[:, 2:], (0, 0, 1, 0), value=3.0), (0, 0, 1, 0), value=5.0)
+
+
+FUNCTIONS = [
+    token_shift,
+    shift_by_join,
+    shift_and_keep_first,
+    shift_to_the_left,
+    join_and_cut,
+    two_windows,
+    roll,
+    turned_round,
+    joined_with_itself,
+    differences,
+    last_token,
+    last_tokens,
+    one_token_of_each_row,
+    gathered,
+    is_last_positive,
+    twice_shifted,
+]
+
+
+class Along(nn.Module):
+    """Applies a function to hidden states, and projects what comes out to a number."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(16, WIDTH)
+        self.mix, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+        self.function = function
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.mix(self.embedding(input_ids)).tanh()
+        return self.out(self.function(x)).pow(2).sum()
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize(("world_size", "layout", "length"), [(1, "zig_zag", 9), (2, "zig_zag", 9), (3, "contiguous", 20)])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_exact(
+    function: Callable[[Tensor], Tensor], world_size: int, layout: str, length: int, dynamic: bool
+) -> None:
+    model = Along(function).double()
+    ids = torch.randint(16, (2, length), generator=torch.Generator().manual_seed(length))
+    found = cpcompile.verify(
+        model, {"input_ids": ids}, world_size=world_size, dtype=torch.float64, balancer=layout, dynamic=dynamic
+    )
+    found.raise_if_wrong()
