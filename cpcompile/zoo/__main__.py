@@ -1,0 +1,132 @@
+"""`python -m cpcompile.zoo`: run the zoo and write the tables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from cpcompile.zoo.catalogue import Entry, find_entries
+from cpcompile.zoo.result import Result, Variant, append, read
+from cpcompile.zoo.run import Job, has_strict
+
+ATTENTION = ("sdpa", "eager", "flex_attention")
+app = typer.Typer(name="cpcompile.zoo", add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def zoo(
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--models", "-m", help="An entry (causal:llama, llama) or a category; may repeat."),
+    ] = None,
+    attention: Annotated[
+        list[str] | None, typer.Option(help="sdpa, eager or flex_attention; may repeat [default: all]")
+    ] = None,
+    world_size: Annotated[list[int] | None, typer.Option(min=1, help="Ranks; may repeat [default: 2 and 4]")] = None,
+    packed: Annotated[
+        bool | None, typer.Option("--packed/--dense", help="Only packed documents, or only whole rows [default: both]")
+    ] = None,
+    strict: Annotated[
+        bool | None, typer.Option(help="Only strict, or only with hidden states gathered [default: both]")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Models at once, each in its own process.")] = 1,
+    timeout: Annotated[float, typer.Option(help="Seconds for one variant of one model.")] = 200.0,
+    memory: Annotated[float, typer.Option(help="GiB for one process.")] = 8.0,
+    output: Annotated[Path, typer.Option(help="Where results go: this name with .jsonl and .md.")] = Path("zoo"),
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the results that are there, run the rest.")] = False,
+) -> None:
+    """Run transformers architectures as tiny random models through `cpcompile.verify`.
+
+    Exit code 1: something is wrong or crashes. Ctrl-C keeps what is done; continue with --resume.
+    """
+    # Tiny tensors: more threads only wait for each other. Before anything imports torch, so that workers have it too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    console = Console()
+    try:
+        entries = find_entries(models or [])
+    except KeyError as error:
+        raise typer.BadParameter(error.args[0], param_hint="--models") from None
+    for name in attention or []:
+        if name not in ATTENTION:
+            raise typer.BadParameter(f"{name} is none of {', '.join(ATTENTION)}.", param_hint="--attention")
+    results_path, page_path = output.with_suffix(".jsonl"), output.with_suffix(".md")
+    if not resume:
+        results_path.unlink(missing_ok=True)
+    plan = [
+        Job(entry.key, variants_of(name, is_packed, world_size or [2, 4], strict))
+        for entry in entries
+        for name in attention or ATTENTION
+        for is_packed in ((False, True) if packed is None else (packed,))
+        if not is_packed or takes_packed(entry)
+    ]
+    done = {result.id for result in read(results_path)}
+    missing = [rest for job in plan if (rest := without(job, done)).variants]
+    try:
+        run_all(missing, results_path, console, jobs, timeout, memory)
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {results_path} keeps what is done; continue with --resume.")
+    finish(results_path, page_path, console)
+
+
+def variants_of(attention: str, packed: bool, world_sizes: list[int], strict: bool | None) -> tuple[Variant, ...]:
+    """Return the variants of one job."""
+    modes = (True, False) if strict is None else (strict,)
+    if not has_strict():
+        modes = (True,)
+    return tuple(Variant(attention, packed, size, mode) for mode in modes for size in world_sizes)
+
+
+def takes_packed(entry: Entry) -> bool:
+    """Tell whether packed documents make sense: a language model that reads one text."""
+    return entry.category == "causal"
+
+
+def without(job: Job, done: set[tuple[str, Variant]]) -> Job:
+    """Return the part of a job that has no result yet."""
+    return Job(job.key, tuple(variant for variant in job.variants if (job.key, variant) not in done))
+
+
+def run_all(jobs: list[Job], path: Path, console: Console, num_workers: int, timeout: float, memory: float) -> None:
+    """Run jobs behind a progress bar and keep each result as soon as it is there."""
+    from cpcompile.zoo.pool import run_jobs
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=len(jobs))
+
+        def report(job: Job, results: list[Result]) -> None:
+            append(path, results)
+            progress.update(task, advance=1, description=job.key)
+            if not console.is_terminal:
+                outcomes = ", ".join(dict.fromkeys(result.outcome for result in results))
+                console.print(f"{job.key} {job.variants[0].text}: {outcomes}", highlight=False, soft_wrap=True)
+
+        run_jobs(jobs, report, num_workers=num_workers, timeout=timeout, memory=memory)
+
+
+def finish(results_path: Path, page_path: Path, console: Console) -> None:
+    """Write the page, show the counts, and end with exit code 1 if something must not be."""
+    from cpcompile.zoo.report import markdown, show
+    from cpcompile.zoo.summary import failures
+
+    results = read(results_path)
+    page_path.write_text(markdown(results))
+    show(console, results)
+    console.print(f"{len(results)} results in {results_path}, tables in {page_path}")
+    if failures(results):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

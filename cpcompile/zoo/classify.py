@@ -1,0 +1,98 @@
+"""Classify: from what happened to a model to an outcome, with a reason that models with the same cause share."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from types import TracebackType
+
+import torch
+
+from cpcompile.errors import CPError, GraphBreakError
+from cpcompile.zoo.build import NotAvailable
+from cpcompile.zoo.evidence import Unsound
+from cpcompile.zoo.result import CRASH, NOT_AVAILABLE, NOT_CAPTURED, REFUSED
+
+LONGEST = 400
+
+
+def classify(error: BaseException) -> tuple[str, str, str]:
+    """Return (outcome, reason, detail) of an error that building, running or transforming a model raised."""
+    match error:
+        case NotAvailable():
+            return NOT_AVAILABLE, str(error), ""
+        case Unsound():
+            return NOT_CAPTURED, f"one device: {error}", ""
+        case GraphBreakError():
+            return NOT_CAPTURED, f"graph break: {normalise(graph_break_reason(error))}", detail_of(error)
+        case CPError():
+            return REFUSED, normalise(first_line(error)), detail_of(error)
+        case torch._dynamo.exc.BackendCompilerFailed():
+            return CRASH, crash_reason(error.inner_exception), shorten(str(error.inner_exception))
+        case torch._dynamo.exc.TorchDynamoException():
+            return NOT_CAPTURED, f"Dynamo: {normalise(first_line(error))}", shorten(str(error))
+    return CRASH, crash_reason(error), shorten(str(error))
+
+
+def own_failure(error: BaseException) -> tuple[str, str, str]:
+    """Return (outcome, reason, detail) of an error that the untouched model raised."""
+    if isinstance(error, (NotAvailable, Unsound)):
+        return classify(error)
+    return NOT_CAPTURED, f"one device: {type(error).__name__}: {normalise(first_line(error))}", last_frame(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def graph_break_reason(error: GraphBreakError) -> str:
+    """Return why Dynamo stopped, without our own introduction."""
+    return first_line(error).removeprefix("The model does not trace as one graph: ").rstrip(".")
+
+
+def detail_of(error: BaseException) -> str:
+    """Return the message and the user's line that it shows."""
+    paragraphs = [p.strip() for p in str(error).split("\n\n") if p.strip()]
+    return shorten("\n".join(p.splitlines()[0] for p in paragraphs[:2]))
+
+
+def shorten(text: str) -> str:
+    """Return the text, cut when it is long."""
+    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+
+
+def crash_reason(error: BaseException) -> str:
+    """Return the error's type and text, and where in cpcompile, or else in torch, it was raised."""
+    return f"{type(error).__name__}: {normalise(first_line(error))} ({last_frame(error)})"
+
+
+def last_frame(error: BaseException) -> str:
+    """Return file and function of the innermost frame in cpcompile, or else of the innermost frame."""
+    trace: TracebackType | None = error.__traceback__
+    frames = traceback.extract_tb(trace)
+    own = [frame for frame in frames if re.search(r"/(cpcompile|passes)/(?!zoo/)", frame.filename)]
+    if not frames:
+        return "no traceback"
+    frame = (own or frames)[-1]
+    return f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.name}"
+
+
+# What differs between models with the same cause: nodes, shapes, symbols, numbers.
+_DIFFERENCES = (
+    (re.compile(r"^%?(\w+) : (\[num_users=\d+\] )?= "), ""),
+    (re.compile(r"0x[0-9a-f]+"), "0x.."),
+    (re.compile(r"\[[-\w\s,*+/().]*\d[-\w\s,*+/().]*\]"), "[..]"),
+    (re.compile(r"\(\s*-?\d[-\d\s,]*\)"), "(..)"),
+    (re.compile(r"%?\b([a-zA-Z][a-zA-Z_]*?)(_\d+)+\b"), r"\1"),
+    (re.compile(r"\b[su]\d+\b"), "s"),
+    (re.compile(r"(?<![\w.])-?\d+(\.\d+)?(e-?\d+)?\b"), "N"),
+)
+
+
+def normalise(text: str) -> str:
+    """Return a reason without node names' numbers, shapes and other numbers."""
+    for pattern, replacement in _DIFFERENCES:
+        text = pattern.sub(replacement, text)
+    return shorten(text.strip())

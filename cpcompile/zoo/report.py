@@ -1,0 +1,146 @@
+"""Report: the results as a page of Markdown and as tables on a terminal."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+import cpcompile
+from cpcompile.zoo.build import import_transformers
+from cpcompile.zoo.result import CRASH, EXACT, NOT_AVAILABLE, NOT_CAPTURED, REFUSED, WRONG, Result
+from cpcompile.zoo.summary import Cell, Counts, Table, by_category, failures, reasons, tabulate
+
+COLUMNS = (
+    "captured",
+    "exact",
+    "of captured",
+    "replicated",
+    "refused",
+    "wrong",
+    "crash",
+    "not captured",
+    "not available",
+)
+
+
+def versions() -> str:
+    """Return what was run, in words."""
+    names = {
+        "cpcompile": cpcompile.__version__,
+        "torch": torch.__version__,
+        "transformers": import_transformers().__version__,
+        "Python": platform.python_version(),
+    }
+    return ", ".join(f"{name} {version}" for name, version in names.items())
+
+
+def row(counts: Counts) -> list[str]:
+    """Return the numbers of one row, in the order of `COLUMNS`."""
+    rest = [counts[outcome] for outcome in (REFUSED, WRONG, CRASH, NOT_CAPTURED, NOT_AVAILABLE)]
+    return [str(counts.captured), str(counts[EXACT]), counts.rate, str(counts.replicated), *map(str, rest)]
+
+
+def show(console: Console, results: Sequence[Result]) -> None:
+    """Print the counts of each variant, and the first failures."""
+    table = RichTable(box=box.SIMPLE)
+    table.add_column("variant")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for variant, cells in tabulate(results).items():
+        table.add_row(variant, *row(Counts.of(cells.values())))
+    console.print(table)
+    for result in failures(results)[:20]:
+        where = f"{result.key} ({result.variant.text}, {result.variant.world_size} ranks)"
+        console.print(f"{result.outcome}: {where}: {result.reason}", markup=False, highlight=False, soft_wrap=True)
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """Return the page."""
+    table = tabulate(results)
+    ranks = sorted({result.variant.world_size for result in results})
+    lines = [
+        "# Model zoo",
+        "",
+        "Written by `python -m cpcompile.zoo`; do not edit. Every architecture is built from a tiny random configuration",
+        "and run by `cpcompile.verify` (loss and every gradient against the untouched model) in its own process.",
+        "",
+        f"{versions()}; ranks: {', '.join(map(str, ranks))}. An entry counts by its worst result over the numbers of ranks.",
+        "",
+        "- *captured*: the model runs on one device and Dynamo traces it as one graph; the next four add up to it.",
+        "- *exact*: loss and every gradient agree, to 1e-10 in float64 or, where the model does not run in float64 on one",
+        "  device, to 256 units in the last place of float32. *replicated*: exact, but nothing could be sharded.",
+        "- *refused*: an error at compile time that says why. *wrong*, *crash*: defects.",
+        "- *not captured*: fails on one device, or has a graph break. *not available*: transformers has no such class, or the",
+        "  class does not offer the variant.",
+        "",
+        "## Counts",
+        "",
+        *counts_table(table),
+    ]
+    for title, outcome in (("Refused", REFUSED), ("Wrong", WRONG), ("Crash", CRASH), ("Not captured", NOT_CAPTURED)):
+        lines += ["", f"## {title}", "", *reasons_list(table, outcome, title[0])]
+    lines += ["", "## Entries", "", *entries_table(table)]
+    return "\n".join(lines) + "\n"
+
+
+def counts_table(table: Table) -> Iterator[str]:
+    """Yield the table of counts by variant and category."""
+    yield from header("variant", "category", *COLUMNS)
+    for variant, cells in table.items():
+        for category, counts in by_category(cells).items():
+            yield line(variant, category, *row(counts))
+
+
+def reasons_list(table: Table, outcome: str, letter: str) -> Iterator[str]:
+    """Yield the reasons of an outcome, numbered, with the entries that have them."""
+    found = reasons(table, outcome)
+    if not found:
+        yield "None."
+    variants = list(table)
+    for number, (reason, entries) in enumerate(found.items(), start=1):
+        yield f"- **{letter}{number}** ({len(entries)}) `{reason}`"
+        names = ", ".join(sorted({key.split(":")[1] for key in entries}))
+        some = sorted({variant for used in entries.values() for variant in used}, key=variants.index)
+        suffix = "" if len(some) == len(variants) else f" ({'; '.join(some)})"
+        yield f"  {names}{suffix}"
+
+
+def entries_table(table: Table) -> Iterator[str]:
+    """Yield the table of all entries: the largest error, or the number of the reason."""
+    numbers: dict[tuple[str, str], str] = {}
+    for outcome, letter in ((REFUSED, "R"), (WRONG, "W"), (CRASH, "C"), (NOT_CAPTURED, "N")):
+        for number, reason in enumerate(reasons(table, outcome), start=1):
+            numbers[outcome, reason] = f"{letter}{number}"
+    yield from header("entry", *table)
+    for key in sorted({key for cells in table.values() for key in cells}):
+        yield line(key, *(cell_text(cells.get(key), numbers) for cells in table.values()))
+
+
+def cell_text(cell: Cell | None, numbers: Mapping[tuple[str, str], str]) -> str:
+    """Return one cell of the table of entries."""
+    if cell is None:
+        return ""
+    match cell.outcome:
+        case "exact":
+            note = ", replicated" if cell.worst.replicated else ""
+            return f"{cell.error:.0e}{' (float32)' if cell.worst.dtype == 'float32' else ''}{note}"
+        case "not available":
+            return "-"
+    return numbers[cell.outcome, cell.worst.reason]
+
+
+def header(*titles: str) -> Iterator[str]:
+    """Yield the head of a Markdown table."""
+    yield line(*titles)
+    yield line(*("---" for _ in titles))
+
+
+def line(*cells: Any) -> str:
+    """Return a row of a Markdown table."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

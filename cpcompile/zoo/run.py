@@ -1,0 +1,113 @@
+"""Run: all variants of one model, in this process, one result after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpcompile.config import Config
+from cpcompile.verification import Verification, verify
+from cpcompile.zoo.build import build
+from cpcompile.zoo.classify import classify, own_failure
+from cpcompile.zoo.evidence import Evidence, gather_evidence
+from cpcompile.zoo.result import EXACT, NOT_CAPTURED, WRONG, Result, Variant
+
+# In float64 what is left after rounding; a wrong program is off by orders of magnitude more.
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The variants of one model that share its construction: all have the same attention and input."""
+
+    key: str
+    variants: tuple[Variant, ...]
+
+
+def has_strict() -> bool:
+    """Tell whether this version can be told to gather hidden states."""
+    return "strict" in {field.name for field in dataclasses.fields(Config)}
+
+
+def run_job(job: Job, report: Callable[[Result], None]) -> None:
+    """Run the variants of a job and report each result as soon as it is there."""
+    warnings.simplefilter("ignore")  # the models' own
+    torch.set_num_threads(1)
+    first, start = job.variants[0], time.perf_counter()
+    try:
+        model, inputs = build(job.key, first.attention, torch.float32, packed=first.packed)
+        evidence = gather_evidence(model, inputs)
+    except Exception as error:
+        outcome, reason, detail = own_failure(error)
+        for variant in job.variants:
+            report(Result(job.key, variant, outcome, reason, detail))
+        return
+    uncaptured: Result | None = None
+    for variant in job.variants:
+        if uncaptured is not None:  # capture does not depend on the ranks
+            report(dataclasses.replace(uncaptured, variant=variant, seconds=0.0))
+            continue
+        result = run_variant(job.key, variant, model, inputs, evidence)
+        result = dataclasses.replace(result, seconds=round(time.perf_counter() - start, 2))
+        start = time.perf_counter()
+        uncaptured = result if result.outcome == NOT_CAPTURED else None
+        report(result)
+
+
+def run_variant(key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence) -> Result:
+    """Compare the transformed model with the untouched one."""
+    options: dict[str, Any] = {"strict": variant.strict} if has_strict() else {}
+    is_double = evidence.dtype == torch.float64
+    torch._dynamo.reset()
+    try:
+        found = verify(
+            model,
+            inputs,
+            world_size=variant.world_size,
+            dtype=torch.float64 if is_double else None,
+            tolerance=TOLERANCE if is_double else None,
+            **options,
+        )
+    except Exception as error:
+        return Result(key, variant, *classify(error), dtype=str(evidence.dtype)[6:])
+    return judge(key, variant, found, evidence)
+
+
+def judge(key: str, variant: Variant, found: Verification, evidence: Evidence) -> Result:
+    """Return the result of a comparison."""
+    counted = {name: error for name, error in found.gradient_errors.items() if name in evidence.gradients}
+    reason, detail = "", ""
+    if not found.ok:
+        first = found.first_difference
+        reason = f"first difference at {node_kind(first.node)}" if first else "values agree, gradients differ"
+        detail = "\n".join(str(found).splitlines()[1:])
+    return Result(
+        key,
+        variant,
+        EXACT if found.ok else WRONG,
+        reason,
+        detail,
+        dtype=str(evidence.dtype)[6:],
+        loss_error=found.loss_error,
+        gradient_error=max(counted.values(), default=0.0),
+        num_gradients=len(counted),
+        replicated=not is_sharded(found),
+    )
+
+
+def node_kind(name: str) -> str:
+    """Return a node's name without its number."""
+    return name.rstrip("0123456789").rstrip("_")
+
+
+def is_sharded(found: Verification) -> bool:
+    """Tell whether any rank computes on its own tokens."""
+    graph = found.transformed.graph.graph
+    return any(node.target is torch.ops.cpcompile.shard_tokens.default for node in graph.nodes)
