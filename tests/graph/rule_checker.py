@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpcompile.annotation import annotate, annotation
 from cpcompile.call import Call
@@ -62,13 +63,14 @@ class Program:
 
     def __init__(self, case: Case, setting: Setting) -> None:
         self.case, self.setting = case, setting
+        self.mode = FakeTensorMode()
         self.graph = fx.Graph()
         self.inputs: list[torch.Tensor] = []
         names = iter(range(100))
 
         def placeholder(x: torch.Tensor) -> fx.Node:
             node = self.graph.placeholder(f"x{next(names)}")
-            node.meta["val"] = x
+            node.meta["val"] = self.fake(x)
             self.inputs.append(x)
             return node
 
@@ -83,11 +85,12 @@ class Program:
         kwargs = {name: bind(a) for name, a in case.kwargs.items()}
         self.node = self.graph.call_function(case.target, args, kwargs)
         self.whole = self.run_whole(self.inputs)
-        self.node.meta["val"] = tuple(self.whole) if self.is_tuple else self.whole[0]
+        values = [self.fake(x) for x in self.whole]
+        self.node.meta["val"] = tuple(values) if self.is_tuple else values[0]
         self.outputs = [self.node]
         if self.is_tuple:
             self.outputs = [self.graph.call_function(operator.getitem, (self.node, i)) for i in range(len(self.whole))]
-            for node, value in zip(self.outputs, self.whole, strict=True):
+            for node, value in zip(self.outputs, values, strict=True):
                 node.meta["val"] = value
         self.graph.output(tuple(self.outputs))
         self.gm = fx.GraphModule({}, self.graph)
@@ -95,6 +98,9 @@ class Program:
         self.gm.meta["cpcompile_lengths"] = (self.lengths,)
         if case.strategy:
             annotate(self.node, strategy=case.strategy)
+
+    def fake(self, x: Any) -> Any:
+        return self.mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
 
     @property
     def axis(self) -> tuple[int, int, str]:
