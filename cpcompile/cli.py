@@ -27,6 +27,7 @@ class Graph(str, Enum):
 
 Strategy = Annotated[str, typer.Option(help="How attention is computed: auto, ulysses, ring or gather.")]
 Balancer = Annotated[str, typer.Option(help="Which tokens each rank holds: auto, contiguous or zig_zag.")]
+ExactDropout = Annotated[bool, typer.Option("--exact-dropout", help="Dropout draws what one device draws.")]
 Inner = Annotated[str, typer.Option(help="What compiles the graph: auto, inductor, aot_eager or eager.")]
 Target = Annotated[
     str, typer.Argument(help="A transformers model folder, or module:factory that returns a model or (model, inputs).")
@@ -145,6 +146,7 @@ def verify(
     batch_size: BatchSize = 1,
     strategy: Strategy = "auto",
     balancer: Balancer = "auto",
+    exact_dropout: ExactDropout = False,
 ) -> None:
     """Run all ranks in this process, node by node, against the untouched model; exit code 1 if they differ."""
 
@@ -152,7 +154,9 @@ def verify(
         import cpcompile
 
         model, inputs = load_target(target, length, batch_size)
-        report = cpcompile.verify(model, inputs, world_size=world_size, strategy=strategy, balancer=balancer)
+        report = cpcompile.verify(
+            model, inputs, world_size=world_size, strategy=strategy, balancer=balancer, exact_dropout=exact_dropout
+        )
         typer.echo(str(report))
         if not report.ok:
             raise typer.Exit(1)

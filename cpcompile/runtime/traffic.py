@@ -111,6 +111,7 @@ _COUNTS: dict[str, Callable[[Arguments], Traffic]] = {
     "move_tokens": _move_tokens,
     "halo_tokens": _halo_tokens,
     "stack_ranks": _stack_ranks,
+    "shared_seed": lambda a: Traffic(torch.int64.itemsize, 0),
     "ring_attention": _ring,
     "gather_attention": _gather,
     "ulysses_attention": _ulysses,

@@ -75,9 +75,9 @@ def test_verify_exit_code(factory: None, monkeypatch: pytest.MonkeyPatch, ok: bo
     monkeypatch.setattr(
         cpcompile, "verify", lambda model, inputs, **given: seen.update(given) or Report(ok), raising=False
     )
-    result = invoke("verify", "my_factory:with_inputs", "--world-size", "3", "--strategy", "ring")
+    result = invoke("verify", "my_factory:with_inputs", "--world-size", "3", "--strategy", "ring", "--exact-dropout")
     assert (result.exit_code, result.output) == (code, "the report\n")
-    assert seen == {"world_size": 3, "strategy": "ring", "balancer": "auto"}
+    assert seen == {"world_size": 3, "strategy": "ring", "balancer": "auto", "exact_dropout": True}
 
 
 def test_explain_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
