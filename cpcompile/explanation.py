@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,6 +58,17 @@ class ShardedInput:
 
 
 @dataclass(frozen=True, slots=True)
+class GatheredValue:
+    """A value that is made whole on every rank: its whole shape and bytes, what needs it, and the user's line."""
+
+    value: str
+    shape: tuple[int, ...]
+    nbytes: int
+    reason: str
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
 class Collective:
     """All calls of one collective operator: how many, and the bytes that one rank sends in a step."""
 
@@ -77,6 +89,7 @@ class Explanation:
     token_inputs: Mapping[str, int]
     sites: tuple[Site, ...]
     inputs: tuple[ShardedInput, ...]
+    gathered: tuple[GatheredValue, ...]
     collectives: tuple[Collective, ...]
     gradient_bytes: int
     estimates: Mapping[str, float]
@@ -118,6 +131,7 @@ class Explanation:
                 [(i.value, "x".join(map(str, i.shape)), i.dim, i.line) for i in self.inputs],
             ),
             "",
+            *self._gathered_lines(),
             "collectives of a step, bytes that one rank sends",
             *table(
                 ("operator", "calls", "forward", "backward"),
@@ -136,6 +150,12 @@ class Explanation:
                 f"{FLOPS['cpu'] / 1e9:.0f} GFLOP/s and {BYTES['cpu'] / 1e9:.0f} GB/s on CPUs)",
             ]
         return "\n".join(lines)
+
+    def _gathered_lines(self) -> list[str]:
+        if not self.gathered:
+            return []
+        rows = [(g.value, "x".join(map(str, g.shape)), size(g.nbytes), g.reason, g.line) for g in self.gathered]
+        return ["gathered on every rank", *table(("value", "shape", "bytes", "because", "line"), rows), ""]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -183,6 +203,7 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: in
         token_inputs={names[name]: dim for name, dim in plan.token_dims.items()},
         sites=tuple(attention_sites(transformed)),
         inputs=tuple(sharded_inputs(gm)),
+        gathered=tuple(gathered_values(gm)),
         collectives=tuple(collectives(transformed)),
         gradient_bytes=gradient_bytes(model, world_size, plan.gradient_scale == 1),
         estimates={f"{layout}/{name}": cost for (layout, name), cost in transformed.choice.estimates.items()},
@@ -253,6 +274,8 @@ def collective_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 def attention_sites(transformed: Transformed) -> list[Site]:
     """Return the attentions in order; those that run on whole tokens have no strategy."""
     calls = {annotation(n).site: n for n in collective_nodes(transformed.graph) if "attention" in operator_name(n)}
+    attentions = transformed.graph.graph.find_nodes(op="call_function", target=cp.attention.default)
+    local = {node.name for node in attentions if isinstance(annotation(node).placement, Sharded)}
     sites = []
     for node, strategy in zip(attention_nodes(transformed.analysed), transformed.choice.strategies, strict=True):
         call = Call.of(node)
@@ -267,13 +290,18 @@ def attention_sites(transformed: Transformed) -> list[Site]:
                 kv_heads=size_hint(k[1]),
                 head_dim=size_hint(q[3]),
                 mask=describe(node),
-                strategy=strategy if rewritten is not None else "whole on every rank",
+                strategy=strategy if rewritten is not None else how_alone(node.name in local),
                 layout=transformed.plan.layout,
                 forward_bytes=sent.forward,
                 backward_bytes=sent.backward,
             )
         )
     return sites
+
+
+def how_alone(is_local: bool) -> str:
+    """Return how an attention is computed that exchanges nothing."""
+    return "local queries, whole keys" if is_local else "whole on every rank"
 
 
 def sharded_inputs(gm: fx.GraphModule) -> list[ShardedInput]:
@@ -284,6 +312,18 @@ def sharded_inputs(gm: fx.GraphModule) -> list[ShardedInput]:
         shape = tuple(size_hint(n) for n in source.meta["val"].shape) if is_tensor(source) else ()
         name = input_name(source) if source.op == "placeholder" else f"{operator_name(source)} ({source.name})"
         found.append(ShardedInput(name, shape, node.args[1], source_place(node) or "input"))
+    return found
+
+
+def gathered_values(gm: fx.GraphModule) -> list[GatheredValue]:
+    """Return the values that are made whole, with what needs them."""
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=cp.gather_tokens.default):
+        source = node.args[0]
+        shape = tuple(size_hint(n) for n in node.meta["val"].shape)
+        nbytes = math.prod(shape) * node.meta["val"].element_size()
+        name = f"{operator_name(source)} ({source.name})"
+        found.append(GatheredValue(name, shape, nbytes, annotation(node).reason, source_place(node)))
     return found
 
 
