@@ -6,16 +6,18 @@ if __name__ != "cpcompile.passes":
 from cpcompile.passes.choose_strategies import choose_strategies
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.finish_outputs import finish_outputs
+from cpcompile.passes.functionalise_writes import functionalise_writes
 from cpcompile.passes.lift_masks import lift_masks
 from cpcompile.passes.place_tokens import place_tokens
 from cpcompile.passes.rewrite_attention import rewrite_attention
+from cpcompile.passes.rewrite_dropout import rewrite_dropout
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
 
 # Still a single-device program: these only say what the attentions are.
-ANALYSIS = (find_attention, lift_masks)
+ANALYSIS = (functionalise_writes, find_attention, lift_masks)
 
 # From one device to the ranks of an axis; each takes the plan.
-SHARDING = (place_tokens, rewrite_attention, rewrite_reductions, finish_outputs)
+SHARDING = (place_tokens, rewrite_dropout, rewrite_attention, rewrite_reductions, finish_outputs)
 
 __all__ = [
     "ANALYSIS",
@@ -23,8 +25,10 @@ __all__ = [
     "choose_strategies",
     "find_attention",
     "finish_outputs",
+    "functionalise_writes",
     "lift_masks",
     "place_tokens",
     "rewrite_attention",
+    "rewrite_dropout",
     "rewrite_reductions",
 ]

@@ -1,6 +1,6 @@
 """Placement rules, one for each operator, entered in `RULES` by the family modules."""
 
-from cpcompile.rules import attention, dims, matrix, pointwise, ranges, reduction, tokens, views
+from cpcompile.rules import attention, dims, matrix, pointwise, ranges, reduction, scatter, tokens, views
 from cpcompile.rules.registry import (
     KEEPS_OUTSIDE,
     REASONS,
@@ -33,6 +33,7 @@ __all__ = [
     "reduction",
     "register",
     "rule",
+    "scatter",
     "tokens",
     "views",
 ]

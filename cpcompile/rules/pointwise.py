@@ -22,17 +22,14 @@ UNTAGGED = (
     aten.alias.default,
     aten.clone.default,
     aten.contiguous.default,
-    aten.copy_.default,
     aten.detach.default,
     aten.dropout.default,
     aten.empty_like.default,
-    aten.fill_.Scalar,
     aten.float_power.Tensor_Scalar,
     aten.full_like.default,
     aten.lift_fresh_copy.default,
     aten.masked_fill.Scalar,
     aten.masked_fill.Tensor,
-    aten.masked_fill_.Scalar,
     aten.native_dropout.default,
     aten.ones_like.default,
     aten.to.device,
@@ -64,10 +61,7 @@ def pointwise(call: Call) -> Indices:
     """[...], [...] -> [...] with broadcasting"""
     results = call.result if isinstance(call.result, tuple | list) else (call.result,)
     shape = tuple(results[0].shape)
-    written = call.target._schema.is_mutable and "self" in call
     operands = {name: aligned(call.shape(name), shape) for name, _ in call.operands()}
-    if written and None in operands["self"]:
-        raise AssertionError("an in-place operator does not broadcast the tensor that it writes")
     return Indices(operands, (tuple(f"d{i}" for i in range(len(shape))),) * len(results))
 
 
@@ -93,7 +87,7 @@ NOT_POINTWISE = (aten.equal.default,)
 
 
 def _register_tagged() -> None:
-    """Enter the rule for every operator tagged as pointwise, but for those that write to `out=`, which is not localised."""
+    """Enter the rule for every operator tagged as pointwise that writes to none of its operands."""
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, qualified = name.partition("::")
         packet, _, overload = qualified.partition(".")
@@ -102,7 +96,7 @@ def _register_tagged() -> None:
         target = getattr(getattr(aten, packet), overload or "default", None)
         if target is None or torch.Tag.pointwise not in target.tags or target in RULES or target in NOT_POINTWISE:
             continue
-        if not any(argument.is_out for argument in target._schema.arguments):
+        if not target._schema.is_mutable:
             rule(target)(pointwise)
 
 

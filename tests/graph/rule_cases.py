@@ -80,12 +80,6 @@ def masked_fill(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(s, s, D), x(s, 1) > 0.5, x()))
 
 
-@cases(aten.copy_.default)
-def copy(target: Any, s: int) -> Iterator[Case]:
-    yield Case(target, (x(B, s, D), x(B, s, D)))
-    yield Case(target, (x(s, s, D), x(s, 1)))
-
-
 @cases(aten._to_copy.default)
 def to_copy(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, D),), {"dtype": torch.float32})
@@ -565,6 +559,74 @@ def attention(target: Any, s: int) -> Iterator[Case]:
         yield call(strategy, window=3, softcap=2.0, documents=torch.arange(s).expand(B, s) // 3)
         yield call(strategy, mask=x(1, H, s, s) > 0.5, is_causal=False)
         yield call(strategy, mask=x(B, 1, 1, s) > 0.5, key_padding=torch.arange(s).expand(B, s) > 1)
+
+
+@cases(aten.slice_scatter.default)
+def slice_scatter(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, 5), x(B, s, 2), 2, 1, 3))
+    yield Case(target, (x(B, s, 5), x(B, s, 2), -1, -4, 9223372036854775807, 2))
+    yield Case(target, (x(B, s, D), x(1, s, D), 0, 1, 2))
+
+
+@cases(aten.select_scatter.default)
+def select_scatter(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), x(B, s), 2, 1))
+    yield Case(target, (x(B, s, D), x(s, D), 0, -1))
+    yield Case(target, (x(B, s, D), x(B, D), 1, 0))
+
+
+@cases(aten.diagonal_scatter.default)
+def diagonal_scatter(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(s, D, D), x(s, D), 0, 1, 2))
+    yield Case(target, (x(B, s, D), x(s, B), 0, 0, 2))
+    yield Case(target, (x(s, s, D), x(D, s)))
+
+
+@cases(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two)
+def scatter(target: Any, s: int) -> Iterator[Case]:
+    last = ("sum",) if target is aten.scatter_reduce.two else ()
+    is_value = target is aten.scatter.value
+    for base, shape, dim in (
+        ((B, s, 5), (B, s, 2), 2),
+        ((B, s, 5), (B, s, 5), 1),
+        ((B, 2 * s, 5), (B, s, 2), 2),
+        ((s, s, 5), (1, s, 2), 2),
+    ):
+        index = torch.rand(base).argsort(dim)[tuple(slice(0, size) for size in shape)].contiguous()
+        yield Case(target, (x(*base), dim, index, 0.5 if is_value else x(*shape), *last))
+
+
+@cases(aten.index_add.default, aten.index_copy.default, aten.index_reduce.default)
+def index_add(target: Any, s: int) -> Iterator[Case]:
+    last = ("amax",) if target is aten.index_reduce.default else ()
+    yield Case(target, (x(B, s, 5), 2, torch.tensor([3, 0]), x(B, s, 2), *last))
+    yield Case(target, (x(3, s, 5), -3, torch.tensor([2, 0]), x(2, s, 5), *last))
+    yield Case(target, (x(B, s, 5), 1, torch.arange(s).flip(0), x(B, s, 5), *last))
+
+
+@cases(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
+def index_fill(target: Any, s: int) -> Iterator[Case]:
+    value = x() if target is aten.index_fill.int_Tensor else 0.25
+    yield Case(target, (x(B, s, 5), 2, torch.tensor([3, 0]), value))
+    yield Case(target, (x(B, s, 5), 1, torch.tensor([0]), value))
+
+
+@cases(aten.index_put.default)
+def index_put(target: Any, s: int) -> Iterator[Case]:
+    index = torch.tensor([3, 0, 3])
+    yield Case(target, (x(5, s, D), [index], x(3, s, D), True))
+    yield Case(target, (x(5, s, D), [index], x(D), True))
+    yield Case(target, (x(B, s, 5), [None, None, index], x(B, s, 3), True))
+    yield Case(target, (x(5, 4, s), [index, index], x(3, s), True))
+    yield Case(target, (x(5, s, 4), [index, None, index], x(3, s), True))
+    yield Case(target, (x(B, s, 5), [None, torch.arange(s)], x(B, s, 5)))
+    yield Case(target, (x(5, s, D), [torch.tensor([[1], [2]]), None, torch.tensor([0, 2])], x(2, 2, s), True))
+    mask = x(B, s) > 0.5
+    yield Case(target, (x(B, s, D), [mask], x()))
+    yield Case(target, (x(B, s, D), [mask], x(D), True))
+    yield Case(target, (x(B, s, D), [mask], x(1, D)))
+    yield Case(target, (x(B, s, s), [mask], x(s)))
+    yield Case(target, (x(B, s, D), [None, mask[0]], x(D)))
 
 
 def all_targets() -> list[torch._ops.OpOverload]:

@@ -1,0 +1,1 @@
+"""Writes: what operators in place do, in the terms of operators without: aliases, functional forms, views undone."""
