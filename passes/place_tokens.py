@@ -34,6 +34,10 @@ HEAVY = {
     aten.addmm.default,
 }
 
+# Operators that may read single tokens, which their owners send to all ranks, and how often one value may be read so.
+READS_A_FEW = {aten.select.int, aten.slice.Tensor}
+MAX_READS = 16
+
 # A partial sum may stay one under a linear operator; it is reduced before any other.
 LINEAR = {
     aten.neg.default,
@@ -239,7 +243,17 @@ class Placer:
         decision = RULES[call.target].push(call, sharded, self.movement.lengths(at).value)
         if not all(self._is_cut_back(call.node, result) for result in decision.results):
             raise no_rule(call, sharded, "tokens outside the sequence would be read, and what they hold is not known")
+        if call.target in READS_A_FEW and decision.results == (Partial(),):
+            self._count_reads(call, sharded)
         return decision
+
+    def _count_reads(self, call: Call, sharded: Mapping[str, Sharded]) -> None:
+        """Refuse a loop over the tokens: each one that is read by itself is sent to all ranks by itself."""
+        (operand,) = (node for name, node in call.operands() if name in sharded)
+        reads = [user for user in operand.users if user.target in READS_A_FEW]
+        if len(reads) > MAX_READS:
+            reason = f"{len(reads)} tokens of one value are read one by one, as a loop over the tokens does, and each is sent by itself"
+            raise no_rule(call, sharded, reason)
 
     def _is_cut_back(self, node: fx.Node, at: Placement) -> bool:
         """Tell whether what is not known of a value, its tokens outside the sequence, is cut off by all who read it."""
