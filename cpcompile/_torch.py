@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +54,19 @@ class _InlineCheckpoints(fx.Interpreter):
 
     num_regions = 0
 
+    def __init__(self, gm: fx.GraphModule, skipped: Container[fx.Node]) -> None:
+        super().__init__(gm)
+        self.skipped = skipped
+
+    def run_node(self, n: fx.Node) -> Any:
+        return None if n in self.skipped else super().run_node(n)
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.higher_order.flex_attention:
+            # Its gradient asks for the lists of blocks, though only kernels read them.
+            no_list = args[0].new_empty(0, dtype=torch.int32)
+            lists = [no_list if i in (2, 3, 6, 7) and x is None else x for i, x in enumerate(args[4])]
+            args = (*args[:4], tuple(lists), *args[5:])
         if target is not tag_activation_checkpoint:
             return super().call_function(target, args, kwargs)
         body = args[0]
@@ -63,12 +76,17 @@ class _InlineCheckpoints(fx.Interpreter):
         for node in body.graph.nodes:
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["ac_graph_id"] = _InlineCheckpoints.num_regions
-        return _InlineCheckpoints(body).run(*args[1:])
+        return _InlineCheckpoints(body, self.skipped).run(*args[1:])
 
 
-def trace_pre_dispatch(gm: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any]) -> fx.GraphModule:
-    """Trace `gm` to ATen before dispatch: no decomposition, no autograd, source lines and module paths kept."""
-    interpreter = _InlineCheckpoints(gm)
+def trace_pre_dispatch(
+    gm: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any], skipped: Container[fx.Node] = ()
+) -> fx.GraphModule:
+    """Trace `gm` to ATen before dispatch: no decomposition, no autograd, source lines and module paths kept.
+
+    Nodes that are `skipped` do not run and give None.
+    """
+    interpreter = _InlineCheckpoints(gm, skipped)
     with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher(), mode:
         return make_fx(
             lambda *args: interpreter.run(*args),
@@ -142,23 +160,31 @@ _RECOMPILE_LIMIT = 256
 _METRICS_MISREAD_CONFIG = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
+def _on_any_device(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Stand in for the check of flex attention that its backward has a kernel on the device."""
+
+
 @contextlib.contextmanager
 def tracing_one_graph() -> Iterator[None]:
-    """Let Dynamo skip logging calls, so that a model that logs once still traces as one graph.
+    """Let Dynamo skip logging calls and warnings, so that a model that logs once still traces as one graph.
 
     The limit of compilations for one function is raised: several models, plans or lengths may share a forward.
+    Flex attention is traced on any device, because it is opened: what it lacks on some is a kernel for its backward.
     """
     import torch._dynamo.config as config
+    import torch.nn.attention.flex_attention as flex
 
     methods = {getattr(logging.Logger, name) for name in _LOGGING if hasattr(logging.Logger, name)}
-    ignored = config.ignore_logging_functions | methods
+    ignored = config.ignore_logging_functions | methods | {warnings.warn}
     metrics = logging.getLogger("torch._dynamo.metrics_context")
     was_disabled, metrics.disabled = metrics.disabled, metrics.disabled or _METRICS_MISREAD_CONFIG
+    validate, flex._validate_device = flex._validate_device, _on_any_device
     try:
         with config.patch(ignore_logging_functions=ignored, recompile_limit=_RECOMPILE_LIMIT):
             yield
     finally:
         metrics.disabled = was_disabled
+        flex._validate_device = validate
 
 
 def break_frames(error: torch._dynamo.exc.Unsupported) -> traceback.StackSummary:

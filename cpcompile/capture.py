@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from cpcompile import _torch
+from cpcompile.block_masks import unread_nodes
 from cpcompile.errors import TORCH, CPError, GraphBreakError
 
 _KEPT_INPUT_META = ("tensor_dict", "grapharg")
@@ -26,7 +27,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         raise GraphBreakError(describe_break(reason))
     mode, inputs = _torch.fake_inputs(example_inputs)
     try:
-        traced = _torch.trace_pre_dispatch(gm, mode, inputs)
+        traced = _torch.trace_pre_dispatch(gm, mode, inputs, unread_nodes(gm))
     except _torch.SelectiveCheckpointError:
         raise CPError(
             "selective activation checkpointing (context_fn=...) is not supported yet: checkpoint without it, or not at all."
@@ -34,9 +35,11 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     for new, old in zip(placeholders(traced), placeholders(gm), strict=True):
         new.name = old.name
         new.meta.update({key: old.meta[key] for key in _KEPT_INPUT_META if key in old.meta})
-    drop_metadata_asserts(traced)
-    detach_out_of_place(traced)
-    traced.recompile()
+    # Flex attention holds the functions of its scores as graphs inside the graph.
+    for graph in (module for module in traced.modules() if isinstance(module, fx.GraphModule)):
+        drop_metadata_asserts(graph)
+        detach_out_of_place(graph)
+        graph.recompile()
     return traced
 
 

@@ -8,13 +8,14 @@ from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.finish_outputs import finish_outputs
 from cpcompile.passes.functionalise_writes import functionalise_writes
 from cpcompile.passes.lift_masks import lift_masks
+from cpcompile.passes.open_flex_attention import open_flex_attention
 from cpcompile.passes.place_tokens import place_tokens
 from cpcompile.passes.rewrite_attention import rewrite_attention
 from cpcompile.passes.rewrite_dropout import rewrite_dropout
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
 
 # Still a single-device program: these only say what the attentions are.
-ANALYSIS = (functionalise_writes, find_attention, lift_masks)
+ANALYSIS = (functionalise_writes, open_flex_attention, find_attention, lift_masks)
 
 # From one device to the ranks of an axis; each takes the plan.
 SHARDING = (place_tokens, rewrite_dropout, rewrite_attention, rewrite_reductions, finish_outputs)
@@ -27,6 +28,7 @@ __all__ = [
     "finish_outputs",
     "functionalise_writes",
     "lift_masks",
+    "open_flex_attention",
     "place_tokens",
     "rewrite_attention",
     "rewrite_dropout",

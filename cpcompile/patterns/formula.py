@@ -20,7 +20,7 @@ def written_out(found: Attention) -> fx.Node:
     end = found.nodes[-1]
     scores = products(end, found.q, found.k, found.scale)
     if found.is_causal:
-        queries, keys = (coordinate(end, scores, dim) for dim in (-2, -1))
+        queries, keys = coordinate(end, found.q, -2, [-1, 1]), coordinate(end, found.k, -2, [1, -1])
         scores = masked(end, scores, emit(end, aten.le.Tensor, keys, queries))
     if found.mask is not None:
         scores = masked(end, scores, found.mask)
@@ -58,12 +58,10 @@ def weighted(before: fx.Node, scores: fx.Node, v: fx.Node, dtype: torch.dtype, d
     return emit(before, aten.matmul.default, weights, converted(before, for_heads_of(before, scores, v), dtype))
 
 
-def coordinate(before: fx.Node, scores: fx.Node, dim: int) -> fx.Node:
-    """Return the index along a dim of the scores, counted from the back, broadcasting to their shape."""
-    with value_of(scores).fake_mode:
-        index = emit(before, aten.arange.default, size_of(before, scores, dim), device=value_of(scores).device)
-    shape = [1] * value_of(scores).dim()
-    shape[dim] = -1
+def coordinate(before: fx.Node, operand: fx.Node, dim: int, shape: list[int]) -> fx.Node:
+    """Return the index along a dim of an operand, viewed in a shape that broadcasts to the scores."""
+    with value_of(operand).fake_mode:
+        index = emit(before, aten.arange.default, size_of(before, operand, dim), device=value_of(operand).device)
     return emit(before, aten.view.default, index, shape)
 
 
