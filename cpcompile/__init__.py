@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from cpcompile.explanation import Explanation, explain
+    from cpcompile.regions import token_local
     from cpcompile.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _MODULES = {
         "VerificationError",
     ),
     "explanation": ("Explanation", "explain"),
+    "regions": ("token_local",),
     "verification": ("Verification", "verify"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -59,6 +61,7 @@ __all__ = [
     "no_sync",
     "remove",
     "shard",
+    "token_local",
     "unshard",
     "verify",
 ]

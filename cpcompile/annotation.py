@@ -22,6 +22,7 @@ class Annotation:
         site: the attention node that a collective computes.
         origin: the node of the captured graph whose value this node holds, for comparison node by node.
         reason: what a gathered value is needed for.
+        region: the token-local region that the node is a part of.
         is_local: the recorded value is what one rank holds; elsewhere it is the whole.
     """
 
@@ -30,6 +31,7 @@ class Annotation:
     site: str = ""
     origin: str = ""
     reason: str = ""
+    region: str = ""
     is_local: bool = False
 
 

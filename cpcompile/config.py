@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -42,6 +42,9 @@ class Config:
         exact_dropout: dropout draws what one device draws from the same seed, which costs the random numbers of the whole
             tensor on every rank at each site; ranks must be seeded alike. Otherwise each rank draws for its own tokens,
             and losses agree with those of one device in distribution.
+        token_local: modules that compute each token from that token alone, whatever operators they use, by path
+            (`model.layers.*.mlp`) or by class name. The experts of transformers are known; classes and functions may also
+            be decorated with `cpcompile.token_local`. A false declaration gives wrong results, which `verify` finds.
         strict: refuse a model in which hidden states would have to be gathered (True), or gather them around every
             operator that has no better rule and compute it whole on every rank (False), which `explain` lists.
         dynamic: one compiled graph for all lengths (True), or one for each length (False).
@@ -55,6 +58,7 @@ class Config:
     check_inputs: str = "always"
     token_dims: Mapping[str, int] = field(default_factory=dict)
     exact_dropout: bool = False
+    token_local: Sequence[str] = ()
     strict: bool = True
     dynamic: bool = True
 
@@ -63,6 +67,8 @@ class Config:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} is not an option: choose one of {', '.join(map(repr, choices))}.")
+        if isinstance(self.token_local, str):
+            raise ConfigError(f"token_local={self.token_local!r} is one string: give a list of paths or class names.")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Config:

@@ -57,7 +57,11 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
+    return clean_path(str(list(stack.values())[-1][0]))
+
+
+def clean_path(path: str) -> str:
+    """Return the path of a module as users write it: `model.layers.0` for Dynamo's `L['self'].model.layers[0]`."""
     path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
     path = re.sub(r"^L\.?(self|fn|model)?\.?", "", path).replace("_modules.", "").replace("slf.", "")
     return path.strip(".")

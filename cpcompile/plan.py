@@ -27,6 +27,7 @@ class Plan:
         gradient_scale: what one rank's gradient of a loss counts: 1 when gradients are summed over the axis,
             P when they are averaged.
         exact_dropout: dropout draws what one device draws.
+        token_local: paths or classes of the modules that are declared token-local.
     """
 
     world_size: int
@@ -37,6 +38,7 @@ class Plan:
     gradient_scale: float = 1.0
     strict: bool = True
     exact_dropout: bool = False
+    token_local: tuple[str, ...] = ()
 
     @property
     def axis_arguments(self) -> tuple[str, int, str]:

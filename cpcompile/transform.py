@@ -88,6 +88,7 @@ def transform(
         gradient_scale=float(world_size) if config.grad_sync == "mean" else 1.0,
         exact_dropout=config.exact_dropout,
         strict=config.strict,
+        token_local=tuple(config.token_local),
     )
     for sharding in SHARDING:
         run_pass(captured, sharding, changes, times, plan=plan)

@@ -20,6 +20,7 @@ from cpcompile.errors import NoRule, where
 from cpcompile.movement import Movement, Writer
 from cpcompile.placement import FULL, Full, Partial, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
+from cpcompile.regions import place_region, regions_of
 from cpcompile.rules import KEEPS_OUTSIDE, REASONS, RULES, Decision, Local, no_rule
 
 aten = torch.ops.aten
@@ -77,6 +78,7 @@ class Placer:
         self.movement = Movement(gm, plan)
         self.localised: dict[tuple[fx.Node, Sharded], fx.Node] = {}
         self.replaced: set[fx.Node] = set()
+        self.regions = {region.nodes[0]: region for region in regions_of(gm)}
 
     def place(self, node: fx.Node) -> None:
         """Give `node` its placement; localise what it needs."""
@@ -85,6 +87,9 @@ class Placer:
         if node.op == "placeholder" and node.name in self.sequences:
             at = Sharded(self.plan.token_dims[node.name], sequence=self.sequences[node.name])
             annotate(node, placement=Full(at))
+        elif annotation(node).region:
+            if node in self.regions:
+                place_region(self.regions[node], self.movement, self.localise, self.plan.strict)
         elif node.op == "call_function":
             if node.target is operator.getitem:
                 self._place_item(node)

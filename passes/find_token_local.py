@@ -1,0 +1,22 @@
+"""Find token-local regions: what one call of a declared module or function computes becomes one region.
+
+before  perm = aten.sort(experts); ...; y = aten.sum(z, [1])                # all made by `mlp.experts`
+after   the same nodes, annotated with region="mlp.experts"
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from cpcompile.annotation import annotate
+from cpcompile.plan import Plan
+from cpcompile.regions import find_regions
+
+
+def find_token_local(gm: fx.GraphModule, *, plan: Plan) -> int:
+    """Return how many regions were found. Runs before `place_tokens`, which places each as one operator."""
+    regions = find_regions(gm, plan.token_local)
+    for region in regions:
+        for node in region.nodes:
+            annotate(node, region=region.name)
+    return len(regions)
