@@ -1,6 +1,6 @@
 """Placement rules, one for each operator, entered in `RULES` by the family modules."""
 
-from cpcompile.rules import attention, dims, matrix, pointwise, ranges, reduction, scatter, tokens, views
+from cpcompile.rules import attention, convolution, dims, matrix, pointwise, ranges, reduction, scatter, tokens, views
 from cpcompile.rules.registry import (
     KEEPS_OUTSIDE,
     REASONS,
@@ -25,6 +25,7 @@ __all__ = [
     "Lowering",
     "Rule",
     "attention",
+    "convolution",
     "dims",
     "matrix",
     "no_rule",

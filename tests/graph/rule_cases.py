@@ -410,6 +410,42 @@ def addmm(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(5), x(D, s), x(s, 5)))
 
 
+@cases(aten.conv1d.default, aten.conv1d.padding)
+def convolution(target: Any, s: int) -> Iterator[Case]:
+    paddings = ([0], [1], [3]) if target is aten.conv1d.default else ("same", "valid")
+    for k, dilation in ((1, 1), (2, 1), (3, 2)):
+        for padding in paddings:
+            given = (
+                {"same": dilation * (k - 1), "valid": 0}.get(padding) if isinstance(padding, str) else 2 * padding[0]
+            )
+            if s + given <= dilation * (k - 1):
+                continue
+            yield Case(target, (x(B, 4, s), x(6, 2, k), x(6), [1], padding, [dilation], 2))
+            yield Case(target, (x(3, s), x(2, 3, k), None, [1], padding, [dilation]))
+    yield Case(target, (x(s, 3, 5), x(2, 3, 2), x(2), [2]))  # the tokens are the batch
+    yield Case(target, (x(B, 3, 2 * s), x(2, 3, 2), x(2), [2]))
+
+
+@cases(aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.conv3d.padding, aten.convolution.default)
+def convolution_in_space(target: Any, s: int) -> Iterator[Case]:
+    rank = 3 if "conv3d" in str(target) else 2
+    ones, space = [1] * rank, (3,) * (rank - 2)
+    paddings = (ones, [0, 2, 1][:rank]) if target._overloadname == "default" else ("same", "valid")
+    for padding in paddings:
+        rest: tuple[Any, ...] = (ones,) if target is not aten.convolution.default else (ones, False, [0] * rank, 1)
+        yield Case(
+            target, (x(B, 3, s, 3, *space), x(4, 3, 2 if padding is ones else 1, 3, *space), x(4), ones, padding, *rest)
+        )
+        yield Case(target, (x(s, 3, 3, 3, *space), x(4, 3, 3, 3, *space), x(4), ones, padding, *rest))
+
+
+@cases(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def transposed_convolution(target: Any, s: int) -> Iterator[Case]:
+    rank = int(str(target)[len("aten.conv_transpose")])
+    yield Case(target, (x(s, 3, *(2,) * rank), x(3, 2, *(2,) * rank), x(2)))
+    yield Case(target, (x(B, 3, s, *(2,) * (rank - 1)), x(3, 2, *(2,) * rank), x(2)))
+
+
 @cases(aten.embedding.default)
 def embedding(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(7, D), integers(B, s, high=7)))

@@ -83,7 +83,45 @@ def twice_shifted(x: Tensor) -> Tensor:
     return x * F.pad(F.pad(x[:, 2:], (0, 0, 1, 0), value=3.0), (0, 0, 1, 0), value=5.0)
 
 
+CONVOLUTION = torch.randn(WIDTH, WIDTH // 2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def convolved(x: Tensor) -> Tensor:
+    """Mamba's: each channel by itself, padded on both sides, cut back to the length."""
+    return x * F.conv1d(x.mT, CONVOLUTION[:, :1], padding=3, groups=WIDTH)[..., : x.shape[1]].mT.tanh()
+
+
+def convolved_after_padding(x: Tensor) -> Tensor:
+    return x + F.conv1d(F.pad(x.mT, (6, 0)), CONVOLUTION, dilation=2, groups=2).mT.tanh()
+
+
+def convolved_centred(x: Tensor) -> Tensor:
+    y = F.conv1d(x.mT, CONVOLUTION, padding="same", dilation=2, groups=2).tanh()
+    return F.conv1d(F.pad(y, (1, 2)), CONVOLUTION, groups=2).mT
+
+
+def convolved_a_part(x: Tensor) -> Tensor:
+    """The second convolution reads a range of the tokens; the loss reads less."""
+    y = F.conv1d(x[:, 1:-2].mT, CONVOLUTION, groups=2).tanh()
+    return F.conv1d(y, CONVOLUTION[..., :3], padding=1, groups=2).mT
+
+
+def convolved_to_the_left(x: Tensor) -> Tensor:
+    return F.conv1d(x.mT, CONVOLUTION, padding=3, groups=2)[..., 3:].mT * x
+
+
+def convolved_in_two_dims(x: Tensor) -> Tensor:
+    weight = CONVOLUTION[:, None, :3, :2]
+    return F.conv2d(x[:, None], weight, padding=(1, 0)).tanh().sum((1, 3))[..., None] * x
+
+
 FUNCTIONS = [
+    convolved,
+    convolved_after_padding,
+    convolved_centred,
+    convolved_a_part,
+    convolved_to_the_left,
+    convolved_in_two_dims,
     token_shift,
     shift_by_join,
     shift_and_keep_first,
@@ -119,11 +157,11 @@ class Along(nn.Module):
 
 
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
-@pytest.mark.parametrize(("world_size", "layout", "length"), [(1, "zig_zag", 9), (2, "zig_zag", 9), (3, "contiguous", 20)])
+@pytest.mark.parametrize(
+    ("world_size", "layout", "length"), [(1, "zig_zag", 9), (2, "zig_zag", 9), (3, "contiguous", 20)]
+)
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_exact(
-    function: Callable[[Tensor], Tensor], world_size: int, layout: str, length: int, dynamic: bool
-) -> None:
+def test_exact(function: Callable[[Tensor], Tensor], world_size: int, layout: str, length: int, dynamic: bool) -> None:
     model = Along(function).double()
     ids = torch.randint(16, (2, length), generator=torch.Generator().manual_seed(length))
     found = cpcompile.verify(

@@ -1,0 +1,158 @@
+"""Convolutions: local where the tokens are the batch; along the tokens, each chunk is extended by its neighbours' tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.call import Call
+from cpcompile.placement import FULL, Sharded
+from cpcompile.rules.along import along_tokens, holds_tokens_only
+from cpcompile.rules.ranges import sliced_off
+from cpcompile.rules.registry import Decision, Indices, Lowering, Names, no_rule, rule
+
+aten, cp = torch.ops.aten, torch.ops.cpcompile
+
+BY_RANK = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+
+
+def spatial(call: Call, name: str) -> list[Any]:
+    """Return an argument of which each spatial dim has one entry."""
+    rank = len(call.shape("weight")) - 2
+    given = call[name]
+    return list(given) * (rank if len(given) == 1 else 1)
+
+
+def paddings(call: Call) -> list[tuple[int, int]]:
+    """Return the zeros before and behind each spatial dim."""
+    reach = reaches(call)
+    if call["padding"] == "valid":
+        return [(0, 0)] * len(reach)
+    if call["padding"] == "same":
+        return [(n // 2, n - n // 2) for n in reach]
+    return [(n, n) for n in spatial(call, "padding")]
+
+
+def reaches(call: Call) -> list[int]:
+    """Return, for each spatial dim, how far apart the first and the last element are that one result reads."""
+    sizes, steps = call.shape("weight")[2:], spatial(call, "dilation")
+    return [step * (int(size) - 1) for size, step in zip(sizes, steps, strict=True)]
+
+
+def is_transposed(call: Call) -> bool:
+    """Tell whether a convolution spreads each element over several results."""
+    return call.target in TRANSPOSED or bool(call.arguments.get("transposed"))
+
+
+@rule(
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.convolution.default,
+    *TRANSPOSED,
+)
+def convolution(call: Call) -> Indices:
+    """[b c t], [n c k] -> [b n t'], mixing t where k > 1"""
+    rank = len(call.shape("weight")) - 2
+    space: Names = (None,) * rank
+    if not is_transposed(call):
+        places = zip(reaches(call), paddings(call), spatial(call, "stride"), strict=True)
+        space = tuple(f"t{i}" if place == (0, (0, 0), 1) else None for i, place in enumerate(places))
+    batch: Names = ("b",) if len(call.shape("input")) == rank + 2 else ()
+    names = (*batch, None, *space)
+    others = {name: (None,) * len(call.shape(name)) for name, _ in call.operands() if name != "input"}
+    return Indices({"input": names, **others}, (names,))
+
+
+@along_tokens(
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.convolution.default,
+)
+def along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each chunk is extended by the tokens that its results read and then runs by itself"""
+    rank = len(call.shape("weight")) - 2
+    at = operands.get("input")
+    if set(operands) != {"input"} or at is None or is_transposed(call):
+        return None
+    i = at.dim - (len(call.shape("input")) - rank)
+    if i < 0 or not holds_tokens_only(call, "input", at, length):
+        return None
+    if spatial(call, "stride")[i] != 1:
+        reason = (
+            f"a stride of {spatial(call, 'stride')[i]} along the tokens leaves fewer of them, which is another sequence"
+        )
+        raise no_rule(call, operands, reason)
+    reach, pads = reaches(call)[i], paddings(call)
+    others = [before if j != i else 0 for j, (before, _) in enumerate(pads)]
+    is_even = all(before == behind for j, (before, behind) in enumerate(pads) if j != i)
+    if (at.reaches_outside and at.outside != 0.0) or not is_even:
+        return None
+    result = range_of_result(call, at, reach, pads[i])
+    before = result.front + pads[i][0] - at.front
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        x = writer.insert(
+            cp.halo_tokens.default, writer.call["input"], at.dim, before, reach - before, writer.length, *writer.axis
+        )
+        return [by_chunk(writer, x, at.dim, others)]
+
+    wanted = {name: at if name == "input" else FULL for name, _ in call.operands()}
+    return Decision(wanted, (result,), padding={"input": 0.0}, lower=lower)
+
+
+def range_of_result(call: Call, at: Sharded, reach: int, pads: tuple[int, int]) -> Sharded:
+    """Return the range of the result: of what is cut off, the users' next slice or else a causal convolution decides.
+
+    Result t may have any slot from that of the first token that it reads to that of the last.
+    """
+    shorter = reach - sum(pads)
+    first, total = at.front - pads[0], at.front + at.back + shorter
+    cuts = [
+        off[0]
+        for user in call.node.users
+        if user.target is aten.slice.Tensor and (off := cut_off(user, at.dim)) is not None
+    ]
+    if shorter < 0:
+        front = -cuts[0] if cuts else at.front
+    else:
+        front = min(max(at.front + shorter, 0), max(total, 0)) if at.reaches_outside else at.front + shorter
+    front = min(max(front, first), first + reach)
+    return at.with_range(front, total - front)
+
+
+def cut_off(user: fx.Node, dim: int) -> tuple[int, int] | None:
+    """Return how many tokens a slice leaves out at the start and at the end."""
+    call = Call.of(user)
+    return sliced_off(call) if call.dim("dim", "self") == dim else None
+
+
+def by_chunk(writer: Lowering, x: fx.Node, dim: int, padding: list[int]) -> fx.Node:
+    """Return the convolution of extended chunks, which are as many more sequences of the batch."""
+    call, chunks = writer.call, writer.chunks
+    rank = len(padding)
+    is_batched = len(call.shape("input")) == rank + 2
+    if not is_batched:
+        x, dim = writer.insert(aten.unsqueeze.default, x, 0), dim + 1
+    if chunks > 1:
+        x = writer.insert(aten.unflatten.int, x, dim, [chunks, -1])
+        x = writer.insert(aten.movedim.int, x, dim, 1)
+        x = writer.insert(aten.flatten.using_ints, x, 0, 1)
+    stride, dilation = spatial(call, "stride"), spatial(call, "dilation")
+    x = writer.insert(BY_RANK[rank], x, call["weight"], call["bias"], stride, padding, dilation, call["groups"])
+    if chunks > 1:
+        x = writer.insert(aten.unflatten.int, x, 0, [-1, chunks])
+        x = writer.insert(aten.movedim.int, x, 1, dim)
+        x = writer.insert(aten.flatten.using_ints, x, dim, dim + 1)
+    return x if is_batched else writer.insert(aten.squeeze.dim, x, 0)
