@@ -22,6 +22,7 @@ from cpcompile.masks.expression import TRUE
 from cpcompile.masks.read import Reader
 from cpcompile.patterns.block_lists import BlockLists, list_the_mask, visible
 from cpcompile.patterns.formula import coordinate, products, weighted
+from cpcompile.patterns.nodes import erase_with_users, is_used
 from cpcompile.patterns.place_by_place import at_all_places
 
 aten = torch.ops.aten
@@ -66,7 +67,7 @@ def write(gm: fx.GraphModule, node: fx.Node, flex: Flex) -> None:
         assert item.target is operator.getitem and source is node and isinstance(i, int), item.format_node()
         if is_used(item):
             item.replace_all_uses_with(results[i]())
-        erase(item)
+        erase_with_users(item)
     gm.graph.erase_node(node)
 
 
@@ -90,22 +91,3 @@ def written_scores(gm: fx.GraphModule, node: fx.Node, flex: Flex) -> fx.Node:
 def in_bits(before: fx.Node, statistic: fx.Node) -> fx.Node:
     """Return a statistic of the scores over log(2), as the operator does."""
     return emit(before, aten.div.Tensor, statistic, math.log(2))
-
-
-def is_used(node: fx.Node) -> bool:
-    """Tell whether a result of the graph depends on a node."""
-    waiting, seen = [node], {node}
-    while waiting:
-        user = waiting.pop()
-        if user.op == "output" or user.is_impure():
-            return True
-        waiting += [n for n in user.users if n not in seen]
-        seen.update(user.users)
-    return False
-
-
-def erase(node: fx.Node) -> None:
-    """Erase a node and all that depends on it."""
-    for user in list(node.users):
-        erase(user)
-    node.graph.erase_node(node)

@@ -76,3 +76,22 @@ def may_need_gradient(mask: fx.Node) -> bool:
                 return True
         waiting.extend(node.all_input_nodes)
     return False
+
+
+def is_used(node: fx.Node) -> bool:
+    """Tell whether a result of the graph depends on a node, or an operator that is kept for what it does."""
+    waiting, seen = [node], {node}
+    while waiting:
+        user = waiting.pop()
+        if user.op == "output" or user.is_impure():
+            return True
+        waiting += [n for n in user.users if n not in seen]
+        seen.update(user.users)
+    return False
+
+
+def erase_with_users(node: fx.Node) -> None:
+    """Erase a node and all that depends on it."""
+    for user in list(node.users):
+        erase_with_users(user)
+    node.graph.erase_node(node)

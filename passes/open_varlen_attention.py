@@ -1,0 +1,97 @@
+"""Open varlen attention: packed sequences become documents.
+
+before  out = torch_attn._varlen_attn(q, k, v, cu_seq, cu_seq, 512, 512, True, None, [-1, 0])[0]    # q: [T, H, D]
+after   documents = aten.searchsorted(cu_seq, aten.arange(T), right=True)[None]
+        out = cpcompile.attention(q', k', v', None, documents, None, 0.125, True, 0, 0.0, 0.0)      # q': [1, H, T, D]
+
+Tokens behind the last sequence have no defined output; they are a document of their own.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.attention.varlen  # registers the operator
+from torch import fx
+
+from cpcompile import runtime  # noqa: F401  (registers the operator)
+from cpcompile.call import Call, value_of
+from cpcompile.emit import emit
+from cpcompile.errors import NoRule, where
+from cpcompile.patterns.formula import coordinate
+from cpcompile.patterns.nodes import erase_with_users, is_used
+
+aten = torch.ops.aten
+
+
+def open_varlen_attention(gm: fx.GraphModule) -> int:
+    """Return how many were opened. Runs before `lift_masks`.
+
+    Raises:
+        NoRule: queries and keys are packed differently, a cache is read, or the logsumexp is used.
+    """
+    nodes = gm.graph.find_nodes(op="call_function", target=torch.ops.torch_attn._varlen_attn.default)
+    for node in nodes:
+        call = Call.of(node)
+        reason = why_not(call)
+        if reason:
+            raise NoRule(f"varlen_attn: {reason}.\n\n{where(node)}\n\nUse scaled_dot_product_attention with a mask.")
+        write_operator(call)
+    return len(nodes)
+
+
+def why_not(call: Call) -> str:
+    """Return why a call is not an attention of tokens over the same tokens, or ''."""
+    if call["cu_seq_k"] is not call["cu_seq_q"]:
+        return "cu_seq_k is not cu_seq_q, so that the keys are not those of the queries' tokens"
+    if call.arguments.get("seqused_k") is not None or call.arguments.get("block_table") is not None:
+        return "seqused_k and block_table read a cache, which is not sharded"
+    others = [item for item in call.node.users if item.args[1] != 0]
+    return "its logsumexp is used" if any(is_used(item) for item in others) else ""
+
+
+def write_operator(call: Call) -> None:
+    """Replace one call by the operator."""
+    node = call.node
+    q, k, v = (with_batch(node, call[name]) for name in ("query", "key", "value"))
+    scale = call["scale"] if call["scale"] is not None else call.shape("query")[2] ** -0.5
+    left, right = call.arguments.get("window_size") or (-1, -1)
+    is_causal = call["is_causal"] or right == 0
+    is_banded = not is_causal and (left >= 0 or right >= 0)
+    mask = band(node, call["query"], left, right) if is_banded else None
+    window = left + 1 if is_causal and left >= 0 else 0
+    settings = (float(scale), is_causal, window, 0.0, 0.0)
+    attention = torch.ops.cpcompile.attention.default
+    out = emit(node, attention, q, k, v, mask, documents(node, call["query"], call["cu_seq_q"]), None, *settings)
+    out = emit(node, aten.squeeze.dim, emit(node, aten.transpose.int, out, 1, 2), 0)
+    for item in list(node.users):
+        assert item.target is operator.getitem, item.format_node()
+        if item.args[1] == 0:
+            item.replace_all_uses_with(out)
+        erase_with_users(item)
+    node.graph.erase_node(node)
+
+
+def with_batch(before: fx.Node, x: fx.Node) -> fx.Node:
+    """Return `[T, H, D]` as `[1, H, T, D]`."""
+    return emit(before, aten.transpose.int, emit(before, aten.unsqueeze.default, x, 0), 1, 2)
+
+
+def documents(before: fx.Node, q: fx.Node, cu_seq: fx.Node) -> fx.Node:
+    """Return the sequence of each token, `[1, T]`, counted from 1."""
+    tokens = emit(before, aten.to.dtype, coordinate(before, q, 0, [-1]), value_of(cu_seq).dtype)
+    ids = emit(before, aten.searchsorted.Tensor, cu_seq, tokens, right=True)
+    return emit(before, aten.unsqueeze.default, ids, 0)
+
+
+def band(before: fx.Node, q: fx.Node, left: int, right: int) -> fx.Node:
+    """Return which keys are at most `left` places before a query and `right` after it; -1 is without bound."""
+    queries, keys = (coordinate(before, q, 0, shape) for shape in ([-1, 1], [1, -1]))
+    bounds: list[Any] = []
+    if left >= 0:
+        bounds.append(emit(before, aten.le.Tensor, queries, emit(before, aten.add.Tensor, keys, left)))
+    if right >= 0:
+        bounds.append(emit(before, aten.le.Tensor, keys, emit(before, aten.add.Tensor, queries, right)))
+    return bounds[0] if len(bounds) == 1 else emit(before, aten.logical_and.default, *bounds)

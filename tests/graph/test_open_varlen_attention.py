@@ -1,0 +1,140 @@
+"""Packed sequences with cu_seqlens: the operator has no kernel here, so it is traced, and compared with each sequence alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+
+from cpcompile import NoRule
+from cpcompile.call import Call
+from cpcompile.capture import capture
+from cpcompile.passes.find_attention import find_attention
+from cpcompile.passes.lift_masks import describe, lift_masks
+from cpcompile.passes.open_varlen_attention import open_varlen_attention
+
+Tensor = torch.Tensor
+H, D = 4, 8
+LENGTHS = [3, 1, 6, 2]
+T = sum(LENGTHS)
+CU_SEQ = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+
+
+class Captured(Exception):
+    """Ends a compilation: the operator itself cannot run here."""
+
+
+def traced(
+    length: bool = False, num_key_heads: int = H, other: Tensor | None = None, trained: bool = True, **options: Any
+) -> fx.GraphModule:
+    """Return the captured graph of a varlen attention over q, k, v and cu_seqlens."""
+    shapes = [(T, H, D), (T, num_key_heads, D), (T, num_key_heads, D)]
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=trained) for shape in shapes)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, cu_seq: Tensor, *others: Tensor) -> Any:
+        return varlen_attn(q, k, v, cu_seq, others[0] if others else cu_seq, 6, 6, **options)
+
+    seen: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append(capture(gm, inputs))
+        raise Captured
+
+    torch._dynamo.reset()
+    for x in (q, k, v) if length else ():
+        torch._dynamo.mark_dynamic(x, 0)
+    with pytest.raises(Exception, match="Captured"):
+        torch.compile(function, backend=backend, fullgraph=True)(q, k, v, CU_SEQ, *([] if other is None else [other]))
+    return seen[0]
+
+
+def opened(**options: Any) -> tuple[fx.GraphModule, Call]:
+    """Return the graph after the pass, and its attention."""
+    gm = traced(**options)
+    assert open_varlen_attention(gm) == 1
+    gm.graph.lint()
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    text = str(gm.graph)
+    passes = (open_varlen_attention(gm), find_attention(gm), lift_masks(gm))
+    assert (*passes, str(gm.graph)) == (0, 0, 0, text)
+    (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.attention.default)
+    return gm, Call.of(node)
+
+
+def sequence_by_sequence(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float | None) -> Tensor:
+    """Return the attention of each sequence alone, under a band."""
+    outs = []
+    for parts in zip(*(x.split(LENGTHS) for x in (q, k, v)), strict=True):
+        distance = torch.arange(len(parts[0]))[:, None] - torch.arange(len(parts[0]))
+        seen = ((distance <= left) | (left < 0)) & ((-distance <= right) | (right < 0))
+        heads = [x.transpose(0, 1)[None] for x in parts]
+        out = scaled_dot_product_attention(*heads, seen, scale=scale, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+CASES = [
+    ((-1, -1), "documents"),
+    ((-1, 0), "causal, documents"),
+    ((2, 0), "causal, window 3, documents"),
+    ((0, 0), "causal, window 1, documents"),
+    ((2, -1), f"documents, dense [{T}, {T}]"),
+    ((1, 2), f"documents, dense [{T}, {T}]"),
+]
+
+
+@pytest.mark.parametrize(("window", "expected"), CASES)
+def test_each_sequence_attends_to_itself(window: tuple[int, int], expected: str) -> None:
+    gm, call = opened(window_size=window, num_key_heads=2, enable_gqa=True, scale=0.3)
+    assert describe(call) == expected
+    inputs = [torch.randn(T, heads, D, dtype=torch.float64, requires_grad=True) for heads in (H, 2, 2)]
+    values = [gm(*inputs, CU_SEQ)[0], sequence_by_sequence(*inputs, *window, scale=0.3)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), inputs) for x in values))
+
+
+def test_a_symbolic_number_of_tokens() -> None:
+    gm, call = opened(length=True)
+    assert (describe(call), call["scale"]) == ("documents", D**-0.5)
+    inputs = [torch.randn(T, H, D, dtype=torch.float64) for _ in range(3)]
+    arguments = [CU_SEQ if x.meta["val"].dtype is torch.int32 else inputs.pop(0) for x in tensors(gm)]
+    wanted = sequence_by_sequence(*(x for x in arguments if x is not CU_SEQ), -1, -1, None)
+    torch.testing.assert_close(fx.Interpreter(gm).run(*given(gm, arguments))[0], wanted)
+
+
+def tensors(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta["val"], Tensor)]
+
+
+def given(gm: fx.GraphModule, arguments: list[Tensor]) -> list[Any]:
+    """Return the arguments with the number of tokens for each size among the inputs."""
+    rest = iter(arguments)
+    return [next(rest) if isinstance(n.meta["val"], Tensor) else T for n in gm.graph.find_nodes(op="placeholder")]
+
+
+def test_other_keys_are_refused() -> None:
+    with pytest.raises(NoRule, match="cu_seq_k is not cu_seq_q") as error:
+        open_varlen_attention(traced(other=CU_SEQ.clone()))
+    assert "varlen_attn(q, k, v, cu_seq" in str(error.value)
+    assert "test_open_varlen_attention.py:" in str(error.value)
+
+
+def test_a_cache_is_refused() -> None:
+    with pytest.raises(NoRule, match="read a cache"):
+        open_varlen_attention(traced(trained=False, seqused_k=torch.tensor([3, 1, 6, 2], dtype=torch.int32)))
+
+
+def test_the_logsumexp_is_refused() -> None:
+    with pytest.raises(NoRule, match="logsumexp is used"):
+        open_varlen_attention(traced(return_aux=AuxRequest(lse=True)))
+
+
+def test_graphs_without_it_are_left_alone() -> None:
+    gm = fx.symbolic_trace(lambda x: x + 1)
+    text = str(gm.graph)
+    assert (open_varlen_attention(gm), str(gm.graph)) == (0, text)
