@@ -25,6 +25,12 @@ from cpcompile.patterns.nodes import erase_with_users, is_used
 
 aten = torch.ops.aten
 
+# The others, which differ from one version of torch to the next, are of caches.
+_KNOWN = {
+    *("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"),
+    *("is_causal", "scale", "window_size", "enable_gqa", "num_splits"),
+}
+
 
 def open_varlen_attention(gm: fx.GraphModule) -> int:
     """Return how many were opened. Runs before `lift_masks`.
@@ -46,8 +52,9 @@ def why_not(call: Call) -> str:
     """Return why a call is not an attention of tokens over the same tokens, or ''."""
     if call["cu_seq_k"] is not call["cu_seq_q"]:
         return "cu_seq_k is not cu_seq_q, so that the keys are not those of the queries' tokens"
-    if call.arguments.get("seqused_k") is not None or call.arguments.get("block_table") is not None:
-        return "seqused_k and block_table read a cache, which is not sharded"
+    unknown = [name for name, given in call.arguments.items() if name not in _KNOWN and given is not None]
+    if unknown:
+        return f"{', '.join(unknown)}: attention over a cache cannot be sharded"
     others = [item for item in call.node.users if item.args[1] != 0]
     return "its logsumexp is used" if any(is_used(item) for item in others) else ""
 
@@ -56,7 +63,8 @@ def write_operator(call: Call) -> None:
     """Replace one call by the operator."""
     node = call.node
     q, k, v = (with_batch(node, call[name]) for name in ("query", "key", "value"))
-    scale = call["scale"] if call["scale"] is not None else call.shape("query")[2] ** -0.5
+    scale = call.arguments.get("scale")
+    scale = call.shape("query")[2] ** -0.5 if scale is None else scale
     left, right = call.arguments.get("window_size") or (-1, -1)
     is_causal = call["is_causal"] or right == 0
     is_banded = not is_causal and (left >= 0 or right >= 0)

@@ -125,7 +125,7 @@ def test_other_keys_are_refused() -> None:
 
 
 def test_a_cache_is_refused() -> None:
-    with pytest.raises(NoRule, match="read a cache"):
+    with pytest.raises(NoRule, match="seqused_k: attention over a cache"):
         open_varlen_attention(traced(trained=False, seqused_k=torch.tensor([3, 1, 6, 2], dtype=torch.int32)))
 
 
