@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +23,11 @@ class Evidence:
         dtype: float64 where the model runs in it, else float32.
         loss: its objective.
         gradients: names of the parameters whose gradient is not zero.
-        reach: relative change of the loss of the second half of the tokens when those of the first half are others;
-            None for models without token ids or labels.
     """
 
     dtype: torch.dtype
     loss: float
     gradients: frozenset[str]
-    reach: float | None
 
 
 class Unsound(Exception):
@@ -59,36 +57,26 @@ def gather_evidence(model: nn.Module, inputs: Mapping[str, Any]) -> Evidence:
         raise Unsound("the loss or a gradient is not finite")
     if not live:
         raise Unsound("no parameter has a gradient")
-    return Evidence(dtype, loss.item(), live, reach(model, inputs, dtype))
+    return Evidence(dtype, loss.item(), live)
 
 
-def run(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def run(
+    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the objective and the gradients of the model in `dtype`, which it keeps."""
     model.to(dtype)
     given = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
-    if dtype != torch.float64:
-        return run_and_differentiate(model, model.forward, given, default_objective)
-    with Widen():
+    with Widen() if dtype == torch.float64 else contextlib.nullcontext():
         return run_and_differentiate(model, model.forward, given, default_objective)
 
 
-def reach(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> float | None:
-    """Return how much the loss of the second half of the tokens depends on the first half of the tokens."""
-    if "input_ids" not in inputs or "labels" not in inputs:
-        return None
-    half = inputs["input_ids"].shape[1] // 2
-    later = {**inputs, "labels": inputs["labels"].clone(), "input_ids": inputs["input_ids"].clone()}
-    later["labels"][:, : inputs["labels"].shape[1] // 2] = -100
-    with torch.no_grad():
-        before = run_forward(model, later, dtype)
-        ids = later["input_ids"][:, :half]
-        is_text = (ids >= FIRST) & (ids < LAST)
-        later["input_ids"][:, :half] = torch.where(is_text, FIRST + LAST - 1 - ids, ids)
-        after = run_forward(model, later, dtype)
+def reach(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> float:
+    """Return the relative change of the loss of the second half of the tokens when those of the first half are others."""
+    ids, labels = inputs["input_ids"], inputs["labels"].clone()
+    labels[:, : labels.shape[1] // 2] = -100
+    half = ids[:, : ids.shape[1] // 2]
+    is_text = (half >= FIRST) & (half < LAST)
+    others = torch.where(is_text, FIRST + LAST - 1 - half, half)
+    changed = torch.cat([others, ids[:, ids.shape[1] // 2 :]], dim=1)
+    before, after = (run(model, {**inputs, "labels": labels, "input_ids": x}, dtype)[0] for x in (ids, changed))
     return ((after - before).abs() / before.abs()).item()
-
-
-def run_forward(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> torch.Tensor:
-    """Return the objective of the model."""
-    given = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
-    return default_objective(model(**given))

@@ -21,6 +21,7 @@ from cpcompile.zoo.result import CRASH, Result
 from cpcompile.zoo.run import Job, run_job
 
 GIB = 2**30
+Runner = Callable[[Job, Callable[[Result], None]], None]
 
 
 @dataclass
@@ -46,8 +47,9 @@ def run_jobs(
     num_workers: int,
     timeout: float,
     memory: float,
+    run: Runner = run_job,
 ) -> None:
-    """Run all jobs and report each with its results when it has ended.
+    """Run all jobs and report each with its results when it has ended; interrupted, also those that have some.
 
     Args:
         jobs: what to run, in this order.
@@ -55,6 +57,7 @@ def run_jobs(
         num_workers: processes at once.
         timeout: seconds that one variant may take.
         memory: GiB of data that one process may hold.
+        run: what a worker does; it must be importable by name.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cpcompile.zoo.preload"])
@@ -63,7 +66,7 @@ def run_jobs(
     try:
         while waiting or workers:
             while waiting and len(workers) < num_workers:
-                workers.append(start(context, waiting.pop(), timeout, memory))
+                workers.append(start(context, waiting.pop(), run, timeout, memory))
             soonest = min(worker.deadline for worker in workers)
             wait([w.connection for w in workers], timeout=max(0.0, soonest - time.monotonic()))
             for worker in list(workers):
@@ -73,12 +76,13 @@ def run_jobs(
     finally:
         for worker in workers:
             stop(worker)
+            report(worker.job, worker.results)
 
 
-def start(context: Any, job: Job, timeout: float, memory: float) -> Worker:
+def start(context: Any, job: Job, run: Runner, timeout: float, memory: float) -> Worker:
     """Start a worker."""
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(job, theirs, memory), daemon=True)
+    process = context.Process(target=work, args=(run, job, theirs, memory), daemon=True)
     process.start()
     theirs.close()
     return Worker(job, process, ours, time.monotonic() + timeout)
@@ -107,7 +111,7 @@ def stop(worker: Worker) -> None:
     worker.process.join()
 
 
-def work(job: Job, connection: Connection, memory: float) -> None:
+def work(run: Runner, job: Job, connection: Connection, memory: float) -> None:
     """Run one job in a worker."""
     limit = int(memory * GIB)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -116,5 +120,5 @@ def work(job: Job, connection: Connection, memory: float) -> None:
         os.dup2(nowhere.fileno(), 2)
         # Ctrl-C reaches every process of the terminal; the first process ends the others.
         with contextlib.suppress(KeyboardInterrupt):
-            run_job(job, connection.send)
+            run(job, connection.send)
     connection.close()
