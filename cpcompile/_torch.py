@@ -97,6 +97,11 @@ def trace_pre_dispatch(
         )(*inputs)
 
 
+def is_only_traced(value: torch.Tensor) -> bool:
+    """Tell whether a tensor exists only while tracing, and has no value afterwards."""
+    return isinstance(value, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def source_name(node: fx.Node) -> str:
     """Return where Dynamo found the value of a placeholder, e.g. `L['kwargs']['input_ids']`, or ''."""
     name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")

@@ -11,7 +11,7 @@ from torch import fx
 
 from cpcompile import _torch
 from cpcompile.block_masks import unread_nodes
-from cpcompile.errors import TORCH, CPError, GraphBreakError
+from cpcompile.errors import TORCH, CPError, GraphBreakError, where
 
 _KEPT_INPUT_META = ("tensor_dict", "grapharg")
 
@@ -35,12 +35,32 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     for new, old in zip(placeholders(traced), placeholders(gm), strict=True):
         new.name = old.name
         new.meta.update({key: old.meta[key] for key in _KEPT_INPUT_META if key in old.meta})
+    refuse_untraced_tensors(traced)
     # Flex attention holds the functions of its scores as graphs inside the graph.
     for graph in (module for module in traced.modules() if isinstance(module, fx.GraphModule)):
         drop_metadata_asserts(graph)
         detach_out_of_place(graph)
         graph.recompile()
     return traced
+
+
+def refuse_untraced_tensors(gm: fx.GraphModule) -> None:
+    """Refuse a graph that holds a tensor which exists only while tracing: it has no value.
+
+    A write to `parameter.data` and the vectorised steps of an associative scan leave such tensors.
+
+    Raises:
+        CPError: with the user's line.
+    """
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target), None)
+        if isinstance(value, torch.Tensor) and _torch.is_only_traced(value):
+            user = next(iter(node.users), node)
+            raise CPError(
+                f"{user.target} reads a tensor that cannot be followed through the model.\n\n{where(user)}\n\n"
+                "Writes to the .data of a parameter and torch.associative_scan cannot be traced: write under torch.no_grad() "
+                "outside the model, or use another implementation of the layer."
+            )
 
 
 def describe_break(reason: Any) -> str:

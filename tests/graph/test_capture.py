@@ -52,3 +52,18 @@ def test_selective_checkpointing_is_refused() -> None:
     model = SelectivelyCheckpointed()
     with pytest.raises(CPError, match="selective activation checkpointing"):
         verify(model, batch(model, 31), world_size=2)
+
+
+class ClampsItsParameter(RotaryLM):
+    """Writes to the data of a parameter, behind autograd's back."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        self.head.weight.data.clamp_(-1, 1)
+        return super().forward(input_ids, labels)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_write_to_the_data_of_a_parameter_is_refused(strict: bool) -> None:
+    model = ClampsItsParameter()
+    with pytest.raises(CPError, match=r"cannot be followed(.|\n)*data.clamp_"):
+        verify(model, batch(model, 31), world_size=2, strict=strict)
