@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from cpcompile.passes.finish_outputs import output_placements
 from cpcompile.placement import FULL, Full, Sharded
 from cpcompile.transform import Transformed, transform
 from cpcompile.widen import Widen, widen_graph
+from cpcompile.writes.aliases import written_arguments
 
 aten = torch.ops.aten
 
@@ -322,17 +324,23 @@ def first_difference(
 ) -> Difference | None:
     """Return the first node of the transformed graph whose joined value is not that of the captured graph."""
     values: dict[str, Any] = {}
+    is_written = any(written_arguments(node) for node in transformed.original.graph.nodes)
+
+    def kept(value: Any) -> Any:
+        """Return a value as it is now: operators in place may change it later."""
+        return value.clone() if is_written and isinstance(value, torch.Tensor) else value
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            values[n.name] = result = super().run_node(n)
+            result = super().run_node(n)
+            values[n.name] = kept(result)
             return result
 
     lengths = sequence_lengths(transformed, inputs)
-    with torch.no_grad(), seeded(model):
-        Recorder(transformed.original).run(*inputs)
-    with torch.no_grad(), seeded(model):
-        for node, ranks in Lockstep(transformed.graph, world_size).steps(*inputs):
+    with torch.no_grad(), seeded(model), filled_memory():
+        Recorder(transformed.original).run(*map(kept, inputs))
+    with torch.no_grad(), seeded(model), filled_memory():
+        for node, ranks in Lockstep(transformed.graph, world_size).steps(*map(kept, inputs)):
             known = annotation(node)
             expected = values.get(known.origin)
             if not isinstance(expected, torch.Tensor) or isinstance(known.placement, tuple):
@@ -348,6 +356,19 @@ def first_difference(
             if error > tolerance:
                 return Difference(known.origin, error, where(node).strip())
     return None
+
+
+@contextlib.contextmanager
+def filled_memory() -> Iterator[None]:
+    """Let new memory hold NaN, so that tensors that are written part by part can be compared in between."""
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about algorithms that are not deterministic
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
 
 
 def value_error(found: torch.Tensor, expected: torch.Tensor) -> float:

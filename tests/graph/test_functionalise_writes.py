@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from cpcompile import NoRule, verify
+from cpcompile import NoRule, lockstep, verify
 from cpcompile.annotation import annotate, annotation
 from cpcompile.capture import capture
 from cpcompile.passes import functionalise_writes
@@ -32,6 +32,8 @@ class Cell(nn.Module):
         self.function = function
         self.weight = nn.Parameter(torch.rand(4, 6))
         self.register_buffer("total", torch.rand(6))
+        self.register_buffer("other", torch.rand(6))
+        self.table = nn.Embedding(3, 6, max_norm=1.0)
         self.norm = nn.BatchNorm1d(6)
 
     def forward(self, x: Tensor) -> Any:
@@ -154,6 +156,66 @@ def filled(cell: Cell, x: Tensor) -> Tensor:
     return y.flatten() * 2
 
 
+def buffers_swapped(cell: Cell, x: Tensor) -> tuple[Tensor, ...]:
+    kept = cell.total.clone()
+    cell.total.copy_(cell.other)
+    cell.other.copy_(kept)
+    cell.total[1:].copy_(cell.other[:-1])
+    cell.other.add_(1)
+    return x @ cell.weight * cell.total, cell.total[1:], cell.other.view(-1)
+
+
+def drawn(cell: Cell, x: Tensor) -> Tensor:
+    y = torch.empty(x.shape[1], 6, dtype=x.dtype).uniform_() + x.new_empty(6).normal_()
+    z = x @ cell.weight
+    noise = (z * 1).exponential_()
+    F.dropout(z, 0.5, inplace=True)
+    F.dropout(z, 0.5, training=False, inplace=True)
+    return (y - noise * torch.empty(6).bernoulli_(0.5)) * z
+
+
+def written_to_out(cell: Cell, x: Tensor) -> Tensor:
+    y = x.new_empty(*x.shape[:2], 6)
+    largest, place = x.new_empty(x.shape[:2]), torch.empty(x.shape[:2], dtype=torch.int64)
+    with torch.no_grad():
+        torch.add(x @ cell.weight, 1, out=y)
+        torch.max(y, 2, out=(largest, place))
+    return (x @ cell.weight) * y + (largest + place)[..., None]
+
+
+def table_of_bounded_norm(cell: Cell, x: Tensor) -> Tensor:
+    return cell.table(torch.tensor([1, 2, 1])).sum(0) * (x @ cell.weight) + cell.table.weight[1]
+
+
+def recurrent(cell: Cell, x: Tensor) -> Tensor:
+    y, state = x @ cell.weight, torch.zeros(x.shape[0], 6, dtype=x.dtype)
+    for i in range(3):
+        state = state * 0.5 + y[:, i]
+        y[:, i] = state
+    return y
+
+
+def other_dtypes(cell: Cell, x: Tensor) -> Tensor:
+    y = x @ cell.weight
+    rounded, number = torch.zeros(6), torch.arange(6)
+    rounded += y[0, 0]
+    number += 1
+    number *= 2
+    number //= 3
+    is_large = number > 2
+    is_large ^= number > 5
+    return y * rounded * number + is_large
+
+
+def pieces(cell: Cell, x: Tensor) -> Tensor:
+    y = (x @ cell.weight).detach().clone()
+    first, second = y.split(3, dim=-1)
+    first.add_(1)
+    second.chunk(2, 1)[0].mul_(2)
+    y.unbind(0)[1].sub_(0.5)
+    return y * (x @ cell.weight)
+
+
 FUNCTIONS: dict[Forward, int] = {
     slices: 4,
     nested_views: 4,
@@ -169,6 +231,13 @@ FUNCTIONS: dict[Forward, int] = {
     reshaped_in_place: 4,
     inputs_written: 4,
     filled: 3,
+    buffers_swapped: 4,
+    drawn: 6,
+    written_to_out: 2,
+    table_of_bounded_norm: 1,
+    recurrent: 3,
+    other_dtypes: 5,
+    pieces: 3,
 }
 
 
@@ -190,6 +259,7 @@ def compiled(model: nn.Module, edit: Callable[[fx.GraphModule], None], is_dynami
 def outcome(model: nn.Module, function: Any, x: Tensor) -> dict[str, Tensor]:
     """Return the results of `function`, the gradients of `model`, and what its state and `x` hold afterwards."""
     given = x.clone()
+    torch.manual_seed(1)
     results = function(given)
     results = results if isinstance(results, tuple) else (results,)
     sum((y * torch.linspace(1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sum() for y in results).backward()
@@ -291,6 +361,15 @@ class InPlaceLM(TinyLM):
 def test_model_in_place_is_exact(length: int, world_size: int, balancer: str) -> None:
     result = verify(InPlaceLM(), batch(length), world_size=world_size, dtype=torch.float64, balancer=balancer)
     assert result.ok, result
+
+
+def test_first_difference_is_not_what_was_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs and values are compared as they were when the model made them."""
+    all_reduce = torch.ops.cpcompile.all_reduce.default
+    monkeypatch.setitem(lockstep.COLLECTIVES, all_reduce, lambda calls: [c["x"] for c in calls])
+    result = verify(InPlaceLM(), batch(), world_size=2, dtype=torch.float64)
+    assert result.first_difference is not None
+    assert "F.cross_entropy" in result.first_difference.place
 
 
 class Remembering(TinyLM):
