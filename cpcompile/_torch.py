@@ -102,6 +102,18 @@ def is_only_traced(value: torch.Tensor) -> bool:
     return isinstance(value, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
+@contextlib.contextmanager
+def trial_on_fake_tensors() -> Iterator[None]:
+    """Run operators on fake tensors of a mode of its own; one whose shapes do not fit raises and logs nothing."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            yield
+    finally:
+        log.disabled = was_disabled
+
+
 def source_name(node: fx.Node) -> str:
     """Return where Dynamo found the value of a placeholder, e.g. `L['kwargs']['input_ids']`, or ''."""
     name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")

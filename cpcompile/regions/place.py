@@ -143,7 +143,9 @@ class RegionPlacer:
         if isinstance(self.lengths.value, int):
             return [FULL, *found]
         if not found:
-            raise self._refusal(operand, f"it reads {operand.name} of shape {list(shape)}, which holds tokens elsewhere")
+            raise self._refusal(
+                operand, f"it reads {operand.name} of shape {list(shape)}, which holds tokens elsewhere"
+            )
         return [found[0]]
 
     def _counts_tokens(self, size: Any) -> bool:
@@ -190,7 +192,9 @@ class RegionPlacer:
         return self.lengths.localise(self.gm, size, self.at, before)
 
     def _refusal(self, node: fx.Node, reason: str, remedy: str = "") -> NoRule:
-        lines = "\n".join(f"  {operand.name}: {at} of {list(value_of(operand).shape)}" for operand, at in self.rows.items())
+        lines = "\n".join(
+            f"  {operand.name}: {at} of {list(value_of(operand).shape)}" for operand, at in self.rows.items()
+        )
         return NoRule(
             f"{self.region.name} is declared token-local, but {reason}.\n\n{where(node)}\n{lines}\n\n{remedy or _REMEDY}"
         )

@@ -8,24 +8,23 @@ shapes that another length must give, that one is meant.
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
 
+from cpcompile._torch import trial_on_fake_tensors
 from cpcompile.call import is_tensor, value_of
-from cpcompile.placement import FULL, Full, Placement, Sharded
+from cpcompile.placement import FULL, Placement, Sharded
 from cpcompile.regions.find import Region
 from cpcompile.regions.rows import with_tokens
+
+aten = torch.ops.aten
 
 # A length that no size of a model has.
 _PROBE = 10007
 _LONGEST = 10
-
-Counts = Mapping[int, int]
 
 
 def numbers(region: Region) -> Iterator[int]:
@@ -57,7 +56,7 @@ def counted(number: int, tokens: int, local: int) -> int | None:
 
 def readings(
     region: Region, placements: Mapping[fx.Node, Sequence[Placement]], results: Mapping[fx.Node, Sharded], tokens: int
-) -> list[tuple[Mapping[fx.Node, Placement], tuple[bool, ...]]]:
+) -> list[tuple[dict[fx.Node, Placement], tuple[bool, ...]]]:
     """Return the readings under which the region works for any length.
 
     A reading is one of the possible placements of each operand, and for each integer whether it counts tokens.
@@ -86,18 +85,20 @@ def works(
 ) -> bool:
     """Tell whether the region, read so, turns operands of another length into results of that length."""
     values = chosen_numbers(region, counts, tokens, _PROBE)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with trial_on_fake_tensors():
         known: dict[fx.Node, Any] = {}
         for operand in region.inputs:
             known[operand] = example(operand, placed.get(operand, FULL), tokens)
         try:
             for node, args, kwargs in renumbered(region, values):
-                known[node] = node.target(*fx.map_arg(args, known.get), **fx.map_arg(kwargs, known.get))  # type: ignore[operator]
+                args, kwargs = fx.map_arg((args, kwargs), known.get)
+                if node.target is aten.index_put.default:  # its fake does not look at the values
+                    args[2].expand(aten.index(args[0], args[1]).shape)
+                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception:  # whatever an operator raises when shapes do not fit
             return False
     return all(
-        list(known[node].shape) == with_tokens(value_of(node).shape, at, tokens, _PROBE)
-        for node, at in results.items()
+        list(known[node].shape) == with_tokens(value_of(node).shape, at, tokens, _PROBE) for node, at in results.items()
     )
 
 

@@ -1,6 +1,18 @@
 """Placement rules, one for each operator, entered in `RULES` by the family modules."""
 
-from cpcompile.rules import attention, convolution, dims, matrix, pointwise, ranges, reduction, scatter, tokens, views
+from cpcompile.rules import (
+    attention,
+    convolution,
+    counts,
+    dims,
+    matrix,
+    pointwise,
+    ranges,
+    reduction,
+    scatter,
+    tokens,
+    views,
+)
 from cpcompile.rules.registry import (
     KEEPS_OUTSIDE,
     REASONS,
@@ -26,6 +38,7 @@ __all__ = [
     "Rule",
     "attention",
     "convolution",
+    "counts",
     "dims",
     "matrix",
     "no_rule",
