@@ -10,6 +10,7 @@ from cpcompile.passes.finish_outputs import finish_outputs
 from cpcompile.passes.functionalise_writes import functionalise_writes
 from cpcompile.passes.lift_masks import lift_masks
 from cpcompile.passes.open_flex_attention import open_flex_attention
+from cpcompile.passes.open_products import open_products
 from cpcompile.passes.open_varlen_attention import open_varlen_attention
 from cpcompile.passes.place_tokens import place_tokens
 from cpcompile.passes.rewrite_attention import rewrite_attention
@@ -17,7 +18,7 @@ from cpcompile.passes.rewrite_dropout import rewrite_dropout
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
 
 # Still a single-device program: these only say what the attentions are.
-ANALYSIS = (functionalise_writes, open_flex_attention, open_varlen_attention, find_attention, lift_masks)
+ANALYSIS = (functionalise_writes, open_products, open_flex_attention, open_varlen_attention, find_attention, lift_masks)
 
 # From one device to the ranks of an axis; each takes the plan.
 SHARDING = (find_token_local, place_tokens, rewrite_dropout, rewrite_attention, rewrite_reductions, finish_outputs)
@@ -32,6 +33,7 @@ __all__ = [
     "functionalise_writes",
     "lift_masks",
     "open_flex_attention",
+    "open_products",
     "open_varlen_attention",
     "place_tokens",
     "rewrite_attention",

@@ -1,0 +1,55 @@
+"""Open products: `einsum` of two tensors and `baddbmm` become the operators that they are made of.
+
+before  scores = aten.einsum("bqhd,bkhd->bhqk", [q, k])
+        scores = aten.baddbmm(bias, q, k, beta=0.5)
+after   scores = aten.matmul(aten.permute(q, [0, 2, 1, 3]), aten.transpose(aten.permute(k, [0, 2, 1, 3]), -2, -1))
+        scores = aten.add(aten.bmm(q, k), aten.mul(bias, 0.5))
+
+An einsum that is no product of two tensors (a diagonal, a sum of one tensor, three tensors) stays as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from cpcompile.call import Call, value_of
+from cpcompile.emit import emit
+from cpcompile.patterns.einsum import Product
+from cpcompile.patterns.nodes import converted
+
+aten = torch.ops.aten
+
+
+def open_products(gm: fx.GraphModule) -> int:
+    """Return how many products were opened. Runs before `find_attention`."""
+    count = 0
+    for target in (aten.einsum.default, aten.baddbmm.default):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            new = einsum(Call.of(node)) if target is aten.einsum.default else baddbmm(Call.of(node))
+            if new is not None:
+                node.replace_all_uses_with(new)
+                gm.graph.erase_node(node)
+                count += 1
+    return count
+
+
+def einsum(call: Call) -> fx.Node | None:
+    """Return the product that an einsum is, or None."""
+    product = Product.of(call)
+    return None if product is None else product.write(call.node)
+
+
+def baddbmm(call: Call) -> fx.Node:
+    """Return `beta * self + alpha * batch1 @ batch2`; with beta = 0, `self` is not read."""
+    node = call.node
+    factors = (converted(node, call[name], value_of(node).dtype) for name in ("batch1", "batch2"))
+    product = emit(node, aten.bmm.default, *factors)
+    if call["alpha"] != 1:
+        product = emit(node, aten.mul.Tensor, product, call["alpha"])
+    if call["beta"] == 0:
+        return product
+    added = converted(node, call["self"], value_of(node).dtype)
+    if call["beta"] != 1:
+        added = emit(node, aten.mul.Tensor, added, call["beta"])
+    return emit(node, aten.add.Tensor, product, added)
