@@ -70,6 +70,7 @@ def zoo(
         run_all(missing, results_path, console, jobs, timeout, memory)
     except KeyboardInterrupt:
         console.print(f"interrupted: {results_path} keeps what is done; continue with --resume.")
+        raise typer.Exit(130) from None
     finish(results_path, page_path, console)
 
 

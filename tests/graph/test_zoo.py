@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -321,6 +324,16 @@ class TestCommand:
     @pytest.mark.parametrize("arguments", [["-m", "nothing"], ["--attention", "flash"]])
     def test_unknown_names(self, arguments: list[str]) -> None:
         assert CliRunner().invoke(app, arguments).exit_code == 2
+
+    def test_an_interrupted_run_keeps_what_is_done(self, tmp_path: Path) -> None:
+        arguments = ["-m", "mamba", "-m", "llama", "--attention", "sdpa", "--dense", "--output", str(tmp_path / "zoo")]
+        run = subprocess.Popen([sys.executable, "-m", "cpcompile.zoo", *arguments], stdout=subprocess.PIPE, text=True)
+        assert run.stdout is not None
+        assert run.stdout.readline().startswith("causal:mamba sdpa, dense, strict: not available")
+        run.send_signal(signal.SIGINT)
+        assert "continue with --resume" in run.communicate(timeout=120)[0]
+        assert run.returncode == 130
+        assert {r.key for r in read(tmp_path / "zoo.jsonl")} == {"causal:mamba"}
 
     @pytest.mark.slow
     def test_decoders_of_every_attention(self) -> None:
