@@ -106,7 +106,7 @@ class Lengths:
         value, tokens = size.meta["val"] if isinstance(size, fx.Node) else size, at.count(self.value)
         if isinstance(value, int) and isinstance(self.local, int):
             return int(value // tokens) * self.local
-        if not isinstance(value, int) and value.node.expr == tokens.node.expr:
+        if str(value) == str(tokens):
             return self.local
         with gm.graph.inserting_before(before):
             count = self.count(gm, at)
