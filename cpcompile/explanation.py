@@ -24,6 +24,7 @@ from cpcompile.listing import input_name, listing, operator_name
 from cpcompile.passes.lift_masks import describe
 from cpcompile.placement import Sharded
 from cpcompile.plan import Lengths
+from cpcompile.regions import regions_of
 from cpcompile.runtime.traffic import Traffic, sends, traffic
 from cpcompile.sites import attention_nodes, size_hint
 from cpcompile.transform import Transformed
@@ -45,6 +46,15 @@ class Site:
     layout: str
     forward_bytes: int
     backward_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLocal:
+    """One call of a token-local module or function: where it is, and how many operators are placed as one."""
+
+    module: str
+    line: str
+    operators: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,7 @@ class Explanation:
     layout: str
     token_inputs: Mapping[str, int]
     sites: tuple[Site, ...]
+    regions: tuple[TokenLocal, ...]
     inputs: tuple[ShardedInput, ...]
     gathered: tuple[GatheredValue, ...]
     collectives: tuple[Collective, ...]
@@ -125,6 +136,7 @@ class Explanation:
                 ],
             ),
             "",
+            *self._region_lines(),
             "sharded where",
             *table(
                 ("value", "shape", "dim", "line"),
@@ -150,6 +162,12 @@ class Explanation:
                 f"{FLOPS['cpu'] / 1e9:.0f} GFLOP/s and {BYTES['cpu'] / 1e9:.0f} GB/s on CPUs)",
             ]
         return "\n".join(lines)
+
+    def _region_lines(self) -> list[str]:
+        if not self.regions:
+            return []
+        rows = [(r.module, r.line, r.operators) for r in self.regions]
+        return [f"{len(rows)} token-local region(s)", *table(("module", "line", "operators"), rows), ""]
 
     def _gathered_lines(self) -> list[str]:
         if not self.gathered:
@@ -202,6 +220,7 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: in
         layout=plan.layout,
         token_inputs={names[name]: dim for name, dim in plan.token_dims.items()},
         sites=tuple(attention_sites(transformed)),
+        regions=tuple(TokenLocal(r.name, source_place(r.nodes[0]), len(r.nodes)) for r in regions_of(gm)),
         inputs=tuple(sharded_inputs(gm)),
         gathered=tuple(gathered_values(gm)),
         collectives=tuple(collectives(transformed)),

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from torch import fx
 
-from cpcompile.annotation import annotate
+from cpcompile.annotation import annotate, annotation
 from cpcompile.plan import Plan
 from cpcompile.regions import find_regions
 
 
 def find_token_local(gm: fx.GraphModule, *, plan: Plan) -> int:
     """Return how many regions were found. Runs before `place_tokens`, which places each as one operator."""
-    regions = find_regions(gm, plan.token_local)
-    for region in regions:
+    found = [r for r in find_regions(gm, plan.token_local) if annotation(r.nodes[0]).region != r.name]
+    for region in found:
         for node in region.nodes:
             annotate(node, region=region.name)
-    return len(regions)
+    return len(found)
