@@ -20,11 +20,12 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     """Return `gm` as ATen before dispatch, with the same inputs in the same order.
 
     Every node carries `stack_trace`, `nn_module_stack` and `val`. Raises `GraphBreakError` when `gm` is a
-    part of the model, and `CPError` for selective activation checkpointing.
+    part of the model, and `CPError` for selective activation checkpointing and for gradients of the model's own.
     """
     reason = _torch.dynamo_break_reason(gm)
     if reason is not None:
         raise GraphBreakError(describe_break(reason))
+    refuse_own_gradients(gm)
     mode, inputs = _torch.fake_inputs(example_inputs)
     try:
         traced = _torch.trace_pre_dispatch(gm, mode, inputs, unread_nodes(gm))
@@ -61,6 +62,20 @@ def refuse_untraced_tensors(gm: fx.GraphModule) -> None:
                 "Writes to the .data of a parameter and torch.associative_scan cannot be traced: write under torch.no_grad() "
                 "outside the model, or use another implementation of the layer."
             )
+
+
+def refuse_own_gradients(gm: fx.GraphModule) -> None:
+    """Refuse a `torch.autograd.Function` with inputs that take gradients: the graph holds its forward only."""
+    for graph in (module for module in gm.modules() if isinstance(module, fx.GraphModule)):
+        for node in graph.graph.nodes:
+            if getattr(node.target, "__name__", "") == "autograd_function_apply" and any(
+                getattr(given.meta.get("example_value"), "requires_grad", False) for given in node.all_input_nodes
+            ):
+                raise CPError(
+                    f"a torch.autograd.Function has a backward of its own, which cannot be sharded yet.\n\n{where(node)}\n\n"
+                    "Write it with operators that torch differentiates, or make it a custom operator "
+                    "(torch.library.custom_op with register_autograd) and register a rule for it (cpcompile.rules.rule)."
+                )
 
 
 def describe_break(reason: Any) -> str:

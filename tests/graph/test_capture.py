@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,37 @@ def test_selective_checkpointing_is_refused() -> None:
     model = SelectivelyCheckpointed()
     with pytest.raises(CPError, match="selective activation checkpointing"):
         verify(model, batch(model, 31), world_size=2)
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounds; its gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+class Rounds(RotaryLM):
+    """Has a gradient of its own inside a checkpoint."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        x = checkpoint(lambda x: StraightThrough.apply(x * 8) / 8, self.embed(input_ids), use_reentrant=False)
+        return super().forward(labels=labels, inputs_embeds=x)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_backward_of_the_models_own_is_refused() -> None:
+    model = Rounds()
+    with pytest.raises(CPError, match=r"a torch\.autograd\.Function has a backward of its own") as error:
+        verify(model, batch(model, 31), world_size=2)
+    assert "StraightThrough.apply(x * 8)" in str(error.value)
+    for parameter in model.embed.parameters():
+        parameter.requires_grad_(False)
+    verify(model, batch(model, 31), world_size=2).raise_if_wrong()
 
 
 class ClampsItsParameter(RotaryLM):
