@@ -31,6 +31,9 @@ def without(names: Names, dims: set[int]) -> Names:
     aten._log_softmax.default,
     aten.cumsum.default,
     aten.cumprod.default,
+    aten.logcumsumexp.default,
+    aten.cummax.default,
+    aten.cummin.default,
     aten.argsort.default,
     aten.flip.default,
     aten.roll.default,
@@ -53,6 +56,8 @@ def reduced_dims(call: Call) -> set[int]:
     """Return the dims that a reduction runs over."""
     rank = len(call.shape("self"))
     given = call.arguments.get("dim")
+    if given == [] and call.target in (aten.all.dims, aten.any.dims):
+        return set()
     if given is None or given == []:
         return set(range(rank))
     return {int(d) % rank for d in (given if isinstance(given, list | tuple) else [given])}
@@ -64,7 +69,15 @@ def kept(call: Call) -> Names:
     return tuple(None if i in dims else name for i, name in enumerate(dims_of(call)) if keep or i not in dims)
 
 
-@rule(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
+@rule(
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.nansum.default,
+    aten.mean.default,
+    aten.mean.dim,
+    aten.count_nonzero.default,
+    aten.count_nonzero.dim_IntList,
+)
 def total(call: Call) -> Indices:
     """[... d] -> [...], a partial sum when d is the tokens"""
     return Indices({"self": dims_of(call)}, (kept(call),), summed=True, padding={"self": 0.0})
@@ -73,17 +86,35 @@ def total(call: Call) -> Indices:
 @rule(
     aten.amax.default,
     aten.amin.default,
+    aten.max.default,
+    aten.min.default,
     aten.argmax.default,
     aten.argmin.default,
     aten.logsumexp.default,
+    aten.all.default,
     aten.all.dim,
+    aten.all.dims,
+    aten.any.default,
     aten.any.dim,
+    aten.any.dims,
     aten.max.dim,
     aten.min.dim,
+    aten.var.default,
+    aten.var.dim,
     aten.var.correction,
+    aten.std.default,
+    aten.std.dim,
     aten.std.correction,
+    aten.var_mean.default,
+    aten.var_mean.dim,
+    aten.var_mean.correction,
+    aten.std_mean.default,
+    aten.std_mean.dim,
+    aten.std_mean.correction,
+    aten.norm.Scalar,
     aten.norm.ScalarOpt_dim,
     aten.linalg_vector_norm.default,
+    aten.prod.default,
     aten.prod.dim_int,
 )
 def reduction(call: Call) -> Indices:

@@ -462,6 +462,9 @@ def embedding(target: Any, s: int) -> Iterator[Case]:
     aten._log_softmax.default,
     aten.cumsum.default,
     aten.cumprod.default,
+    aten.logcumsumexp.default,
+    aten.cummax.default,
+    aten.cummin.default,
     aten.glu.default,
     aten.argsort.default,
     aten.sort.default,
@@ -488,11 +491,25 @@ def along_dim(target: Any, s: int) -> Iterator[Case]:
 REDUCTIONS_OF_ONE_DIM = (
     aten.argmax.default, aten.argmin.default, aten.all.dim, aten.any.dim, aten.max.dim, aten.min.dim, aten.prod.dim_int,
 )  # fmt: skip
+OF_TRUTH = (aten.all.default, aten.all.dim, aten.all.dims, aten.any.default, aten.any.dim, aten.any.dims)
+
+
+def reduced_values(target: Any, *shape: int) -> list[torch.Tensor]:
+    """Return what a reduction is tried on: numbers with ties and with zeros, and what else it takes."""
+    ties = torch.randint(-1, 2, shape).double()
+    if target in OF_TRUTH:
+        return [ties, ties > 0, torch.ones(shape, dtype=torch.uint8), torch.zeros(shape)]
+    if target in (aten.var.correction, aten.linalg_vector_norm.default, aten.logsumexp.default):
+        return [x(*shape), torch.zeros(shape, dtype=torch.float64)]
+    return [x(*shape), ties]
 
 
 @cases(
     *REDUCTIONS_OF_ONE_DIM,
+    aten.all.dims,
+    aten.any.dims,
     aten.sum.dim_IntList,
+    aten.nansum.default,
     aten.mean.dim,
     aten.amax.default,
     aten.amin.default,
@@ -500,41 +517,97 @@ REDUCTIONS_OF_ONE_DIM = (
 )
 def reduction(target: Any, s: int) -> Iterator[Case]:
     is_single = target in REDUCTIONS_OF_ONE_DIM
-    for shape, dim in (((B, s, 4), -1), ((B, s, 4), 1), ((s, s, 2), 0), ((4, 2 * s), 0)):
-        yield Case(target, (x(*shape), dim if is_single else [dim], True))
-        yield Case(target, (x(*shape), dim if is_single else [dim]))
+    for shape, dim in (((B, s, 4), -1), ((B, s, 4), 1), ((s, s, 2), 0), ((4, 2 * s), 0), ((3, 4 * s), 1)):
+        for given in reduced_values(target, *shape):
+            yield Case(target, (given, dim if is_single else [dim], True))
+            yield Case(target, (given, dim if is_single else [dim]))
     if not is_single:
         yield Case(target, (x(B, s, 4), [0, 2]))
         yield Case(target, (x(B, s, 4), [0, 1], True))
-    if target in (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default):
+        yield Case(target, (x(B, 2 * s, 4), [2, 1]))
+    if target in (
+        aten.sum.dim_IntList,
+        aten.mean.dim,
+        aten.amax.default,
+        aten.amin.default,
+        aten.any.dims,
+        aten.all.dims,
+    ):
         yield Case(target, (x(B, s, 4), []))
     if target in (aten.sum.dim_IntList, aten.mean.dim):
         yield Case(target, (integers(B, s, 4, high=9), [1]), {"dtype": torch.float64})
     if target in (aten.argmax.default, aten.argmin.default):
         yield Case(target, (x(B, s, 4),))
+        yield Case(target, (torch.randint(0, 2, (B, 2 * s, 2)), None, True))
+    if target in (aten.max.dim, aten.amin.default, aten.amax.default, aten.argmin.default):
+        if target is not aten.argmin.default:
+            yield Case(target, (torch.randint(0, 2, (B, s)).bool(), 1))
+        yield Case(target, (torch.full((B, s), torch.iinfo(torch.int64).max - 1), 1))
+        yield Case(target, (torch.full((B, s), -float("inf")), 1))
 
 
-@cases(aten.sum.default, aten.mean.default)
+@cases(
+    aten.sum.default,
+    aten.mean.default,
+    aten.max.default,
+    aten.min.default,
+    aten.all.default,
+    aten.any.default,
+    aten.prod.default,
+)
 def total(target: Any, s: int) -> Iterator[Case]:
-    yield Case(target, (x(B, s, 4),))
-    yield Case(target, (x(2 * s, s),))
-    yield Case(target, (integers(B, s, high=9),), {"dtype": torch.float64})
+    for shape in ((B, s, 4), (2 * s, s), (s,)):
+        for given in reduced_values(target, *shape):
+            yield Case(target, (given,))
+    if target in (aten.sum.default, aten.mean.default, aten.prod.default):
+        yield Case(target, (integers(B, s, high=9),), {"dtype": torch.float64})
 
 
-@cases(aten.var.correction, aten.std.correction)
+@cases(aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
+def count_nonzero(target: Any, s: int) -> Iterator[Case]:
+    for dim in (1, 2) if target is aten.count_nonzero.default else ([1], [0, 1], [2]):
+        yield Case(target, (integers(B, s, 4, high=2), dim))
+    if target is aten.count_nonzero.default:
+        yield Case(target, (integers(B, 2 * s, high=2).bool(),))
+
+
+@cases(aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction)
 def variance(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, 4), [-1]), {"correction": 0, "keepdim": True})
     yield Case(target, (x(s, s, 4), [2]))
     yield Case(target, (x(B, s, 4), [1]))
+    yield Case(target, (x(B, 2 * s, 4), [0, 1]), {"correction": 0.5, "keepdim": True})
     yield Case(target, (x(B, s, 4),))
+    yield Case(target, (torch.ones(B, s, 4, dtype=torch.float64), [1]))
 
 
-@cases(aten.norm.ScalarOpt_dim, aten.linalg_vector_norm.default)
+@cases(
+    aten.var.default,
+    aten.var.dim,
+    aten.std.default,
+    aten.std.dim,
+    aten.var_mean.default,
+    aten.var_mean.dim,
+    aten.std_mean.default,
+    aten.std_mean.dim,
+)
+def variance_of_old(target: Any, s: int) -> Iterator[Case]:
+    for arguments in ((False,), (True,)) if target._overloadname == "default" else (([1], False, True), ([1, 2],)):
+        yield Case(target, (x(B, s, 4), *arguments))
+
+
+@cases(aten.norm.ScalarOpt_dim, aten.linalg_vector_norm.default, aten.norm.Scalar)
 def norm_of_dims(target: Any, s: int) -> Iterator[Case]:
-    for shape, dim in (((B, s, 4), -1), ((s, s, 4), 2), ((B, s, 4), 1)):
-        yield Case(target, (x(*shape), 2, [dim], True))
+    for order in (2, 1, float("inf"), -float("inf"), 0, 3):
+        if target is aten.norm.Scalar:
+            yield Case(target, (x(B, s, 4) - 0.5, order))
+            yield Case(target, (x(4 * s) - 0.5, order))
+            continue
+        for shape, dim in (((B, s, 4), -1), ((s, s, 4), 2), ((B, s, 4), 1), ((B, 2 * s, 4), 1)):
+            yield Case(target, (x(*shape) - 0.5, order, [dim], True))
     if target is aten.linalg_vector_norm.default:
         yield Case(target, (x(B, s, 4),))
+        yield Case(target, (torch.zeros(B, s, 4, dtype=torch.float64), 2, [1]))
 
 
 @cases(aten.layer_norm.default, aten.rms_norm.default)

@@ -115,7 +115,75 @@ def convolved_in_two_dims(x: Tensor) -> Tensor:
     return F.conv2d(x[:, None], weight, padding=(1, 0)).tanh().sum((1, 3))[..., None] * x
 
 
+def sums_so_far(x: Tensor) -> Tensor:
+    return x.cumsum(1).tanh() + torch.logcumsumexp(x, 1) * (x > 0).cumsum(1)
+
+
+def products_so_far(x: Tensor) -> Tensor:
+    return (x[:, 1:] + 1.5).cumprod(1).tanh()
+
+
+def extremes_so_far(x: Tensor) -> Tensor:
+    values, indices = x[:, 2:-1].cummax(1)
+    return values * indices + x.cummin(1).values[:, 2:-1]
+
+
+def sums_before(x: Tensor) -> Tensor:
+    """The sum of all tokens before each one."""
+    return F.pad(x, (0, 0, 1, 0)).cumsum(1)[:, :-1] * x
+
+
+def extremes(x: Tensor) -> Tensor:
+    return x * x.amax(1, keepdim=True) + x.min(dim=1, keepdim=True).values + x.max() + x.amin((0, 1))
+
+
+def indices_of_extremes(x: Tensor) -> Tensor:
+    values, indices = x[:, 1:-2].max(1)
+    return values * indices + x[..., 0].argmin() + x.argmax()
+
+
+def extremes_of_all_rows(x: Tensor) -> Tensor:
+    return x.flatten(0, 1).amax(0).tanh() + x.view(-1).argmax()
+
+
+def truths(x: Tensor) -> Tensor:
+    seen = (x > 0)[:, 1:]
+    return (
+        x * seen.any(1, keepdim=True)
+        + x * (x > -5).all()
+        + seen.sum()
+        + seen.all((0, 1))
+        + seen.count_nonzero(1)[:, None]
+    )
+
+
+def spreads(x: Tensor) -> Tensor:
+    spread, mean = torch.var_mean(x, 1, keepdim=True)
+    return (x - mean) / spread + x[:, 1:].std() + x.var((0, 1), correction=0)
+
+
+def norms(x: Tensor) -> Tensor:
+    return x / x.norm(dim=1, keepdim=True) + x.norm(1) + x[:, 2:].norm(float("inf"), dim=(0, 1))
+
+
+def weights_over_tokens(x: Tensor) -> Tensor:
+    """Attention pooling."""
+    weights = x[..., :1].softmax(1)
+    return (weights * x).sum(1).tanh() * x.logsumexp(1) + x[:, 1:].log_softmax(1).mean(1) + (x[:, :-1] / 9).prod(1)
+
+
 FUNCTIONS = [
+    sums_so_far,
+    products_so_far,
+    extremes_so_far,
+    sums_before,
+    extremes,
+    indices_of_extremes,
+    extremes_of_all_rows,
+    truths,
+    spreads,
+    norms,
+    weights_over_tokens,
     convolved,
     convolved_after_padding,
     convolved_centred,
