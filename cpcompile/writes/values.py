@@ -39,7 +39,6 @@ class Values:
         self.roots: dict[fx.Node, fx.Node] = {}
         self.versions: dict[fx.Node, int] = {}
         self._current: dict[fx.Node, dict[bool, tuple[int, fx.Node]]] = {}
-        self._made_recording: dict[fx.Node, bool] = {}
         self._same: dict[fx.Node, fx.Node] = {}
         self._differentiable: dict[fx.Node, bool] = {}
         self._own_gradient: set[fx.Node] = set()
@@ -71,12 +70,10 @@ class Values:
             root = self.roots[source]
         self.roots[node] = root
         version = self.versions.setdefault(root, 0)
-        self._made_recording[node] = self.is_recording
         self._current[node] = {True: (version, node), False: (version, node)}
 
     def _own(self, node: fx.Node, memory: set[int]) -> None:
-        if node.op == "get_attr":
-            raise NoRule(refusal(node, "tracing lost a tensor whose memory is written (`x.data`; use `x.detach()`)"))
+        assert node.op != "get_attr", "constants are copied before they are written"
         others = [self.owners.setdefault(m, node) for m in memory]
         if any(other is not node for other in others):
             raise NoRule(refusal(node, f"it shares the memory of {others[0].name}, which is written"))
@@ -117,8 +114,8 @@ class Values:
             self._keep(changed_node, new, modes)
 
     def _across(self, view: fx.Node, old: fx.Node, new: fx.Node, before: fx.Node) -> fx.Node:
-        """Return the new value of what `view` is a view of: no gradient passes a view without gradients."""
-        if not self.is_recording or not self._stops_gradient(view):
+        """Return the new value of what `view` is a view of: no gradient passes a view by `detach`."""
+        if not self.is_recording or view.target is not aten.detach.default:
             return new
         if self.is_differentiable(new):
             self._own_gradient.add(view)
@@ -126,7 +123,10 @@ class Values:
         return self.with_gradient_of(old, new, before) if self.is_differentiable(old) else new
 
     def with_gradient_of(self, old: fx.Node, new: fx.Node, before: fx.Node) -> fx.Node:
-        """Return the value of `new` with the gradient of `old`, as a write without gradients leaves it."""
+        """Return the value of `new` with the gradient of `old`, as a write without gradients leaves it.
+
+        Exact where `old` is finite: what is added is 0 then, and NaN elsewhere.
+        """
         if not self.is_differentiable(old):
             return new
         zero = self._emit(before, aten.sub.Tensor, old, self._emit(before, aten.detach.default, old))
@@ -164,12 +164,7 @@ class Values:
 
         value = replay(before, node, *fx.map_arg(self.arguments[node], argument))
         keep_source(value, node)
-        if self.is_recording and not self._made_recording[node] and self.is_differentiable(value):
-            value = self._emit(before, aten.detach.default, value)
         return value
-
-    def _stops_gradient(self, view: fx.Node) -> bool:
-        return view.target is aten.detach.default or not self._made_recording[view]
 
     def _keep(self, node: fx.Node, value: fx.Node, modes: tuple[bool, ...]) -> None:
         self.is_differentiable(value)
