@@ -6,16 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from cpcompile import NoRule
 from cpcompile.call import Call
 from cpcompile.capture import capture
+from cpcompile.config import Config
+from cpcompile.dynamo import by_name, compile_whole
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.lift_masks import describe, lift_masks
 from cpcompile.passes.open_varlen_attention import open_varlen_attention
+from cpcompile.verification import LockstepBackend, default_objective, run_and_differentiate
 
 Tensor = torch.Tensor
 H, D = 4, 8
@@ -115,6 +118,35 @@ def given(gm: fx.GraphModule, arguments: list[Tensor]) -> list[Any]:
     """Return the arguments with the number of tokens for each size among the inputs."""
     rest = iter(arguments)
     return [next(rest) if isinstance(n.meta["val"], Tensor) else T for n in gm.graph.find_nodes(op="placeholder")]
+
+
+class PackedLM(nn.Module):
+    """One packed row of tokens, without a batch dim; `by_hand` attends sequence by sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.qkv, self.head = nn.Embedding(13, 8), nn.Linear(8, 24), nn.Linear(8, 13)
+        self.by_hand = False
+
+    def forward(self, input_ids: Tensor, labels: Tensor, cu_seq: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        q, k, v = (t.unflatten(-1, (2, 4)) for t in self.qkv(x).chunk(3, -1))
+        if self.by_hand:
+            y = sequence_by_sequence(q, k, v, -1, 0, None)
+        else:
+            y = varlen_attn(q, k, v, cu_seq, cu_seq, 6, 6, window_size=(-1, 0))
+        return cross_entropy(self.head(x + y.flatten(-2)), labels)
+
+
+def test_a_model_of_packed_sequences_is_exact_on_three_ranks() -> None:
+    model, config = PackedLM().double(), Config(token_dims={"input_ids": 0, "labels": 0})
+    inputs = {"input_ids": torch.arange(T) % 13, "labels": torch.arange(T) * 5 % 13, "cu_seq": CU_SEQ}
+    forward = compile_whole(model.forward, LockstepBackend(config, 3, False), config)
+    found = run_and_differentiate(model, forward, by_name(model.forward, inputs), default_objective, config)
+    model.by_hand = True
+    wanted = run_and_differentiate(model, model.forward, inputs, default_objective)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
 
 
 def test_other_keys_are_refused() -> None:
