@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import traceback
-from types import TracebackType
 
 import torch
 
@@ -29,9 +28,16 @@ def classify(error: BaseException) -> tuple[str, str, str]:
             return REFUSED, normalise(first_line(error)), detail_of(error)
         case torch._dynamo.exc.BackendCompilerFailed():
             return CRASH, crash_reason(error.inner_exception), shorten(str(error.inner_exception))
-        case torch._dynamo.exc.TorchDynamoException():
-            return NOT_CAPTURED, f"Dynamo: {normalise(first_line(error))}", shorten(str(error))
+        case _ if is_from_dynamo(error):
+            return NOT_CAPTURED, f"Dynamo: {type(error).__name__}: {normalise(first_line(error))}", shorten(str(error))
     return CRASH, crash_reason(error), shorten(str(error))
+
+
+def is_from_dynamo(error: BaseException) -> bool:
+    """Tell whether Dynamo gave up on the model's own code: nothing of ours ran but the call of the compiled model."""
+    own = own_frames(error)
+    is_from_tracing = any("/torch/_dynamo/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    return is_from_tracing and (not own or own[-1].filename.endswith("/cpcompile/dynamo.py"))
 
 
 def own_failure(error: BaseException) -> tuple[str, str, str]:
@@ -70,17 +76,23 @@ def crash_reason(error: BaseException) -> str:
 
 def last_frame(error: BaseException) -> str:
     """Return file and function of the innermost frame in cpcompile, or else of the innermost frame."""
-    trace: TracebackType | None = error.__traceback__
-    frames = traceback.extract_tb(trace)
-    own = [frame for frame in frames if re.search(r"/(cpcompile|passes)/(?!zoo/)", frame.filename)]
+    frames = own_frames(error) or traceback.extract_tb(error.__traceback__)
     if not frames:
         return "no traceback"
-    frame = (own or frames)[-1]
+    frame = frames[-1]
     return f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.name}"
+
+
+def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames in cpcompile, without those of the zoo."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if re.search(r"/(cpcompile|passes)/(?!zoo/)", frame.filename)]
 
 
 # What differs between models with the same cause: nodes, shapes, symbols, numbers.
 _DIFFERENCES = (
+    (re.compile(r" \(inputs of this graph: [^)]*\)"), ""),
+    (re.compile(r"(?<=\w\.) [A-Z].*"), ""),  # what comes after the first sentence
     (re.compile(r"^%?(\w+) : (\[num_users=\d+\] )?= "), ""),
     (re.compile(r"0x[0-9a-f]+"), "0x.."),
     (re.compile(r"\[[-\w\s,*+/().]*\d[-\w\s,*+/().]*\]"), "[..]"),

@@ -191,6 +191,14 @@ class TestClassification:
         )
         assert classify(Unsound("two runs of the model differ"))[0] == NOT_CAPTURED
 
+    def test_what_dynamo_cannot_trace_is_not_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("in the middle of tracing")
+
+        monkeypatch.setattr("torch._dynamo.symbolic_convert.InstructionTranslator.run", refuse)
+        (result,) = outcomes("causal:llama", STRICT)
+        assert (result.outcome, result.reason) == (NOT_CAPTURED, "Dynamo: AssertionError: in the middle of tracing")
+
     def test_what_is_missing_is_not_available(self) -> None:
         first, second = outcomes("causal:mamba", STRICT, PACKED)
         assert (first.outcome, first.reason) == (NOT_AVAILABLE, "does not offer sdpa")
@@ -214,6 +222,7 @@ class TestClassification:
             == classify(second)[1]
             == ("aten.view.default cannot keep its operands sharded: [..] -> [..] moves tokens.")
         )
+        assert normalise("cannot tell (inputs of this graph: x [1, 2]). Name it.") == "cannot tell."
         assert normalise("aten.conv1d.default of mul_12 with 4 taps") == "aten.conv1d.default of mul with N taps"
 
 
