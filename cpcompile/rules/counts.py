@@ -55,3 +55,33 @@ def added_in_bins(call: Call, operands: Mapping[str, Sharded], length: Any) -> D
 
     padding = {source: 0.0, "index": 0.0}
     return Decision({**wanted, "self": FULL}, (PARTIAL if is_sum else FULL,), padding=padding, lower=lower)
+
+
+@rule(aten.bincount.default)
+def bins(call: Call) -> Indices:
+    """[a] -> [bins], closed along a"""
+    return Indices({name: (None,) for name, _ in call.operands()}, ((None,),))
+
+
+@along_tokens(aten.bincount.default)
+def counted(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """every rank counts its tokens in `minlength` bins; a larger number than that is an error when it comes"""
+    count, (at, *_) = call["minlength"], operands.values()
+    if (
+        set(operands) != {"self"}
+        or call["weights"] is not None
+        or at.reaches_outside
+        or not isinstance(count, int)
+        or count == 0
+    ):
+        return None
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        numbers = writer.insert(aten.to.dtype, writer.call["self"], torch.int64)
+        places = writer.insert(aten.add.Tensor, numbers, 1)  # padding, which holds -1, has the first one
+        zeros = writer.insert(aten.new_zeros.default, places, [count + 1])
+        ones = writer.insert(aten.ones_like.default, places)
+        counts = writer.insert(aten.scatter_add.default, zeros, 0, places, ones)
+        return [writer.insert(aten.slice.Tensor, counts, 0, 1)]
+
+    return Decision({"self": at}, (PARTIAL,), padding={"self": -1.0}, lower=lower)
