@@ -48,7 +48,7 @@ def write_operator(found: Attention) -> None:
     k, v = unrepeated(end, found.k), unrepeated(end, found.v)
     if num_heads(k) != num_heads(v):
         k, v = found.k, found.v
-    operands = [found.q, k, v, found.mask]
+    operands = [found.q, k, v, with_rows(end, found.mask)]
     if value_of(end).dim() == 3:
         operands = [as_one_head(end, node) for node in operands]
     settings = (found.scale, found.is_causal, 0, found.softcap, 0.0)
@@ -64,6 +64,13 @@ def replace_by(found: Attention, new: fx.Node) -> None:
     # Dropout and operators in place are not dead code to fx, even when nothing uses them.
     for node in reversed(found.nodes):
         node.graph.erase_node(node)
+
+
+def with_rows(before: fx.Node, mask: fx.Node | None) -> fx.Node | None:
+    """Return a mask with a dim of queries, also one that is the same for all of them."""
+    while mask is not None and value_of(mask).dim() < 2:
+        mask = emit(before, aten.unsqueeze.default, mask, 0)
+    return mask
 
 
 def as_one_head(before: fx.Node, node: fx.Node | None) -> fx.Node | None:

@@ -125,6 +125,31 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Mixer(nn.Module):
+    """Mixes tokens in every way but attention alone: shifts, a convolution, scans, pooling, look-ups and attention written out."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.block = nn.Embedding(VOCABULARY, width), Block(width, 4, 2, is_rotary=True)
+        self.convolution = nn.Conv1d(width, width, 4, padding=3, groups=width)
+        self.mix, self.head = nn.Linear(width, width), nn.Linear(width, VOCABULARY)
+        self.classifier = nn.Linear(width, 1)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.embed(input_ids)
+        x = x + 0.5 * F.pad(x, (0, 0, 1, -1))  # the token before
+        x = x + F.silu(self.convolution(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+        x = self.block(x)
+        count = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
+        x = x + self.mix(x.cumsum(1) / count).tanh() * x.roll(3, 1)
+        scores = x @ x.transpose(1, 2) / x.shape[-1]
+        x = x + (scores + 0.01 * torch.arange(x.shape[1], device=x.device)).softmax(-1) @ x.flip(1)
+        pooled = torch.cat([x.amax(1), x[:, -1], x[torch.arange(len(x), device=x.device), labels[:, -1] % 7]])
+        logits = self.head(x)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss + self.classifier(pooled).pow(2).mean(), "logits": logits}
+
+
 def rotate(x: Tensor) -> Tensor:
     """Return `x` `[B, H, S, D]` with each pair of features turned by an angle that grows with the position."""
     half = x.shape[-1] // 2
@@ -143,6 +168,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "gemma2": gemma2,
     "nanogpt": NanoGPT,
     "rotary": RotaryLM,
+    "mixer": Mixer,
 }
 
 

@@ -1,4 +1,5 @@
-"""One process for each GPU, over NCCL: loss and every gradient of a small Llama in float32 and bfloat16.
+"""One process for each GPU, over NCCL: loss and every gradient of a small Llama, and of a model that mixes tokens
+in other ways, in float32 and bfloat16.
 
     python -m pytest tests/gpu -m gpu
 
@@ -25,7 +26,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import cpcompile
-from tests.models import batch, error, errors, gradients, llama, loss_of
+from tests.models import Mixer, batch, error, errors, gradients, llama, loss_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
 
@@ -50,6 +51,7 @@ class Case:
     layout: str
     inner: str
     dtype: str
+    model: str = "llama"
 
     def __str__(self) -> str:
         return "-".join(asdict(self).values())
@@ -60,7 +62,10 @@ CASES = [
     *(Case(strategy, "zig_zag", "eager", "float32") for strategy in STRATEGIES),
     *(Case(strategy, "zig_zag", "inductor", "bfloat16") for strategy in STRATEGIES),
     Case("ring", "contiguous", "inductor", "float32"),
+    *(Case("ring", layout, "eager", "float32", "mixer") for layout in LAYOUTS),
+    Case("ulysses", "zig_zag", "inductor", "bfloat16", "mixer"),
 ]
+BUILD = {"llama": lambda: llama(**SIZES), "mixer": lambda: Mixer(256)}
 
 
 def step(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -84,7 +89,7 @@ def run_case(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
     models = []
     for _ in range(3):
         torch.manual_seed(0)
-        models.append(llama(**SIZES).to(mesh.device_type, dtype))
+        models.append(BUILD[case.model]().to(mesh.device_type, dtype))
     model, alone, exact = models[0], models[1], models[2].double()
     cpcompile.apply(model, mesh, strategy=case.strategy, balancer=case.layout, inner=case.inner)
     found: dict[str, Any] = {"eps": torch.finfo(dtype).eps, "lengths": {}}

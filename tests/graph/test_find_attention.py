@@ -216,6 +216,7 @@ def test_written_out_forms(name: str) -> None:
 MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "added": lambda s, m: s + torch.where(m, 0.0, -30.0).double(),
     "added first": lambda s, m: torch.where(m, 0.0, -30.0).double() + s,
+    "one for all rows": lambda s, m: s + m[0].double(),
     "added in place": lambda s, m: s.add_(torch.where(m, 0.0, -30.0).double()),
     "filled": lambda s, m: s.masked_fill(~m, float("-inf")),
     "filled in place": lambda s, m: s.masked_fill_(~m, float("-inf")),
