@@ -703,6 +703,10 @@ def scatter(target: Any, s: int) -> Iterator[Case]:
     ):
         index = torch.rand(base).argsort(dim)[tuple(slice(0, size) for size in shape)].contiguous()
         yield Case(target, (x(*base), dim, index, 0.5 if is_value else x(*shape), *last))
+    if target is aten.scatter_add.default:
+        yield Case(target, (x(4), 0, integers(s, high=4), x(s)))
+        yield Case(target, (x(4, 3), 0, integers(2 * s, 3, high=4), x(2 * s, 3)))
+        yield Case(target, (x(B, 4, 3), 1, integers(B, s, 3, high=4), x(B, s, 3)))
 
 
 @cases(aten.index_add.default, aten.index_copy.default, aten.index_reduce.default)
@@ -711,6 +715,9 @@ def index_add(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, 5), 2, torch.tensor([3, 0]), x(B, s, 2), *last))
     yield Case(target, (x(3, s, 5), -3, torch.tensor([2, 0]), x(2, s, 5), *last))
     yield Case(target, (x(B, s, 5), 1, torch.arange(s).flip(0), x(B, s, 5), *last))
+    if target is aten.index_add.default:
+        yield Case(target, (x(B, 4, 3), 1, integers(s, high=4), x(B, s, 3)), {"alpha": 0.5})
+        yield Case(target, (x(4), 0, integers(2 * s, high=4), x(2 * s)))
 
 
 @cases(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
@@ -746,3 +753,16 @@ def settings(seed: int, count: int) -> list[tuple[int, int, str]]:
     """Return (length, ranks, layout) drawn at random, without repetition."""
     lengths, ranks, layouts = (2, 3, 5, 6, 8, 12), (1, 2, 3, 4, 8), ("contiguous", "zig_zag")
     return random.Random(seed).sample(list(itertools.product(lengths, ranks, layouts)), count)
+
+
+@cases(aten.histc.default)
+def histc(target: Any, s: int) -> Iterator[Case]:
+    for shape in ((B, s), (s,), (2 * s, 3)):
+        yield Case(target, (integers(*shape, high=9).double(), 5, 0, 4))
+        yield Case(target, (x(*shape), 4, -1.0, 0.5))
+
+
+@cases(aten.bincount.default)
+def bincount(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (integers(s, high=5), None, 5))
+    yield Case(target, (integers(2 * s, high=4).int(), None, 7))
