@@ -7,16 +7,17 @@ Sizes never decide: a 64 that is no token count stays one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
+from torch import fx
 
 from cpcompile.call import Call
 from cpcompile.placement import Sharded
-from cpcompile.rules.registry import Decision, Local, no_rule, register
+from cpcompile.rules.registry import Decision, Local, Lowering, no_rule, register
 
 aten = torch.ops.aten
 
@@ -86,11 +87,29 @@ class ViewRule:
 register(ViewRule("size"), aten.view.default, aten._unsafe_view.default)
 register(ViewRule("shape"), aten.reshape.default)
 register(ViewRule("sizes"), aten.unflatten.int)
-register(
-    ViewRule(None),
-    aten.flatten.using_ints,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-)
+register(ViewRule(None), aten.flatten.using_ints, aten.unsqueeze.default)
+
+
+@dataclass(frozen=True, slots=True)
+class SqueezeRule(ViewRule):
+    """A squeeze drops the dims that have one entry in the whole tensor: a rank that holds one token keeps its dim."""
+
+    notation: str = "[a 1 b] -> [a b]"
+
+    def _decision(self, call: Call, at: Sharded, result: Sharded) -> Decision:
+        shape = call.shape("self")
+        asked = call["dim"] if "dim" in call else range(len(shape))
+        dims = [dim % len(shape) for dim in ([asked] if isinstance(asked, int) else asked)]
+        if at.dim not in dims:
+            return Decision({"self": at}, (result,))
+        single = [dim for dim in dims if isinstance(shape[dim], int) and shape[dim] == 1]
+        if at.dim in single:
+            raise no_rule(call, {"self": at}, "the dim of the tokens is dropped", self.notation)
+
+        def lower(writer: Lowering) -> Sequence[fx.Node]:
+            return [writer.insert(aten.squeeze.dims, writer.call["self"], single)]
+
+        return Decision({"self": at}, (result,), lower=lower)
+
+
+register(SqueezeRule(None), aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)

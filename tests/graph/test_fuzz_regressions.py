@@ -65,3 +65,15 @@ def test_write_through_one_token() -> None:
 
     for balancer in ("contiguous", "zig_zag"):
         exact(Written(), ids(2, 7), 3, balancer=balancer, strict=False)
+
+
+def test_squeeze_where_each_rank_holds_one_token() -> None:
+    """A dim of 8 tokens is no dim of 1 for the rank that holds one of them."""
+
+    class Squeezed(Small):
+        def between(self, x: Tensor) -> Tensor:
+            return x.squeeze(1) + x.squeeze() + x.unsqueeze(0).squeeze((0, 2))
+
+    for dynamic in (True, False):
+        torch._dynamo.reset()
+        exact(Squeezed(), ids(2, 8), 8, dynamic=dynamic, balancer="contiguous")
