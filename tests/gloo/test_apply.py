@@ -83,7 +83,7 @@ def check_lengths(
     [(2, "zig_zag", "eager"), (3, "contiguous", "eager"), (2, "zig_zag", "aot_eager"), (2, "contiguous", "inductor")],
 )
 def test_operators_along_the_tokens(pool: Any, world_size: int, layout: str, inner: str) -> None:
-    # Inductor compiles a convolution for each length, on one device too.
+    # Inductor compiles the gradient of a convolution for each length, on one device too.
     graphs = len(LENGTHS) if inner == "inductor" else 1
     check_lengths(pool, world_size, "mixer", {}, graphs=graphs, balancer=layout, inner=inner)
 
