@@ -47,9 +47,10 @@ def find_token_dims(gm: fx.GraphModule, inputs: Mapping[str, str], declared: Map
     found = found or {name: node.meta["val"].dim() - 1 for name, node in tensors.items() if is_looked_up(node)}
     if not found:
         listed = ", ".join(f"{inputs[name]} {list(node.meta['val'].shape)}" for name, node in tensors.items()) or "none"
+        example = next((inputs[name] for name, node in tensors.items() if node.meta["val"].dim() > 1), "x")
         raise InputError(
             f"cannot tell which input holds the tokens (inputs of this graph: {listed}). Name it and the dim of its tokens, e.g. "
-            "token_dims={'x': 1}. If the model was cut by a graph break, remove the break (fullgraph=True shows it)."
+            f"token_dims={{{example!r}: 1}}. If the model was cut by a graph break, remove the break (fullgraph=True shows it)."
         )
     return found | labels_of_another_sequence(tensors, inputs, found)
 

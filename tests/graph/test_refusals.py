@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cpcompile import ConfigError, CPError, GraphBreakError, InputError, NoRule, explain
 from tests.graph.small_models import Logits, TinyLM, batch
@@ -36,11 +37,26 @@ def refused(model: torch.nn.Module, inputs: dict[str, Any] = IDS, **options: Any
 
 ALONG_TOKENS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "no rule": (lambda x: torch.linalg.inv(x @ x.mT), "torch.linalg.inv(x @ x.mT)", "no rule for this operator"),
-    "spectrum": (lambda x: torch.fft.rfft(x, dim=1).abs(), "torch.fft.rfft", "no rule for this operator"),
-    "running sum": (lambda x: x.cumsum(1), "x.cumsum(1)", "runs over the tokens of the whole sequence"),
-    "softmax": (lambda x: x.softmax(1), "x.softmax(1)", "runs over the tokens of the whole sequence"),
-    "maximum": (lambda x: x.amax(1), "x.amax(1)", "runs over the tokens of the whole sequence"),
-    "sort": (lambda x: x.sort(1)[0], "x.sort(1)[0]", "runs over the tokens of the whole sequence"),
+    "spectrum": (
+        lambda x: torch.fft.rfft(x, dim=1).abs(),
+        "torch.fft.rfft",
+        "each of its results depends on all tokens",
+    ),
+    "sort": (lambda x: x.sort(1)[0], "x.sort(1)[0]", "needs the order of all tokens by value"),
+    "largest": (lambda x: x.topk(3, 1)[0], "x.topk(3, 1)[0]", "needs the order of all tokens by value"),
+    "middle": (lambda x: x + x.median(), "x.median()", "needs the order of all tokens by value"),
+    "drawn": (lambda x: x + torch.rand_like(x), "torch.rand_like(x)", "draw them before the model"),
+    "stride": (
+        lambda x: F.conv1d(x.mT, x.new_ones(8, 8, 2), stride=2).mT,
+        "stride=2",
+        "a stride of 2 along the tokens",
+    ),
+    "pool": (
+        lambda x: F.avg_pool1d(x.mT, 2).mT,
+        "F.avg_pool1d(x.mT, 2)",
+        "a pool along the tokens leaves fewer tokens",
+    ),
+    "norm": (lambda x: F.instance_norm(x.mT).mT, "F.instance_norm(x.mT)", "mean and variance run over the tokens"),
     "view": (
         lambda x: x.reshape(x.shape[0] * 4, -1, 8),
         "x.reshape(x.shape[0] * 4, -1, 8)",
@@ -61,8 +77,8 @@ def test_operator_along_tokens(function: Callable[[Tensor], Tensor], line: str, 
 
 
 def test_refusals_are_value_errors() -> None:
-    with pytest.raises(ValueError, match="softmax") as error:
-        explain(Applied(lambda x: x.softmax(1)), IDS, world_size=2)
+    with pytest.raises(ValueError, match="topk") as error:
+        explain(Applied(lambda x: x.topk(3, 1)[0]), IDS, world_size=2)
     assert type(error.value) is NoRule
 
 
@@ -111,7 +127,7 @@ class Named(TinyLM):
 def test_no_token_input() -> None:
     text = refused(Named(), {"features": torch.rand(2, 8, 8)})
     assert "cannot tell which input holds the tokens (inputs of this graph: features [2, 8, 8])" in text
-    assert "token_dims={'x': 1}" in text
+    assert "token_dims={'features': 1}" in text
     explain(Named(), {"features": torch.rand(2, 8, 8)}, world_size=2, token_dims={"features": 1})
 
 
