@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -60,11 +61,27 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], con
     compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=None if config.dynamic else False)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        install_recorders(getattr(function, "__self__", None), kwargs)
         # DDP has Dynamo cut the model into a graph for each bucket; the parts could not be sharded.
         with clear_errors(), _torch.tracing_one_graph(), torch._dynamo.config.patch(optimize_ddp=False):
             return compiled(*args, **kwargs)
 
     return call
+
+
+def install_recorders(model: object, kwargs: Mapping[str, Any]) -> None:
+    """Put the hooks into a transformers model that record what is asked for (router logits, hidden states).
+
+    The model would do so itself at its first call, under a lock that does not trace.
+    """
+    recording = sys.modules.get("transformers.utils.output_capturing")
+    if recording is None or not isinstance(model, torch.nn.Module):
+        return
+    for module in model.modules():
+        names = getattr(module, "_can_record_outputs", None) or {}
+        config = getattr(module, "config", None)
+        if any(kwargs.get(f"output_{name}", getattr(config, f"output_{name}", False)) for name in names):
+            recording.maybe_install_capturing_hooks(module)
 
 
 @contextlib.contextmanager
