@@ -109,6 +109,8 @@ def whole_count(insert: Insert, node: fx.Node, dims: set[int]) -> fx.Node | int:
 
 MEANS: dict[Any, Callable[[Call, Insert, Plan], fx.Node]] = {
     aten.cross_entropy_loss.default: mean_of_loss,
+    aten.nll_loss.default: mean_of_loss,
+    aten.nll_loss2d.default: mean_of_loss,
     aten.nll_loss_nd.default: mean_of_loss,
     aten.mean.default: mean_of_tensor,
     aten.mean.dim: mean_of_tensor,

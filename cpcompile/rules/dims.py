@@ -63,10 +63,48 @@ def expand(call: Call) -> Indices:
     return Indices({"self": aligned(call.shape("self"), shape)}, (result,), sizes="size")
 
 
-@rule(aten.repeat.default)
+@rule(aten.broadcast_tensors.default)
+def broadcast_tensors(call: Call) -> Indices:
+    """[a 1], [b] -> [a b], [a b]"""
+    shape = tuple(call.result[0].shape)
+    result = tuple(f"d{i}" for i in range(len(shape)))
+    operands = {name: aligned(call.shape(name), shape) for name, _ in call.operands()}
+    return Indices(operands, (result,) * len(call.result))
+
+
+@rule(aten.expand_as.default)
+def expand_as(call: Call) -> Indices:
+    """[a 1], [n a b] -> [n a b]"""
+    names = own(call, "other")
+    return Indices({"self": aligned(call.shape("self"), call.shape("other")), "other": names}, (names,))
+
+
+@rule(aten.meshgrid.default, aten.meshgrid.indexing)
+def meshgrid(call: Call) -> Indices:
+    """[a], [b] -> [a b], [a b]"""
+    operands: dict[str, Names] = {
+        name: (f"d{i}",)[: len(call.shape(name))] for i, (name, _) in enumerate(call.operands())
+    }
+    names = [f"d{i}" for i in range(len(operands))]
+    if call.arguments.get("indexing") == "xy":
+        names[:2] = names[1::-1]
+    return Indices(operands, (tuple(names),) * len(names))
+
+
+@rule(aten.view_as_complex.default, aten.view_as_real.default)
+def pairs(call: Call) -> Indices:
+    """[a 2] -> [a], or back"""
+    names = own(call)
+    if call.target is aten.view_as_real.default:
+        return Indices({"self": names}, ((*names, None),))
+    return Indices({"self": closed(names, len(names) - 1)}, (names[:-1],))
+
+
+@rule(aten.repeat.default, aten.tile.default)
 def repeat(call: Call) -> Indices:
     """[a b] -> [a (n b)], closed where n > 1"""
-    names, repeats = own(call), list(call["repeats"])
+    names, repeats = own(call), list(call["repeats"] if "repeats" in call else call["dims"])
+    repeats = [1] * (len(names) - len(repeats)) + repeats
     new = (None,) * (len(repeats) - len(names))
     kept = tuple(n if is_one(r) else None for n, r in zip(names, repeats[len(new) :], strict=True))
     return Indices({"self": kept}, ((*new, *kept),))
@@ -119,7 +157,7 @@ def split(call: Call) -> Indices:
     return Indices({"self": closed(names, dim)}, (result,) * len(call.result))
 
 
-@rule(aten.cat.default)
+@rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def cat(call: Call) -> Indices:
     """[a b], [a c] -> [a (b c)], closed along the dim that is joined"""
     rank = call.result.dim()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cpcompile.call import Call
-from cpcompile.rules.pointwise import is_one
+from cpcompile.rules.pointwise import aligned, is_one
 from cpcompile.rules.registry import Indices, Names, rule
 
 aten = torch.ops.aten
@@ -65,6 +65,64 @@ def mm(call: Call) -> Indices:
 def bmm(call: Call) -> Indices:
     """[b m k], [b k n] -> [b m n]"""
     return Indices({"self": ("b", "m", "k"), "mat2": ("b", "k", "n")}, (("b", "m", "n"),), summed=True, gathers="mat2")
+
+
+@rule(aten.baddbmm.default)
+def baddbmm(call: Call) -> Indices:
+    """[b m n], [b m k], [b k n] -> [b m n], where the first broadcasts"""
+    added = aligned(call.shape("self"), tuple(call.result.shape))
+    by_dim = {"d0": "b", "d1": "m", "d2": "n"}
+    names: Names = tuple(name and by_dim[name] for name in added)
+    operands: dict[str, Names] = {"self": names, "batch1": ("b", "m", "k"), "batch2": ("b", "k", "n")}
+    return Indices(operands, (("b", "m", "n"),), gathers="batch2")
+
+
+@rule(aten.mv.default, aten.dot.default, aten.vdot.default, aten.inner.default, aten.outer.default, aten.ger.default)
+def of_vectors(call: Call) -> Indices:
+    """[... k], [k] -> [...]; [m], [n] -> [m n]"""
+    (first, a), (second, b) = ((name, len(call.shape(name))) for name, _ in call.operands())
+    if call.target in (aten.outer.default, aten.ger.default):
+        return Indices({first: ("m",), second: ("n",)}, (("m", "n"),), gathers=second)
+    left, right = leading(a - 1, "m"), leading(b - 1, "n")
+    return Indices({first: (*left, "k"), second: (*right, "k")}, ((*left, *right),), summed=True, gathers=second)
+
+
+@rule(aten.tensordot.default)
+def tensordot(call: Call) -> Indices:
+    """[m k], [k n] -> [m n]"""
+    names: dict[str, list[str | None]] = {
+        name: [f"{name}{i}" for i in range(len(call.shape(name)))] for name in ("self", "other")
+    }
+    for i, (a, b) in enumerate(zip(call["dims_self"], call["dims_other"], strict=True)):
+        names["self"][a] = names["other"][b] = f"k{i}"
+    result = [name for dims in names.values() for name in dims if name and not name.startswith("k")]
+    operands: dict[str, Names] = {name: tuple(dims) for name, dims in names.items()}
+    return Indices(operands, (tuple(result),), summed=True, gathers="other")
+
+
+@rule(aten.einsum.default)
+def einsum(call: Call) -> Indices:
+    """as the equation says; a letter that the result lacks is summed over"""
+    equation = call["equation"].replace(" ", "")
+    terms, arrow, result = equation.partition("->")
+    if not arrow:
+        letters = terms.replace(",", "")
+        result = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    split = terms.split(",")
+    # A letter that one operand has twice reads a diagonal, of all operands: none of them can be sharded along it.
+    diagonal = {letter for term in split for letter in term if term.count(letter) > 1}
+    if "." in equation:
+        names: list[Names] = [(None,) * len(call.shape(name)) for name, _ in call.operands()]
+        return Indices(dict(zip(dict(call.operands()), names, strict=True)), ((None,) * call.result.dim(),))
+
+    def closed(term: str) -> Names:
+        return tuple(None if letter in diagonal else letter for letter in term)
+
+    operands = {
+        name: tuple(None if is_one(n) else d for d, n in zip(closed(term), call.shape(name), strict=True))
+        for (name, _), term in zip(call.operands(), split, strict=True)
+    }
+    return Indices(operands, (closed(result),), summed=True, gathers="tensors.1" if len(operands) == 2 else None)
 
 
 @rule(aten.addmm.default)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -122,12 +122,11 @@ def reduced(operands: Mapping[str, Sharded], dims: set[int]) -> Sharded | None:
     return None if at is None or at.dim not in dims or at.reaches_outside else at
 
 
-def whole_count(writer: Lowering, at: Sharded, dims: Sequence[int]) -> fx.Node | int:
-    """Return the number of elements that are reduced to one, in the whole tensor."""
-    x = writer.call["self"]
+def whole_count(writer: Lowering, at: Sharded, x: fx.Node, dims: Iterable[int]) -> fx.Node | int:
+    """Return the product of the sizes that `dims` have in the whole tensor, of which `x` holds the local tokens."""
     product: Any = 1
     for dim in dims:
-        size = writer.call.shape("self")[dim]
+        size = x.meta["val"].shape[dim]
         if dim == at.dim:
             factors = [outer_of(writer, at, x), before_end(writer, at.front + at.back), at.inner]
         else:

@@ -140,7 +140,7 @@ def pad(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | 
     return Decision({"self": at}, (result,), padding={"self": value} if takes_slots else {}, lower=lower)
 
 
-@along_tokens(aten.cat.default)
+@along_tokens(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def cat(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
     """each rank joins its own tokens of all operands; or a few tokens that every rank has go to their slots"""
     dim = int(call["dim"]) % call.result.dim()

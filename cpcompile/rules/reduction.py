@@ -38,6 +38,8 @@ def without(names: Names, dims: set[int]) -> Names:
     aten.flip.default,
     aten.roll.default,
     aten.sort.default,
+    aten.sort.stable,
+    aten.argsort.stable,
     aten.topk.default,
     aten.glu.default,
 )
@@ -91,6 +93,8 @@ def total(call: Call) -> Indices:
     aten.argmax.default,
     aten.argmin.default,
     aten.logsumexp.default,
+    aten._is_all_true.default,
+    aten._is_any_true.default,
     aten.all.default,
     aten.all.dim,
     aten.all.dims,
@@ -111,6 +115,10 @@ def total(call: Call) -> Indices:
     aten.std_mean.default,
     aten.std_mean.dim,
     aten.std_mean.correction,
+    aten.median.dim,
+    aten.nanmedian.dim,
+    aten.mode.default,
+    aten.kthvalue.default,
     aten.norm.Scalar,
     aten.norm.ScalarOpt_dim,
     aten.linalg_vector_norm.default,
@@ -133,7 +141,7 @@ def norm(call: Call) -> Indices:
     return Indices({"input": names, **others}, (names,))
 
 
-@rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
+@rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default, aten.nll_loss2d.default)
 def loss(call: Call) -> Indices:
     """[n c ...], [n ...], [c] -> [n ...] or [], a partial sum over n
 

@@ -32,6 +32,8 @@ aten = torch.ops.aten
 
 
 @along_tokens(
+    aten._is_all_true.default,
+    aten._is_any_true.default,
     aten.all.default,
     aten.all.dim,
     aten.all.dims,
@@ -46,7 +48,7 @@ def folded(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision
     at = reduced(operands, reduced_dims(call))
     if at is None:
         return None
-    name = call.target._schema.name.partition("::")[2]
+    name = call.target._schema.name.partition("::")[2].removeprefix("_is_").removesuffix("_true")
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
         x = masked(writer, at, writer.call["self"], 0 if name == "any" else 1)
@@ -81,7 +83,7 @@ def variance(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decisi
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
         x = widened(writer, writer.call["self"])
-        count: Any = whole_count(writer, at, dims)
+        count: Any = whole_count(writer, at, x, dims)
         is_outside = outside_of(writer, at, x)
         total = writer.insert(aten.sum.dim_IntList, filled(writer, x, is_outside, 0), dims, True)
         mean = writer.insert(aten.div.Tensor, all_reduce(writer, total), count)

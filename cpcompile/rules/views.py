@@ -84,6 +84,26 @@ class ViewRule:
         return Decision({"self": at}, (result,), {self.sizes: sizes})
 
 
+@dataclass(frozen=True, slots=True)
+class ViewAsRule:
+    """A reshape to the shape of another operand, which then has the placement of the result."""
+
+    notation: str = "[a (b c)], [(a b) c] -> [(a b) c], as long as one dim holds the tokens whole"
+
+    def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
+        shape, other = call.shape("self"), call.shape("other")
+        at = operands.get("self") or locate_tokens(other, shape, operands["other"], length)
+        result = None if at is None else locate_tokens(shape, other, at, length)
+        if at is None or result is None:
+            raise no_rule(call, operands, f"{list(shape)} -> {list(other)} moves tokens between ranks", self.notation)
+        return Decision({"self": at, "other": result}, (result,))
+
+    def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
+        at = locate_tokens(call.shape("other"), call.shape("self"), result, length)
+        return None if at is None else Decision({"self": at, "other": result}, (result,))
+
+
+register(ViewAsRule(), aten.view_as.default, aten.reshape_as.default)
 register(ViewRule("size"), aten.view.default, aten._unsafe_view.default)
 register(ViewRule("shape"), aten.reshape.default)
 register(ViewRule("sizes"), aten.unflatten.int)

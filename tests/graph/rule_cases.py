@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cpcompile.rules.pooling import POOLS
 from cpcompile.rules.registry import RULES
 from tests.graph.rule_checker import Case
 
@@ -72,6 +73,11 @@ def native_dropout_backward(target: Any, s: int) -> Iterator[Case]:
 @cases(aten.empty_like.default)
 def empty_like(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, D),), has_values=False)
+
+
+@cases(aten.fill.Tensor)
+def fill(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), x()))
 
 
 @cases(aten.masked_fill.Tensor)
@@ -317,14 +323,154 @@ def split(target: Any, s: int) -> Iterator[Case]:
         yield Case(target, (x(B, s, 6), *sections, 1))
 
 
-@cases(aten.cat.default, aten.stack.default)
+@cases(aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default)
 def cat(target: Any, s: int) -> Iterator[Case]:
     for dim in (0, 1, -1):
         yield Case(target, ([x(B, s, D), x(B, s, D)], dim))
     yield Case(target, ([x(s, s), x(s, s), x(s, s)], 1))
-    if target is aten.cat.default:
+    if target is not aten.stack.default:
         yield Case(target, ([x(B, s, D), x(B, s, 2 * D)], -1))
         yield Case(target, ([x(0), x(B, s, D)], 2))  # an empty vector is skipped, whatever the others are
+
+
+@cases(aten.median.dim, aten.nanmedian.dim, aten.mode.default, aten.kthvalue.default)
+def order(target: Any, s: int) -> Iterator[Case]:
+    for dim in (1, 2):
+        yield Case(target, (x(B, s, 4), *((2,) if target is aten.kthvalue.default else ()), dim))
+
+
+@cases(aten.argsort.stable, aten.sort.stable)
+def stable_order(target: Any, s: int) -> Iterator[Case]:
+    for dim in (1, 2):
+        yield Case(target, (x(B, s, 4),), {"stable": True, "dim": dim})
+
+
+@cases(aten.expand_as.default)
+def expand_as(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(s, 1), x(B, s, D)))
+    yield Case(target, (x(1, s), x(s, s)))
+
+
+@cases(aten.meshgrid.default, aten.meshgrid.indexing)
+def meshgrid(target: Any, s: int) -> Iterator[Case]:
+    for indexing in ("ij", "xy"):
+        yield Case(target, ([x(s), x(3), x(s)],), {"indexing": indexing} if target is aten.meshgrid.indexing else {})
+
+
+@cases(aten.view_as_complex.default)
+def view_as_complex(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, 3, 2),))
+    yield Case(target, (x(s, 2),))
+
+
+@cases(aten.view_as_real.default, aten.real.default, aten.imag.default)
+def view_as_real(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (torch.complex(x(B, s, 3), x(B, s, 3)),))
+
+
+@cases(aten.tile.default)
+def tile(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), [2]))
+    yield Case(target, (x(B, s, D), [2, 1, 1, 3]))
+    yield Case(target, (x(s), [2, 1]))
+
+
+@cases(aten.view_as.default, aten.reshape_as.default)
+def view_as(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, 6), x(B * s, 2, 3)))
+    yield Case(target, (x(B * s, D), x(B, s, D)))
+    yield Case(target, (x(s, B), x(B, s)))
+
+
+@cases(aten.baddbmm.default)
+def baddbmm(target: Any, s: int) -> Iterator[Case]:
+    for added in ((B, s, 5), (1, 5), (B, 1, 1)):
+        yield Case(target, (x(*added), x(B, s, D), x(B, D, 5)), {"beta": 0.5, "alpha": 2.0})
+    yield Case(target, (x(B, s, s), x(B, s, D), x(B, D, s)))
+    yield Case(target, (x(B, 3, 5), x(B, 3, s), x(B, s, 5)))
+
+
+@cases(aten.mv.default, aten.dot.default, aten.vdot.default, aten.inner.default, aten.outer.default, aten.ger.default)
+def product_of_vectors(target: Any, s: int) -> Iterator[Case]:
+    if target in (aten.mv.default, aten.inner.default):
+        yield Case(target, (x(2 * s, D), x(D)))
+        yield Case(target, (x(D, s), x(s)))
+    if target is aten.inner.default:
+        yield Case(target, (x(B, s, D), x(s, D)))
+    if target is not aten.mv.default:
+        yield Case(target, (x(s), x(s)))
+
+
+@cases(aten.tensordot.default)
+def tensordot(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), x(D, 4), [2], [0]))
+    yield Case(target, (x(B, s, D), x(s, 4, B), [1, 0], [0, 2]))
+    yield Case(target, (x(s, D), x(D, s), [-1], [0]))
+
+
+@cases(aten.einsum.default)
+def einsum(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, ("b s d, d e -> b s e", [x(B, s, D), x(D, 4)]))
+    yield Case(target, ("bsd,btd->bst", [x(B, s, D), x(B, s, D)]))
+    yield Case(target, ("bsd,bse,bs->bde", [x(B, s, D), x(B, s, 4), x(B, s)]))
+    yield Case(target, ("bsd,bsd", [x(B, s, D), x(1, s, D)]))
+    yield Case(target, ("ss,sd->sd", [x(s, s), x(s, D)]))
+    yield Case(target, ("bsd->db", [x(B, s, D)]))
+    yield Case(target, ("...d,de->...e", [x(B, s, D), x(D, 4)]))
+
+
+@cases(aten.tril.default, aten.triu.default)
+def triangle(target: Any, s: int) -> Iterator[Case]:
+    for diagonal in (0, 1, -2):
+        yield Case(target, (x(B, s, 5), diagonal))
+        yield Case(target, (x(s, s), diagonal))
+        yield Case(target, (x(B, 3, 2 * s), diagonal))
+
+
+@cases(aten.group_norm.default, aten.instance_norm.default, aten.batch_norm.default)
+def norm_of_channels(target: Any, s: int) -> Iterator[Case]:
+    for shape in ((s, 4, 5), (B, 4, s)):
+        weights = (x(4), x(4))
+        if target is aten.group_norm.default:
+            yield Case(target, (x(*shape), 2, *weights))
+        elif target is aten.instance_norm.default:
+            yield Case(target, (x(*shape), *weights, None, None, True, 0.1, 1e-5, False))
+        else:
+            yield Case(target, (x(*shape), *weights, x(4), x(4), False, 0.1, 1e-5, False), buffers=(3, 4))
+            yield Case(target, (x(*shape), *weights, None, None, True, 0.1, 1e-5, False))
+
+
+@cases(*(target for target in POOLS if "pool" in str(target)))
+def pool(target: Any, s: int) -> Iterator[Case]:
+    rank = POOLS[target]
+    yield Case(target, (x(s, 4, *(4,) * rank), [2] * rank))
+    if s > 1:
+        yield Case(target, (x(B, 4, s, *(4,) * (rank - 1)), [2] * rank))
+    if "adaptive_avg" in str(target):
+        yield Case(target, (x(B, 4, s, *(4,) * (rank - 1)), [1] * rank))
+        yield Case(target, (x(4, *(4,) * (rank - 1), 2 * s), [1] * rank))
+
+
+@cases(aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
+def shuffle(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(s, 4, 4, 4), 2))
+
+
+@cases(aten.im2col.default)
+def im2col(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(s, 2, 4, 4), [2, 2], [1, 1], [0, 0], [2, 2]))
+
+
+@cases(aten.unfold.default)
+def unfold(target: Any, s: int) -> Iterator[Case]:
+    for dim in (1, 2):
+        yield Case(target, (x(B, s, 4), dim, 2, 1))
+
+
+@cases(aten.broadcast_tensors.default)
+def broadcast_tensors(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, ([x(B, s, D), x(s, 1)],))
+    yield Case(target, ([x(1, s), x(s, 1), x(s, s)],))
 
 
 @cases(aten.index.Tensor)
@@ -491,12 +637,15 @@ def along_dim(target: Any, s: int) -> Iterator[Case]:
 REDUCTIONS_OF_ONE_DIM = (
     aten.argmax.default, aten.argmin.default, aten.all.dim, aten.any.dim, aten.max.dim, aten.min.dim, aten.prod.dim_int,
 )  # fmt: skip
+ARE_TRUE = (aten._is_all_true.default, aten._is_any_true.default)
 OF_TRUTH = (aten.all.default, aten.all.dim, aten.all.dims, aten.any.default, aten.any.dim, aten.any.dims)
 
 
 def reduced_values(target: Any, *shape: int) -> list[torch.Tensor]:
     """Return what a reduction is tried on: numbers with ties and with zeros, and what else it takes."""
     ties = torch.randint(-1, 2, shape).double()
+    if target in ARE_TRUE:
+        return [ties > 0, torch.ones(shape).bool()]
     if target in OF_TRUTH:
         return [ties, ties > 0, torch.ones(shape, dtype=torch.uint8), torch.zeros(shape)]
     if target in (aten.var.correction, aten.linalg_vector_norm.default, aten.logsumexp.default):
@@ -553,6 +702,8 @@ def reduction(target: Any, s: int) -> Iterator[Case]:
     aten.min.default,
     aten.all.default,
     aten.any.default,
+    aten._is_all_true.default,
+    aten._is_any_true.default,
     aten.prod.default,
 )
 def total(target: Any, s: int) -> Iterator[Case]:
@@ -643,6 +794,48 @@ def loss(target: Any, s: int) -> Iterator[Case]:
             yield Case(
                 target, (x(B, classes, s), x(B, classes, s).softmax(1), x(classes), reduction, -100, 0.1), buffers=(2,)
             )
+
+
+@cases(aten.nll_loss.default, aten.nll_loss2d.default)
+def loss_of_labels(target: Any, s: int) -> Iterator[Case]:
+    for reduction in (0, 1, 2):
+        if target is aten.nll_loss.default:
+            yield Case(target, (x(s, 5), integers(s, high=5), None, reduction, 1))
+        else:
+            yield Case(target, (x(B, 5, s, 2), integers(B, s, 2, high=5), x(5), reduction), buffers=(2,))
+
+
+PAIRS = (
+    aten.binary_cross_entropy.default,
+    aten.binary_cross_entropy_with_logits.default,
+    aten.hinge_embedding_loss.default,
+    aten.huber_loss.default,
+    aten.kl_div.default,
+    aten.l1_loss.default,
+    aten.margin_ranking_loss.default,
+    aten.mse_loss.default,
+    aten.poisson_nll_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.soft_margin_loss.default,
+)
+
+
+@cases(*PAIRS)
+def loss_of_pairs(target: Any, s: int) -> Iterator[Case]:
+    for shape in ((B, s, 3), (s, s), (B * s, 3)):
+        for reduction in (0, 1, 2):
+            given = [x(*shape), x(*shape)]
+            if target is aten.margin_ranking_loss.default:
+                given.append(x(*shape).round() * 2 - 1)
+            if target is aten.poisson_nll_loss.default:
+                yield Case(target, (*given, True, True, 1e-8, reduction))
+            else:
+                is_label = target is aten.soft_margin_loss.default
+                yield Case(target, tuple(given), {"reduction": reduction}, buffers=(1,) if is_label else ())
+    if target is aten.binary_cross_entropy_with_logits.default:
+        yield Case(target, (x(B, s, 3), x(B, s, 3), None, x(3)), buffers=(2,))
+    if target is aten.mse_loss.default:
+        yield Case(target, (x(B, s, 3), x(s, 1)), {"reduction": 0})
 
 
 @cases(torch.ops.cpcompile.attention.default)

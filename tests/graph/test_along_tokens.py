@@ -172,7 +172,15 @@ def weights_over_tokens(x: Tensor) -> Tensor:
     return (weights * x).sum(1).tanh() * x.logsumexp(1) + x[:, 1:].log_softmax(1).mean(1) + (x[:, :-1] / 9).prod(1)
 
 
+def losses(x: Tensor) -> Tensor:
+    """Predictions of the next token's states; some of one row."""
+    x, y = x[:, :-1], x[:, 1:].detach()
+    total = F.mse_loss(x, y) + F.smooth_l1_loss(x, y, reduction="sum") + F.binary_cross_entropy_with_logits(x, y.sigmoid())
+    return (total + F.kl_div(x.log_softmax(-1), y.softmax(-1), reduction="batchmean")).expand(2, WIDTH)
+
+
 FUNCTIONS = [
+    losses,
     sums_so_far,
     products_so_far,
     extremes_so_far,

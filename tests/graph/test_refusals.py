@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpcompile import ConfigError, CPError, GraphBreakError, InputError, NoRule, explain
+from cpcompile import ConfigError, CPError, GraphBreakError, NoRule, explain
 from tests.graph.small_models import Logits, TinyLM, batch
 
 IDS = {"input_ids": batch()["input_ids"]}

@@ -1,0 +1,107 @@
+"""Operators on [batch, channels, places]: pools, norms of channels, patches. Tokens may be the batch, and mostly the channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.call import Call
+from cpcompile.placement import PARTIAL, Sharded
+from cpcompile.rules.along import along_tokens
+from cpcompile.rules.over_tokens import masked, reduced, whole_count
+from cpcompile.rules.registry import Decision, Indices, Lowering, Names, no_rule, rule
+
+aten = torch.ops.aten
+
+MEANS = {aten.adaptive_avg_pool1d.default: 1, aten.adaptive_avg_pool2d.default: 2, aten.adaptive_avg_pool3d.default: 3}
+POOLS = {
+    aten.avg_pool1d.default: 1,
+    aten.avg_pool2d.default: 2,
+    aten.avg_pool3d.default: 3,
+    aten.max_pool1d.default: 1,
+    aten.max_pool1d_with_indices.default: 1,
+    aten.max_pool2d.default: 2,
+    aten.max_pool2d_with_indices.default: 2,
+    aten.max_pool3d.default: 3,
+    aten.adaptive_max_pool1d.default: 1,
+    aten.adaptive_max_pool2d.default: 2,
+    aten.pixel_shuffle.default: 3,
+    aten.pixel_unshuffle.default: 3,
+} | MEANS
+OTHER_SEQUENCE = (
+    "leaves fewer tokens, which is another sequence: pool before the model, or gather first (cpcompile.gather)"
+)
+
+
+@rule(*POOLS)
+def pool(call: Call) -> Indices:
+    """[... places] -> [... places']"""
+    kept: Names = tuple(f"d{i}" for i in range(len(call.shape("self")) - POOLS[call.target]))
+    names = (*kept, *(None,) * POOLS[call.target])
+    results = call.result if isinstance(call.result, tuple | list) else (call.result,)
+    return Indices({"self": names}, (names,) * len(results))
+
+
+@along_tokens(*POOLS)
+def along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """a pool of everything is a mean, of which every rank has an addend"""
+    rank = len(call.shape("self"))
+    dims = list(range(rank - POOLS[call.target], rank))
+    at = reduced(operands, set(dims))
+    if at is None or call.target not in MEANS or any(size != 1 for size in call["output_size"]):
+        raise no_rule(call, operands, f"a pool along the tokens {OTHER_SEQUENCE}")
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        x = writer.call["self"]
+        total = writer.insert(aten.sum.dim_IntList, masked(writer, at, x, 0), dims, True)
+        return [writer.insert(aten.div.Tensor, total, whole_count(writer, at, x, dims))]
+
+    return Decision({"self": at}, (PARTIAL,), lower=lower)
+
+
+@rule(aten.group_norm.default, aten.instance_norm.default, aten.batch_norm.default)
+def norm(call: Call) -> Indices:
+    """[n c places], [c] -> [n c places'], mixing what one mean and variance run over"""
+    rank = len(call.shape("input"))
+    channel: Names = ("c",)
+    space: Names = (None,) * (rank - 2)
+    batch: Names = ("n",)
+    if call.target is aten.group_norm.default:
+        channel = (None,)
+    elif call.target is aten.batch_norm.default and call["training"]:
+        batch = (None,)
+    elif call.target is aten.batch_norm.default:
+        space = tuple(f"t{i}" for i in range(rank - 2))
+    others = {name: channel for name, _ in call.operands() if name != "input"}
+    if "running_mean" in others and not (call.target is aten.batch_norm.default and not call["training"]):
+        batch, channel = (None,), (None,)  # the running statistics are of the whole batch
+    names = (*batch, *channel, *space)
+    return Indices({"input": names, **dict.fromkeys(others, channel)}, (names,))
+
+
+@along_tokens(aten.group_norm.default, aten.instance_norm.default, aten.batch_norm.default)
+def norm_along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """not possible: the mean and the variance are those of all tokens"""
+    raise no_rule(
+        call,
+        operands,
+        "its mean and variance run over the tokens; write it with torch.var_mean, which knows all tokens",
+    )
+
+
+@rule(aten.im2col.default)
+def patches(call: Call) -> Indices:
+    """[n c h w] -> [n (c k) l], mixing all but n"""
+    batch: Names = ("n",) if len(call.shape("self")) == 4 else ()
+    return Indices({"self": (*batch, None, None, None)}, ((*batch, None, None),))
+
+
+@rule(aten.unfold.default)
+def windows(call: Call) -> Indices:
+    """[a b] -> [a b' w], mixing b"""
+    dim = call.dim("dimension", "self")
+    names = tuple(None if i == dim else f"d{i}" for i in range(len(call.shape("self"))))
+    return Indices({"self": names}, ((*names, None),))

@@ -1,0 +1,98 @@
+"""Operators along the tokens that stay refused: what each needs, and what to do in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from cpcompile.call import Call
+from cpcompile.placement import Sharded
+from cpcompile.rules import counts, reduction  # noqa: F401  (the rules that are extended here)
+from cpcompile.rules.along import Along, along_tokens
+from cpcompile.rules.registry import REASONS, RULES, Decision, no_rule
+
+aten = torch.ops.aten
+
+ORDER = (
+    "it needs the order of all tokens by value, which no rank knows from its own; do it for each token (another dim), "
+    "or on the gathered values (cpcompile.gather)"
+)
+COUNT = (
+    "the size of its result depends on the values of all tokens, so that no rank knows its part; keep all tokens and "
+    "multiply by a mask (torch.where), or do it before the model"
+)
+MIXED = (
+    "each of its results depends on all tokens; do it before the model, or on the gathered values (cpcompile.gather)"
+)
+RANDOM = (
+    "it draws numbers for each token, and no rank knows which ones one device would draw; draw them before the model "
+    "and pass them as an input"
+)
+ONE_NUMBER = "it needs one number on the host, and every rank holds tokens of its own; reduce over the tokens first"
+RESIZED = "it changes the number of tokens, which is another sequence; resize before the model"
+WEIGHT = "it normalises a weight, and a weight holds no tokens"
+BAGS = "its bags cut the tokens at places that are known at run time only; use torch.nn.Embedding and sum each bag"
+LABELS = "its second result counts the labels of one rank only; call torch.nn.functional.nll_loss"
+
+REFUSED: dict[str, tuple[str, ...]] = {
+    ORDER: (
+        "sort.default", "sort.stable", "argsort.default", "argsort.stable", "topk.default", "median.default", "median.dim",
+        "nanmedian.default", "nanmedian.dim", "mode.default", "kthvalue.default", "quantile.default", "quantile.scalar",
+        "nanquantile.default", "nanquantile.scalar", "searchsorted.Tensor", "msort.default",
+    ),
+    COUNT: (
+        "unique_dim.default", "_unique2.default", "unique_consecutive.default", "unique_dim_consecutive.default",
+        "nonzero.default", "argwhere.default", "masked_select.default", "masked_scatter.default", "bincount.default",
+    ),
+    MIXED: (
+        "fft_fft.default", "fft_ifft.default", "fft_rfft.default", "fft_irfft.default", "fft_fft2.default",
+        "fft_ifft2.default", "fft_rfft2.default", "fft_irfft2.default", "fft_fftn.default", "fft_ifftn.default",
+        "fft_rfftn.default", "fft_irfftn.default", "stft.default", "aminmax.default", "renorm.default", "cdist.default",
+        "ctc_loss.Tensor", "ctc_loss.IntList", "cosine_embedding_loss.default", "triplet_margin_loss.default",
+        "multi_margin_loss.default", "multilabel_margin_loss.default", "rot90.default",
+    ),
+    RANDOM: (
+        "rand_like.default", "randn_like.default", "randint_like.default", "bernoulli.default", "bernoulli.p",
+        "multinomial.default", "normal_functional.default", "uniform.default", "exponential.default", "rrelu.default",
+    ),
+    ONE_NUMBER: ("item.default", "_local_scalar_dense.default", "equal.default", "is_nonzero.default"),
+    RESIZED: (
+        "upsample_nearest1d.vec", "upsample_linear1d.vec", "upsample_nearest2d.vec", "upsample_bilinear2d.vec",
+        "upsample_bicubic2d.vec", "_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec", "upsample_nearest3d.vec",
+    ),
+    WEIGHT: ("_weight_norm.default", "_weight_norm_interface.default"),
+    BAGS: ("embedding_bag.default", "embedding_bag.padding_idx", "_embedding_bag.default"),
+    LABELS: ("nll_loss_forward.default", "nll_loss2d_forward.default"),
+}  # fmt: skip
+
+
+def refusal(reason: str) -> Along:
+    """Return what happens along the tokens: a refusal."""
+
+    def refused(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+        """not possible"""
+        raise no_rule(call, operands, reason)
+
+    return refused
+
+
+def why(reason: str) -> Callable[[Call], str]:
+    """Return the reason for an operator that has no rule at all."""
+    return lambda call: reason
+
+
+def _enter() -> None:
+    """Enter the reasons: for operators that have rules, they say why these do not go along the tokens."""
+    for reason, names in REFUSED.items():
+        for name in names:
+            packet, _, overload = name.partition(".")
+            target = getattr(getattr(aten, packet, None), overload, None)
+            if target in RULES:
+                along_tokens(target)(refusal(reason))
+            elif target is not None:  # versions of torch differ
+                REASONS.setdefault(target, why(reason))
+
+
+_enter()
