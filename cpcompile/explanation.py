@@ -296,7 +296,7 @@ def attention_sites(transformed: Transformed) -> list[Site]:
     attentions = transformed.graph.graph.find_nodes(op="call_function", target=cp.attention.default)
     local = {node.name for node in attentions if isinstance(annotation(node).placement, Sharded)}
     sites = []
-    for node, strategy in zip(attention_nodes(transformed.analysed), transformed.choice.strategies, strict=True):
+    for node in attention_nodes(transformed.analysed):
         call = Call.of(node)
         q, k = call.shape("q"), call.shape("k")
         rewritten = calls.get(node.name)
@@ -309,13 +309,18 @@ def attention_sites(transformed: Transformed) -> list[Site]:
                 kv_heads=size_hint(k[1]),
                 head_dim=size_hint(q[3]),
                 mask=describe(node),
-                strategy=strategy if rewritten is not None else how_alone(node.name in local),
+                strategy=strategy_of(rewritten) if rewritten is not None else how_alone(node.name in local),
                 layout=transformed.plan.layout,
                 forward_bytes=sent.forward,
                 backward_bytes=sent.backward,
             )
         )
     return sites
+
+
+def strategy_of(node: fx.Node) -> str:
+    """Return the strategy of a collective attention."""
+    return operator_name(node).removeprefix("cp.").removesuffix("_attention")
 
 
 def how_alone(is_local: bool) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.annotation import annotate
+from cpcompile.annotation import annotate, annotation
 from cpcompile.call import is_tensor
 from cpcompile.config import Config
 from cpcompile.cost import Choice, choose
@@ -94,6 +94,7 @@ def transform(
         run_pass(captured, sharding, changes, times, plan=plan)
     captured.graph.eliminate_dead_code()
     captured.recompile()
+    warn_of_rows(captured, config.strategy)
     check_legal(captured, config.strict)
     return Transformed(original, analysed, captured, plan, sequences_of(captured, plan), choice, changes, times)
 
@@ -125,6 +126,21 @@ def warn_of_other_strategies(gm: fx.GraphModule, choice: Choice, asked: str) -> 
         warnings.warn(
             f"{len(others)} attention(s) use gather in place of {asked}: their additive mask may hide every key of a row, "
             f"and {asked} cannot keep such rows exact.\n{lines}",
+            stacklevel=2,
+        )
+
+
+def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
+    """Say, once, which attentions gather their keys although another strategy was asked for."""
+    if asked != "ulysses":
+        return
+    gathers = gm.graph.find_nodes(op="call_function", target=cp.gather_attention.default)
+    others = [node for node in gathers if annotation(node).strategy == "ulysses"]
+    if others:
+        lines = "\n".join(where(node) for node in others)
+        warnings.warn(
+            f"{len(others)} attention(s) use gather in place of ulysses: each rank computes the rows of their mask "
+            f"for its own queries only.\n{lines}",
             stacklevel=2,
         )
 

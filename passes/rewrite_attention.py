@@ -39,13 +39,19 @@ def rewrite_attention(gm: fx.GraphModule, *, plan: Plan) -> int:
 
 
 def lower(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> None:
-    """Replace one attention by the operator of its strategy."""
+    """Replace one attention by the operator of its strategy.
+
+    Where the rows of a mask are computed from the tokens themselves, each rank has those of its own queries; Ulysses would
+    need them all, so that the keys are gathered instead.
+    """
     call, known, at = Call.of(node), annotation(node), placement_of(node)
     assert isinstance(at, Sharded)
     length = Lengths.of(gm, at.sequence).total
     arguments = (*(call[name] for name in SHARED_ARGUMENTS), length, *plan.axis_arguments)
+    has_rows = call["mask"] is not None and isinstance(placement_of(call["mask"]), Sharded)
+    strategy = "gather" if has_rows and known.strategy == "ulysses" else known.strategy
     with gm.graph.inserting_before(node):
-        collective = gm.graph.call_function(OPERATORS[known.strategy], arguments)
+        collective = gm.graph.call_function(OPERATORS[strategy], arguments)
         out = gm.graph.call_function(operator.getitem, (collective, 0))
     for new in (collective, out):
         new.meta = dict(node.meta)

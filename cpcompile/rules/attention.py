@@ -39,17 +39,21 @@ class AttentionRule:
             raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
         sizes = {str(call.shape(name)[2]) for name in ("q", "k", "v")}
         if len(sizes) == 1 and len({at.sequence for at in given.values()}) == 1:
-            return self._along_one_sequence(call, next(iter(given.values())))
+            return self._along_one_sequence(call, next(iter(given.values())), is_sharded="mask" in operands)
         return self._across(call, operands)
 
-    def _along_one_sequence(self, call: Call, at: Sharded) -> Decision:
+    def _along_one_sequence(self, call: Call, at: Sharded, is_sharded: bool) -> Decision:
         wanted: dict[str, Placement] = dict.fromkeys(("q", "k", "v"), at)
+        vectors = {name for name in ("documents", "key_padding") if call[name] is not None}
         if call["mask"] is not None:
             rows = replace(at, dim=len(call.shape("mask")) - 2)
-            by_rows = annotation(call.node).strategy != "ulysses" and not is_one(call.shape("mask")[rows.dim])
-            wanted["mask"] = rows if by_rows else FULL
-        wanted.update({name: FULL for name in ("documents", "key_padding") if call[name] is not None})
-        return Decision(wanted, (at,))
+            by_rows = is_sharded or annotation(call.node).strategy != "ulysses"
+            if is_one(call.shape("mask")[rows.dim]):
+                vectors.add("mask")
+            else:
+                wanted["mask"] = rows if by_rows else FULL
+        wanted.update(dict.fromkeys(vectors, FULL))
+        return Decision(wanted, (at,), gathers=frozenset(vectors))
 
     def _across(self, call: Call, operands: Mapping[str, Sharded]) -> Decision:
         if call["is_causal"] or call["window"] or call["documents"] is not None:
