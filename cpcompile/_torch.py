@@ -204,6 +204,6 @@ def tracing_one_graph() -> Iterator[None]:
         flex._validate_device = validate
 
 
-def break_frames(error: torch._dynamo.exc.Unsupported) -> traceback.StackSummary:
-    """Return the user's stack where Dynamo gave up."""
-    return error.real_stack
+def break_frames(error: torch._dynamo.exc.TorchDynamoException) -> traceback.StackSummary:
+    """Return the user's stack where Dynamo gave up, as far as the error knows it."""
+    return traceback.StackSummary.from_list(getattr(error, "real_stack", []))

@@ -83,7 +83,7 @@ def describe_break(reason: Any) -> str:
     return break_text(str(reason.reason), reason.user_stack)
 
 
-def describe_unsupported(error: torch._dynamo.exc.Unsupported) -> str:
+def describe_unsupported(error: torch._dynamo.exc.TorchDynamoException) -> str:
     """Return the text for a model that Dynamo cannot trace whole, with the user's line."""
     return break_text(str(error), _torch.break_frames(error))
 

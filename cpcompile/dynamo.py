@@ -93,5 +93,5 @@ def clear_errors() -> Iterator[None]:
         if isinstance(error.inner_exception, CPError):
             raise error.inner_exception from None
         raise
-    except torch._dynamo.exc.Unsupported as error:
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
         raise GraphBreakError(describe_unsupported(error)) from None

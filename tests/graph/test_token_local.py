@@ -342,3 +342,13 @@ def test_auxiliary_loss_is_of_all_tokens(name: str, is_masked: bool) -> None:
     result = cpcompile.verify(model, tokens(19, **mask), world_size=3, balancer="zig_zag", dtype=torch.float64)
     assert result.ok, result
     assert max(result.loss_error, result.worst_gradient[1]) < 1e-10
+
+
+def test_recorded_outputs_trace_at_the_first_call() -> None:
+    explanation = cpcompile.explain(moe("mixtral", "grouped_mm", output_router_logits=True), tokens(19), world_size=2)
+    assert [region.module for region in explanation.regions] == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+
+
+def test_a_loop_over_the_experts_that_were_chosen_does_not_trace() -> None:
+    with pytest.raises(cpcompile.GraphBreakError, match=r"modeling_mixtral.py"):
+        cpcompile.verify(moe("mixtral", "eager"), tokens(19), world_size=2)
