@@ -13,7 +13,7 @@ from cpcompile.annotation import annotation
 from cpcompile.call import Call
 from cpcompile.placement import FULL, Placement, Sharded
 from cpcompile.rules.pointwise import is_one
-from cpcompile.rules.registry import REASONS, Decision, no_rule, register
+from cpcompile.rules.registry import Decision, no_rule, register
 
 QUERY_TOKENS = Sharded(2)
 
@@ -30,8 +30,7 @@ class AttentionRule:
 
     def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
         given = {name: operands[name] for name in ("q", "k", "v") if name in operands}
-        if call["dropout"]:
-            raise no_rule(call, operands, "attention dropout is not supported across ranks: set it to 0", self.notation)
+        assert not call["dropout"], "attention with dropout is written out"
         if any(
             at.with_range(0, 0) != replace(QUERY_TOKENS, sequence=at.sequence) or not at.covers_all
             for at in given.values()
@@ -71,12 +70,4 @@ class AttentionRule:
         return None  # attention over tokens that every rank holds whole stays whole
 
 
-def why_unrecognised(call: Call) -> str:
-    """Return why an attention that `find_attention` left alone cannot be sharded."""
-    if call["attn_mask"] is not None:
-        return "a score bias that may require gradients cannot be sharded yet: detach it if it is not trained"
-    return "this form of attention cannot be sharded yet"
-
-
-REASONS[torch.ops.aten.scaled_dot_product_attention.default] = why_unrecognised
 register(AttentionRule(), torch.ops.cpcompile.attention.default)

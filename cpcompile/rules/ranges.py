@@ -45,16 +45,16 @@ def bounds(call: Call) -> tuple[sympy.Expr, sympy.Expr]:
     if size == count:
         return sympy.Integer(0), size
     start = argument.meta["val"] if isinstance(argument, torch.fx.Node) else (argument or 0)
-    first = sympy.simplify(expression(start) + (size if isinstance(start, int) and start < 0 else 0))
+    first = sympy.expand(expression(start) + (size if isinstance(start, int) and start < 0 else 0))
     if first.is_Integer:
         first = max(first, sympy.Integer(0))
-    return first, sympy.simplify(first + count)
+    return first, sympy.expand(first + count)
 
 
 def sliced_off(call: Call) -> tuple[int, int] | None:
     """Return how many elements a slice leaves out at the start and at the end, or None where that is not one number."""
     front, stop = bounds(call)
-    back = sympy.simplify(expression(call.shape("self")[call.dim("dim", "self")]) - stop)
+    back = sympy.expand(expression(call.shape("self")[call.dim("dim", "self")]) - stop)
     if call["step"] != 1 or not (front.is_Integer and back.is_Integer) or front < 0 or back < 0:
         return None
     return int(front), int(back)
@@ -76,7 +76,7 @@ class SliceRule:
             decision = self._range(at, at)
         elif holds_tokens_only(call, "self", at, length) and call["step"] == 1:
             start, stop = bounds(call)
-            count = sympy.simplify(stop - start)
+            count = sympy.expand(stop - start)
             if count.is_Integer and count > 0 and (not isinstance(length, int) or 4 * count <= length):
                 decision = picked(call, at, start, int(count), length)
             elif off is not None:
