@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cpcompile import CPError, NoRule, verify
+from cpcompile import CPError, verify
 from tests.graph.small_models import VOCABULARY, TinyLM, batch
 
 # Sequences that divide and that do not, every layout and strategy, whole heads for each rank and not.
@@ -30,8 +30,6 @@ in_every_way = pytest.mark.parametrize(
     "way",
     [pytest.param(way, marks=[pytest.mark.slow] if name == "short" else [], id=name) for name, way in WAYS.items()],
 )
-# Refused, not wrong: these become exact when the operator has its rule.
-waiting = pytest.mark.xfail(raises=NoRule, strict=True, reason="this operator over the tokens has no rule yet")
 
 
 def exact(model: nn.Module, inputs: dict[str, Any], way: Way, **options: Any) -> None:
@@ -125,7 +123,6 @@ def test_convolution_over_tokens(model: Callable[[], nn.Module], way: Way) -> No
     exact(model(), batch(way[1]), way)
 
 
-@waiting
 @in_every_way
 def test_running_sum(way: Way) -> None:
     exact(Mixed(lambda x: x.cumsum(1)), batch(way[1]), way)
@@ -147,7 +144,7 @@ class Pooled(TinyLM):
 POOLS = [
     pytest.param(lambda x: x.mean(1), id="mean"),
     pytest.param(lambda x: x.sum(dim=1) / x.shape[1], id="sum over count"),
-    pytest.param(lambda x: x.amax(1), id="maximum", marks=waiting),
+    pytest.param(lambda x: x.amax(1), id="maximum"),
     pytest.param(lambda x: x[:, -1], id="last token"),
     pytest.param(lambda x: x[:, 0], id="first token"),
 ]
