@@ -128,6 +128,37 @@ def test_ways_to_declare(experts: type[nn.Module], options: dict[str, Any], dyna
     assert result.transformed.changes["find_token_local"] == 1
 
 
+class PlacedExperts(DeclaredExperts):
+    """Reads, beside the rows, token ids and positions that every rank holds whole, and a table that holds no tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(64, WIDTH))
+
+    def forward(self, x: Tensor, ids: Tensor, positions: Tensor) -> Tensor:  # type: ignore[override]
+        routes = torch.stack([ids % EXPERTS, positions % EXPERTS], 1)
+        return super().forward(x + self.table[positions], x[:, :TOP].sigmoid(), routes)
+
+
+class PlacedLM(SparseLM):
+    def __init__(self) -> None:
+        super().__init__(PlacedExperts)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        rows = (x + self.attend(x)).flatten(0, 1)
+        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        y = self.block.experts(rows, input_ids.flatten(), positions.flatten())
+        return F.cross_entropy(self.head(x.flatten(0, 1) + y), labels.flatten())
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_whole_values_with_tokens_are_localised(dynamic: bool) -> None:
+    result = check(PlacedLM(), 17, dynamic=dynamic)
+    assert result.ok, result
+    assert result.transformed.changes["find_token_local"] == 1
+
+
 def test_what_is_not_declared_is_refused() -> None:
     with pytest.raises(cpcompile.NoRule, match="cannot stay sharded"):
         check(SparseLM(PlainExperts))
