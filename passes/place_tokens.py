@@ -257,8 +257,8 @@ class Placer:
         (operand,) = (node for name, node in call.operands() if name in sharded)
         reads = [user for user in operand.users if user.target in READS_A_FEW]
         if len(reads) > MAX_READS:
-            reason = f"{len(reads)} tokens of one value are read one by one, as a loop over the tokens does, and each is sent by itself"
-            raise no_rule(call, sharded, reason)
+            how = "are read one by one, as a loop over the tokens does, and each is sent by itself"
+            raise no_rule(call, sharded, f"{len(reads)} tokens of one value {how}")
 
     def _is_cut_back(self, node: fx.Node, at: Placement) -> bool:
         """Tell whether what is not known of a value, its tokens outside the sequence, is cut off by all who read it."""
@@ -267,7 +267,7 @@ class Placer:
         for user in node.users:
             if user.target not in KEEPS_OUTSIDE or user.args[0] is not node:
                 return False
-            decision = RULES[user.target].push(Call.of(user), {"self": at}, self.movement.lengths(at).value)  # type: ignore[index]
+            decision = RULES[user.target].push(Call.of(user), {"self": at}, self.movement.lengths(at).value)
             if not all(self._is_cut_back(user, result) for result in decision.results):
                 return False
         return True
@@ -349,7 +349,7 @@ class Placer:
             return None
         call = Call.of(node)
         is_random = torch.Tag.nondeterministic_seeded in call.target.tags
-        if is_tuple(call) or is_random or call.target._schema.is_mutable:
+        if is_tuple(call) or is_random:
             return None
         if not all(isinstance(placement_of(operand), Full) for _, operand in call.operands()):
             return None

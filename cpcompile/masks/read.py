@@ -7,7 +7,7 @@ The rules are entered in `RULES` by the family modules, which `cpcompile.masks` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,7 +68,6 @@ class Reader:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        self.written = set(written_storages(gm))
         self.expressions: dict[fx.Node, Expression | None] = {}
 
     def read(self, node: fx.Node) -> Expression | None:
@@ -92,7 +91,7 @@ class Reader:
     def evaluate(self, node: fx.Node) -> Expression | None:
         """Apply the rule for `node`, whose sources are read."""
         tensor = value_of(node)
-        if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage()._cdata in self.written:
+        if not isinstance(tensor, torch.Tensor):
             return None
         rule = RULES.get(node.target)
         try:
@@ -112,17 +111,6 @@ class Reader:
                 raise Unreadable
             return value if rank is None else shifted(value, rank - value_of(argument).dim())
         return scalar(argument)
-
-
-def written_storages(gm: fx.GraphModule) -> Iterator[int]:
-    """Yield the storages that some operator writes to: what they hold depends on the time."""
-    for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            call = Call.of(node)
-            for argument in node.target._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for _, operand in Call(node, {argument.name: call[argument.name]}).operands():
-                        yield value_of(operand).untyped_storage()._cdata
 
 
 def loaded(node: fx.Node, tensor: torch.Tensor) -> Expression:

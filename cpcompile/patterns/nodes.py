@@ -24,7 +24,6 @@ _CONVERSIONS = {
     aten.clone.default,
     aten.alias.default,
 }
-_DETACHES = {aten.detach.default, aten.detach_.default}
 
 
 def source(node: fx.Node) -> fx.Node:
@@ -66,7 +65,7 @@ def may_need_gradient(mask: fx.Node) -> bool:
             node in seen
             or not is_tensor(node)
             or not value_of(node).dtype.is_floating_point
-            or node.target in _DETACHES
+            or node.target is aten.detach.default
         ):
             continue
         seen.add(node)

@@ -15,11 +15,9 @@ from cpcompile.patterns.nodes import is_conversion, same_shape
 
 aten = torch.ops.aten
 
-_ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
-_MULTIPLICATIONS = {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar}
-_DIVISIONS = {aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar}
-_TANH = {aten.tanh.default, aten.tanh_.default}
-_FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor}
+_MULTIPLICATIONS = {aten.mul.Tensor, aten.mul.Scalar}
+_DIVISIONS = {aten.div.Tensor, aten.div.Scalar}
+_FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 _SELECTIONS = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
 
@@ -54,11 +52,11 @@ def read_scores(node: Any, reader: Reader) -> Scores | None:
         return None
     if node.target in PRODUCTS:
         return Scores((node,))
-    if node.target in _ADDITIONS:
+    if node.target is aten.add.Tensor:
         return read_addition(node, reader)
     if node.target in _FILLS | _SELECTIONS:
         return read_fill(node, reader)
-    if is_conversion(node) or node.target in _TANH | _MULTIPLICATIONS | _DIVISIONS:
+    if is_conversion(node) or node.target in {aten.tanh.default} | _MULTIPLICATIONS | _DIVISIONS:
         scores = read_scores(node.args[0], reader)
         return None if scores is None else applied(scores, node, reader)
     return None
@@ -71,7 +69,7 @@ def applied(scores: Scores, node: fx.Node, reader: Reader) -> Scores | None:
         return scores
     if scores.masks:
         return None
-    if node.target in _TANH:
+    if node.target is aten.tanh.default:
         return None if scores.softcap else replace(scores, softcap=1.0)
     factor = constant(reader, node.args[1])
     if factor is None or factor <= 0:

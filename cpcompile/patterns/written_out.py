@@ -16,7 +16,6 @@ from cpcompile.patterns.scores import PRODUCTS, read_scores
 aten = torch.ops.aten
 
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default}
-_DROPOUTS = {aten.dropout.default, aten.dropout_.default}
 
 # A chain that crosses one of these is not computed under one mode: its gradient or its dtypes would change.
 _MODE_SWITCHES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
@@ -70,7 +69,7 @@ def read_weighing(softmax: fx.Node) -> tuple[fx.Node, ...] | None:
 
 def is_idle_dropout(node: fx.Node) -> bool:
     """Tell whether a node is a dropout that drops nothing; one that does leaves the attention written out."""
-    return node.target in _DROPOUTS and not (Call.of(node)["train"] and Call.of(node)["p"])
+    return node.target is aten.dropout.default and not (Call.of(node)["train"] and Call.of(node)["p"])
 
 
 def switches_mode(first: fx.Node, last: fx.Node) -> bool:

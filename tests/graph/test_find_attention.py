@@ -15,6 +15,7 @@ from torch import fx
 from cpcompile.call import Call
 from cpcompile.capture import capture
 from cpcompile.passes.find_attention import find_attention
+from cpcompile.passes.functionalise_writes import functionalise_writes
 
 Tensor = torch.Tensor
 B, H, K, S, D = 2, 4, 2, 6, 8
@@ -28,6 +29,7 @@ def captured(function: Callable[..., Any], *inputs: Tensor) -> tuple[fx.GraphMod
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         seen.extend((capture(gm, example_inputs), tuple(example_inputs)))
+        functionalise_writes(seen[0])
         return gm
 
     torch._dynamo.reset()

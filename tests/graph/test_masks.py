@@ -255,19 +255,6 @@ def test_positions_that_count_up_are_one_document() -> None:
     assert words(lambda: same(packed(2 * torch.arange(S)[None])) & (kv() <= q())) == "causal, documents"
 
 
-def test_what_is_written_in_place_is_not_read() -> None:
-    def mask(a: Tensor) -> Tensor:
-        padding = a.clone()
-        before = padding[:, None, None, :]
-        ids = same(padding) & (before != 0)
-        padding.add_(1)
-        return ids
-
-    gm, node = attend(mask, PADDING)
-    assert describe(node).startswith("dense")
-    assert torch.equal(implied(gm, node, PADDING), mask(PADDING)[:, 0])
-
-
 def test_a_finite_fill_needs_a_key_in_every_row() -> None:
     least = torch.finfo(torch.float32).min
     assert words(lambda a: torch.where(same(a), 0.0, least), IDS) == "documents"
