@@ -18,7 +18,7 @@ _SPEECH = {
     "mask_time_prob": 0.0,
     "feat_extract_norm": "layer",
 }
-_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
 _GROUPS = ("q_groups", "k_groups", "v_groups", "post_attention_groups", "intermediate_groups", "output_groups")
 
 _DECODERS: Mapping[str, Mapping[str, Any]] = {
