@@ -21,6 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import CheckpointPolicy
 
+from cpcompile import _functorch
+from cpcompile._functorch import TransformError as TransformError
+
 
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     """Return the fake mode of the compilation under way and `example_inputs` in it, with the symbols that Dynamo gave them.
@@ -50,7 +53,10 @@ class SelectiveCheckpointError(Exception):
 
 
 class _InlineCheckpoints(fx.Interpreter):
-    """Run a Dynamo graph with the bodies of activation checkpoints in line, their nodes marked for recomputation."""
+    """Run a Dynamo graph with the bodies of activation checkpoints in line, their nodes marked for recomputation.
+
+    Calls of `torch.vmap` run as plain operators.
+    """
 
     num_regions = 0
 
@@ -59,7 +65,32 @@ class _InlineCheckpoints(fx.Interpreter):
         self.skipped = skipped
 
     def run_node(self, n: fx.Node) -> Any:
-        return None if n in self.skipped else super().run_node(n)
+        if n in self.skipped:
+            return None
+        if not _functorch.is_opening(n) or _functorch.is_inside():
+            return super().run_node(n)
+        calls = _functorch.calls_of(n)
+        self.env.update(dict.fromkeys(calls))  # what is there already does not run again
+        self.env.update(self._run_transform(calls))
+        return self.env[n]
+
+    def _run_transform(self, calls: list[fx.Node]) -> dict[fx.Node, Any]:
+        """Run the calls of a transform as plain operators and return the values that are read behind it."""
+        inside = set(calls)
+        given = list({x: None for node in calls for x in node.all_input_nodes if x not in inside})
+        results = [node for node in calls if any(user not in inside for user in node.users)]
+        inputs = [self.env[node] for node in given]
+        _functorch.refuse_wrong_gradients(calls, inputs)
+
+        def run(*values: Any) -> list[Any]:
+            self.env.update(zip(given, values, strict=True))
+            for node in calls:
+                self.env[node] = None if node in self.skipped else super(_InlineCheckpoints, self).run_node(node)
+            return [self.env[node] for node in results]
+
+        found = _functorch.run_as_operators(run, inputs)
+        self.env.update(zip(given, inputs, strict=True))
+        return dict(zip(results, found, strict=True))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.higher_order.flex_attention:

@@ -33,6 +33,11 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         raise CPError(
             "selective activation checkpointing (context_fn=...) is not supported yet: checkpoint without it, or not at all."
         ) from None
+    except _torch.TransformError as error:
+        raise CPError(
+            f"a transform of torch.func (torch.vmap, torch.func.grad, ...) cannot be traced: {error.reason}.\n\n"
+            f"{where(error.node)}\n\nWrite this with operators on whole tensors."
+        ) from None
     for new, old in zip(placeholders(traced), placeholders(gm), strict=True):
         new.name = old.name
         new.meta.update({key: old.meta[key] for key in _KEPT_INPUT_META if key in old.meta})
@@ -48,7 +53,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 def refuse_untraced_tensors(gm: fx.GraphModule) -> None:
     """Refuse a graph that holds a tensor which exists only while tracing: it has no value.
 
-    A write to `parameter.data` and the vectorised steps of an associative scan leave such tensors.
+    A write to `parameter.data` leaves such tensors.
 
     Raises:
         CPError: with the user's line.
@@ -59,8 +64,8 @@ def refuse_untraced_tensors(gm: fx.GraphModule) -> None:
             user = next(iter(node.users), node)
             raise CPError(
                 f"{user.target} reads a tensor that cannot be followed through the model.\n\n{where(user)}\n\n"
-                "Writes to the .data of a parameter and torch.associative_scan cannot be traced: write under torch.no_grad() "
-                "outside the model, or use another implementation of the layer."
+                "Writes to the .data of a parameter cannot be traced: write under torch.no_grad() outside the model, or use "
+                "another implementation of the layer."
             )
 
 
