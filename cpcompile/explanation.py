@@ -112,7 +112,8 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        inputs = ", ".join(f"{name} (dim {dim})" for name, dim in self.token_inputs.items())
+        named = ", ".join(f"{name} (dim {dim})" for name, dim in self.token_inputs.items())
+        inputs = named or "the attentions, which no input holds"
         lines = [
             f"{self.tokens} tokens on {self.world_size} ranks, {self.local_tokens} slots each, layout {self.layout}; "
             f"tokens of {inputs}",

@@ -23,6 +23,8 @@ class Plan:
         group: name of the process group of the axis; '' when the ranks only exist in this process.
         layout: which tokens each rank holds.
         token_dims: for each token input (the name of its placeholder) the dim of its tokens.
+        num_tokens: how many tokens there are, for a model that makes them itself (patches of an image) and has no
+            token input; 0 otherwise.
         outputs: `local` or `full`.
         gradient_scale: what one rank's gradient of a loss counts: 1 when gradients are summed over the axis,
             P when they are averaged.
@@ -37,6 +39,7 @@ class Plan:
     outputs: str = "local"
     gradient_scale: float = 1.0
     strict: bool = True
+    num_tokens: int = 0
     exact_dropout: bool = False
     token_local: tuple[str, ...] = ()
 
@@ -82,6 +85,9 @@ class Lengths:
         for node in gm.graph.find_nodes(op="placeholder"):
             if node.name in sequences and sequences[node.name] not in lengths:
                 lengths[sequences[node.name]] = cls._insert(gm, plan, node, plan.token_dims[node.name])
+        if plan.num_tokens:
+            slots = local_length(plan.num_tokens, plan.world_size, plan.layout)
+            lengths[0] = cls(plan.num_tokens, plan.num_tokens, slots)
         gm.meta["cpcompile_lengths"] = tuple(lengths.values())
         return sequences
 

@@ -11,12 +11,33 @@ from cpcompile import runtime  # noqa: F401  (registers the operators)
 from cpcompile.call import Call
 from cpcompile.cost import Attention
 
-cp = torch.ops.cpcompile
+aten, cp = torch.ops.aten, torch.ops.cpcompile
+
+# What every form of attention has in it before it is found.
+ATTENTION_LIKE = {
+    aten.scaled_dot_product_attention.default,
+    aten.softmax.int,
+    aten._softmax.default,
+    torch.ops.higher_order.flex_attention,
+}
 
 
 def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the attentions of the graph, in order."""
     return list(gm.graph.find_nodes(op="call_function", target=cp.attention.default))
+
+
+def tokens_of_attention(gm: fx.GraphModule) -> int:
+    """Return how many tokens most attentions have among themselves, 0 where there is none or the number is symbolic."""
+    sizes = [Call.of(node).shape("q")[2] for node in attention_nodes(gm) if attends_to_itself(node)]
+    numbers = [size for size in sizes if isinstance(size, int) and size > 1]
+    return max(numbers, key=numbers.count, default=0)
+
+
+def attends_to_itself(node: fx.Node) -> bool:
+    """Tell whether an attention has as many keys as queries."""
+    call = Call.of(node)
+    return str(call.shape("q")[2]) == str(call.shape("k")[2])
 
 
 def size_hint(size: Any) -> int:

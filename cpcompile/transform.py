@@ -19,7 +19,7 @@ from cpcompile.cost import Choice, choose
 from cpcompile.errors import CPError, InputError, where
 from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies
 from cpcompile.plan import Plan, sequences_of
-from cpcompile.sites import attention_nodes, attention_site
+from cpcompile.sites import ATTENTION_LIKE, attention_nodes, attention_site, tokens_of_attention
 from cpcompile.tokens import find_token_dims
 
 cp = torch.ops.cpcompile
@@ -74,6 +74,7 @@ def transform(
     for analysis in ANALYSIS:
         run_pass(captured, analysis, changes, times)
     analysed = copy.deepcopy(captured)
+    num_tokens = tokens_of_attention(captured) if not token_dims else 0
     choice = choose(
         [attention_site(n) for n in attention_nodes(captured)], config.strategy, config.balancer, world_size
     )
@@ -89,6 +90,7 @@ def transform(
         exact_dropout=config.exact_dropout,
         strict=config.strict,
         token_local=tuple(config.token_local),
+        num_tokens=num_tokens,
     )
     for sharding in SHARDING:
         run_pass(captured, sharding, changes, times, plan=plan)
@@ -146,11 +148,12 @@ def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
 
 
 def token_inputs(gm: fx.GraphModule, config: Config, inputs: Mapping[str, str]) -> dict[str, int]:
-    """Return the token dims of the inputs; a model without any may run whole when nothing has to be sharded."""
+    """Return the token dims of the inputs; none for a model that makes its tokens itself."""
     try:
         return find_token_dims(gm, inputs, config.token_dims)
     except InputError:
-        if config.strict or config.token_dims:
+        makes_tokens = any(node.target in ATTENTION_LIKE for node in gm.graph.nodes)
+        if config.token_dims or (config.strict and not makes_tokens):
             raise
         return {}
 

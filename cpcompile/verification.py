@@ -299,7 +299,7 @@ def sequence_lengths(transformed: Transformed, inputs: Sequence[Any]) -> list[in
     of_sequence: dict[int, int] = {}
     for name, sequence in transformed.sequences.items():
         of_sequence[sequence] = int(inputs[names.index(name)].shape[transformed.plan.token_dims[name]])
-    return [of_sequence[sequence] for sequence in sorted(of_sequence)]
+    return [of_sequence[sequence] for sequence in sorted(of_sequence)] or [transformed.plan.num_tokens]
 
 
 def refuse_dropout(gm: fx.GraphModule) -> None:

@@ -194,7 +194,7 @@ class Placer:
     def _place_whole(self, node: fx.Node, call: Call, hints: Mapping[str, Sharded]) -> None:
         """Place a call of whole operands: a heavy one that meets tokens starts the sharded stream."""
         annotate(node, placement=whole_results(call))
-        if node.target is aten.embedding.default and not hints:
+        if not hints and (node.target is aten.embedding.default or (self.plan.num_tokens and node.target in HEAVY)):
             hints = self._hint_by_size(call)
         if not hints or node.target not in RULES:
             return
@@ -211,12 +211,13 @@ class Placer:
             annotate(node, placement=Full(first))
 
     def _hint_by_size(self, call: Call) -> Mapping[str, Sharded]:
-        """Return where the indices of an embedding may hold tokens, by their last size: any dim is right to shard."""
-        sizes = call.shape("indices")
+        """Return where an operand may hold tokens, by its sizes: any dim of a whole value is right to shard."""
+        name = "indices" if "indices" in call else next(name for name, _ in call.operands())
+        sizes = call.shape(name)[: None if name == "indices" else -1]
         for sequence, lengths in enumerate(Lengths.all_of(self.gm)):
-            is_length = [str(size) == str(lengths.value) for size in sizes]
-            if any(is_length[-1:]) and sum(is_length) == 1:
-                return {"indices": Sharded(len(sizes) - 1, sequence=sequence)}
+            dims = [dim for dim, size in enumerate(sizes) if str(size) == str(lengths.value)]
+            if len(dims) == 1:
+                return {name: Sharded(dims[0], sequence=sequence)}
         return {}
 
     def _place_size(self, node: fx.Node, call: Call) -> None:

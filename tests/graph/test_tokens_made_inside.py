@@ -1,0 +1,56 @@
+"""Models that make their tokens themselves, as patches of an image: the attentions say how many there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cpcompile
+from cpcompile.explanation import explain
+
+WIDTH, HEADS = 16, 2
+
+
+class Patches(nn.Module):
+    """Cuts an image into patches, puts a token of the class before them and classifies by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cut, self.first = nn.Conv2d(3, WIDTH, 4, 4), nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.positions = nn.Parameter(torch.randn(1, 26, WIDTH))
+        self.qkv, self.norm, self.head = nn.Linear(WIDTH, 3 * WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        x = self.cut(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(len(x), -1, -1), x], 1) + self.positions
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return F.cross_entropy(self.head(x[:, 0]), labels) + x.pow(2).mean()
+
+
+def images() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, 20, 20, dtype=torch.float64, generator=generator)
+    return {"pixels": pixels, "labels": torch.tensor([3, 1])}
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "ring", "gather"])
+@pytest.mark.parametrize(
+    ("world_size", "layout"), [(1, "contiguous"), (2, "zig_zag"), (3, "contiguous"), (4, "zig_zag")]
+)
+def test_exact(world_size: int, layout: str, strategy: str) -> None:
+    found = cpcompile.verify(
+        Patches().double(), images(), world_size=world_size, dtype=torch.float64, balancer=layout, strategy=strategy
+    )
+    found.raise_if_wrong()
+
+
+def test_patches_are_sharded_before_the_first_product() -> None:
+    plan = explain(Patches().double(), images(), world_size=2)
+    assert (plan.tokens, plan.local_tokens, plan.token_inputs) == (26, 13, {})
+    assert "tokens of the attentions" in str(plan)
+    assert [site.strategy for site in plan.sites] == ["ulysses"]
+    assert not plan.gathered
