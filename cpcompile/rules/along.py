@@ -81,6 +81,6 @@ def added_up(writer: Lowering, addend: fx.Node) -> fx.Node:
     return writer.insert(aten.to.dtype, writer.insert(cp.all_reduce.default, number, world_size, group), torch.bool)
 
 
-def addend_of(call: Call) -> Placement:
-    """Return the placement of what `added_up` returns for values of the dtype of the result."""
-    return FULL if call.result.dtype == torch.bool else PARTIAL
+def addend_of(value: torch.Tensor) -> Placement:
+    """Return the placement of what `added_up` returns for a value of this dtype."""
+    return FULL if value.dtype == torch.bool else PARTIAL

@@ -23,19 +23,35 @@ aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 def picked(call: Call, at: Sharded, start: Any, count: int, length: Any, *, squeezed: bool = False) -> Decision | None:
     """Return the decision to read `count` tokens from `start` (an expression) on: their owners send them to all ranks."""
-    from_start, from_end = start + at.front, expression(length) - (start + at.front)
-    if not (from_start.is_Integer or from_end.is_Integer) or at.reaches_outside:
+    if not can_pick(at, start, length):
         return None
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
-        begin = int(from_start) if from_start.is_Integer else before_end(writer, int(from_end))
-        arguments = (writer.call["self"], at.dim, begin, count, writer.length, *writer.axis)
-        new = writer.insert(cp.pick_tokens.default, *arguments)
+        new = pick(writer, at, start, count, length)
         if squeezed:
             new = writer.insert(aten.squeeze.dim, new, at.dim)
         return [added_up(writer, new)]
 
-    return Decision({"self": at}, (addend_of(call),), lower=lower)
+    return Decision({"self": at}, (addend_of(call.result),), lower=lower)
+
+
+def can_pick(at: Sharded, start: Any, length: Any) -> bool:
+    """Tell whether the place of the first token that is picked is a number from the start or from the end."""
+    first = start + at.front
+    return not at.reaches_outside and (first.is_Integer or sympy.expand(expression(length) - first).is_Integer)
+
+
+def pick(writer: Lowering, at: Sharded, start: Any, count: int, length: Any) -> fx.Node:
+    """Write the addend of `count` tokens from `start` on."""
+    first = start + at.front
+    begin = int(first) if first.is_Integer else before_end(writer, int(sympy.expand(expression(length) - first)))
+    arguments = (writer.call["self"], at.dim, begin, count, writer.length, *writer.axis)
+    return writer.insert(cp.pick_tokens.default, *arguments)
+
+
+def is_few(count: Any, length: Any) -> bool:
+    """Tell whether `count` tokens are few enough to be sent to all ranks: a number that does not grow with the length."""
+    return bool(count.is_Integer and count > 0 and (not isinstance(length, int) or 4 * count <= length))
 
 
 def bounds(call: Call) -> tuple[sympy.Expr, sympy.Expr]:
@@ -98,6 +114,45 @@ class SliceRule:
 
 
 register(SliceRule(), aten.slice.Tensor)
+
+
+@along_tokens(
+    aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections, aten.narrow.default
+)
+def split(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """a range of the tokens for each part, or a few that every rank gets"""
+    at = operands["self"]
+    if at.reaches_outside or not holds_tokens_only(call, "self", at, length):
+        return None
+    parts = call.result if isinstance(call.result, tuple | list) else (call.result,)
+    size, start = expression(call.shape("self")[at.dim]), sympy.Integer(0)
+    if "start" in call:
+        given = call["start"].meta["val"] if isinstance(call["start"], fx.Node) else call["start"]
+        start = expression(given) + (size if isinstance(given, int) and given < 0 else 0)
+    placements: list[Placement] = []
+    starts: list[Any] = []
+    for part in parts:
+        count = expression(part.shape[at.dim])
+        back = sympy.expand(size - start - count)
+        starts.append(start)
+        if is_few(count, length) and can_pick(at, start, length):
+            placements.append(addend_of(part))
+        elif start.is_Integer and back.is_Integer:
+            placements.append(at.with_range(at.front + int(start), at.back + int(back)))
+        else:
+            return None
+        start = sympy.expand(start + count)
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        nodes = []
+        for part, first, placement in zip(parts, starts, placements, strict=True):
+            if isinstance(placement, Sharded):
+                nodes.append(writer.insert(aten.alias.default, writer.call["self"]))
+            else:
+                nodes.append(added_up(writer, pick(writer, at, first, int(part.shape[at.dim]), length)))
+        return nodes
+
+    return Decision({"self": at}, tuple(placements), lower=lower)
 
 
 def constant_value(node: fx.Node) -> float | None:

@@ -111,7 +111,7 @@ def look_up(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decisio
             own = writer.insert(aten.unsqueeze.default, own, -1)
         return [added_up(writer, writer.insert(aten.where.ScalarOther, own, found, 0))]
 
-    return Decision({"self": at, "index": FULL}, (addend_of(call),), lower=lower)
+    return Decision({"self": at, "index": FULL}, (addend_of(call.result),), lower=lower)
 
 
 @along_tokens(aten.index.Tensor)
@@ -138,7 +138,7 @@ def index(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
             own = writer.insert(aten.unsqueeze.default, own, -1)
         return [added_up(writer, writer.insert(aten.where.ScalarOther, own, found, 0))]
 
-    return Decision({"self": at, **dict.fromkeys(names, FULL)}, (addend_of(call),), lower=lower)
+    return Decision({"self": at, **dict.fromkeys(names, FULL)}, (addend_of(call.result),), lower=lower)
 
 
 def is_short(call: Call, name: str, length: Any) -> bool:

@@ -74,6 +74,12 @@ def gathered(x: Tensor) -> Tensor:
     return x.gather(1, index) + x.index_select(1, torch.tensor([6, 0], device=x.device))
 
 
+def first_apart(x: Tensor) -> Tensor:
+    """A token of the class is handled apart from the others, and put back."""
+    first, others = x.split((1, x.shape[1] - 1), dim=1)
+    return x * torch.cat([first.tanh(), others * others.narrow(1, 0, x.shape[1] - 1).sigmoid()], 1)
+
+
 def is_last_positive(x: Tensor) -> Tensor:
     return torch.where((x > 0)[:, -1], x[:, 2], 1.0)
 
@@ -212,6 +218,7 @@ FUNCTIONS = [
     last_tokens,
     one_token_of_each_row,
     gathered,
+    first_apart,
     is_last_positive,
     twice_shifted,
 ]
