@@ -35,6 +35,7 @@ def zoo(
         bool | None, typer.Option(help="Only strict, or only with hidden states gathered [default: both]")
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Models at once, each in its own process.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     timeout: Annotated[float, typer.Option(help="Seconds for one variant of one model.")] = 200.0,
     memory: Annotated[float, typer.Option(help="GiB for one process.")] = 8.0,
     output: Annotated[Path, typer.Option(help="Where results go: this name with .jsonl and .md.")] = Path("zoo"),
@@ -58,7 +59,7 @@ def zoo(
     if not resume:
         results_path.unlink(missing_ok=True)
     plan = [
-        Job(entry.key, variants_of(name, is_packed, world_size or [2, 4], strict))
+        Job(entry.key, variants_of(name, is_packed, world_size or [2, 4], strict), device)
         for entry in entries
         for name in attention or ATTENTION
         for is_packed in ((False, True) if packed is None else (packed,))
@@ -71,7 +72,7 @@ def zoo(
     except KeyboardInterrupt:
         console.print(f"interrupted: {results_path} keeps what is done; continue with --resume.")
         raise typer.Exit(130) from None
-    finish(results_path, page_path, console)
+    finish(results_path, page_path, console, device)
 
 
 def variants_of(attention: str, packed: bool, world_sizes: list[int], strict: bool | None) -> tuple[Variant, ...]:
@@ -89,7 +90,8 @@ def takes_packed(entry: Entry) -> bool:
 
 def without(job: Job, done: set[tuple[str, Variant]]) -> Job:
     """Return the part of a job that has no result yet."""
-    return Job(job.key, tuple(variant for variant in job.variants if (job.key, variant) not in done))
+    rest = tuple(variant for variant in job.variants if (job.key, variant) not in done)
+    return Job(job.key, rest, job.device)
 
 
 def run_all(jobs: list[Job], path: Path, console: Console, num_workers: int, timeout: float, memory: float) -> None:
@@ -116,13 +118,13 @@ def run_all(jobs: list[Job], path: Path, console: Console, num_workers: int, tim
         run_jobs(jobs, report, num_workers=num_workers, timeout=timeout, memory=memory)
 
 
-def finish(results_path: Path, page_path: Path, console: Console) -> None:
+def finish(results_path: Path, page_path: Path, console: Console, device: str = "cpu") -> None:
     """Write the page, show the counts, and end with exit code 1 if something must not be."""
     from cpcompile.zoo.report import markdown, show
     from cpcompile.zoo.summary import failures
 
     results = read(results_path)
-    page_path.write_text(markdown(results))
+    page_path.write_text(markdown(results, device))
     show(console, results)
     console.print(f"{len(results)} results in {results_path}, tables in {page_path}")
     if failures(results):

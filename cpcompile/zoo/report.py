@@ -29,15 +29,16 @@ COLUMNS = (
 )
 
 
-def versions() -> str:
+def versions(device: str) -> str:
     """Return what was run, in words."""
+    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     names = {
         "cpcompile": cpcompile.__version__,
         "torch": torch.__version__,
         "transformers": import_transformers().__version__,
         "Python": platform.python_version(),
     }
-    return ", ".join(f"{name} {version}" for name, version in names.items())
+    return ", ".join([hardware, *(f"{name} {version}" for name, version in names.items())])
 
 
 def row(counts: Counts) -> list[str]:
@@ -60,7 +61,7 @@ def show(console: Console, results: Sequence[Result]) -> None:
         console.print(f"{result.outcome}: {where}: {result.reason}", markup=False, highlight=False, soft_wrap=True)
 
 
-def markdown(results: Sequence[Result]) -> str:
+def markdown(results: Sequence[Result], device: str = "cpu") -> str:
     """Return the page."""
     table = tabulate(results)
     ranks = sorted({result.variant.world_size for result in results})
@@ -70,7 +71,7 @@ def markdown(results: Sequence[Result]) -> str:
         "Written by `python -m cpcompile.zoo`; do not edit. Every architecture is built from a tiny random configuration",
         "and run by `cpcompile.verify` (loss and every gradient against the untouched model) in its own process.",
         "",
-        f"{versions()}; ranks: {', '.join(map(str, ranks))}. An entry counts by its worst result over the numbers of ranks.",
+        f"{versions(device)}; ranks: {', '.join(map(str, ranks))}. An entry counts by its worst result over the numbers of ranks.",
         "",
         "- *captured*: the model runs on one device and Dynamo traces it as one graph; the next four add up to it.",
         "- *exact*: loss and every gradient agree, to 1e-10 in float64 or, where the model does not run in float64 on one",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ class Job:
 
     key: str
     variants: tuple[Variant, ...]
+    device: str = "cpu"
 
 
 def has_strict() -> bool:
@@ -43,6 +45,8 @@ def run_job(job: Job, report: Callable[[Result], None]) -> None:
     first, start = job.variants[0], time.perf_counter()
     try:
         model, inputs = build(job.key, first.attention, torch.float32, packed=first.packed)
+        device = one_of(job.device)
+        model, inputs = model.to(device), torch.utils._pytree.tree_map_only(torch.Tensor, mover(device), inputs)
         evidence = gather_evidence(model, inputs)
     except Exception as error:
         outcome, reason, detail = own_failure(error)
@@ -59,6 +63,16 @@ def run_job(job: Job, report: Callable[[Result], None]) -> None:
         start = time.perf_counter()
         uncaptured = result if result.outcome == NOT_CAPTURED else None
         report(result)
+
+
+def mover(device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what moves a tensor to `device`."""
+    return lambda x: x.to(device)
+
+
+def one_of(device: str) -> str:
+    """Return the device of this process: the GPUs are shared out among the workers."""
+    return f"cuda:{os.getpid() % torch.cuda.device_count()}" if device == "cuda" else device
 
 
 def run_variant(key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence) -> Result:
