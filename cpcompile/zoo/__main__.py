@@ -38,7 +38,9 @@ def zoo(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     timeout: Annotated[float, typer.Option(help="Seconds for one variant of one model.")] = 200.0,
     memory: Annotated[float, typer.Option(help="GiB for one process.")] = 8.0,
-    output: Annotated[Path, typer.Option(help="Where results go: this name with .jsonl and .md.")] = Path("zoo"),
+    output: Annotated[
+        Path, typer.Option(help="Where results go: this name with .jsonl (every run), .json and .md (tables).")
+    ] = Path("zoo"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep the results that are there, run the rest.")] = False,
 ) -> None:
     """Run transformers architectures as tiny random models through `cpcompile.verify`.
@@ -55,7 +57,7 @@ def zoo(
     for name in attention or []:
         if name not in ATTENTION:
             raise typer.BadParameter(f"{name} is none of {', '.join(ATTENTION)}.", param_hint="--attention")
-    results_path, page_path = output.with_suffix(".jsonl"), output.with_suffix(".md")
+    results_path = output.with_suffix(".jsonl")
     if not resume:
         results_path.unlink(missing_ok=True)
     plan = [
@@ -72,7 +74,7 @@ def zoo(
     except KeyboardInterrupt:
         console.print(f"interrupted: {results_path} keeps what is done; continue with --resume.")
         raise typer.Exit(130) from None
-    finish(results_path, page_path, console, device)
+    finish(results_path, console, device)
 
 
 def variants_of(attention: str, packed: bool, world_sizes: list[int], strict: bool | None) -> tuple[Variant, ...]:
@@ -118,13 +120,15 @@ def run_all(jobs: list[Job], path: Path, console: Console, num_workers: int, tim
         run_jobs(jobs, report, num_workers=num_workers, timeout=timeout, memory=memory)
 
 
-def finish(results_path: Path, page_path: Path, console: Console, device: str = "cpu") -> None:
-    """Write the page, show the counts, and end with exit code 1 if something must not be."""
-    from cpcompile.zoo.report import markdown, show
+def finish(results_path: Path, console: Console, device: str = "cpu") -> None:
+    """Write the page and the compact results, show the counts, and end with exit code 1 if something must not be."""
+    from cpcompile.zoo.report import compact, markdown, show
     from cpcompile.zoo.summary import failures
 
     results = read(results_path)
+    page_path = results_path.with_suffix(".md")
     page_path.write_text(markdown(results, device))
+    results_path.with_suffix(".json").write_text(compact(results, device))
     show(console, results)
     console.print(f"{len(results)} results in {results_path}, tables in {page_path}")
     if failures(results):

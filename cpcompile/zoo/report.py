@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -71,7 +72,8 @@ def markdown(results: Sequence[Result], device: str = "cpu") -> str:
         "Written by `python -m cpcompile.zoo`; do not edit. Every architecture is built from a tiny random configuration",
         "and run by `cpcompile.verify` (loss and every gradient against the untouched model) in its own process.",
         "",
-        f"{versions(device)}; ranks: {', '.join(map(str, ranks))}. An entry counts by its worst result over the numbers of ranks.",
+        f"{versions(device)}; ranks: {', '.join(map(str, ranks))}.",
+        "An entry counts by its worst result over the numbers of ranks.",
         "",
         "- *captured*: the model runs on one device and Dynamo traces it as one graph; the next four add up to it.",
         "- *exact*: loss and every gradient agree, to 1e-10 in float64 or, where the model does not run in float64 on one",
@@ -88,6 +90,28 @@ def markdown(results: Sequence[Result], device: str = "cpu") -> str:
         lines += ["", f"## {title}", "", *reasons_list(table, outcome, title[0])]
     lines += ["", "## Entries", "", *entries_table(table)]
     return "\n".join(lines) + "\n"
+
+
+def compact(results: Sequence[Result], device: str = "cpu") -> str:
+    """Return the results as JSON, one entry a line, over all numbers of ranks as on the page."""
+    table = tabulate(results)
+    lines = []
+    for key in sorted({key for cells in table.values() for key in cells}):
+        row = {variant: describe(cells[key]) for variant, cells in table.items() if key in cells}
+        lines.append(f"    {json.dumps(key)}: {json.dumps(row)}")
+    ranks = sorted({result.variant.world_size for result in results})
+    head = f'{{\n  "versions": {json.dumps(versions(device))},\n  "ranks": {ranks},\n  "entries": {{\n'
+    return head + ",\n".join(lines) + "\n  }\n}\n"
+
+
+def describe(cell: Cell) -> dict[str, Any]:
+    """Return what the compact results keep of a cell."""
+    worst = cell.worst
+    values: dict[str, Any] = {"outcome": worst.outcome, "reason": worst.reason}
+    if cell.outcome == EXACT:
+        values |= {"dtype": worst.dtype, "error": cell.error, "gradients": worst.num_gradients}
+        values |= {"replicated": True} if worst.replicated else {}
+    return {name: value for name, value in values.items() if value != ""}
 
 
 def counts_table(table: Table) -> Iterator[str]:

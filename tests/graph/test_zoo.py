@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from cpcompile.zoo.catalogue import CATEGORIES, ENTRIES, find_entries
 from cpcompile.zoo.classify import classify, normalise, own_failure
 from cpcompile.zoo.evidence import Unsound, gather_evidence, reach
 from cpcompile.zoo.pool import run_jobs
-from cpcompile.zoo.report import markdown
+from cpcompile.zoo.report import compact, markdown
 from cpcompile.zoo.result import (
     CRASH,
     EXACT,
@@ -296,14 +297,25 @@ class TestReport:
         assert "| causal:b | 3e-07 (float32), replicated |" in page
         assert "| mlm:u | R1 |" in page
 
+    def test_compact_results(self) -> None:
+        found = json.loads(compact(FOUND))
+        assert found["ranks"] == [2]
+        assert found["entries"]["causal:a"][STRICT.text] == {
+            "outcome": "exact",
+            "dtype": "float64",
+            "error": 2e-14,
+            "gradients": 3,
+        }
+        assert found["entries"]["mlm:u"][STRICT.text] == {"outcome": "refused", "reason": "aten.topk.default: no"}
+
     @pytest.mark.parametrize("outcome", [WRONG, CRASH])
     def test_the_exit_code_tells_of_failures(self, tmp_path: Path, outcome: str) -> None:
-        paths = tmp_path / "zoo.jsonl", tmp_path / "zoo.md"
-        append(paths[0], FOUND)
-        finish(*paths, Console(quiet=True))
-        append(paths[0], [Result("causal:c", STRICT, outcome, "why")])
+        path = tmp_path / "zoo.jsonl"
+        append(path, FOUND)
+        finish(path, Console(quiet=True))
+        append(path, [Result("causal:c", STRICT, outcome, "why")])
         with pytest.raises(typer.Exit) as stop:
-            finish(*paths, Console(quiet=True))
+            finish(path, Console(quiet=True))
         assert stop.value.exit_code == 1
 
 
