@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     COUNT: (
         "unique_dim.default", "_unique2.default", "unique_consecutive.default", "unique_dim_consecutive.default",
-        "nonzero.default", "argwhere.default", "masked_select.default", "masked_scatter.default", "bincount.default",
+        "nonzero.default", "argwhere.default", "masked_select.default", "bincount.default",
     ),
     MIXED: (
         "fft_fft.default", "fft_ifft.default", "fft_rfft.default", "fft_irfft.default", "fft_fft2.default",

@@ -959,3 +959,14 @@ def histc(target: Any, s: int) -> Iterator[Case]:
 def bincount(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (integers(s, high=5), None, 5))
     yield Case(target, (integers(2 * s, high=4).int(), None, 7))
+
+
+@cases(aten.masked_scatter.default)
+def masked_scatter(target: Any, s: int) -> Iterator[Case]:
+    for mask in (x(B, s, D) > 0.5, x(B, s, 1) > 0.5, x(s, 1) > 0.5, x(1, s, D) > 0.5, x(B, 1, 1) > 0.5):
+        yield Case(target, (x(B, s, D), mask, x(B * s + 1, D)))
+    yield Case(target, (x(B, s, 2, D), x(B, s, 1, 1) > 0.5, x(B * s, 2, D)))
+    yield Case(target, (x(s), x(s) > 0.5, x(s)))
+    yield Case(target, (x(B, s, D), x(B, s, 1) > 0.5, x(B * s * D + 1)))
+    yield Case(target, (integers(B, s, high=9), x(B, s) > 0.5, integers(B * s, high=9)))
+    yield Case(target, (x(B, s, D), x(B, s, 1) > 2, x(0, D)))
