@@ -32,7 +32,7 @@ POOLS = {
     aten.pixel_unshuffle.default: 3,
 } | MEANS
 OTHER_SEQUENCE = (
-    "leaves fewer tokens, which is another sequence: pool before the model, or gather first (cpcompile.gather)"
+    "leaves fewer tokens, which is another sequence: pool before the model, or gather first (strict=False)"
 )
 
 

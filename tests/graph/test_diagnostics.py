@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import pkgutil
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,12 @@ def test_message_says_what_where_and_what_to_do(case: Case) -> None:
     if first.startswith(("NoRule", "GraphBreakError")):
         assert any("model.py:" in line for line in others)
     assert re.search(r"token_dims|Compute|Change|Return|checkpoint without it", case.message)
+
+
+@pytest.mark.parametrize("case", cases(PAGE.read_text()), ids=lambda case: case.title)
+def test_message_names_what_exists(case: Case) -> None:
+    for name in re.findall(r"cpcompile(?:\.\w+)+", case.message):
+        assert callable(pkgutil.resolve_name(name)), name
 
 
 def test_page_has_ten_models() -> None:
