@@ -9,7 +9,6 @@ import torch
 from cpcompile.call import Call
 from cpcompile.rules.pointwise import aligned, is_one
 from cpcompile.rules.registry import Indices, Names, rule
-from cpcompile.rules.views import expression
 
 aten = torch.ops.aten
 
@@ -137,7 +136,7 @@ def cut(call: Call) -> Indices:
 def gather(call: Call) -> Indices:
     """[a b], [a c] -> [a c], closed along b and where the index is smaller, because it reads the front only"""
     names = closed(own(call), call.dim("dim", "self"))
-    same = [expression(a) == expression(b) for a, b in zip(call.shape("self"), call.shape("index"), strict=True)]
+    same = [bool(a == b) for a, b in zip(call.shape("self"), call.shape("index"), strict=True)]
     names = tuple(name if equal else None for name, equal in zip(names, same, strict=True))
     return Indices({"self": names, "index": names}, (names,))
 
