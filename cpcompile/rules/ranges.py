@@ -211,7 +211,7 @@ def cat(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | 
     if at.dim != dim or not is_few or not holds_tokens_only(call, name, at, length):
         return None
     first = joined.index(name)
-    before, after = joined[:first], joined[first + 1 :]
+    before, after = ([o for o in side if sizes[o]] for side in (joined[:first], joined[first + 1 :]))
     front = at.front - sum(sizes[other] for other in before)
     back = at.back - sum(sizes[other] for other in after)
     wanted: dict[str, Placement] = {**dict.fromkeys(joined, FULL), name: at}
@@ -235,7 +235,7 @@ def cat(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | 
             begin = before_end(writer, place)
             x = writer.insert(cp.put_tokens.default, x, parts[other], dim, begin, writer.length, *writer.axis)
             place -= sizes[other]
-        return [x]
+        return [x if before or after else writer.insert(aten.alias.default, x)]
 
     return Decision(wanted, (result,), lower=lower)
 

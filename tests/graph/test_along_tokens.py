@@ -35,6 +35,10 @@ def join_and_cut(x: Tensor) -> Tensor:
     return x + torch.cat([x.new_ones(x.shape[0], 2, x.shape[2]), x], 1)[:, : x.shape[1]]
 
 
+def join_nothing(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(x.shape[0], 0, x.shape[2]), x.tanh()], 1)
+
+
 def two_windows(x: Tensor) -> Tensor:
     """A centred difference, padded back to the length."""
     return F.pad(x[:, 2:] - x[:, :-2], (0, 0, 1, 1))
@@ -209,6 +213,7 @@ FUNCTIONS = [
     shift_and_keep_first,
     shift_to_the_left,
     join_and_cut,
+    join_nothing,
     two_windows,
     roll,
     turned_round,
