@@ -115,10 +115,10 @@ def work(run: Runner, job: Job, connection: Connection, memory: float) -> None:
     """Run one job in a worker."""
     limit = int(memory * GIB)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-        # Ctrl-C reaches every process of the terminal; the first process ends the others.
-        with contextlib.suppress(KeyboardInterrupt):
-            run(job, connection.send)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # what the model and torch print
+        os.dup2(nowhere, stream)
+    # Ctrl-C reaches every process of the terminal; the first process ends the others.
+    with contextlib.suppress(KeyboardInterrupt):
+        run(job, connection.send)
     connection.close()

@@ -109,7 +109,7 @@ def describe(cell: Cell) -> dict[str, Any]:
     worst = cell.worst
     values: dict[str, Any] = {"outcome": worst.outcome, "reason": worst.reason}
     if cell.outcome == EXACT:
-        values |= {"dtype": worst.dtype, "error": cell.error, "gradients": worst.num_gradients}
+        values |= {"dtype": worst.dtype, "error": cell.error, "gradients": worst.num_gradients, "sites": worst.sites}
         values |= {"replicated": True} if worst.replicated else {}
     return {name: value for name, value in values.items() if value != ""}
 

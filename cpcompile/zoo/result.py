@@ -55,6 +55,7 @@ class Result:
         loss_error: relative.
         gradient_error: relative, of the worst parameter among those with a gradient.
         num_gradients: parameters whose gradient is not zero on one device.
+        sites: attentions that were rewritten.
         replicated: nothing was sharded.
         seconds: of this variant.
     """
@@ -68,6 +69,7 @@ class Result:
     loss_error: float | None = None
     gradient_error: float | None = None
     num_gradients: int = 0
+    sites: int = 0
     replicated: bool = False
     seconds: float = 0.0
 

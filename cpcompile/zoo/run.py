@@ -112,6 +112,7 @@ def judge(key: str, variant: Variant, found: Verification, evidence: Evidence) -
         loss_error=found.loss_error,
         gradient_error=max(counted.values(), default=0.0),
         num_gradients=len(counted),
+        sites=len(found.transformed.choice.strategies),
         replicated=not is_sharded(found),
     )
 

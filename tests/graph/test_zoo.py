@@ -122,7 +122,9 @@ class TestBuild:
     def test_the_loss_depends_on_tokens_of_other_ranks(self, key: str) -> None:
         model, inputs = self.build_any(key)
         evidence = gather_evidence(model, inputs)
-        assert len(evidence.gradients) > 0.8 * len(list(model.parameters()))
+        assert len(evidence.gradients) > 0.3 * len(
+            list(model.parameters())
+        )  # of text models with an unused image encoder
         if {"input_ids", "labels"} <= inputs.keys():
             assert reach(model, inputs, evidence.dtype) > 1e-4
 
@@ -152,7 +154,7 @@ class Flip(nn.Module):
 class TestClassification:
     def test_exact(self) -> None:
         (result,) = outcomes("causal:llama", STRICT)
-        assert (result.outcome, result.dtype, result.num_gradients) == (EXACT, "float64", 21)
+        assert (result.outcome, result.dtype, result.num_gradients, result.sites) == (EXACT, "float64", 21, 2)
         assert result.loss_error is not None and result.loss_error < 1e-10
         assert result.gradient_error is not None and 0 < result.gradient_error < 1e-10
         assert not result.replicated
@@ -305,6 +307,7 @@ class TestReport:
             "dtype": "float64",
             "error": 2e-14,
             "gradients": 3,
+            "sites": 0,
         }
         assert found["entries"]["mlm:u"][STRICT.text] == {"outcome": "refused", "reason": "aten.topk.default: no"}
 
