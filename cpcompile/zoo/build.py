@@ -43,11 +43,18 @@ def build(
         NotAvailable: transformers has no such class, or the class does not take this attention or positions.
     """
     entry = ENTRIES[name]
+    if attention == "flex_attention" and entry.key in NO_FLEX_REFERENCE:
+        raise NotAvailable(NO_FLEX_REFERENCE[entry.key])
     model = make_model(entry, attention).to(dtype)
     if packed and (entry.category != "causal" or "position_ids" not in inspect.signature(model.forward).parameters):
         raise NotAvailable("takes no positions")
     inputs = make_inputs(entry, packed=packed)
     return model, {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
+
+
+# Models whose untouched form cannot be the truth: torch's flex attention, not compiled, has no gradient for a tensor that
+# the function of the scores reads, and compiled it refuses how this one reads it.
+NO_FLEX_REFERENCE = {"causal:doge": "one device has no gradient for the learned scores that it adds by score_mod"}
 
 
 def make_model(entry: Entry, attention: str) -> nn.Module:
