@@ -54,6 +54,18 @@ def permute(call: Call) -> Indices:
     return Indices({"self": names}, (tuple(names[int(d) % len(names)] for d in call["dims"]),))
 
 
+@rule(aten.movedim.int, aten.movedim.intlist)
+def movedim(call: Call) -> Indices:
+    """[a b c] -> [b c a]"""
+    names = own(call)
+    given, wanted = (
+        call[name] if isinstance(call[name], list | tuple) else [call[name]] for name in ("source", "destination")
+    )
+    to = {int(d) % len(names): names[int(s) % len(names)] for s, d in zip(given, wanted, strict=True)}
+    rest = iter(name for name in names if name not in to.values())
+    return Indices({"self": names}, (tuple(to[d] if d in to else next(rest) for d in range(len(names))),))
+
+
 @rule(aten.expand.default, aten.broadcast_to.default)
 def expand(call: Call) -> Indices:
     """[a 1] -> [n a b]"""

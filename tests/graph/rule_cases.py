@@ -228,6 +228,15 @@ def matrix_transpose(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(s, s),))
 
 
+@cases(aten.movedim.int, aten.movedim.intlist)
+def movedim(target: Any, s: int) -> Iterator[Case]:
+    if target is aten.movedim.int:
+        yield Case(target, (x(B, s, H, D), 1, 0))
+        yield Case(target, (x(B, s, H, D), -1, 1))
+    else:
+        yield Case(target, (x(B, s, H, D), [0, 1], [-1, 0]))
+
+
 @cases(aten.permute.default)
 def permute(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, H, D), [0, 2, 1, 3]))
