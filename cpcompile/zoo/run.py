@@ -54,14 +54,19 @@ def run_job(job: Job, report: Callable[[Result], None]) -> None:
             report(Result(job.key, variant, outcome, reason, detail))
         return
     uncaptured: Result | None = None
+    exact: dict[int, Result] = {}
     for variant in job.variants:
-        if uncaptured is not None:  # capture does not depend on the ranks
-            report(dataclasses.replace(uncaptured, variant=variant, seconds=0.0))
+        # Capture does not depend on the ranks; and where nothing is refused, both modes make the same program.
+        known = uncaptured or (None if variant.strict else exact.get(variant.world_size))
+        if known is not None:
+            report(dataclasses.replace(known, variant=variant, seconds=0.0))
             continue
         result = run_variant(job.key, variant, model, inputs, evidence)
         result = dataclasses.replace(result, seconds=round(time.perf_counter() - start, 2))
         start = time.perf_counter()
         uncaptured = result if result.outcome == NOT_CAPTURED else None
+        if variant.strict and result.outcome == EXACT:
+            exact[variant.world_size] = result
         report(result)
 
 
