@@ -31,9 +31,7 @@ POOLS = {
     aten.pixel_shuffle.default: 3,
     aten.pixel_unshuffle.default: 3,
 } | MEANS
-OTHER_SEQUENCE = (
-    "leaves fewer tokens, which is another sequence: pool before the model, or gather first (strict=False)"
-)
+OTHER_SEQUENCE = "leaves fewer tokens, which is another sequence: pool before the model, or gather first (strict=False)"
 
 
 @rule(*POOLS)

@@ -117,7 +117,11 @@ register(SliceRule(), aten.slice.Tensor)
 
 
 @along_tokens(
-    aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections, aten.narrow.default
+    aten.split_with_sizes.default,
+    aten.split.Tensor,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+    aten.narrow.default,
 )
 def split(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
     """a range of the tokens for each part, or a few that every rank gets"""

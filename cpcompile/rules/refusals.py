@@ -23,9 +23,7 @@ COUNT = (
     "the size of its result depends on the values of all tokens, so that no rank knows its part; keep all tokens and "
     "multiply by a mask (torch.where), or do it before the model"
 )
-MIXED = (
-    "each of its results depends on all tokens; do it before the model, or on the gathered values (strict=False)"
-)
+MIXED = "each of its results depends on all tokens; do it before the model, or on the gathered values (strict=False)"
 RANDOM = (
     "it draws numbers for each token, and no rank knows which ones one device would draw; draw them before the model "
     "and pass them as an input"

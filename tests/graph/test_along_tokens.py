@@ -185,7 +185,9 @@ def weights_over_tokens(x: Tensor) -> Tensor:
 def losses(x: Tensor) -> Tensor:
     """Predictions of the next token's states; some of one row."""
     x, y = x[:, :-1], x[:, 1:].detach()
-    total = F.mse_loss(x, y) + F.smooth_l1_loss(x, y, reduction="sum") + F.binary_cross_entropy_with_logits(x, y.sigmoid())
+    total = (
+        F.mse_loss(x, y) + F.smooth_l1_loss(x, y, reduction="sum") + F.binary_cross_entropy_with_logits(x, y.sigmoid())
+    )
     return (total + F.kl_div(x.log_softmax(-1), y.softmax(-1), reduction="batchmean")).expand(2, WIDTH)
 
 
