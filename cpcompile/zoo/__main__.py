@@ -36,7 +36,7 @@ def zoo(
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Models at once, each in its own process.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    timeout: Annotated[float, typer.Option(help="Seconds for one variant of one model.")] = 200.0,
+    timeout: Annotated[float, typer.Option(help="Seconds for one variant of one model.")] = 300.0,
     memory: Annotated[float, typer.Option(help="GiB for one process.")] = 8.0,
     output: Annotated[
         Path, typer.Option(help="Where results go: this name with .jsonl (every run), .json and .md (tables).")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,13 @@ class Evidence:
         dtype: float64 where the model runs in it, else float32.
         loss: its objective.
         gradients: names of the parameters whose gradient is not zero.
+        training: the mode in which two runs of the model agree.
     """
 
     dtype: torch.dtype
     loss: float
     gradients: frozenset[str]
+    training: bool
 
 
 class Unsound(Exception):
@@ -35,14 +38,15 @@ class Unsound(Exception):
 
 
 def gather_evidence(model: nn.Module, inputs: Mapping[str, Any]) -> Evidence:
-    """Run the untouched model in float64, or else in float32 (`model` comes out in that dtype).
+    """Run a copy of the untouched model in float64, or else in float32: some models keep what their last run computed.
 
-    A model that draws random numbers while training is put in evaluation mode.
+    A model that draws random numbers while training is run in evaluation mode.
 
     Raises:
         Unsound: its loss is not finite, has no gradients, or differs between two runs.
         Exception: what the model itself raises.
     """
+    model = copy.deepcopy(model)
     try:
         dtype, (loss, gradients) = torch.float64, run(model, inputs, torch.float64)
     except Exception:
@@ -57,7 +61,7 @@ def gather_evidence(model: nn.Module, inputs: Mapping[str, Any]) -> Evidence:
         raise Unsound("the loss or a gradient is not finite")
     if not live:
         raise Unsound("no parameter has a gradient")
-    return Evidence(dtype, loss.item(), live)
+    return Evidence(dtype, loss.item(), live, model.training)
 
 
 def run(

@@ -84,6 +84,7 @@ def run_variant(key: str, variant: Variant, model: nn.Module, inputs: Mapping[st
     """Compare the transformed model with the untouched one."""
     options: dict[str, Any] = {"strict": variant.strict} if has_strict() else {}
     is_double = evidence.dtype == torch.float64
+    model.train(evidence.training)
     torch._dynamo.reset()
     try:
         found = verify(

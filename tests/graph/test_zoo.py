@@ -126,7 +126,7 @@ class TestBuild:
             list(model.parameters())
         )  # of text models with an unused image encoder
         if {"input_ids", "labels"} <= inputs.keys():
-            assert reach(model, inputs, evidence.dtype) > 1e-4
+            assert reach(model.train(evidence.training), inputs, evidence.dtype) > 1e-4
 
     def build_any(self, key: str) -> tuple[nn.Module, dict[str, Any]]:
         for attention in ("sdpa", "eager"):
