@@ -375,7 +375,7 @@ def value_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the relative error of a value; a value of another shape, or NaN for a number, is infinitely wrong."""
     if found.shape != expected.shape:
         return math.inf
-    if not expected.is_floating_point():
+    if not (expected.is_floating_point() or expected.is_complex()):
         return 0.0 if torch.equal(found, expected) else math.inf
     both_finite = expected.isfinite() & found.isfinite()
     if not torch.equal(expected.isfinite(), found.isfinite()):

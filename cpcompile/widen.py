@@ -15,9 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 
+WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
 def widened(arguments: Any) -> Any:
-    """Return arguments with float32 replaced by float64 where it is a dtype."""
-    return tree_map(lambda x: torch.float64 if x is torch.float32 else x, arguments)
+    """Return arguments with float32 replaced by float64 where it is a dtype, and complex numbers likewise."""
+    return tree_map(lambda x: WIDER.get(x, x) if isinstance(x, torch.dtype) else x, arguments)
 
 
 class Widen(TorchFunctionMode):

@@ -217,10 +217,24 @@ def test_nan_on_one_side_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("NaN passed")
 
 
+def test_complex_values_are_widened() -> None:
+    class Turned(TinyLM):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+            x = self.embedding(input_ids)
+            pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+            angles = torch.arange(x.shape[1]).float()[:, None] * torch.linspace(0.1, 1.0, pairs.shape[-1])
+            turn = torch.polar(torch.ones_like(angles), angles).to(x.device)  # traced with its dtype
+            y = torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
+            return F.cross_entropy(self.head(y).flatten(0, 1), labels.flatten())
+
+    verify(Turned(), batch(13), world_size=2, dtype=DOUBLE).raise_if_wrong()
+
+
 def test_error_of_values() -> None:
     one = torch.ones(4)
     assert value_error(one, one) == 0.0
     assert value_error(one * 1.5, one) == pytest.approx(0.5)
     assert value_error(one[:3], one) == float("inf")
     assert value_error(one * float("nan"), one) == float("inf")
+    assert value_error(one * (1 + 0.5j), one + 0j) == pytest.approx(0.5)
     assert value_error(torch.ones(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)) == float("inf")
