@@ -14,7 +14,6 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-
 WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
