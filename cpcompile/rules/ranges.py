@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -197,6 +197,13 @@ def pad(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | 
         return [writer.insert(aten.alias.default, writer.call["self"])]
 
     return Decision({"self": at}, (result,), padding={"self": value} if takes_slots else {}, lower=lower)
+
+
+@along_tokens(aten.repeat.default)
+def repeat(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each rank repeats its own tokens: the copies are an outer factor of the dim"""
+    at = operands["self"]
+    return Decision({"self": at}, (replace(at, dim=at.dim + call.result.dim() - len(call.shape("self"))),))
 
 
 @along_tokens(aten.cat.default, aten.concat.default, aten.concatenate.default)

@@ -56,6 +56,10 @@ def joined_with_itself(x: Tensor) -> Tensor:
     return torch.cat([x, x.tanh()], 1).view(x.shape[0], 2, x.shape[1], -1).sum(1)
 
 
+def repeated(x: Tensor) -> Tensor:
+    return (x.flatten(0, 1).repeat(3, 1) * 0.5).view(3, -1, x.shape[-1]).sum(0)
+
+
 def differences(x: Tensor) -> Tensor:
     return x[:, 1:] * x.diff(dim=1)
 
@@ -220,6 +224,7 @@ FUNCTIONS = [
     roll,
     turned_round,
     joined_with_itself,
+    repeated,
     differences,
     last_token,
     last_tokens,
