@@ -130,7 +130,8 @@ def trace_pre_dispatch(
 
 def is_only_traced(value: torch.Tensor) -> bool:
     """Tell whether a tensor exists only while tracing, and has no value afterwards."""
-    return isinstance(value, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    is_wrapped = isinstance(value, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return is_wrapped or value.grad_fn is not None
 
 
 @contextlib.contextmanager

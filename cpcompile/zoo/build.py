@@ -54,7 +54,10 @@ def build(
 
 # Models whose untouched form cannot be the truth: torch's flex attention, not compiled, has no gradient for a tensor that
 # the function of the scores reads, and compiled it refuses how this one reads it.
-NO_FLEX_REFERENCE = {"causal:doge": "one device has no gradient for the learned scores that it adds by score_mod"}
+NO_FLEX_REFERENCE = dict.fromkeys(
+    ("causal:doge", "causal:inkling_text"),
+    "one device has no gradient for the learned scores that it adds by score_mod",
+)
 
 
 def make_model(entry: Entry, attention: str) -> nn.Module:
