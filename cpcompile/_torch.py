@@ -7,6 +7,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -110,6 +111,21 @@ class _InlineCheckpoints(fx.Interpreter):
         return _InlineCheckpoints(body, self.skipped).run(*args[1:])
 
 
+def symbolic_operators() -> AbstractContextManager[None]:
+    """Return a context in which composite operators take symbolic sizes; before torch 2.13 some read them in C++."""
+    return enable_python_dispatcher()
+
+
+@contextlib.contextmanager
+def _hooks_kept() -> Iterator[None]:
+    """Switch the hooks of saved tensors on again when tracing ends inside a derivative, which switches them off."""
+    try:
+        yield
+    except BaseException:
+        torch._C._autograd._saved_tensors_hooks_enable()
+        raise
+
+
 def trace_pre_dispatch(
     gm: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any], skipped: Container[fx.Node] = ()
 ) -> fx.GraphModule:
@@ -118,7 +134,7 @@ def trace_pre_dispatch(
     Nodes that are `skipped` do not run and give None.
     """
     interpreter = _InlineCheckpoints(gm, skipped)
-    with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher(), mode:
+    with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher(), mode, _hooks_kept():
         return make_fx(
             lambda *args: interpreter.run(*args),
             decomposition_table={},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cpcompile import _torch
 from cpcompile.annotation import annotate, annotation
 from cpcompile.call import value_of
 from cpcompile.placement import FULL, Placement
@@ -49,5 +50,5 @@ def fake_result(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     """Run `target` on fake values."""
     leaves = torch.utils._pytree.tree_leaves((args, kwargs))
     modes = [v.fake_mode for v in leaves if hasattr(v, "fake_mode")]
-    with modes[0] if modes else contextlib.nullcontext():
+    with _torch.symbolic_operators(), modes[0] if modes else contextlib.nullcontext():
         return target(*args, **kwargs)

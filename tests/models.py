@@ -126,7 +126,7 @@ class Block(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Mixes tokens in every way but attention alone: shifts, a convolution, scans, pooling, look-ups and attention written out."""
+    """Mixes tokens in many ways: shifts, a convolution, scans, pooling, look-ups, and attention written out."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Mixer(nn.Module):
         count = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
         x = x + self.mix(x.cumsum(1) / count).tanh() * x.roll(3, 1)
         scores = x @ x.transpose(1, 2) / x.shape[-1]
-        x = x + (scores + 0.01 * torch.arange(x.shape[1], device=x.device)).softmax(-1) @ x.flip(1)
+        x = x + (scores + 0.01 * torch.arange(x.shape[1], device=x.device, dtype=x.dtype)).softmax(-1) @ x.flip(1)
         pooled = torch.cat([x.amax(1), x[:, -1], x[torch.arange(len(x), device=x.device), labels[:, -1] % 7]])
         logits = self.head(x)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -161,15 +161,15 @@ def rotate(x: Tensor) -> Tensor:
     )
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
+DECODERS: dict[str, Callable[..., nn.Module]] = {
     "llama": llama,
     "qwen3": qwen3,
     "gpt2": gpt2,
     "gemma2": gemma2,
     "nanogpt": NanoGPT,
     "rotary": RotaryLM,
-    "mixer": Mixer,
 }
+MODELS = DECODERS | {"mixer": Mixer}
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> nn.Module:

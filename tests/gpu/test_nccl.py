@@ -58,12 +58,11 @@ class Case:
 
 
 CASES = [
+    *(Case("auto", layout, "eager", "float32", "mixer") for layout in LAYOUTS),
     *(Case(strategy, layout, "eager", "bfloat16") for strategy in STRATEGIES for layout in LAYOUTS),
     *(Case(strategy, "zig_zag", "eager", "float32") for strategy in STRATEGIES),
     *(Case(strategy, "zig_zag", "inductor", "bfloat16") for strategy in STRATEGIES),
     Case("ring", "contiguous", "inductor", "float32"),
-    *(Case("ring", layout, "eager", "float32", "mixer") for layout in LAYOUTS),
-    Case("ulysses", "zig_zag", "inductor", "bfloat16", "mixer"),
 ]
 BUILD = {"llama": lambda: llama(**SIZES), "mixer": lambda: Mixer(256)}
 

@@ -41,8 +41,12 @@ unbind.int unflatten.int unfold.default uniform_.default unsqueeze.default unsqu
 view_as.default view_as_complex.default view_as_real.default where.Scalar where.ScalarOther where.ScalarSelf
 where.self zeros.default zeros_like.default
 """
-# Passes remove these before tokens are placed.
-REMOVED = (aten._assert_tensor_metadata.default, aten.detach_.default)
+# Passes remove these, or put others in their place, before tokens are placed.
+REMOVED = (
+    aten._assert_tensor_metadata.default,
+    aten.detach_.default,
+    aten.scaled_dot_product_attention.default,
+)
 
 
 def forms_of(name: str) -> set[torch._ops.OpOverload]:

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import cpcompile
-from tests.models import MODELS, batch, make
+from tests.models import DECODERS, batch, make
 
 STRATEGIES, LAYOUTS = ("ulysses", "ring", "gather"), ("contiguous", "zig_zag")
 WORLD_SIZES, LENGTHS = (1, 2, 3, 4), (31, 64, 97)
-ALL = list(itertools.product(MODELS, STRATEGIES, LAYOUTS, WORLD_SIZES, LENGTHS))
+ALL = list(itertools.product(DECODERS, STRATEGIES, LAYOUTS, WORLD_SIZES, LENGTHS))
 # A fixed sample keeps the default run short; it meets every model with every strategy and layout, every P and every length.
 SAMPLE = [
     (model, strategy, layout, WORLD_SIZES[(i + j) % 4], LENGTHS[(i + 2 * j) % 3])
-    for i, model in enumerate(MODELS)
+    for i, model in enumerate(DECODERS)
     for j, (strategy, layout) in enumerate(itertools.product(STRATEGIES, LAYOUTS))
 ]
 
@@ -53,7 +53,7 @@ def test_all(model: str, strategy: str, layout: str, world_size: int, length: in
     check(model, strategy, layout, world_size, length)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", DECODERS)
 def test_eight_ranks(model: str) -> None:
     check(model, "auto", "auto", 8, 33)
 
@@ -83,7 +83,7 @@ def test_packed_positions(world_size: int) -> None:
     check("llama", "ring", "zig_zag", world_size, 37, position_ids=positions)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", DECODERS)
 def test_float32_to_rounding(model: str) -> None:
     module = make(model, torch.float32)
     found = cpcompile.verify(module, batch(module, 64), world_size=2, strategy="ring")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -351,7 +352,11 @@ class TestCommand:
 
     def test_an_interrupted_run_keeps_what_is_done(self, tmp_path: Path) -> None:
         arguments = ["-m", "mamba", "-m", "llama", "--attention", "sdpa", "--dense", "--output", str(tmp_path / "zoo")]
-        run = subprocess.Popen([sys.executable, "-m", "cpcompile.zoo", *arguments], stdout=subprocess.PIPE, text=True)
+        # A shell starts what runs in the background with interrupts ignored, and its children inherit that.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        run = subprocess.Popen(
+            [sys.executable, "-m", "cpcompile.zoo", *arguments], stdout=subprocess.PIPE, text=True, preexec_fn=heed
+        )
         assert run.stdout is not None
         assert run.stdout.readline().startswith("causal:mamba sdpa, dense, strict: not available")
         run.send_signal(signal.SIGINT)
