@@ -131,7 +131,14 @@ def test_transformers_encoder_decoder(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     if family == "t5":
         config = transformers.T5Config(
-            vocab_size=19, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0, decoder_start_token_id=0
+            vocab_size=19,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0,
+            decoder_start_token_id=0,
         )
         model = transformers.T5ForConditionalGeneration(config)
     else:
