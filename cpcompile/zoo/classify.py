@@ -99,6 +99,7 @@ _DIFFERENCES = (
     (re.compile(r"\(\s*-?\d[-\d\s,]*\)"), "(..)"),
     (re.compile(r"%?\b([a-zA-Z][a-zA-Z_]*?)(_\d+)+\b"), r"\1"),
     (re.compile(r"\b[su]\d+\b"), "s"),
+    (re.compile(r"\.\d+(?=\.)"), ".N"),  # layers of a module path
     (re.compile(r"(?<![\w.])-?\d+(\.\d+)?(e-?\d+)?\b"), "N"),
 )
 

@@ -28,12 +28,14 @@ class Evidence:
         loss: its objective.
         gradients: names of the parameters whose gradient is not zero.
         training: the mode in which two runs of the model agree.
+        is_random: in training mode the model draws random numbers, whether or not they change anything.
     """
 
     dtype: torch.dtype
     loss: float
     gradients: frozenset[str]
     training: bool
+    is_random: bool
 
 
 class Unsound(Exception):
@@ -54,7 +56,10 @@ def gather_evidence(model: nn.Module, inputs: Mapping[str, Any]) -> Evidence:
         dtype, first = torch.float64, run(model, inputs, torch.float64)
     except Exception:
         dtype, first = torch.float32, run(model, inputs, torch.float32)
-    if not agree(first, run(model, inputs, dtype)):
+    generator = random_state()
+    again = run(model, inputs, dtype)
+    is_random = random_state() != generator
+    if not agree(first, again):
         model.eval()
         first = run(model, inputs, dtype)
         if not agree(first, run(model, inputs, dtype)):
@@ -65,7 +70,14 @@ def gather_evidence(model: nn.Module, inputs: Mapping[str, Any]) -> Evidence:
         raise Unsound("the loss or a gradient is not finite")
     if not live:
         raise Unsound("no parameter has a gradient")
-    return Evidence(dtype, loss.item(), live, model.training)
+    return Evidence(dtype, loss.item(), live, model.training, is_random)
+
+
+def random_state() -> list[bytes]:
+    """Return the state of the random generators of this process."""
+    has_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if has_gpu else ())]
+    return [state.numpy().tobytes() for state in states]
 
 
 def agree(first: Run, second: Run) -> bool:

@@ -78,6 +78,7 @@ def markdown(results: Sequence[Result], device: str = "cpu") -> str:
         "- *captured*: the model runs on one device and Dynamo traces it as one graph; the next four add up to it.",
         "- *exact*: loss and every gradient agree, to 1e-10 in float64 or, where the model does not run in float64 on one",
         "  device, to 256 units in the last place of float32. *replicated*: exact, but nothing could be sharded.",
+        "  *eval*: in evaluation mode, because in training mode the model draws random numbers.",
         "- *refused*: an error at compile time that says why. *wrong*, *crash*: defects.",
         "- *not captured*: fails on one device, or has a graph break. *not available*: transformers has no such class, or the",
         "  class does not offer the variant.",
@@ -110,7 +111,7 @@ def describe(cell: Cell) -> dict[str, Any]:
     values: dict[str, Any] = {"outcome": worst.outcome, "reason": worst.reason}
     if cell.outcome == EXACT:
         values |= {"dtype": worst.dtype, "error": cell.error, "gradients": worst.num_gradients, "sites": worst.sites}
-        values |= {"replicated": True} if worst.replicated else {}
+        values |= {name: True for name in ("replicated", "evaluation") if getattr(worst, name)}
     return {name: value for name, value in values.items() if value != ""}
 
 
@@ -154,6 +155,7 @@ def cell_text(cell: Cell | None, numbers: Mapping[tuple[str, str], str]) -> str:
     match cell.outcome:
         case "exact":
             note = ", replicated" if cell.worst.replicated else ""
+            note += ", eval" if cell.worst.evaluation else ""
             return f"{cell.error:.0e}{' (float32)' if cell.worst.dtype == 'float32' else ''}{note}"
         case "not available":
             return "-"

@@ -57,6 +57,7 @@ class Result:
         num_gradients: parameters whose gradient is not zero on one device.
         sites: attentions that were rewritten.
         replicated: nothing was sharded.
+        evaluation: compared in evaluation mode, because in training mode the model draws random numbers.
         seconds: of this variant.
     """
 
@@ -71,6 +72,7 @@ class Result:
     num_gradients: int = 0
     sites: int = 0
     replicated: bool = False
+    evaluation: bool = False
     seconds: float = 0.0
 
     @property

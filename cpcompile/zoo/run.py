@@ -81,10 +81,21 @@ def one_of(device: str) -> str:
 
 
 def run_variant(key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence) -> Result:
-    """Compare the transformed model with the untouched one."""
+    """Compare the transformed model with the untouched one.
+
+    A model that branches on random numbers while training is compared in evaluation mode.
+    """
+    result = compare(key, variant, model.train(evidence.training), inputs, evidence)
+    if result.outcome == NOT_CAPTURED and evidence.is_random and model.training:
+        evaluated = compare(key, variant, model.eval(), inputs, evidence)
+        return result if evaluated.outcome == NOT_CAPTURED else evaluated
+    return result
+
+
+def compare(key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence) -> Result:
+    """Compare in the mode that the model is in."""
     options: dict[str, Any] = {"strict": variant.strict} if has_strict() else {}
     is_double = evidence.dtype == torch.float64
-    model.train(evidence.training)
     torch._dynamo.reset()
     try:
         found = verify(
@@ -96,8 +107,8 @@ def run_variant(key: str, variant: Variant, model: nn.Module, inputs: Mapping[st
             **options,
         )
     except Exception as error:
-        return Result(key, variant, *classify(error), dtype=str(evidence.dtype)[6:])
-    return judge(key, variant, found, evidence)
+        return Result(key, variant, *classify(error), dtype=str(evidence.dtype)[6:], evaluation=not model.training)
+    return dataclasses.replace(judge(key, variant, found, evidence), evaluation=not model.training)
 
 
 def judge(key: str, variant: Variant, found: Verification, evidence: Evidence) -> Result:

@@ -216,6 +216,20 @@ class TestClassification:
         with pytest.raises(Unsound, match="two runs"):
             gather_evidence(Noisy(), {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
 
+    def test_a_branch_on_random_numbers_is_left_out_by_evaluation(self) -> None:
+        class Layerdrop(Flip):
+            def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+                if self.training and torch.rand([]) < 0:
+                    input_ids = input_ids + 1
+                return super().forward(input_ids)
+
+        model, inputs = Layerdrop(), {"input_ids": torch.arange(14).view(2, 7) % 8}
+        evidence = gather_evidence(model, inputs)
+        assert evidence.training
+        assert evidence.is_random
+        result = run_variant("layerdrop", STRICT, model, inputs, evidence)
+        assert (result.outcome, result.evaluation) == (EXACT, True)
+
     def test_reasons_of_one_cause_are_equal(self) -> None:
         first = NoRule(
             "aten.view.default cannot keep its operands sharded: [1, 32, 16] -> [2, 16, 16] moves tokens.\n\n  x_3"
@@ -227,6 +241,7 @@ class TestClassification:
             == ("aten.view.default cannot keep its operands sharded: [..] -> [..] moves tokens.")
         )
         assert normalise("cannot tell (inputs of this graph: x [1, 2]). Name it.") == "cannot tell."
+        assert normalise("model.layers.12.mlp.experts is declared") == "model.layers.N.mlp.experts is declared"
         assert normalise("aten.conv1d.default of mul_12 with 4 taps") == "aten.conv1d.default of mul with N taps"
 
 
