@@ -151,7 +151,7 @@ class Writer:
 
     def __init__(self, movement: Movement, call: Call, at: Sharded) -> None:
         self.call = call
-        self._movement, self._at = movement, at
+        self._movement = movement
         lengths = movement.lengths(at)
         self.length, self.local = lengths.total, lengths.local
         plan = movement.plan

@@ -123,13 +123,8 @@ def warn_of_other_strategies(gm: fx.GraphModule, choice: Choice, asked: str) -> 
     if asked == "auto":
         return
     others = [node for node, s in zip(attention_nodes(gm), choice.strategies, strict=True) if s != asked]
-    if others:
-        lines = "\n".join(where(node) for node in others)
-        warnings.warn(
-            f"{len(others)} attention(s) use gather in place of {asked}: their additive mask may hide every key of a row, "
-            f"and {asked} cannot keep such rows exact.\n{lines}",
-            stacklevel=2,
-        )
+    reason = f"their additive mask may hide every key of a row, and {asked} cannot keep such rows exact"
+    warn_of_gathers(others, asked, reason)
 
 
 def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
@@ -138,13 +133,14 @@ def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
         return
     gathers = gm.graph.find_nodes(op="call_function", target=cp.gather_attention.default)
     others = [node for node in gathers if annotation(node).strategy == "ulysses"]
-    if others:
-        lines = "\n".join(where(node) for node in others)
-        warnings.warn(
-            f"{len(others)} attention(s) use gather in place of ulysses: each rank computes the rows of their mask "
-            f"for its own queries only.\n{lines}",
-            stacklevel=2,
-        )
+    warn_of_gathers(others, asked, "each rank computes the rows of their mask for its own queries only")
+
+
+def warn_of_gathers(nodes: list[fx.Node], asked: str, reason: str) -> None:
+    """Warn that attentions use gather in place of what was asked for, if there are any."""
+    if nodes:
+        lines = "\n".join(where(node) for node in nodes)
+        warnings.warn(f"{len(nodes)} attention(s) use gather in place of {asked}: {reason}.\n{lines}", stacklevel=3)
 
 
 def token_inputs(gm: fx.GraphModule, config: Config, inputs: Mapping[str, str]) -> dict[str, int]:

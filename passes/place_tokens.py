@@ -134,8 +134,7 @@ class Placer:
         if any(isinstance(p, Sharded) for p in operands.values()):
             self._place_sharded(node, call)
         else:
-            hints = {name: p.tokens for name, p in operands.items() if isinstance(p, Full) and p.tokens is not None}
-            self._place_whole(node, call, hints)
+            self._place_whole(node, call, hints_of(call))
 
     def _place_sharded(self, node: fx.Node, call: Call) -> None:
         """Place a call of sharded operands: by its rule, by its rule on aligned operands, or on whole operands."""
@@ -157,10 +156,7 @@ class Placer:
             gather = {name: lambda operand: self.movement.gather(operand, reason) for name in sharded_operands(call)}
             self._replace_operands(node, call, gather)
             call = Call.of(node)
-            hints = {
-                name: p.tokens for name, o in call.operands() if isinstance(p := placement_of(o), Full) and p.tokens
-            }
-            self._place_whole(node, call, hints)
+            self._place_whole(node, call, hints_of(call))
 
     def _fit_operands(self, node: fx.Node, call: Call) -> None:
         """Move operands that reach outside the sequence to where every token has a slot, if that is possible."""
@@ -374,6 +370,12 @@ class Placer:
 def sharded_operands(call: Call) -> dict[str, Sharded]:
     """Return the placements of the operands that are sharded."""
     return {name: p for name, operand in call.operands() if isinstance(p := placement_of(operand), Sharded)}
+
+
+def hints_of(call: Call) -> dict[str, Sharded]:
+    """Return where the whole operands are known to hold tokens."""
+    placements = {name: placement_of(operand) for name, operand in call.operands()}
+    return {name: p.tokens for name, p in placements.items() if isinstance(p, Full) and p.tokens is not None}
 
 
 def stays_partial(call: Call, operands: Mapping[str, Placement]) -> bool:

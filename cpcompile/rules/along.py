@@ -72,6 +72,12 @@ def before_end(writer: Lowering, count: int) -> fx.Node | int:
     return writer.insert(operator.sub, writer.length, count)
 
 
+def moved(writer: Lowering, x: fx.Node, at: Sharded, offset: Any, *, sign: int = 1, wrap: bool = False) -> fx.Node:
+    """Write the tokens of `x` in other slots: position p gets the token of `sign * p + offset`, or 0 where there is none."""
+    places = (at.dim, 1, sign, offset, wrap, 0.0)
+    return writer.insert(cp.move_tokens.default, x, *places, writer.length, *writer.axis)
+
+
 def added_up(writer: Lowering, addend: fx.Node) -> fx.Node:
     """Return the whole value of which every rank has an addend: truth values are added as numbers."""
     if addend.meta["val"].dtype != torch.bool:

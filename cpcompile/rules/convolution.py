@@ -17,6 +17,15 @@ from cpcompile.rules.registry import Decision, Indices, Lowering, Names, no_rule
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 BY_RANK = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.convolution.default,
+)
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
@@ -48,16 +57,7 @@ def is_transposed(call: Call) -> bool:
     return call.target in TRANSPOSED or bool(call.arguments.get("transposed"))
 
 
-@rule(
-    aten.conv1d.default,
-    aten.conv1d.padding,
-    aten.conv2d.default,
-    aten.conv2d.padding,
-    aten.conv3d.default,
-    aten.conv3d.padding,
-    aten.convolution.default,
-    *TRANSPOSED,
-)
+@rule(*CONVOLUTIONS, *TRANSPOSED)
 def convolution(call: Call) -> Indices:
     """[b c t], [n c k] -> [b n t'], mixing t where k > 1"""
     rank = len(call.shape("weight")) - 2
@@ -71,15 +71,7 @@ def convolution(call: Call) -> Indices:
     return Indices({"input": names, **others}, (names,))
 
 
-@along_tokens(
-    aten.conv1d.default,
-    aten.conv1d.padding,
-    aten.conv2d.default,
-    aten.conv2d.padding,
-    aten.conv3d.default,
-    aten.conv3d.padding,
-    aten.convolution.default,
-)
+@along_tokens(*CONVOLUTIONS)
 def along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
     """each chunk is extended by the tokens that its results read and then runs by itself"""
     rank = len(call.shape("weight")) - 2

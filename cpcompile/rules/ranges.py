@@ -14,7 +14,7 @@ from torch import fx
 from cpcompile.call import Call
 from cpcompile.placement import FULL, Placement, Sharded
 from cpcompile.rules import dims  # noqa: F401  (the rules that are extended here)
-from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only
+from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
 from cpcompile.rules.registry import Decision, Lowering, no_rule, register
 from cpcompile.rules.views import expression
 
@@ -235,8 +235,7 @@ def cat(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | 
         parts = dict(Call.operands(writer.call))
         x = parts[name]
         if start != front:
-            move = (at.dim, 1, 1, front - start, False, 0.0, writer.length, *writer.axis)
-            x = writer.insert(cp.move_tokens.default, x, *move)
+            x = moved(writer, x, at, front - start)
         place = start
         for other in before:
             x = writer.insert(cp.put_tokens.default, x, parts[other], dim, place, writer.length, *writer.axis)

@@ -11,7 +11,7 @@ from torch import fx
 from cpcompile.call import Call
 from cpcompile.placement import FULL, Sharded
 from cpcompile.rules import dims, reduction  # noqa: F401  (the rules that are extended here)
-from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only
+from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
 from cpcompile.rules.ranges import picked
 from cpcompile.rules.registry import Decision, Lowering
 from cpcompile.rules.views import expression
@@ -36,8 +36,7 @@ def roll(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision |
         x = writer.call["self"]
         if others:
             x = writer.insert(aten.roll.default, x, [s for s, _ in others], [d for _, d in others])
-        move = (at.dim, 1, 1, -shift, True, 0.0, writer.length, *writer.axis)
-        return [writer.insert(cp.move_tokens.default, x, *move)]
+        return [moved(writer, x, at, -shift, wrap=True)]
 
     return Decision({"self": at}, (at,), lower=lower)
 
@@ -55,8 +54,7 @@ def flip(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision |
         x = writer.call["self"]
         if others:
             x = writer.insert(aten.flip.default, x, others)
-        move = (at.dim, 1, -1, before_end(writer, 1), False, 0.0, writer.length, *writer.axis)
-        return [writer.insert(cp.move_tokens.default, x, *move)]
+        return [moved(writer, x, at, before_end(writer, 1), sign=-1)]
 
     return Decision({"self": at}, (at.with_range(at.back, at.front),), lower=lower)
 
@@ -72,8 +70,7 @@ def diff(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision |
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
         x = writer.call["self"]
-        move = (at.dim, 1, 1, -1, False, 0.0, writer.length, *writer.axis)
-        previous = writer.insert(cp.move_tokens.default, x, *move)
+        previous = moved(writer, x, at, -1)
         is_bool = call.result.dtype == torch.bool
         return [writer.insert(aten.logical_xor.default if is_bool else aten.sub.Tensor, x, previous)]
 
@@ -106,10 +103,8 @@ def look_up(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decisio
         slot = writer.insert(cp.local_slots.default, index, writer.length, *writer.axis)
         safe = writer.insert(aten.clamp.default, slot, 0)
         found = writer.insert(call.target, x, at.dim, safe)
-        own = writer.insert(aten.ge.Scalar, slot, 0)
-        for _ in range(0 if is_gather else len(call.shape("self")) - at.dim - 1):
-            own = writer.insert(aten.unsqueeze.default, own, -1)
-        return [added_up(writer, writer.insert(aten.where.ScalarOther, own, found, 0))]
+        num_behind = 0 if is_gather else len(call.shape("self")) - at.dim - 1
+        return [added_up(writer, of_owner(writer, slot, found, num_behind))]
 
     return Decision({"self": at, "index": FULL}, (addend_of(call.result),), lower=lower)
 
@@ -133,12 +128,17 @@ def index(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
         slot = writer.insert(cp.local_slots.default, indices[at.dim], writer.length, *writer.axis)
         indices[at.dim] = writer.insert(aten.clamp.default, slot, 0)
         found = writer.insert(aten.index.Tensor, writer.call["self"], indices)
-        own = writer.insert(aten.ge.Scalar, slot, 0)
-        for _ in range(num_behind):
-            own = writer.insert(aten.unsqueeze.default, own, -1)
-        return [added_up(writer, writer.insert(aten.where.ScalarOther, own, found, 0))]
+        return [added_up(writer, of_owner(writer, slot, found, num_behind))]
 
     return Decision({"self": at, **dict.fromkeys(names, FULL)}, (addend_of(call.result),), lower=lower)
+
+
+def of_owner(writer: Lowering, slot: fx.Node, found: fx.Node, num_behind: int) -> fx.Node:
+    """Write what was found where this rank has the slot, 0 elsewhere; `found` has `num_behind` dims more at the end."""
+    own = writer.insert(aten.ge.Scalar, slot, 0)
+    for _ in range(num_behind):
+        own = writer.insert(aten.unsqueeze.default, own, -1)
+    return writer.insert(aten.where.ScalarOther, own, found, 0)
 
 
 def is_short(call: Call, name: str, length: Any) -> bool:

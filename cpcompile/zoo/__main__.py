@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from cpcompile.zoo.catalogue import Entry, find_entries
 from cpcompile.zoo.result import Result, Variant, append, read
-from cpcompile.zoo.run import Job, has_strict
+from cpcompile.zoo.run import Job
 
 ATTENTION = ("sdpa", "eager", "flex_attention")
 app = typer.Typer(name="cpcompile.zoo", add_completion=False, pretty_exceptions_enable=False)
@@ -80,8 +80,6 @@ def zoo(
 def variants_of(attention: str, packed: bool, world_sizes: list[int], strict: bool | None) -> tuple[Variant, ...]:
     """Return the variants of one job."""
     modes = (True, False) if strict is None else (strict,)
-    if not has_strict():
-        modes = (True,)
     return tuple(Variant(attention, packed, size, mode) for mode in modes for size in world_sizes)
 
 

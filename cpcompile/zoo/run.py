@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpcompile.config import Config
 from cpcompile.verification import Verification, verify
 from cpcompile.zoo.build import build
 from cpcompile.zoo.classify import classify, own_failure
@@ -31,11 +30,6 @@ class Job:
     key: str
     variants: tuple[Variant, ...]
     device: str = "cpu"
-
-
-def has_strict() -> bool:
-    """Tell whether this version can be told to gather hidden states."""
-    return "strict" in {field.name for field in dataclasses.fields(Config)}
 
 
 def run_job(job: Job, report: Callable[[Result], None]) -> None:
@@ -94,7 +88,6 @@ def run_variant(key: str, variant: Variant, model: nn.Module, inputs: Mapping[st
 
 def compare(key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence) -> Result:
     """Compare in the mode that the model is in."""
-    options: dict[str, Any] = {"strict": variant.strict} if has_strict() else {}
     is_double = evidence.dtype == torch.float64
     torch._dynamo.reset()
     try:
@@ -104,7 +97,7 @@ def compare(key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, A
             world_size=variant.world_size,
             dtype=torch.float64 if is_double else None,
             tolerance=TOLERANCE if is_double else None,
-            **options,
+            strict=variant.strict,
         )
     except Exception as error:
         return Result(key, variant, *classify(error), dtype=str(evidence.dtype)[6:], evaluation=not model.training)
