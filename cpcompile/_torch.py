@@ -255,3 +255,11 @@ def tracing_one_graph() -> Iterator[None]:
 def break_frames(error: torch._dynamo.exc.TorchDynamoException) -> traceback.StackSummary:
     """Return the user's stack where Dynamo gave up, as far as the error knows it."""
     return traceback.StackSummary.from_list(getattr(error, "real_stack", []))
+
+
+@contextlib.contextmanager
+def recording_gradients() -> Iterator[None]:
+    """Let operators record for autograd also inside a custom operator, whose body runs below autograd."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(key, False):
+        yield

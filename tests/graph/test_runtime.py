@@ -1,4 +1,4 @@
-"""The operators on one rank: kernels, merge, schedule, registration, and compilation with one graph for all lengths."""
+"""The operators on one rank: merge, schedule, registration, and compilation with one graph for all lengths."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import cpcompile.runtime  # noqa: F401  registers the operators
-from cpcompile.runtime import kernel_math, kernel_torch
+from cpcompile.runtime import kernels
+from cpcompile.runtime.block import Block
 from cpcompile.runtime.heads import heads_of, storage
-from cpcompile.runtime.kernels import Case, choose_kernel
 from cpcompile.runtime.merge import merge_
 from cpcompile.runtime.schedule import Span, local_spans, pieces, whole
 from cpcompile.runtime.traffic import Traffic, traffic
@@ -24,44 +24,12 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype)
 
 
-def block(mask: bool) -> tuple[Any, ...]:
-    torch.manual_seed(0)
-    visible = torch.rand(2, 1, 6, 9) > 0.5
-    visible[0, 0, 2] = False
-    return normal(2, 4, 6, 8), normal(2, 2, 9, 8), normal(2, 2, 9, 8), visible if mask else None
-
-
-@pytest.mark.parametrize("mask", [False, True])
-def test_cpu_kernel_equals_math(mask: bool) -> None:
-    q, k, v, visible = block(mask)
-    expected = kernel_math.forward(q, k, v, visible, 0.3, False, 0.0)
-    out, lse = kernel_torch.cpu_forward(q, k, v, visible, 0.3, False, 0.0)
-    torch.testing.assert_close((out, lse), expected, rtol=1e-12, atol=1e-12)
-    assert not mask or (lse[0, :, 2] == -torch.inf).all()
-    arguments = (normal(*out.shape), q, k, v, out, lse, visible, 0.3, False, 0.0)
-    grads, expected_grads = kernel_torch.cpu_backward(*arguments), kernel_math.backward(*arguments)
-    torch.testing.assert_close(grads, expected_grads, rtol=1e-12, atol=1e-12)
-
-
-def test_kernel_choice_says_why() -> None:
-    assert choose_kernel(Case("cuda", torch.bfloat16, 256, 256)).kernel.name == "cuda_flash"
-    assert choose_kernel(Case("cuda", torch.float32, 64, 64, "bool")).kernel.name == "cuda_efficient"
-    assert choose_kernel(Case("cpu", torch.float64, 64, 64)).kernel.name == "cpu_flash"
-    choice = choose_kernel(Case("cpu", torch.float32, 64, 64, softcap=True))
-    assert choice.kernel.name == "math"
-    assert (
-        choice.reason
-        == "cudnn runs on cuda; cuda_flash runs on cuda; cuda_efficient runs on cuda; cpu_flash has no softcap"
-    )
-    assert "needs equal head dims" in choose_kernel(Case("cuda", torch.bfloat16, 64, 32)).reason
-
-
 def test_merge_of_halves_is_the_whole() -> None:
-    q, k, v, _ = block(False)
-    expected = kernel_math.forward(q, k, v, None, 0.3, False, 0.0)
+    q, k, v = normal(2, 4, 6, 8), normal(2, 2, 9, 8), normal(2, 2, 9, 8)
+    expected = kernels.forward(q, k, v, Block(0.3))
     out, lse = torch.zeros(2, 4, 6, 8, dtype=torch.float64), torch.full((2, 4, 6), -torch.inf, dtype=torch.float64)
     for keys in (slice(0, 4), slice(4, 9)):
-        merge_(out, lse, *kernel_math.forward(q, k[:, :, keys], v[:, :, keys], None, 0.3, False, 0.0))
+        merge_(out, lse, *kernels.forward(q, k[:, :, keys], v[:, :, keys], Block(0.3)))
     torch.testing.assert_close((out, lse), expected, rtol=1e-12, atol=1e-12)
 
 

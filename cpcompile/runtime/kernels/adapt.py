@@ -1,0 +1,106 @@
+"""Adapt: what brings a block to a kernel that does not take it as it is, exactly: parts, documents, head dims."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from cpcompile.runtime.block import Block
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows and columns of a block, and the block that they are."""
+
+    rows: slice
+    columns: slice
+    block: Block
+
+    @property
+    def is_empty(self) -> bool:
+        return bool(self.rows.start >= self.rows.stop or self.columns.start >= self.columns.stop)
+
+    def is_whole(self, rows: int, columns: int) -> bool:
+        """Whether these are all rows and columns."""
+        return (self.rows, self.columns) == (slice(0, rows), slice(0, columns))
+
+
+def _cut(x: Tensor | None, dim: int, part: slice) -> Tensor | None:
+    """Return a part of a tensor, along a dim that may be broadcast."""
+    return x if x is None or x.shape[dim] == 1 else x[(slice(None),) * (dim % x.dim()) + (part,)]
+
+
+def cut(block: Block, rows: slice, columns: slice) -> Block:
+    """Return the block that some rows and columns of `block` are."""
+    shift = rows.start - columns.start
+    mask = _cut(_cut(block.mask, -2, rows), -1, columns)
+    documents, dropout = block.documents, block.dropout
+    if documents is not None:
+        documents = documents[0][:, rows], documents[1][:, columns]
+    if dropout is not None:
+        dropout = replace(dropout, row=dropout.row + rows.start, column=dropout.column + columns.start)
+    return replace(
+        block,
+        low=None if block.low is None else block.low + shift,
+        high=None if block.high is None else block.high + shift,
+        mask=mask,
+        documents=documents,
+        key_padding=None if block.key_padding is None else block.key_padding[:, columns],
+        prefix=None if block.prefix is None else block.prefix - columns.start,
+        distance=block.distance + shift,
+        dropout=dropout,
+    )
+
+
+def trim(block: Block, rows: int, columns: int) -> Part:
+    """Return what the band leaves of a block: without rows that see no column, columns that no row sees, vacuous bounds.
+
+    Many a band is a causal square then, or none at all, and every band is one that FlashAttention can express.
+    """
+    start, stop, first, last = 0, rows, 0, columns
+    if block.low is not None:
+        stop, first = min(stop, columns - block.low), max(first, block.low)
+    # Columns of a prefix are seen whatever `high` says.
+    if block.high is not None and block.prefix is None:
+        start, last = max(start, -block.high), min(last, rows + block.high)
+        if block.low is not None and block.low > block.high:
+            stop = start
+    part = Part(slice(start, stop), slice(first, last), block)
+    if part.is_empty:
+        return part
+    if not part.is_whole(rows, columns):
+        block = cut(block, part.rows, part.columns)
+    if block.low is not None and block.low <= start - stop + 1:
+        block = replace(block, low=None)
+    if block.high is not None and block.high >= last - first - 1:
+        block = replace(block, high=None)
+    return Part(part.rows, part.columns, block)
+
+
+def documents(block: Block) -> list[Part]:
+    """Return the documents of a block with `lengths` apart, those that the band hides wholly left out."""
+    parts, start = [], 0
+    for length in block.lengths:
+        whole = slice(start, start + length)
+        part = trim(replace(cut(block, whole, whole), lengths=()), length, length)
+        if not part.is_empty:
+            parts.append(Part(_moved(part.rows, start), _moved(part.columns, start), part.block))
+        start += length
+    return parts
+
+
+def _moved(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
+
+
+def sees_diagonal(block: Block) -> bool:
+    """Whether the band has each row see its own column."""
+    return (block.low is None or block.low <= 0) and (block.high is None or block.high >= 0)
+
+
+def with_dim(x: Tensor, size: int) -> Tensor:
+    """Return `x` with zeros behind its last dim up to `size`: they change no product of two vectors."""
+    return x if x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))

@@ -1,0 +1,549 @@
+"""The block kernels against the formula, how blocks are brought to kernels, and which kernel is chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from cpcompile.runtime import kernels
+from cpcompile.runtime.block import Block, Dropout
+from cpcompile.runtime.dropout import is_kept
+from cpcompile.runtime.kernels import Case, Kernel, KernelError, adapt, cpu, cudnn, flash, flash_package, flex, own
+from cpcompile.runtime.kernels import math as math_kernel
+from cpcompile.runtime.kernels.common import determinism
+
+SCALE = 0.3
+B, H, K, D, DV = 2, 4, 2, 6, 5
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def bools(*shape: int) -> Tensor:
+    return torch.rand(shape) > 0.4
+
+
+def tensors(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dout, q, k, v: views of [B, S, H, D] memory."""
+    sizes = ((rows, H, DV), (rows, H, D), (columns, K, D), (columns, K, DV))
+    dout, q, k, v = (normal(B, *size).transpose(1, 2) for size in sizes)
+    return dout, q, k, v
+
+
+def sees(x: Block, b: int, h: int, i: int, j: int, rows: int) -> bool:
+    """Say whether row i sees column j, as the documentation of `Block` says it."""
+    seen = x.high is None or j - i <= x.high or (x.prefix is not None and j < int(x.prefix.expand(B)[b]))
+    seen = seen and (x.low is None or j - i >= x.low)
+    if x.lengths:
+        ids = [n for n, length in enumerate(x.lengths) for _ in range(length)]
+        seen = seen and ids[i] == ids[j]
+    if x.documents is not None:
+        of_rows, of_columns = (ids.expand(B, -1) for ids in x.documents)
+        seen = seen and bool(of_rows[b, i] == of_columns[b, j])
+    if x.key_padding is not None:
+        seen = seen and bool(x.key_padding.expand(B, -1)[b, j])
+    if x.mask is not None and x.mask.dtype == torch.bool:
+        seen = seen and bool(x.mask.expand(B, H, rows, -1)[b, h, i, j])
+    return seen
+
+
+def place(x: Dropout, b: int, h: int, i: int, j: int) -> int:
+    return (((x.batch + b) * x.num_heads + x.head + h) * x.num_rows + x.row + i) * x.num_columns + x.column + j
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, x: Block, extra: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of the block, and of `extra` (q, k, v) that all rows see, by a loop over places."""
+    rows, columns = q.shape[2], k.shape[2]
+    k, v = (t.repeat_interleave(H // K, 1) for t in (k, v))
+    s = q @ k.transpose(-1, -2) * x.scale
+    if x.softcap:
+        s = x.softcap * torch.tanh(s / x.softcap)
+    if x.mask is not None and x.mask.dtype != torch.bool:
+        s = s + x.mask
+    hidden, factors = torch.zeros(s.shape, dtype=torch.bool), torch.ones_like(s)
+    at, bias = [(b, h, i, j) for b in range(B) for h in range(H) for i in range(rows) for j in range(columns)], []
+    for b, h, i, j in at:
+        hidden[b, h, i, j] = not sees(x, b, h, i, j, rows)
+        bias.append(0.0 if x.slopes is None else -float(x.slopes[h]) * abs(i - j + x.distance))
+        if x.dropout is not None:
+            kept = is_kept(x.dropout.seed, x.dropout.site, torch.tensor([place(x.dropout, b, h, i, j)]), x.dropout.p)
+            factors[b, h, i, j] = float(kept) / (1 - x.dropout.p)
+    s = (s + torch.tensor(bias, dtype=s.dtype).view(s.shape)).masked_fill(hidden, -math.inf)
+    if extra:
+        q_, k_, v_ = extra
+        s = torch.cat([s, q_ @ k_.repeat_interleave(H // K, 1).transpose(-1, -2)], -1)
+        factors = torch.nn.functional.pad(factors, (0, k_.shape[2]), value=1.0)
+        v = torch.cat([v, v_.repeat_interleave(H // K, 1)], 2)
+    lse = torch.logsumexp(s, -1)
+    seen = (lse > -math.inf).unsqueeze(-1)
+    p = torch.where(seen, torch.softmax(torch.where(seen, s, 0.0), -1), 0.0)
+    return p * factors @ v, lse
+
+
+def hiding_rows(mask: Tensor) -> Tensor:
+    mask[0, :, 2] = False
+    return mask
+
+
+def minimum(rows: int, columns: int) -> Tensor:
+    """Return a float mask with -inf, a row of it, and a row of the smallest number there is."""
+    mask = normal(B, 1, rows, columns).masked_fill(~bools(B, 1, rows, columns), -math.inf)
+    mask[0, 0, 1] = -math.inf
+    mask[1, 0, 3] = torch.finfo(mask.dtype).min
+    return mask
+
+
+def dropout() -> Dropout:
+    return Dropout(0.4, torch.tensor(77), 3, 1, 4, 12, 30, 20, 90, 80)
+
+
+Make = Callable[[int, int], dict[str, Any]]
+BLOCKS: dict[str, Make] = {
+    "plain": lambda r, c: {},
+    "causal": lambda r, c: {"high": 0},
+    "mask": lambda r, c: {"mask": hiding_rows(bools(B, 1, r, c))},
+    "mask of heads": lambda r, c: {"mask": hiding_rows(bools(1, H, r, c)), "high": 1},
+    "mask of keys": lambda r, c: {"mask": bools(B, 1, 1, c)},
+    "float mask": lambda r, c: {"mask": minimum(r, c), "high": 4},
+    "documents": lambda r, c: {
+        "documents": (torch.randint(3, (B, r)), torch.randint(4, (1, c))),
+        "low": -3,
+    },
+    "key padding": lambda r, c: {"key_padding": torch.arange(c) >= torch.tensor([[c], [2]]), "high": 0},
+    "prefix": lambda r, c: {"prefix": torch.tensor([3, -1]), "high": -1, "low": -4},
+    "prefix of no band": lambda r, c: {"prefix": torch.tensor([3])},
+    "alibi": lambda r, c: {"slopes": SLOPES, "distance": -2, "high": 1},
+    "softcap": lambda r, c: {"softcap": 0.7, "high": 0},
+    "dropout": lambda r, c: {"dropout": dropout(), "high": 0},
+    "everything": lambda r, c: {
+        "low": -6,
+        "high": 1,
+        "mask": minimum(r, c),
+        "documents": (torch.randint(2, (B, r)), torch.randint(2, (B, c))),
+        "key_padding": bools(1, c),
+        "prefix": torch.tensor([4]),
+        "slopes": SLOPES,
+        "distance": 3,
+        "softcap": 2.0,
+        "dropout": dropout(),
+    },
+}
+BANDS = [
+    (-2, None),
+    (None, 3),
+    (-3, -1),
+    (2, 4),
+    (-20, 20),
+    (5, None),
+    (None, -4),
+    (-1, 0),
+    (9, None),
+    (1, 0),
+    (-9, -6),
+]
+BLOCKS |= {f"band {low} {high}": lambda r, c, b=(low, high): {"low": b[0], "high": b[1]} for low, high in BANDS}
+SHAPES = {"square": (7, 7), "wide": (6, 9), "tall": (9, 5)}
+LENGTHS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"high": 0},
+    "window": {"low": -2, "high": 1},
+    "past": {"high": -1, "low": -3},
+    "padding": {"high": 0, "key_padding": torch.arange(9) != 4},
+    "dropout": {"dropout": dropout(), "slopes": SLOPES, "softcap": 1.5},
+}
+
+
+def check(rows: int, columns: int, block: Block, kernel: str) -> None:
+    """Compare out, lse and the gradients, also those of a block whose rows see other keys besides."""
+    dout, q, k, v = tensors(rows, columns)
+    others = (normal(B, K, 3, D) * 0.5, normal(B, K, 3, DV))
+    for extra in ((), (q, *others)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = reference(*leaves, block, extra)
+        expected = torch.autograd.grad(out, leaves, dout, allow_unused=True)
+        found: tuple[Tensor, ...] = kernels.backward(dout, q, k, v, out.detach(), lse.detach(), block, kernel)
+        if not extra:
+            found = (*kernels.forward(q, k, v, block, kernel), *found)
+            expected = (out.detach(), lse.detach(), *expected)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def takes(kernel: Kernel, block: Block) -> bool:
+    q = normal(B, H, 1, D)
+    return not kernel.refuses(Case.of(q, normal(B, K, 1, DV), block))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kernel", ["math", "cpu_flash"])
+def test_block(kernel: str, shape: str, name: str) -> None:
+    torch.manual_seed(0)
+    rows, columns = SHAPES[shape]
+    block = Block(SCALE, **BLOCKS[name](rows, columns))
+    if kernel == "cpu_flash" and not takes(cpu.KERNEL, block):
+        assert name in ("float mask", "alibi", "softcap", "dropout", "everything")
+        return
+    check(rows, columns, block, kernel)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("lengths", [(9,), (2, 3, 4), (1, 1, 7)], ids=str)
+@pytest.mark.parametrize("kernel", ["math", "cpu_flash"])
+def test_documents_known_on_the_host(kernel: str, lengths: tuple[int, ...], name: str) -> None:
+    torch.manual_seed(0)
+    terms = LENGTHS[name]
+    if "key_padding" in terms:
+        terms = terms | {"key_padding": terms["key_padding"].expand(B, -1)}
+    block = Block(SCALE, lengths=lengths, **terms)
+    if kernel == "math" or takes(cpu.KERNEL, block):
+        check(9, 9, block, kernel)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_math_kernel_takes_a_block_as_it_is(name: str) -> None:
+    torch.manual_seed(0)
+    for rows, columns in SHAPES.values():
+        block = Block(SCALE, **BLOCKS[name](rows, columns))
+        dout, q, k, v = tensors(rows, columns)
+        direct = math_kernel.forward(q, k, v, block)
+        torch.testing.assert_close(direct, reference(q, k, v, block), rtol=1e-10, atol=1e-10)
+        grads = math_kernel.backward(dout, q, k, v, *direct, block)
+        expected = kernels.backward(dout, q, k, v, *direct, block, "math")
+        torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows, columns, batch", [(0, 4, 2), (4, 0, 2), (4, 4, 0)])
+def test_empty_operands(rows: int, columns: int, batch: int) -> None:
+    q, k, v = normal(batch, H, rows, D), normal(batch, K, columns, D), normal(batch, K, columns, DV)
+    out, lse = kernels.forward(q, k, v, Block(SCALE))
+    assert out.shape == (batch, H, rows, DV) and not out.any() and (lse == -math.inf).all()
+    grads = kernels.backward(out, q, k, v, out, lse, Block(SCALE))
+    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape] and not any(x.any() for x in grads)
+
+
+def test_results_have_the_dtypes_of_the_operands() -> None:
+    dout, q, k, v = (x.bfloat16() for x in tensors(7, 7))
+    for kernel in ("math", "cpu_flash"):
+        for block in (Block(SCALE, high=0), Block(SCALE, high=-3), Block(SCALE, high=-9)):
+            out, lse = kernels.forward(q, k, v, block, kernel)
+            grads = kernels.backward(dout, q, k, v, out, lse, block, kernel)
+            assert out.shape == dout.shape and lse.shape == q.shape[:3]
+            assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+            assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
+
+
+def use(monkeypatch: pytest.MonkeyPatch, *others: Kernel) -> None:
+    """Put other kernels before those for CPUs."""
+    table = (*others, cpu.KERNEL, math_kernel.KERNEL)
+    monkeypatch.setattr(kernels, "KERNELS", table)
+    monkeypatch.setattr(kernels, "NAMES", tuple(kernel.name for kernel in table))
+    kernels.choose.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _forget_choices() -> Any:
+    yield
+    kernels.choose.cache_clear()
+
+
+def diagonal(q: Tensor, k: Tensor, left: int, right: int) -> tuple[int | None, int | None]:
+    """Return low and high of a window as FlashAttention counts it, from the last key."""
+    shift = k.shape[1] - q.shape[1]
+    return (None if left < 0 else shift - left), (None if right < 0 else shift + right)
+
+
+def flash_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    at_q: Tensor | None,
+    at_k: Tensor | None,
+    longest_q: int,
+    longest_k: int,
+    p: float,
+    is_causal: bool,
+    debug: bool,
+    *,
+    scale: float,
+    window_size_left: int,
+    window_size_right: int,
+) -> tuple[Tensor, ...]:
+    """Stand in for `aten._flash_attention_forward`: `[B, S, H, D]`, or `[T, H, D]` with offsets."""
+    assert p == 0 and not debug and is_causal == (window_size_left < 0 and window_size_right == 0)
+    assert window_size_left >= -1 and window_size_right >= -1
+    assert q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+    if at_q is None:
+        low, high = diagonal(q, k, window_size_left, window_size_right)
+        block = Block(scale, low=low, high=high)
+        out, lse = math_kernel.forward(*(x.transpose(1, 2) for x in (q, k, v)), block)
+        return out.transpose(1, 2), lse, q
+    assert at_k is at_q and at_q.dtype == torch.int32
+    lengths = at_q.diff().tolist()
+    assert longest_q == longest_k == max(lengths)
+    window = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+    terms = (None, None, 0, 0, 0.0, is_causal, False)
+    pieces = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    parts = [flash_forward(*(x[None] for x in piece), *terms, scale=scale, **window) for piece in pieces]
+    return torch.cat([part[0][0] for part in parts]), torch.cat([part[1][0] for part in parts], 1), q
+
+
+def flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    at_q: Tensor | None,
+    at_k: Tensor | None,
+    longest_q: int,
+    longest_k: int,
+    p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float,
+    window_size_left: int,
+    window_size_right: int,
+) -> tuple[Tensor, ...]:
+    assert lse.is_contiguous()
+    if at_q is None:
+        low, high = diagonal(q, k, window_size_left, window_size_right)
+        operands = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
+        grads = math_kernel.backward(*operands, lse, Block(scale, low=low, high=high))
+        return tuple(x.transpose(1, 2) for x in grads)
+    lengths = at_q.diff().tolist()
+    window = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+    terms = (None, None, 0, 0, 0.0, is_causal, unused, unused)
+    pieces = zip(*(x.split(lengths) for x in (dout, q, k, v, out)), lse.split(lengths, 1), strict=True)
+    parts = [flash_backward(*(x[None].contiguous() for x in piece), *terms, scale=scale, **window) for piece in pieces]
+    return tuple(torch.cat([x[0] for x in grads]) for grads in zip(*parts, strict=True))
+
+
+def stand_in_for_flash() -> Kernel:
+    def call() -> tuple[Any, Any]:
+        return flash_forward, flash_backward
+
+    return flash._provider("stand_in", call, lambda case: "", *flash.FLASH2.takes)
+
+
+@pytest.mark.parametrize("low, high", BANDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flash_attention_gets_every_band(shape: str, low: int, high: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    use(monkeypatch, stand_in_for_flash())
+    check(*SHAPES[shape], Block(SCALE, low=low, high=high), "stand_in")
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "window", "past"])
+def test_flash_attention_gets_documents(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    use(monkeypatch, stand_in_for_flash())
+    calls = []
+    monkeypatch.setattr(flash, "starts", lambda *x, f=flash.starts: calls.append(x) or f(*x))
+    check(9, 9, Block(SCALE, lengths=(2, 3, 4), **LENGTHS[name]), "stand_in")
+    # A band without the diagonal cannot be said of several documents at once.
+    assert bool(calls) == (name != "past")
+
+
+def test_heads_are_padded_and_masks_made_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[tuple[int, int, Block]] = []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        got.append((q.shape[-1], v.shape[-1], block))
+        return math_kernel.forward(q, k, v, block)
+
+    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        assert dout.shape[-1] == rest[0].shape[-1] == v.shape[-1]
+        got.append((q.shape[-1], v.shape[-1], rest[-1]))
+        return math_kernel.backward(dout, q, k, v, *rest)
+
+    takes = frozenset(("causal", "mask", "softcap"))
+    use(monkeypatch, Kernel("narrow", forward, backward, lambda case: "", takes, lambda case: (8, 16)))
+    torch.manual_seed(0)
+    check(6, 9, Block(SCALE, low=-3, high=2, softcap=2.0, documents=BLOCKS["documents"](6, 9)["documents"]), "narrow")
+    assert all((head, value) == (8, 16) for head, value, _ in got)
+    assert all(x.mask is not None and x.documents is None and not x.has_band and x.softcap == 2.0 for *_, x in got)
+    got.clear()
+    check(7, 7, Block(SCALE, high=0), "narrow")
+    assert all(x.mask is None and x.is_causal_square for *_, x in got)
+
+
+def test_bands_are_trimmed_to_squares() -> None:
+    part = adapt.trim(Block(SCALE, high=-4, distance=1), 10, 8)
+    assert (part.rows, part.columns) == (slice(4, 10), slice(0, 6))
+    assert part.block.is_causal_square and part.block.distance == 5
+    part = adapt.trim(Block(SCALE, low=-20, high=20), 10, 8)
+    assert part.is_whole(10, 8) and not part.block.has_band
+    assert adapt.trim(Block(SCALE, high=-10), 10, 8).is_empty
+    assert adapt.trim(Block(SCALE, low=8), 10, 8).is_empty
+    assert adapt.trim(Block(SCALE, low=3, high=2), 10, 8).is_empty
+    part = adapt.trim(Block(SCALE, high=-4, prefix=torch.tensor([2])), 10, 8)
+    assert part.is_whole(10, 8) and part.block.high == -4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_flex_attention_and_its_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention without a compiler, and called from an operator, whose body runs below autograd."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # the uncompiled form goes through Dynamo all the same
+    rows, columns = SHAPES["wide"]
+    block = Block(SCALE, **BLOCKS[name](rows, columns))
+    if reason := flex.KERNEL.refuses(replace(Case.of(normal(1), normal(1), block), device="cuda", dtype=HALF)):
+        assert reason in ("takes no float mask", "takes no dropout", "takes no float mask, no dropout")
+        return
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        return flex.attend(q, k, v, block, flex_attention, create_block_mask)
+
+    # It refuses gradients on CPUs, where only its uncompiled form has them.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *operands: None)
+    monkeypatch.setattr(flex, "_attend_compiled", attend)
+    use(monkeypatch, replace(flex.KERNEL, limits=lambda case: ""))
+    check(rows, columns, block, "flex")
+    found = []
+
+    @torch.library.custom_op("cpcompile_tests::flex", mutates_args=())
+    def operator(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+        found.extend(kernels.backward(dout, q, k, v, out, lse, block, "flex"))
+        return q.new_zeros(())
+
+    dout, q, k, v = tensors(rows, columns)
+    out, lse = kernels.forward(q, k, v, block, "math")
+    operator(dout, q.requires_grad_(), k, v, out, lse)
+    expected = kernels.backward(dout, q.detach(), k, v, out, lse, block, "math")
+    torch.testing.assert_close(tuple(found), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_determinism_is_asked_for_and_given_back() -> None:
+    with determinism(Block(SCALE)):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with determinism(Block(SCALE, is_deterministic=True)):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert "deterministic" in Case.of(*[normal(1, 1, 1, 8)] * 2, Block(SCALE)).features
+        with determinism(Block(SCALE, is_deterministic=True)):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def case(device: str, dtype: torch.dtype = torch.bfloat16, head: int = 64, value: int = 64, *features: str) -> Case:
+    return Case(device, dtype, head, value, frozenset(features))
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Act as if there were a Hopper GPU, Triton and no other package."""
+    monkeypatch.setattr(cudnn, "_version", lambda: 91900)
+    for module in (own, flash, flash_package):
+        monkeypatch.setattr(module, "is_installed", lambda name: name == "triton")
+    kernels.choose.cache_clear()
+
+
+HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+CHOICES = [
+    (case("cuda"), "cudnn"),
+    (case("cuda", HALF, 128, 128, "causal"), "cudnn"),
+    (case("cuda", HALF, 60, 100), "cudnn"),
+    (case("cuda", HALF, 192, 128, "causal"), "cudnn"),
+    (case("cuda", HALF, 136, 72), "cudnn"),
+    (case("cuda", HALF, 136, 136), "flash"),
+    (case("cuda", HALF, 256, 256, "causal"), "flash"),
+    (case("cuda", HALF, 128, 128, "band"), "flash"),
+    (case("cuda", HALF, 128, 128, "causal", "lengths"), "flash"),
+    (case("cuda", HALF, 128, 128, "causal", "deterministic"), "flash"),
+    (case("cuda", HALF, 128, 128, "causal", "documents"), "triton"),
+    (case("cuda", HALF, 128, 128, "mask"), "triton"),
+    (case("cuda", HALF, 128, 128, "softcap", "dropout", "alibi", "bias", "prefix"), "triton"),
+    (case("cuda", FLOAT, 64, 64), "triton"),
+    (case("cuda", HALF, 320, 320, "documents"), "efficient"),
+    (case("cuda", FLOAT, 576, 512, "causal"), "efficient"),
+    (case("cuda", HALF, 320, 320, "softcap"), "flex"),
+    (case("cuda", HALF, 320, 320, "dropout"), "math"),
+    (case("cuda", DOUBLE, 64, 64), "math"),
+    (case("cpu", DOUBLE, 64, 32, "band", "lengths"), "cpu_flash"),
+    (case("cpu", FLOAT, 64, 64, "softcap"), "math"),
+    (case("cpu", FLOAT, 64, 64, "bias"), "math"),
+    (case("xpu", HALF, 64, 64), "math"),
+]
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("case, name", CHOICES, ids=str)
+def test_choice(case: Case, name: str) -> None:
+    assert kernels.choose(case).kernel.name == name
+    assert kernels.choose(case, name).kernel.name == name
+
+
+@pytest.mark.usefixtures("hopper")
+def test_choice_says_why() -> None:
+    choice = kernels.choose(case("cuda", HALF, 64, 64, "documents", "causal", "softcap"))
+    assert choice.reasons == (
+        "cudnn takes no documents, no softcap",
+        "flash3 is not installed (pip install flash-attn-3)",
+        "flash4 is not installed (pip install flash-attn-4)",
+        "flash takes no documents, no softcap",
+        "flash_attn is not installed (pip install flash-attn)",
+        "ring_flash_attn has no kernels of its own, it calls those of flash_attn (pip install flash-attn)",
+    )
+    assert kernels.explain(case("cuda")) == "cudnn"
+    assert kernels.explain(case("cuda", HALF, 60, 100), "flash") == "flash with head dims padded to 104 and 104"
+    assert kernels.explain(case("cuda", FLOAT, 64, 64, "documents", "lengths"), "efficient") == (
+        "efficient with a mask of all rows and columns, one document at a time"
+    )
+    assert kernels.explain(case("cuda", HALF, 64, 64, "lengths")).startswith(
+        "flash (cudnn plans anew for each length of a document; flash3 is"
+    )
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_kernel_that_cannot_serve_is_an_error() -> None:
+    with pytest.raises(KernelError, match=r"no kernel is called 'fast': there are auto, cudnn, flash3, .*, math$"):
+        kernels.choose(case("cuda"), "fast")
+    with pytest.raises(KernelError) as error:
+        kernels.choose(case("cuda", HALF, 64, 64, "band", "softcap"), "flash")
+    assert str(error.value) == (
+        "the kernel 'flash' takes no softcap. Kernels for this attention: auto, triton, flex, math"
+    )
+    for asked, given, reason in (
+        ("cudnn", case("cpu"), "runs on cuda"),
+        ("cudnn", case("cuda", FLOAT), "has no float32"),
+        ("cudnn", case("cuda", HALF, 256, 256), "needs head dims of at most 128, or 192 and 128"),
+        ("cudnn", case("cuda", HALF, 64, 64, "deterministic"), "takes no deterministic mode"),
+        ("flash", case("cuda", HALF, 264, 8), "needs head dims of at most 256"),
+        ("cpu_flash", case("cpu", FLOAT, 8, 8, "alibi", "bias"), "takes no float mask, no ALiBi"),
+    ):
+        assert kernels.KERNELS[kernels.NAMES.index(asked)].refuses(given) == reason
+    q = normal(1, 1, 2, 4)
+    with pytest.raises(KernelError, match=r"'flash' runs on cuda\. Kernels for this attention: auto, cpu_flash, math"):
+        kernels.forward(q, q, q, Block(SCALE), "flash")
+
+
+def test_old_cudnn_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, dims, is_right in ((91501, 64, True), (91500, 64, False), (0, 64, False)):
+        monkeypatch.setattr(cudnn, "_version", lambda version=version: version)
+        assert (not kernels.KERNELS[0].refuses(case("cuda", HALF, dims, dims))) == is_right
+
+
+def test_a_case_can_be_made_of_fake_tensors() -> None:
+    block = Block(SCALE, low=-3, high=0, documents=(torch.zeros(1, 2),) * 2, softcap=1.0, lengths=(2,))
+    with FakeTensorMode():
+        q, v = torch.empty(1, 4, 2, 8, dtype=HALF), torch.empty(1, 2, 2, 16, dtype=HALF)
+        found = Case.of(q, v, block)
+    assert found == Case("cpu", HALF, 8, 16, frozenset(("band", "documents", "softcap")))
