@@ -1,12 +1,13 @@
 """The operators that a transformed graph calls. Importing this package registers them as `torch.ops.cpcompile.*`."""
 
-from cpcompile.runtime.attention import attention as attention
+from cpcompile.runtime import attention as attention  # registers the operators of its name and of `strategies`
+from cpcompile.runtime import strategies as strategies
+from cpcompile.runtime.bounds import document_bounds as document_bounds
 from cpcompile.runtime.dropout import draw_kept as draw_kept
 from cpcompile.runtime.dropout import dropout_tokens as dropout_tokens
 from cpcompile.runtime.dropout import shared_seed as shared_seed
 from cpcompile.runtime.exchange import halo_tokens as halo_tokens
 from cpcompile.runtime.exchange import move_tokens as move_tokens
-from cpcompile.runtime.gather import gather_attention as gather_attention
 from cpcompile.runtime.pick import chunk_indices as chunk_indices
 from cpcompile.runtime.pick import local_slots as local_slots
 from cpcompile.runtime.pick import pick_tokens as pick_tokens
@@ -15,8 +16,6 @@ from cpcompile.runtime.pick import put_tokens as put_tokens
 from cpcompile.runtime.reduce import all_reduce as all_reduce
 from cpcompile.runtime.reduce import scale_gradient as scale_gradient
 from cpcompile.runtime.reduce import stack_ranks as stack_ranks
-from cpcompile.runtime.ring import ring_attention as ring_attention
 from cpcompile.runtime.tokens import fill_padding as fill_padding
 from cpcompile.runtime.tokens import gather_tokens as gather_tokens
 from cpcompile.runtime.tokens import shard_tokens as shard_tokens
-from cpcompile.runtime.ulysses import ulysses_attention as ulysses_attention

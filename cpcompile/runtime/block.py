@@ -1,182 +1,145 @@
-"""Block: attention of the tokens in some spans over the tokens in others, whatever hides keys, by the pieces of the schedule."""
+"""Block: what one kernel call computes beside its q, k and v.
+
+Row i and column j are numbered within the block: q has the rows, k and v the columns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from cpcompile.runtime import kernels
-from cpcompile.runtime.merge import accumulation_dtype, merge_
-from cpcompile.runtime.schedule import Piece, Span, pieces
+from cpcompile.runtime.dropout import is_kept
+
+Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """What an attention computes, apart from q, k and v.
+class Dropout:
+    """Which weights are dropped: a function of the seed and of a weight's place in the whole `[B, H, S, Skv]`.
 
-    `mask` `[B|1, H|1, rows|1, S|1]` has the rows that q has and the columns of the whole sequence; `documents` and
-    `key_padding` `[B|1, S]` are of the whole sequence. All are None or apply together with `is_causal` and `window`.
+    Attributes:
+        p: probability of being dropped, below 1. Weights that are kept are scaled by `1 / (1 - p)`.
+        seed: int64 scalar, on the device; `site` tells the attentions of a graph apart.
+        batch, head: the first of the block.
+        num_heads: how many heads the whole attention has.
+        row, column: the positions of row 0 and column 0.
+        num_rows, num_columns: S and Skv of the whole attention.
     """
 
-    mask: torch.Tensor | None
-    documents: torch.Tensor | None
-    key_padding: torch.Tensor | None
+    p: float
+    seed: Tensor
+    site: int
+    batch: int
+    head: int
+    num_heads: int
+    row: int
+    column: int
+    num_rows: int
+    num_columns: int
+
+    def kept(self, batch: int, heads: int, rows: int, columns: int) -> Tensor:
+        """Return which weights of `[batch, heads, rows, columns]` are kept."""
+        at = self.seed.device
+        b = torch.arange(self.batch, self.batch + batch, device=at)[:, None, None, None] * self.num_heads
+        h = (b + torch.arange(self.head, self.head + heads, device=at)[:, None, None]) * self.num_rows
+        r = (h + torch.arange(self.row, self.row + rows, device=at)[:, None]) * self.num_columns
+        index = r + torch.arange(self.column, self.column + columns, device=at)
+        return is_kept(self.seed, self.site, index, self.p)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A column is visible to a row where all of these agree; a row that sees no column gives out 0 and lse -inf.
+
+    Attributes:
+        scale: factor of the scores.
+        softcap: c > 0 turns scaled scores s into `c * tanh(s / c)`.
+        low, high: bounds of `j - i`, None for no bound: a causal square has high 0, a causal window of W also low 1 - W.
+        lengths: rows and columns are the same documents, of these lengths, and see their own only; the band is counted
+            from their starts.
+        mask: broadcasts to `[B, H, Sq, Skv]`; bool, True attends, or float, added to the scores after `softcap`.
+        documents: ids `[B|1, Sq]` of rows and `[B|1, Skv]` of columns, equal where visible.
+        key_padding: bool `[B|1, Skv]`, True where visible.
+        prefix: int64 `[B|1]`: columns j < prefix[b] are visible whatever `high` says.
+        slopes: float32 `[H]`: ALiBi adds `-slopes[h] * |i - j + distance|` to the scores after `softcap`.
+        distance: position of row 0 minus position of column 0.
+        dropout: which weights are dropped.
+        is_deterministic: the same bits at each run.
+    """
+
     scale: float
-    is_causal: bool
-    window: int
-    softcap: float
+    softcap: float = 0.0
+    low: int | None = None
+    high: int | None = None
+    lengths: tuple[int, ...] = ()
+    mask: Tensor | None = None
+    documents: tuple[Tensor, Tensor] | None = None
+    key_padding: Tensor | None = None
+    prefix: Tensor | None = None
+    slopes: Tensor | None = None
+    distance: int = 0
+    dropout: Dropout | None = None
+    is_deterministic: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        mask: torch.Tensor | None,
-        documents: torch.Tensor | None,
-        key_padding: torch.Tensor | None,
-        scale: float,
-        is_causal: bool,
-        window: int,
-        softcap: float,
-    ) -> Terms:
-        """Return the terms with a mask of four dims."""
-        if mask is not None and mask.dim() < 4:
-            mask = mask[(None,) * (4 - mask.dim())]
-        return cls(mask, documents, key_padding, scale, is_causal, window, softcap)
+    @property
+    def has_band(self) -> bool:
+        """Whether `j - i` is bounded."""
+        return self.low is not None or self.high is not None
 
-    def pieces(self, rows: Sequence[Span], columns: Sequence[Span]) -> list[Piece]:
-        """Return the rectangles to compute."""
-        tensors = (self.mask, self.documents, self.key_padding)
-        needs_mask = any(tensor is not None for tensor in tensors)
-        return pieces(rows, columns, is_causal=self.is_causal, window=self.window, needs_mask=needs_mask)
+    @property
+    def is_causal_square(self) -> bool:
+        """Whether row i sees columns 0..i and nothing else is said of the band."""
+        return self.high == 0 and self.low is None
 
-    def mask_of(self, piece: Piece, device: torch.device) -> torch.Tensor | None:
-        """Return what `piece` may see: None for all, True for visible, or a float mask to add."""
-        if not piece.is_masked:
-            return None
-        rows, columns = piece.rows, piece.columns
-        q = torch.arange(rows.position, rows.end, device=device)[:, None]
-        k = torch.arange(columns.position, columns.end, device=device)
-        visible = torch.ones(1, 1, rows.size, columns.size, dtype=torch.bool, device=device)
-        if self.is_causal:
-            visible = visible & (k <= q)
-        if self.window:
-            visible = visible & (q - k < self.window)
+    @property
+    def hides_more(self) -> bool:
+        """Whether tensors, not only the band, decide what is visible."""
+        return any(x is not None for x in (self.mask, self.documents, self.key_padding, self.prefix))
+
+    def visible(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
+        """Return the bool mask `[B|1, H|1, rows, columns]` of everything that hides keys, or None if all is visible.
+
+        A float mask is not part of it.
+        """
+        i, j = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
+        seen: Tensor | None = None
+        if self.high is not None:
+            seen = (j - i <= self.high)[None, None]
+            if self.prefix is not None:
+                seen = seen | (j < self.prefix[:, None])[:, None, None]
+        if self.low is not None:
+            seen = _both(seen, (j - i >= self.low)[None, None])
+        if self.lengths:
+            ids = torch.repeat_interleave(torch.tensor(self.lengths, device=device))
+            seen = _both(seen, (ids[:, None] == ids)[None, None])
         if self.documents is not None:
-            same = self.documents[:, rows.positions, None] == self.documents[:, None, columns.positions]
-            visible = visible & same.unsqueeze(1)
+            of_rows, of_columns = self.documents
+            seen = _both(seen, (of_rows[:, :, None] == of_columns[:, None]).unsqueeze(1))
         if self.key_padding is not None:
-            visible = visible & self.key_padding[:, None, None, columns.positions]
-        if self.mask is None:
-            return visible
-        mask = self.mask if self.mask.shape[2] == 1 else self.mask[:, :, rows.slots]
-        mask = mask if mask.shape[3] == 1 else mask[..., columns.positions]
-        return visible & mask if mask.dtype == torch.bool else torch.where(visible, mask, -torch.inf)
+            seen = _both(seen, self.key_padding[:, None, None].expand(-1, 1, rows, columns))
+        if self.mask is not None and self.mask.dtype == torch.bool:
+            seen = _both(seen, self.mask)
+        return seen
+
+    def bias(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
+        """Return what is added to the scores, `[B|1, H|1, rows, columns]`, or None."""
+        bias = self.mask if self.mask is not None and self.mask.dtype != torch.bool else None
+        if self.slopes is None:
+            return bias
+        i, j = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
+        slopes = -self.slopes[None, :, None, None] * (i - j + self.distance).abs()
+        return slopes if bias is None else bias + slopes
+
+    def with_dense_mask(self, rows: int, columns: int, device: torch.device) -> Block:
+        """Return the same block with everything that hides keys in one bool mask."""
+        seen = self.visible(rows, columns, device)
+        mask = self.mask if self.mask is not None and self.mask.dtype != torch.bool else None
+        if mask is not None and seen is not None:
+            mask, seen = torch.where(seen, mask, -torch.inf), None
+        dense = mask if seen is None else seen
+        return replace(self, low=None, high=None, lengths=(), mask=dense, documents=None, key_padding=None, prefix=None)
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """Kernels need the head dim contiguous; the other strides are free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def empty_result(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out, lse) without values. `out` is `[B, H, S, Dv]` over `[B, S, H, Dv]` memory: models merge the heads next."""
-    batch, heads, tokens, _ = q.shape
-    out = q.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)
-    return out, q.new_empty(batch, heads, tokens, dtype=accumulation_dtype(q.dtype))
-
-
-class Result:
-    """Attention so far, `out` `[B, H, S, Dv]` and `lse` `[B, H, S]`; blocks are merged in the accumulation dtype."""
-
-    def __init__(self, q: torch.Tensor, v: torch.Tensor) -> None:
-        self._empty = empty_result(q, v)
-        self._merged: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def _merge(self, rows: slice, out: torch.Tensor, lse: torch.Tensor) -> None:
-        dtype = self._empty[1].dtype
-        if self._merged is None and out.shape == self._empty[0].shape:
-            # The first block over all rows is the result; often it is the only one, and then nothing is copied.
-            self._merged = out, lse.to(dtype)
-            return
-        if self._merged is None:
-            self._merged = torch.zeros_like(self._empty[0], dtype=dtype), self._empty[1].fill_(-torch.inf)
-        self._merged = self._merged[0].to(dtype), self._merged[1]
-        merge_(self._merged[0][:, :, rows], self._merged[1][:, :, rows], out, lse)
-
-    def add(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rows: Sequence[Span],
-        columns: Sequence[Span],
-        terms: Terms,
-    ) -> None:
-        """Merge the attention of `rows` over `columns`, the keys that k and v hold."""
-        for piece in terms.pieces(rows, columns):
-            to, seen = piece.rows.slots, piece.columns.slots
-            out, lse = kernels.forward(
-                _dense(q)[:, :, to],
-                _dense(k)[:, :, seen],
-                _dense(v)[:, :, seen],
-                terms.mask_of(piece, q.device),
-                scale=terms.scale,
-                is_causal=piece.is_causal,
-                softcap=terms.softcap,
-            )
-            self._merge(to, out, lse)
-
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (out, lse) in the dtypes and strides of `empty_result`; rows that saw no key are 0 and -inf."""
-        out, lse = self._empty
-        if self._merged is None:
-            return out.zero_(), lse.fill_(-torch.inf)
-        merged = self._merged[0].to(out.dtype)
-        return merged if merged.stride() == out.stride() else out.copy_(merged), self._merged[1].contiguous()
-
-
-@dataclass(slots=True)
-class Gradients:
-    """The gradients so far, in the accumulation dtype: `dq` of the local rows, `dk` and `dv` of the keys at hand."""
-
-    dq: torch.Tensor
-    dk: torch.Tensor
-    dv: torch.Tensor
-
-    @classmethod
-    def empty(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Gradients:
-        """Return zeros for these tensors."""
-        dtype = accumulation_dtype(q.dtype)
-        return cls(*(x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v)))
-
-    def add(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        rows: Sequence[Span],
-        columns: Sequence[Span],
-        terms: Terms,
-    ) -> None:
-        """Add the gradients of `rows` over `columns`; `out` and `lse` are over all keys."""
-        for piece in terms.pieces(rows, columns):
-            to, seen = piece.rows.slots, piece.columns.slots
-            dq, dk, dv = kernels.backward(
-                _dense(dout)[:, :, to],
-                _dense(q)[:, :, to],
-                _dense(k)[:, :, seen],
-                _dense(v)[:, :, seen],
-                out[:, :, to],
-                lse[:, :, to],
-                terms.mask_of(piece, q.device),
-                scale=terms.scale,
-                is_causal=piece.is_causal,
-                softcap=terms.softcap,
-            )
-            self.dq[:, :, to] += dq
-            self.dk[:, :, seen] += dk
-            self.dv[:, :, seen] += dv
+def _both(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a & b

@@ -16,6 +16,11 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_
     total = torch.logaddexp(lse, block_lse)
     # Where neither side saw a key, -inf - -inf would be NaN; against 0 both weights are exp(-inf) = 0.
     reference = total.masked_fill(total == -torch.inf, 0.0)
-    out.mul_((lse - reference).exp_().unsqueeze(-1))
-    out.addcmul_(block_out.to(out.dtype), (block_lse - reference).exp_().unsqueeze(-1))
+    kept, added = ((x - reference).exp_().unsqueeze(-1) for x in (lse, block_lse))
+    out.copy_(out.to(total.dtype) * kept + block_out.to(total.dtype) * added)
     lse.copy_(total)
+
+
+def add_(total: torch.Tensor, x: torch.Tensor) -> None:
+    """Add `x` to `total` in place, in the accumulation dtype, rounded once."""
+    total.copy_(total.to(accumulation_dtype(total.dtype)) + x)

@@ -1,15 +1,22 @@
-"""Schedule: which rectangles of the attention matrix a rank computes, and which of them need a mask.
+"""Schedule: which rectangles of the attention matrix a rank computes.
 
-Rows and columns are runs of consecutive positions (chunks of the layout). Rectangles that causality or the window hides are
-left out, those that are wholly visible go to the kernel without a mask, and so does a causal square on the diagonal.
+Rows and columns are runs of consecutive positions (chunks of the layout). What causality, the window or the documents hide is cut
+away, so that most rectangles are wholly visible and a kernel needs no mask. Documents are contiguous: a run of rows and an earlier run
+of columns are joined by one document at most, so that off the diagonal each block is one rectangle.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
 
 from cpcompile.layout import chunk_length, rank_chunks
+
+Starts = tuple[int, ...]  # where documents begin
+MAX_GROUPED = 2048  # tokens; longer documents keep a call of their own, in which dense kernels are faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +49,67 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Band:
+    """The bounds of kv - q, None for no bound: causal has high 0, a window of W low 1 - W."""
+
+    low: int | None = None
+    high: int | None = None
+
+
+class Segments:
+    """Where documents begin, for each row of the batch or for all. Equal ones are one object, so that they are compared at no cost."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: tuple[Starts, ...]) -> None:
+        self.rows = rows
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(rows: tuple[Starts, ...]) -> Segments:
+        """Return the segments of these starts."""
+        return Segments(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """What the host knows of what rows see.
+
+    Attributes:
+        band: bounds of kv - q.
+        segments: where documents begin; None: there are none, or that is not known.
+        has_prefix: some columns are visible although `band.high` hides them.
+        is_joined: only the order of slots matters to a kernel, not the positions, so that neighbours may be one piece.
+    """
+
+    band: Band
+    segments: Segments | None = None
+    has_prefix: bool = False
+    is_joined: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """A rectangle to compute: all of it, its lower triangle (`is_causal`), or what a mask leaves (`is_masked`)."""
+    """A rectangle to compute. Row i sees columns j with `low` <= j - i <= `high`, numbered within the piece.
+
+    With `lengths`, rows and columns are the same documents, each of which sees itself only. `batch` are the rows of the batch it is
+    for, None for all.
+    """
 
     rows: Span
     columns: Span
-    is_causal: bool = False
-    is_masked: bool = False
+    low: int | None = None
+    high: int | None = None
+    lengths: tuple[int, ...] = ()
+    batch: slice | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row sees every column."""
+        return self.low is None and self.high is None and not self.lengths
+
+
+Spans = tuple[Span, ...]
 
 
 def whole(length: int) -> tuple[Span, ...]:
@@ -64,50 +125,174 @@ def local_spans(length: int, rank: int, world_size: int, layout: str) -> tuple[S
     return tuple(span for span in spans if span.size > 0)
 
 
-def pieces(
-    rows: Sequence[Span], columns: Sequence[Span], *, is_causal: bool, window: int, needs_mask: bool
-) -> list[Piece]:
-    """Return the rectangles that must be computed. `needs_mask`: more than causality and the window hides keys."""
-    if is_causal and not window and not needs_mask and rows == columns and rows:
+def by_position(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Return the same tokens laid in the order of their positions, neighbours in one span."""
+    laid: list[Span] = []
+    slot = 0
+    for span in sorted(spans, key=lambda s: s.position):
+        if laid and laid[-1].end == span.position:
+            laid[-1] = replace(laid[-1], size=laid[-1].size + span.size)
+        else:
+            laid.append(Span(slot, span.position, span.size))
+        slot += span.size
+    return tuple(laid)
+
+
+def needed(parts: Sequence[Piece], columns: Sequence[Span]) -> tuple[Span, ...]:
+    """Return which tokens of `columns` some piece reads: one run of each span."""
+    found = []
+    for span in columns:
+        seen = [p.columns.slots for p in parts]
+        inside = [(max(s.start, span.slot), min(s.stop, span.slots.stop)) for s in seen]
+        inside = [(start, stop) for start, stop in inside if start < stop]
+        if inside:
+            start, stop = min(a for a, _ in inside), max(b for _, b in inside)
+            found.append(Span(start, span.position + start - span.slot, stop - start))
+    return tuple(found)
+
+
+def packed(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Return the same tokens in consecutive slots from 0."""
+    ends, slot = [], 0
+    for span in spans:
+        ends.append(replace(span, slot=slot))
+        slot += span.size
+    return tuple(ends)
+
+
+@lru_cache(maxsize=4096)
+def pieces(rows: Spans, columns: Spans, visible: Visible) -> tuple[Piece, ...]:
+    """Return the rectangles that must be computed; rows and columns are in the order of their positions."""
+    if visible.segments is None:
+        return tuple(_pieces_of(rows, columns, visible, None))
+    starts = visible.segments.rows
+    found: list[Piece] = []
+    for index, row in enumerate(starts):
+        batch = None if len(starts) == 1 else slice(index, index + 1)
+        found += [replace(part, batch=batch) for part in _pieces_of(rows, columns, visible, row)]
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the ranks of a ring need of each other: for each receiver and source some runs of the source's tokens.
+
+    `steps` are those at which some rank needs something of the rank that many before it.
+    """
+
+    of: tuple[tuple[Spans, ...], ...]
+    steps: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def needs(spans: tuple[Spans, ...], visible: Visible) -> Needs:
+    """Return what each rank needs of each other, for the tokens that they hold."""
+    ranks = range(len(spans))
+    of = tuple(tuple(needed(pieces(spans[r], spans[s], visible), spans[s]) for s in ranks) for r in ranks)
+    steps = tuple(t for t in ranks if t and any(of[r][(r - t) % len(spans)] for r in ranks))
+    return Needs(of, steps)
+
+
+def _pieces_of(rows: Spans, columns: Spans, visible: Visible, starts: Starts | None) -> list[Piece]:
+    band, is_joined = visible.band, visible.is_joined
+    is_square = is_joined and starts is None and band == Band(None, 0) and not visible.has_prefix
+    if is_square and rows and [r.positions for r in rows] == [c.positions for c in columns] and _are_dense(rows):
         # Slots are in the order of positions, so a rank against its own tokens is one causal square.
         size = sum(span.size for span in rows)
-        square = Span(0, 0, size)
-        return [Piece(square, square, is_causal=True)]
-    found = [
-        piece
-        for row in rows
-        for column in columns
-        for piece in _cut(row, column, is_causal=is_causal, window=window, needs_mask=needs_mask)
-    ]
-    return _join(found)
+        square = Span(rows[0].slot, rows[0].position, size)
+        return [Piece(square, replace(square, slot=columns[0].slot), high=0)]
+    found: list[Piece] = []
+    for row in rows:
+        for column in columns:
+            for r, c in _rectangles(row, column, starts):
+                found += _cut(r, c, band, visible.has_prefix)
+    return _join(_group(found) if starts is not None else found) if is_joined else found
 
 
-def _cut(row: Span, column: Span, *, is_causal: bool, window: int, needs_mask: bool) -> Iterator[Piece]:
-    """Yield the visible part of one rectangle."""
-    first = row.position - window + 1 if window else column.position
-    column = column.between(first, row.end if is_causal else column.end)
-    if not column.size or not row.size:
+def _are_dense(spans: Sequence[Span]) -> bool:
+    """Tell whether the slots of the spans follow each other."""
+    return all(a.slots.stop == b.slot for a, b in zip(spans, spans[1:], strict=False))
+
+
+def _rectangles(row: Span, column: Span, starts: Starts | None) -> Iterator[tuple[Span, Span]]:
+    """Yield the parts of a rectangle within one document each."""
+    if starts is None:
+        yield row, column
         return
-    beyond_window = window > 0 and row.end - 1 - column.position >= window
-    if needs_mask or beyond_window:
-        yield Piece(row, column, is_masked=True)
-    elif not is_causal or column.end <= row.position + 1:
-        yield Piece(row, column)
-    elif column.position <= row.position and column.end == row.end:
-        past = column.between(column.position, row.position)
-        if past.size:
-            yield Piece(row, past)
-        yield Piece(row, column.between(row.position, row.end), is_causal=True)
-    else:
-        yield Piece(row, column, is_masked=True)
+    ends = (*starts[1:], max(row.end, column.end))
+    for index in range(bisect_right(starts, max(row.position, column.position)) - 1, len(starts)):
+        r, c = (span.between(starts[index], ends[index]) for span in (row, column))
+        if not r.size or not c.size:
+            return
+        yield r, c
+
+
+def _cut(row: Span, column: Span, band: Band, has_prefix: bool) -> Iterator[Piece]:
+    """Yield the visible part of one rectangle."""
+    low, high = band.low, band.high
+    if low is not None:
+        column = column.between(row.position + low, column.end)
+        row = row.between(row.position, column.end - low) if column.size else row
+    if high is not None and not has_prefix:
+        column = column.between(column.position, row.end + high)
+        row = row.between(column.position - high, row.end)
+    if not row.size or not column.size:
+        return
+    if low is None and high == 0 and not has_prefix and column.position < row.position < column.end:
+        # Kernels know causal squares best; what lies before the square is wholly visible.
+        yield Piece(row, column.between(column.position, row.position))
+        column = column.between(row.position, column.end)
+    offset = row.position - column.position
+    local_low, local_high = (None if x is None else x + offset for x in (low, high))
+    if local_low is not None and local_low <= 1 - row.size:
+        local_low = None
+    if local_high is not None and local_high >= column.size - 1:
+        local_high = None
+    yield Piece(row, column, local_low, local_high)
+
+
+def _group(found: list[Piece]) -> list[Piece]:
+    """Join squares of neighbouring documents, which one call of a kernel for variable lengths computes."""
+    grouped: list[Piece] = []
+    for piece in found:
+        joined = _grouped(grouped[-1], piece) if grouped else None
+        if joined is None:
+            grouped.append(piece)
+        else:
+            grouped[-1] = joined
+    return grouped
+
+
+def _grouped(a: Piece, b: Piece) -> Piece | None:
+    """Return two neighbouring squares as one piece, or None when one is too long or their bands differ."""
+    lengths = (a.lengths or (a.rows.size,)), (b.rows.size,)
+    follows = a.rows.slots.stop == b.rows.slot and a.columns.slots.stop == b.columns.slot
+    are_squares = all(x.rows.positions == x.columns.positions and x.rows.size for x in (a, b))
+    sizes = max(lengths[0]), b.rows.size
+    if not follows or not are_squares or max(sizes) > MAX_GROUPED:
+        return None
+    low, high = (_common(getattr(a, name), sizes[0], getattr(b, name), sizes[1]) for name in ("low", "high"))
+    if low is False or high is False:
+        return None
+    rows, columns = (replace(x, size=x.size + b.rows.size) for x in (a.rows, a.columns))
+    return replace(a, rows=rows, columns=columns, low=low, high=high, lengths=lengths[0] + lengths[1])
+
+
+def _common(a: int | None, a_size: int, b: int | None, b_size: int) -> int | Literal[False] | None:
+    """Return a bound that means `a` in a square of `a_size` and `b` in one of `b_size`; False if there is none."""
+    if a == b:
+        return a
+    if a is None:
+        return b if b is not None and a_size - 1 <= abs(b) else False
+    return a if b is None and b_size - 1 <= abs(a) else False
 
 
 def _join(found: list[Piece]) -> list[Piece]:
-    """Join neighbours without a mask into fewer, larger kernel calls; only their slots matter to a kernel."""
+    """Join neighbours that are wholly visible into fewer, larger kernel calls."""
     joined: list[Piece] = []
     for piece in found:
         last = joined[-1] if joined else None
-        plain = last is not None and not (piece.is_causal or piece.is_masked or last.is_causal or last.is_masked)
+        plain = last is not None and piece.is_full and last.is_full
         if plain and last and last.columns == piece.columns and last.rows.slots.stop == piece.rows.slot:
             joined[-1] = replace(last, rows=replace(last.rows, size=last.rows.size + piece.rows.size))
         elif plain and last and last.rows == piece.rows and last.columns.slots.stop == piece.columns.slot:

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -39,11 +39,21 @@ class Rank:
     rank: int
     world_size: int
     process_group: Any
+    pairs: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     @property
     def group(self) -> str:
         """The name of the process group; empty for one rank, which must not use it."""
         return str(self.process_group.group_name) if self.world_size > 1 else ""
+
+    def grid(self, inner: int) -> tuple[str, str]:
+        """Return the groups of this rank along both axes of a grid of (ranks / inner, inner): inner first, '' for one rank."""
+        if inner in (1, self.world_size):
+            return (self.group, "") if inner > 1 else ("", self.group)
+        assert (self.world_size, inner) == (4, 2)
+        row, column = self.rank // 2 * 2, self.rank % 2
+        names = [self.pairs[pair].group_name for pair in ((row, row + 1), (column, column + 2))]
+        return str(names[0]), str(names[1])
 
     def mesh(self, axis: str = "cp") -> DeviceMesh:
         """Return a mesh of one axis over the ranks."""
@@ -69,13 +79,14 @@ def _serve(rank: int, store: str, jobs: Connection) -> None:
         "gloo", store=dist.FileStore(store, NUM_RANKS), rank=rank, world_size=NUM_RANKS, timeout=timedelta(seconds=60)
     )
     groups = {size: dist.new_group(range(size)) for size in range(1, NUM_RANKS + 1)}
+    pairs = {(a, b): dist.new_group([a, b]) for a in range(NUM_RANKS) for b in range(a + 1, NUM_RANKS)}
     while True:
         try:
             world_size, path, name, args = pickle.loads(jobs.recv_bytes())
         except EOFError:
             return
         try:
-            answer = (True, _load(path, name)(Rank(rank, world_size, groups[world_size]), *args))
+            answer = (True, _load(path, name)(Rank(rank, world_size, groups[world_size], pairs), *args))
         except Exception:
             answer = (False, traceback.format_exc())
         jobs.send_bytes(pickle.dumps(answer))

@@ -10,15 +10,17 @@ import torch
 
 import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.layout import LAYOUTS, local_length, positions
+from cpcompile.runtime.dropout import is_kept
 
-NAMES = ("out", "dq", "dk", "dv")
-BATCH, HEAD_DIM, VALUE_DIM, SCALE = 2, 8, 4, 0.3
+NAMES = ("out", "dq", "dk", "dv", "dsinks")
+BATCH, HEAD_DIM, VALUE_DIM, SCALE, DROPOUT = 2, 8, 4, 0.3, 0.3
 
 PLAIN: dict[str, Any] = {
     "heads": (4, 2),
     "length": 31,
     "is_causal": True,
     "window": 0,
+    "lookahead": -1,
     "softcap": 0.0,
     "value_dim": HEAD_DIM,
 }
@@ -32,21 +34,42 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"is_causal": False},
     "window": {"window": 7},
     "window_even": {"window": 20, "length": 64, "heads": (9, 3)},
-    "documents": {"documents": True},
-    "documents_full": {"documents": True, "is_causal": False, "length": 64},
+    "window_both_sides": {"window": 7, "lookahead": 4, "is_causal": False},
+    "lookahead": {"lookahead": 9, "is_causal": False, "length": 64},
+    "documents": {"documents": "sorted"},
+    "documents_full": {"documents": "sorted", "is_causal": False, "length": 64},
+    "documents_that_come_back": {"documents": "mixed", "bounds": True},
+    "bounds": {"documents": "sorted", "bounds": True},
+    "bounds_full": {"documents": "sorted", "bounds": True, "is_causal": False, "length": 64},
+    "bounds_window": {"documents": "sorted", "bounds": True, "window": 5, "length": 64},
+    "bounds_of_one_token": {"documents": "single", "bounds": True},
+    "bounds_of_chunks": {"documents": "chunks", "bounds": True, "heads": (9, 3)},
     "left_padding": {"key_padding": True},
     "padding_full": {"key_padding": True, "is_causal": False, "heads": (9, 3)},
+    "bounds_and_padding": {"documents": "sorted", "bounds": True, "key_padding": True},
+    "prefix": {"prefix": True},
+    "prefix_window": {"prefix": True, "window": 12, "length": 64},
     "mask": {"mask": "heads", "is_causal": False},
     "mask_rows": {"mask": "keys", "window": 9},
     "softcap": {"softcap": 2.0, "length": 64},
+    "slopes": {"slopes": True},
+    "slopes_bounds": {"slopes": True, "documents": "sorted", "bounds": True, "heads": (9, 3)},
+    "sinks": {"sinks": True},
+    "sinks_window": {"sinks": True, "window": 6, "heads": (9, 3)},
+    "dropout": {"dropout": True},
+    "dropout_documents": {"dropout": True, "documents": "sorted", "bounds": True, "heads": (9, 3)},
     "value_dim": {"value_dim": VALUE_DIM},
     "everything": {
-        "documents": True,
+        "documents": "sorted",
         "key_padding": True,
         "mask": "heads",
         "window": 11,
         "softcap": 3.0,
         "heads": (9, 3),
+        "prefix": True,
+        "slopes": True,
+        "sinks": True,
+        "dropout": True,
     },
 }
 FLOAT_CASES: dict[str, dict[str, Any]] = {
@@ -54,6 +77,18 @@ FLOAT_CASES: dict[str, dict[str, Any]] = {
     "bias_full": {"mask": "bias", "is_causal": False, "heads": (9, 3), "softcap": 2.0},
     "finfo_min": {"mask": "min", "is_causal": False, "length": 64},
 }
+
+
+def documents_of(kind: str, length: int) -> torch.Tensor:
+    """Return ids `[batch, length]`."""
+    match kind:
+        case "sorted":
+            return torch.randint(0, 4, (BATCH, length)).sort(dim=1).values
+        case "mixed":
+            return torch.randint(0, 2, (BATCH, length))
+        case "single":
+            return torch.arange(length).expand(BATCH, length)
+    return (torch.arange(length) // 6).expand(1, length)
 
 
 def inputs_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -65,16 +100,27 @@ def inputs_of(case: dict[str, Any]) -> dict[str, Any]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float64)
 
-    inputs = {name: case[name] for name in ("is_causal", "window", "softcap")} | {"length": length}
-    inputs |= {"documents": None, "key_padding": None, "mask": None}
+    inputs = {name: case[name] for name in ("is_causal", "window", "lookahead", "softcap", "length")}
+    inputs |= dict.fromkeys(("documents", "bounds", "key_padding", "mask", "prefix", "slopes", "sinks", "seed"))
     inputs["q"] = normal(BATCH, num_query, length, HEAD_DIM)
     inputs["k"] = normal(BATCH, num_key, length, HEAD_DIM)
     inputs["v"] = normal(BATCH, num_key, length, case["value_dim"])
     inputs["dout"] = normal(BATCH, num_query, length, case["value_dim"])
     if case.get("documents"):
-        inputs["documents"] = torch.randint(0, 3, (BATCH, length)).sort(dim=1).values
+        inputs["documents"] = documents_of(case["documents"], length)
+    if case.get("bounds"):
+        inputs["bounds"] = torch.ops.cpcompile.document_bounds(inputs["documents"])
     if case.get("key_padding"):
         inputs["key_padding"] = torch.arange(length) >= torch.tensor([[length // 3], [0]])
+    if case.get("prefix"):
+        inputs["prefix"] = torch.tensor([length // 2, 3])
+    if case.get("slopes"):
+        inputs["slopes"] = torch.rand(num_query)
+    if case.get("sinks"):
+        inputs["sinks"] = normal(num_query)
+    inputs["dropout"] = DROPOUT if case.get("dropout") else 0.0
+    if case.get("dropout"):
+        inputs["seed"] = torch.tensor(12345)
     match case.get("mask"):
         case "heads":
             inputs["mask"] = torch.rand(1, num_query, length, length) > 0.5
@@ -90,33 +136,53 @@ def inputs_of(case: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-@functools.cache
-def reference(name: str) -> tuple[torch.Tensor, ...]:
-    """Return (out, dq, dk, dv) by autograd through a plain softmax."""
-    x = inputs_of((CASES | FLOAT_CASES)[name])
-    q, k, v = (x[n].clone().requires_grad_() for n in "qkv")
-    repeats = q.shape[1] // k.shape[1]
-    s = SCALE * q @ k.repeat_interleave(repeats, 1).transpose(-1, -2)
-    if x["softcap"]:
-        s = x["softcap"] * torch.tanh(s / x["softcap"])
+def visible_of(x: dict[str, Any]) -> torch.Tensor:
+    """Return which keys each query sees, by the definitions."""
     at = torch.arange(x["length"])
+    row, column = at[:, None], at
     visible = torch.ones(1, 1, x["length"], x["length"], dtype=torch.bool)
     if x["is_causal"]:
-        visible = visible & (at <= at[:, None])
+        visible = visible & (column <= row)
+    if x["lookahead"] >= 0:
+        visible = visible & (column - row <= x["lookahead"])
+    if x["prefix"] is not None:
+        visible = visible | (column < x["prefix"][:, None, None, None])
     if x["window"]:
-        visible = visible & (at[:, None] - at < x["window"])
+        visible = visible & (row - column < x["window"])
     if x["documents"] is not None:
         visible = visible & (x["documents"][:, None, :, None] == x["documents"][:, None, None, :])
     if x["key_padding"] is not None:
         visible = visible & x["key_padding"][:, None, None, :]
     if x["mask"] is not None and x["mask"].dtype == torch.bool:
         visible = visible & x["mask"]
-    elif x["mask"] is not None:
+    return visible
+
+
+@functools.cache
+def reference(name: str) -> tuple[torch.Tensor, ...]:
+    """Return (out, dq, dk, dv, dsinks) by autograd through a plain softmax."""
+    x = inputs_of((CASES | FLOAT_CASES)[name])
+    leaves = q, k, v = [x[n].clone().requires_grad_() for n in "qkv"]
+    repeats = q.shape[1] // k.shape[1]
+    s = SCALE * q @ k.repeat_interleave(repeats, 1).transpose(-1, -2)
+    if x["softcap"]:
+        s = x["softcap"] * torch.tanh(s / x["softcap"])
+    if x["slopes"] is not None:
+        at = torch.arange(x["length"])
+        s = s - x["slopes"][:, None, None] * (at[:, None] - at).abs()
+    if x["mask"] is not None and x["mask"].dtype != torch.bool:
         s = s + x["mask"]
-    s = s.masked_fill(~visible, -torch.inf)
+    s = s.masked_fill(~visible_of(x), -torch.inf)
+    if x["sinks"] is not None:
+        leaves.append(x["sinks"].clone().requires_grad_())
+        s = torch.cat([s, leaves[-1][:, None, None].expand(*s.shape[:-1], 1)], -1)
     empty = (s == -torch.inf).all(-1, keepdim=True)
-    out = torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0) @ v.repeat_interleave(repeats, 1)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), x["dout"])
+    p = torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)[..., : x["length"]]
+    if x["dropout"]:
+        index = torch.arange(p.numel()).view(p.shape)
+        p = p * is_kept(x["seed"], 3, index, x["dropout"]) / (1 - x["dropout"])
+    out = p @ v.repeat_interleave(repeats, 1)
+    return out.detach(), *torch.autograd.grad(out, leaves, x["dout"])
 
 
 def local(x: torch.Tensor, dim: int, rank: int, world_size: int, layout: str, length: int) -> torch.Tensor:
@@ -127,21 +193,35 @@ def local(x: torch.Tensor, dim: int, rank: int, world_size: int, layout: str, le
     return taken if x.dtype == torch.bool else taken.masked_fill((at >= length).view(shape), 7.0)
 
 
+def axis_of(rank: Any, strategy: str, layout: str, length: int) -> dict[str, Any]:
+    """Return the keyword arguments of a strategy; `gather_1` sends one key head a message, `usp_2` has 2 inner ranks."""
+    axis = {"length": length, "layout": layout, "world_size": rank.world_size, "group": rank.group}
+    name, _, number = strategy.partition("_")
+    if name == "usp":
+        inner = int(number)
+        inner_group, outer_group = rank.grid(inner)
+        return axis | {"inner_size": inner, "inner_group": inner_group, "outer_group": outer_group}
+    return axis | ({"heads_per_message": int(number)} if number else {})
+
+
 def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
-    """Run the operator on this rank's tokens for each case; return out, dq, dk, dv of its slots."""
+    """Run the operator on this rank's tokens for each case; return out, dq, dk, dv of its slots and its addend of dsinks."""
     results = {}
     for name, case in cases.items():
         x = inputs_of(case)
         q, k, v, dout = (
             local(x[n], 2, rank.rank, rank.world_size, layout, x["length"]) for n in ("q", "k", "v", "dout")
         )
+        family = strategy.partition("_")[0]
         mask = x["mask"]
-        if mask is not None and strategy != "ulysses" and mask.shape[2] > 1:
+        if mask is not None and family not in ("ulysses", "usp") and mask.shape[2] > 1:
             mask = local(mask, 2, rank.rank, rank.world_size, layout, x["length"])
-        leaves = [t.requires_grad_() for t in (q, k, v)]
-        operator = getattr(torch.ops.cpcompile, f"{strategy}_attention")
-        terms = (mask, x["documents"], x["key_padding"], SCALE, x["is_causal"], x["window"], x["softcap"])
-        out = operator(*leaves, *terms, x["length"], layout, rank.world_size, rank.group)[0]
+        leaves = [t.requires_grad_() for t in (q, k, v, x["sinks"]) if t is not None]
+        operator = getattr(torch.ops.cpcompile, f"{family}_attention")
+        names = ("documents", "key_padding"), ("is_causal", "window", "softcap", "dropout", "lookahead", "bounds")
+        terms = [mask, *(x[n] for n in names[0]), SCALE, *(x[n] for n in names[1])]
+        terms += [*(x[n] for n in ("prefix", "slopes", "sinks", "seed")), 3]
+        out = operator(*leaves[:3], *terms, **axis_of(rank, strategy, layout, x["length"]))[0]
         results[name] = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
     return results
 
@@ -154,17 +234,28 @@ def check(pool: Any, strategy: str, layout: str, world_size: int, cases: dict[st
         at = torch.cat([positions(length, rank, world_size, layout) for rank in range(world_size)])
         assert len(at) == world_size * local_length(length, world_size, layout)
         for i, expected in enumerate(reference(name)):
-            joined = torch.cat([rank[name][i] for rank in ranks], 2)
-            assert not joined[:, :, at >= length].any(), f"{name}: padding of {NAMES[i]}"
-            whole = torch.empty_like(expected).index_copy_(2, at[at < length], joined[:, :, at < length])
-            error = ((whole - expected).abs().max() / expected.abs().max()).item()
+            if NAMES[i] == "dsinks":
+                whole = sum(rank[name][i] for rank in ranks)
+            else:
+                joined = torch.cat([rank[name][i] for rank in ranks], 2)
+                assert not joined[:, :, at >= length].any(), f"{name}: padding of {NAMES[i]}"
+                whole = torch.empty_like(expected).index_copy_(2, at[at < length], joined[:, :, at < length])
+            error = ((whole - expected).abs().max() / expected.abs().max().clamp(min=1.0)).item()
             assert error < 1e-12, f"{name}: {NAMES[i]} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
+@pytest.mark.parametrize("strategy", ["ring", "gather", "gather_1", "halo", "ulysses"])
 def test_equals_the_whole_attention(pool: Any, strategy: str, layout: str, world_size: int) -> None:
+    check(pool, strategy, layout, world_size, CASES)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy"), [(2, "usp_2"), (3, "usp_1"), (4, "usp_2"), (4, "usp_4"), (4, "usp_1")]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_usp_equals_the_whole_attention(pool: Any, strategy: str, layout: str, world_size: int) -> None:
     check(pool, strategy, layout, world_size, CASES)
 
 
@@ -177,6 +268,6 @@ def test_float_masks_are_added(pool: Any, strategy: str, layout: str, world_size
 
 def test_ring_refuses_a_float_mask() -> None:
     x = torch.randn(1, 1, 4, 8)
-    settings = (SCALE, False, 0, 0.0, 4, "contiguous", 1, "")
+    axis = {"length": 4, "layout": "contiguous", "world_size": 1, "group": ""}
     with pytest.raises(ValueError, match="gather_attention"):
-        torch.ops.cpcompile.ring_attention(x, x, x, torch.zeros(1, 1, 4, 4), None, None, *settings)
+        torch.ops.cpcompile.ring_attention(x, x, x, torch.zeros(1, 1, 4, 4), None, None, SCALE, False, 0, 0.0, **axis)

@@ -112,7 +112,10 @@ class Kernel:
 
     def needs_dense_mask(self, case: Case) -> bool:
         """Whether what hides keys must be made one bool mask."""
-        return bool(case.features & HIDING - self.takes)
+        hiding = case.features & HIDING
+        # A kernel that knows little but masks tells rows that see no key by the mask alone.
+        is_beside = "mask" in hiding and len(hiding) > 1 and not self.takes >= HIDING
+        return bool(hiding - self.takes) or is_beside
 
 
 def runs_on(case: Case, device: str, dtypes: tuple[torch.dtype, ...]) -> str:

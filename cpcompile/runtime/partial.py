@@ -1,0 +1,155 @@
+"""Partial: results and gradients that come in pieces. The first piece of a row is kept as it is, the others are merged into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from cpcompile.runtime import kernels
+from cpcompile.runtime.merge import accumulation_dtype, add_, merge_
+from cpcompile.runtime.schedule import Piece, Span, Spans
+from cpcompile.runtime.terms import Terms
+
+Tensor = torch.Tensor
+Tensors = tuple[Tensor, ...]
+
+
+def empty_result(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) without values. `out` is `[B, H, S, Dv]` over `[B, S, H, Dv]` memory: models merge the heads next."""
+    batch, heads, tokens, _ = q.shape
+    out = q.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)
+    return out, q.new_empty(batch, heads, tokens, dtype=accumulation_dtype(q.dtype))
+
+
+class _Rows:
+    """Tensors `[B, H, S, ...]` that are made of pieces of their rows.
+
+    What a row holds before its first piece is `nothing`, one number for each tensor. With `is_wide`, the first tensor is
+    accumulated in the accumulation dtype as soon as two pieces meet; without, in its own, which two pieces bear.
+    """
+
+    def __init__(
+        self, empty: Callable[[], Tensors], shape: torch.Size, nothing: Sequence[float], is_wide: bool
+    ) -> None:
+        self._empty, self._nothing, self._is_wide = empty, nothing, is_wide
+        self._shape = shape
+        self._held: Tensors = ()
+        self._seen = torch.zeros(shape[0], shape[2], dtype=torch.bool)
+
+    def add(self, piece: Tensors, batch: slice | None, slots: slice, merge: Callable[..., None]) -> None:
+        """Put a piece into these rows, by `merge(*held, *piece)` where they hold something."""
+        rows = slice(None) if batch is None else batch
+        seen = self._seen[rows, slots]
+        if not self._held:
+            if seen.numel() == self._seen.numel() and piece[0].shape == self._shape:
+                self._held = piece
+                seen[:] = True
+                return
+            self._held = self._empty()
+        if seen.any():
+            self._fill()
+            if self._is_wide and self._held[0].dtype != accumulation_dtype(self._held[0].dtype):
+                self._held = self._held[0].to(accumulation_dtype(self._held[0].dtype)), *self._held[1:]
+            merge(*(x[rows, :, slots] for x in self._held), *piece)
+        else:
+            for to, x in zip(self._held, piece, strict=True):
+                to[rows, :, slots] = x
+            seen[:] = True
+
+    def _fill(self) -> None:
+        """Give `nothing` to the rows without a piece."""
+        for index, start, stop in _runs(~self._seen):
+            for x, value in zip(self._held, self._nothing, strict=True):
+                x[index, :, start:stop] = value
+        self._seen[:] = True
+
+    def finish(self) -> Tensors:
+        """Return the tensors; rows without a piece hold `nothing`."""
+        self._held = self._held or self._empty()
+        self._fill()
+        return self._held
+
+
+def _runs(flags: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yield (row, start, stop) of each run of True."""
+    if not flags.any():
+        return
+    edges = torch.nn.functional.pad(flags.to(torch.int8), (1, 1)).diff(dim=1)
+    starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    for (index, start), (_, stop) in zip(starts, stops, strict=True):
+        yield index, start, stop
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Kernels need the head dim contiguous; the other strides are free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _part(x: Tensor, piece: Piece, span: Span) -> Tensor:
+    return (x if piece.batch is None else x[piece.batch])[:, :, span.slots]
+
+
+class Result:
+    """Attention so far: `out` `[B, H, S, Dv]` and `lse` `[B, H, S]`."""
+
+    def __init__(self, q: Tensor, v: Tensor, num_blocks: int) -> None:
+        """Expect `num_blocks` blocks of keys."""
+        self._make = lambda: empty_result(q, v)
+        shape = torch.Size((*q.shape[:3], v.shape[3]))
+        self._rows = _Rows(self._make, shape, (0.0, -torch.inf), is_wide=num_blocks > 2)
+
+    def add(self, q: Tensor, k: Tensor, v: Tensor, rows: Spans, columns: Spans, terms: Terms) -> None:
+        """Merge the attention of `rows` over `columns`, the keys that k and v hold."""
+        q, k, v = _dense(q), _dense(k), _dense(v)
+        for piece in terms.pieces(rows, columns):
+            at = (q, piece.rows), (k, piece.columns), (v, piece.columns)
+            block = terms.block(piece, q.device)
+            found = kernels.forward(*(_part(x, piece, span) for x, span in at), block, terms.kernel)
+            self._rows.add(found, piece.batch, piece.rows.slots, merge_)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) in the dtypes and strides of `empty_result`; rows that saw no key are 0 and -inf."""
+        held, held_lse = self._rows.finish()
+        out, lse = self._make()
+        same = held.dtype == out.dtype and held.stride() == out.stride()
+        return held if same else out.copy_(held), held_lse.to(lse.dtype).contiguous()
+
+
+class Gradient:
+    """A gradient so far, `[B, H, S, D]`."""
+
+    def __init__(self, like: Tensor, num_blocks: int) -> None:
+        """Expect that `num_blocks` blocks add to each row."""
+        self._like = like
+        self._rows = _Rows(lambda: (torch.empty_like(like),), like.shape, (0.0,), is_wide=num_blocks > 2)
+
+    def add(self, x: Tensor, slots: slice, batch: slice | None = None) -> None:
+        """Add the gradient of the rows in `slots`."""
+        self._rows.add((x,), batch, slots, add_)
+
+    def finish(self) -> Tensor:
+        """Return the gradient, in dtype and strides `empty_like` the tensor it belongs to; rows that none added to are 0."""
+        held, like = self._rows.finish()[0], torch.empty_like(self._like)
+        return held if held.dtype == like.dtype and held.stride() == like.stride() else like.copy_(held)
+
+
+def add_gradients(
+    dq: Gradient,
+    dk: Gradient,
+    dv: Gradient,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    rows: Spans,
+    columns: Spans,
+    terms: Terms,
+) -> None:
+    """Add the gradients of `rows` over `columns`. `tensors`: dout, q, k, v, out, lse; the last two are over all keys."""
+    dout, q, k, v, out, lse = tensors
+    dout, q, k, v, out = (_dense(x) for x in (dout, q, k, v, out))
+    for piece in terms.pieces(rows, columns):
+        at = (dout, piece.rows), (q, piece.rows), (k, piece.columns), (v, piece.columns), (out, piece.rows)
+        parts = [_part(x, piece, span) for x, span in at]
+        block = terms.block(piece, q.device)
+        found = kernels.backward(*parts, _part(lse, piece, piece.rows), block, terms.kernel)
+        for gradient, x, span in zip((dq, dk, dv), found, (piece.rows, piece.columns, piece.columns), strict=True):
+            gradient.add(x, span.slots, piece.batch)
