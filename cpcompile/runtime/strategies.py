@@ -1,12 +1,13 @@
 """Strategies: the attention operators of a rewritten graph, one for each way in which ranks share the work.
 
-All take local q, k and v `[B, heads, local tokens, D]`, padding slots included, and return (out, lse, *kept) of the local rows. Rows of a
-mask are the local ones, except for those that exchange heads, which take it whole; all else in `Terms` is of the whole sequence.
+All take local q, k and v `[B, heads, local tokens, D]`, padding slots included, and return (out, lse, *kept) of the local
+rows. Rows of a mask are the local ones, except for strategies that exchange heads, which take it whole; all else in
+`Terms` is of the whole sequence.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,89 +22,86 @@ from cpcompile.runtime.schedule import Spans, local_spans
 from cpcompile.runtime.terms import Terms
 
 Tensor = torch.Tensor
-AXIS = "SymInt length, str layout, int world_size, str group"
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def _spans(length: int, layout: str, world_size: int) -> tuple[Spans, ...]:
-    return tuple(local_spans(length, rank, world_size, layout) for rank in range(world_size))
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The keyword arguments of an attention operator.
+
+    Attributes:
+        length: tokens of the whole sequence.
+        layout: which tokens each rank holds.
+        world_size, group: the ranks of the axis, and the name of their process group.
+        heads_per_message: how many key heads are gathered at once; 0: all.
+        inner_size: how many ranks exchange heads; rank r is at (outer r // inner_size, inner r % inner_size).
+        inner_group, outer_group: the process groups that this rank is in along both.
+    """
+
+    length: int
+    layout: str
+    world_size: int
+    group: str
+    heads_per_message: int = 0
+    inner_size: int = 0
+    inner_group: str = ""
+    outer_group: str = ""
+
+    @property
+    def spans(self) -> tuple[Spans, ...]:
+        """The tokens of each rank."""
+        return tuple(local_spans(self.length, rank, self.world_size, self.layout) for rank in range(self.world_size))
+
+    @property
+    def ring(self) -> Ring:
+        """All ranks."""
+        return Ring.of(self.group, self.world_size)
+
+    @property
+    def room(self) -> int:
+        """The slots for the tokens of the ranks that exchange heads."""
+        if self.inner_size == self.world_size:
+            return self.length
+        return self.inner_size * local_length(self.length, self.world_size, self.layout)
+
+    @property
+    def grid(self) -> ulysses.Grid:
+        """The ranks as a grid."""
+        size, spans = self.inner_size, self.spans
+        rows = tuple(spans[start : start + size] for start in range(0, self.world_size, size))
+        inner, outer = Ring.of(self.inner_group, size), Ring.of(self.outer_group, self.world_size // size)
+        return ulysses.Grid(inner, outer, rows, self.room)
 
 
 def _results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
     return empty_result(q, v)
 
 
-def _ring(q: Tensor, k: Tensor, v: Tensor, *values: Any, length: int, layout: str, world_size: int, group: str) -> Any:
-    terms, spans = Terms.of(q, k, values, length), _spans(length, layout, world_size)
+def _ring(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
+    at = Axis(**axis)
+    terms = Terms.of(q, k, values, at.length)
     ring.refuse_bias(terms)
-    return ring.attend(q, k, v, terms, spans, Ring.of(group, world_size))
+    return ring.attend(q, k, v, terms, at.spans, at.ring)
 
 
 def _ring_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kept: list[Tensor],
-    *values: Any,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-) -> Any:
-    terms, spans = Terms.of(q, k, values, length), _spans(length, layout, world_size)
-    return ring.attend_backward(dout, q, k, v, out, lse, terms, spans, Ring.of(group, world_size))
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: object, *values: Any, **axis: Any
+) -> Gradients:
+    at = Axis(**axis)
+    return ring.attend_backward(dout, q, k, v, out, lse, Terms.of(q, k, values, at.length), at.spans, at.ring)
 
 
-def _gather(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *values: Any,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    heads_per_message: int = 0,
-) -> Any:
-    terms, spans = Terms.of(q, k, values, length), _spans(length, layout, world_size)
-    return gather.attend(q, k, v, terms, spans, Ring.of(group, world_size), heads_per_message)
+def _gather(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
+    at = Axis(**axis)
+    return gather.attend(q, k, v, Terms.of(q, k, values, at.length), at.spans, at.ring, at.heads_per_message)
 
 
 def _gather_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kept: list[Tensor],
-    *values: Any,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    heads_per_message: int = 0,
-) -> Any:
-    terms, spans = Terms.of(q, k, values, length), _spans(length, layout, world_size)
-    axis = Ring.of(group, world_size)
-    return gather.attend_backward(dout, q, k, v, out, lse, terms, spans, axis, heads_per_message)
-
-
-def _room(length: int, layout: str, world_size: int, inner_size: int) -> int:
-    """Return the slots for the tokens that the inner ranks of a group hold."""
-    return length if inner_size == world_size else inner_size * local_length(length, world_size, layout)
-
-
-def _grid(
-    length: int, layout: str, world_size: int, inner_size: int, inner_group: str, outer_group: str
-) -> ulysses.Grid:
-    """Return the grid of ranks: rank r of the axis is at (outer r // inner_size, inner r % inner_size)."""
-    spans = _spans(length, layout, world_size)
-    rows = tuple(spans[start : start + inner_size] for start in range(0, world_size, inner_size))
-    room = _room(length, layout, world_size, inner_size)
-    return ulysses.Grid(Ring.of(inner_group, inner_size), Ring.of(outer_group, world_size // inner_size), rows, room)
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: object, *values: Any, **axis: Any
+) -> Gradients:
+    at = Axis(**axis)
+    terms = Terms.of(q, k, values, at.length)
+    return gather.attend_backward(dout, q, k, v, out, lse, terms, at.spans, at.ring, at.heads_per_message)
 
 
 def _in_grid(terms: Terms, grid: ulysses.Grid) -> Terms:
@@ -115,25 +113,13 @@ def _in_grid(terms: Terms, grid: ulysses.Grid) -> Terms:
     return replace(terms, mask=rows)
 
 
-def _usp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *values: Any,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    inner_size: int,
-    inner_group: str,
-    outer_group: str,
-) -> Any:
-    grid = _grid(length, layout, world_size, inner_size, inner_group, outer_group)
-    terms = _in_grid(Terms.of(q, k, values, length), grid)
-    if grid.outer.size > 1:
+def _usp(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
+    at = Axis(**axis)
+    terms = _in_grid(Terms.of(q, k, values, at.length), at.grid)
+    if at.inner_size < at.world_size:
         ring.refuse_bias(terms)
-    out, (lse, *kept) = ulysses.attend(q, k, v, terms, grid)
-    return out, lse, *kept
+    out, kept = ulysses.attend(q, k, v, terms, at.grid)
+    return out, *kept
 
 
 def _usp_backward(
@@ -145,60 +131,45 @@ def _usp_backward(
     lse: Tensor,
     kept: list[Tensor],
     *values: Any,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    inner_size: int,
-    inner_group: str,
-    outer_group: str,
-) -> Any:
-    grid = _grid(length, layout, world_size, inner_size, inner_group, outer_group)
-    terms = _in_grid(Terms.of(q, k, values, length), grid)
-    return ulysses.attend_backward(dout, q, k, v, (lse, *kept), terms, grid)  # type: ignore[arg-type]
+    **axis: Any,
+) -> Gradients:
+    at = Axis(**axis)
+    terms = _in_grid(Terms.of(q, k, values, at.length), at.grid)
+    q_heads, k_heads, v_heads, out_heads = kept
+    return ulysses.attend_backward(dout, q, k, v, (lse, q_heads, k_heads, v_heads, out_heads), terms, at.grid)
 
 
-def _usp_results(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *values: Any,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    inner_size: int,
-    inner_group: str,
-    outer_group: str,
-) -> tuple[Tensor, ...]:
+def _usp_results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
+    at = Axis(**axis)
     # All ranks run the graph that one of them traced: sizes do not depend on the rank.
-    num_query, num_key = storage(inner_size, q.shape[1], k.shape[1])
-    tokens = _room(length, layout, world_size, inner_size)
-    batch = q.shape[0]
+    num_query, num_key = storage(at.inner_size, q.shape[1], k.shape[1])
 
     def stored(x: Tensor, heads: int) -> Tensor:
-        return x.new_empty(batch, tokens, heads, x.shape[3]).transpose(1, 2)
+        return x.new_empty(x.shape[0], at.room, heads, x.shape[3]).transpose(1, 2)
 
-    lse = q.new_empty(batch, num_query, tokens, dtype=accumulation_dtype(q.dtype))
-    out = q.new_empty(batch, tokens, num_query, v.shape[3]).transpose(1, 2)
+    lse = q.new_empty(q.shape[0], num_query, at.room, dtype=accumulation_dtype(q.dtype))
+    out = q.new_empty(q.shape[0], at.room, num_query, v.shape[3]).transpose(1, 2)
     return empty_result(q, v)[0], lse, stored(q, num_query), stored(k, num_key), stored(v, num_key), out
 
 
-def _ulysses(q: Tensor, k: Tensor, v: Tensor, *values: Any, world_size: int, group: str, **axis: Any) -> Any:
-    inner = {"inner_size": world_size, "inner_group": group, "outer_group": ""}
-    return _usp(q, k, v, *values, world_size=world_size, group=group, **axis, **inner)
+def _as_grid(axis: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of USP whose inner ranks are all ranks."""
+    return axis | {"inner_size": axis["world_size"], "inner_group": axis["group"], "outer_group": ""}
 
 
-def _ulysses_backward(*arguments: Any, world_size: int, group: str, **axis: Any) -> Any:
-    inner = {"inner_size": world_size, "inner_group": group, "outer_group": ""}
-    return _usp_backward(*arguments, world_size=world_size, group=group, **axis, **inner)
+def _ulysses(*arguments: Any, **axis: Any) -> tuple[Tensor, ...]:
+    return _usp(*arguments, **_as_grid(axis))
 
 
-def _ulysses_results(*arguments: Any, world_size: int, group: str, **axis: Any) -> tuple[Tensor, ...]:
-    inner = {"inner_size": world_size, "inner_group": group, "outer_group": ""}
-    return _usp_results(*arguments, world_size=world_size, group=group, **axis, **inner)
+def _ulysses_backward(*arguments: Any, **axis: Any) -> Gradients:
+    return _usp_backward(*arguments, **_as_grid(axis))
 
 
+def _ulysses_results(*arguments: Any, **axis: Any) -> tuple[Tensor, ...]:
+    return _usp_results(*arguments, **_as_grid(axis))
+
+
+AXIS = "SymInt length, str layout, int world_size, str group"
 MESSAGES = f"{AXIS}, int heads_per_message=0"
 GRID = f"{AXIS}, int inner_size, str inner_group, str outer_group"
 
