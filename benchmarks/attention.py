@@ -10,6 +10,7 @@ README.md beside this file says what the numbers are.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import multiprocessing
@@ -40,11 +41,17 @@ HALO_SWEEP = ((32768, 4096), (65536, 2048), (65536, 4096), (65536, 8192), (13107
 OURS = {  # strategies and layouts for each kind of problem
     "causal": (("ring", "zig_zag"), ("gather", "zig_zag"), ("ulysses", "contiguous")),
     "packed": (("ring", "zig_zag"), ("gather", "zig_zag"), ("ulysses", "contiguous")),
-    "window": (("halo", "contiguous"), ("gather", "zig_zag"), ("ulysses", "contiguous"), ("ring", "contiguous")),
+    "window": (
+        ("halo", "contiguous"),
+        ("halo", "zig_zag"),
+        ("gather", "zig_zag"),
+        ("ulysses", "contiguous"),
+        ("ring", "contiguous"),
+    ),
 }
 
 
-OUR_KERNELS = {"auto": "auto", "fa2": "flash"}
+OUR_KERNELS = {"cuda": {"auto": "auto", "fa2": "flash"}, "cpu": {"auto": "auto", "fa2": "cpu_flash"}}
 
 
 # This project, through its operators
@@ -66,17 +73,27 @@ def ours(strategy: str, q: Any, k: Any, v: Any, *, problem: Problem, layout: str
         "window": problem.window,
         "softcap": 0.0,
         "bounds": starts_of(problem),
-        "kernel": OUR_KERNELS[kernel],
+        "kernel": OUR_KERNELS[problem.device.type][kernel],
         "length": problem.length,
         "layout": layout,
         "world_size": problem.world_size,
         "group": problem.mesh.get_group().group_name,
     }
+    if strategy == "usp":
+        grid = usp_grid(problem.device.type, problem.world_size)
+        values["inner_size"] = grid["inner"].size()
+        values["inner_group"], values["outer_group"] = (grid[x].get_group().group_name for x in ("inner", "outer"))
     names = [argument.name for argument in operator._schema.arguments]
     if kernel != "auto" and "kernel" not in names:
         raise NotImplementedError(f"{operator} takes no kernel")
     out, *_ = operator(**{name: values[name] for name in names if name in values})
     return out.transpose(1, 2)
+
+
+@functools.cache
+def usp_grid(device: str, world_size: int) -> dist.DeviceMesh:
+    """Return the ranks as a grid: two neighbours exchange heads, the pairs are a ring."""
+    return dist.init_device_mesh(device, (world_size // 2, 2), mesh_dim_names=("outer", "inner"))
 
 
 def documents_of(problem: Problem) -> torch.Tensor | None:

@@ -50,7 +50,7 @@ def table(case: str, rows: list[Row]) -> list[str]:
     for row in measured:
         is_limit = row["layout"] == "whole"
         parts = row["ranks"] if is_limit else 1
-        sent = f"{row['bytes_sent'] / 2**20:.1f}" if "bytes_sent" in row else ""
+        sent = f"{row['bytes_sent'] / 2**20:.2f}" if "bytes_sent" in row else ""
         memory = f"{row['peak_mib']:.0f}" + ("" if is_limit else f" ({row['bound_mib']:.0f})")
         cells = [
             f"{label(row)} / {parts}" if is_limit else label(row),
@@ -134,7 +134,7 @@ def sweep(rows: list[Row]) -> list[str]:
         "|---|---|---|",
     ]
     for row in rows:
-        sent = f"{row['bytes_sent'] / 2**20:.1f}" if "bytes_sent" in row else row["trace_failure"][:100]
+        sent = f"{row['bytes_sent'] / 2**20:.2f}" if "bytes_sent" in row else row["trace_failure"][:100]
         lines.append(f"| {row['length']} | {row['window']} | {sent} |")
     return [*lines, ""]
 

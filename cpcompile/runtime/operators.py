@@ -61,8 +61,9 @@ def define(
         keyword_only_inputs: Mapping[str, Any] | None = None,
     ) -> None:
         terms = inputs[3:]
-        for index, argument in enumerate(_NAMES[: len(terms)]):
-            if argument != "sinks" and ctx.needs_input_grad[3 + index]:
+        # torch leaves trailing arguments with their defaults out of what needs gradients, though not out of the inputs.
+        for argument, is_learned in zip(_NAMES, ctx.needs_input_grad[3:], strict=False):
+            if argument != "sinks" and is_learned:
                 raise NotImplementedError(f"{name} has no gradient for a learned {argument}: detach it")
         ctx.num_terms, ctx.axis = len(terms), dict(keyword_only_inputs or {})
         ctx.settings = [None if i in _TENSORS else x for i, x in enumerate(terms)]
