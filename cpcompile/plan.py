@@ -30,6 +30,10 @@ class Plan:
             P when they are averaged.
         exact_dropout: dropout draws what one device draws.
         token_local: paths or classes of the modules that are declared token-local.
+        kernel: the kernel of all attentions, or `auto`.
+        heads_per_message: how many key heads `gather` and `halo` gather at once; 0: all.
+        inner_size: ranks that exchange heads in `usp`; 0 where the axis is no grid.
+        inner_group, outer_group: names of the process groups of the grid's axes.
     """
 
     world_size: int
@@ -42,6 +46,11 @@ class Plan:
     num_tokens: int = 0
     exact_dropout: bool = False
     token_local: tuple[str, ...] = ()
+    kernel: str = "auto"
+    heads_per_message: int = 0
+    inner_size: int = 0
+    inner_group: str = ""
+    outer_group: str = ""
 
     @property
     def axis_arguments(self) -> tuple[str, int, str]:
