@@ -1,31 +1,36 @@
-"""CUDA kernels behind the attention operators, in one process on one GPU, against the formula in float64."""
+"""CUDA kernels on one GPU against the formula in float64, and ranks in lockstep with the kernels that would run."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import cpcompile
-from cpcompile.layout import LAYOUTS, positions
-from cpcompile.runtime import kernel_math, kernels
-from cpcompile.runtime.kernels import Case, Kernel
+from cpcompile.runtime import kernels
+from cpcompile.runtime.block import Block, Dropout
+from cpcompile.runtime.kernels import Case
+from cpcompile.runtime.merge import merge_
 from tests.models import batch, error, llama
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # Its own code uses what torch deprecates.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
 ]
 
 SCALE = 0.2
-CUDA = [kernel for kernel in kernels.KERNELS if kernel.name in ("cudnn", "cuda_flash", "cuda_efficient")]
-MATH = kernels.KERNELS[-1]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+B, H, K, D = 2, 4, 2, 64
+CUDA = [name for name in kernels.NAMES if name not in ("ring_flash_attn", "cpu_flash")]
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # Attention rounds the weights and its results once each, and dq, dk, dv also their products.
-LIMITS = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES} | {torch.float32: 1e-5}
+LIMITS = {dtype: 4 * torch.finfo(dtype).eps for dtype in (BF16, FP16)} | {FP32: 1e-5, FP64: 1e-11}
 
 
 def head_major(x: Tensor) -> Tensor:
@@ -43,90 +48,228 @@ def sliced(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x), x, torch.zeros_like(x)], 2).narrow(2, x.shape[2], x.shape[2])
 
 
-def takes(kernel: Kernel, dtype: torch.dtype, mask: str) -> None:
-    """Skip what the kernel refuses."""
-    reason = kernel.refuses(Case("cuda", dtype, 64, 64, mask))
-    if reason:
-        pytest.skip(f"{kernel.name} {reason}")
-
-
-def normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
-
-
-@pytest.mark.parametrize("has_mask", [False, True], ids=["whole", "mask"])
-@pytest.mark.parametrize("arrange", [head_major, sequence_major, sliced], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", CUDA, ids=lambda kernel: kernel.name)
-def test_block(kernel: Kernel, dtype: torch.dtype, arrange: Callable[[Tensor], Tensor], has_mask: bool) -> None:
-    """A block whose out and lse are those of all keys, in every memory order: kernels that ignore strides read garbage."""
-    takes(kernel, dtype, "bool" if has_mask else "none")
-    q, k, v, dout = (
-        normal(2, heads, rows, 64, dtype=dtype, seed=i)
-        for i, (heads, rows) in enumerate([(4, 77), (2, 150), (2, 150), (4, 77)])
-    )
-    mask = None
-    if has_mask:
-        mask = torch.rand(2, 1, 77, 150, generator=torch.Generator().manual_seed(9)).cuda() > 0.5
-        mask[0, 0, 5] = False
-    settings = {"mask": mask, "scale": SCALE, "is_causal": False, "softcap": 0.0}
-    wide = [x.double() for x in (q, k, v)]
-    expected, expected_lse = kernel_math.forward(*wide, **settings)
-    expected_grads = kernel_math.backward(dout.double(), *wide, expected, expected_lse, **settings)
-    out, lse = kernel.forward(*map(arrange, (q, k, v)), **settings)
-    assert error(out.double(), expected) < LIMITS[dtype]
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=LIMITS[dtype])
-    strided = arrange(lse.unsqueeze(-1)).squeeze(-1)
-    grads = kernel.backward(*map(arrange, (dout, q, k, v, expected.to(dtype))), strided, **settings)
-    for name, found, truth in zip(("dq", "dk", "dv"), grads, expected_grads, strict=True):
-        assert error(found.double(), truth) < LIMITS[dtype], name
-
-
-MASKS: dict[str, dict[str, Any]] = {
-    "causal": {},
-    "window": {"window": 40},
-    "documents": {"documents": True},
-    "padding": {"key_padding": True},
+Arrange = Callable[[Tensor], Tensor]
+# Rows, columns, memory order. None is a multiple of the kernels' tiles.
+SHAPES: dict[str, tuple[int, int, Arrange]] = {
+    "square": (301, 301, sequence_major),
+    "wide": (77, 290, sliced),
+    "tall": (290, 77, head_major),
 }
 
 
-@pytest.mark.parametrize("masked", MASKS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("kernel", CUDA, ids=lambda kernel: kernel.name)
-def test_operators(
-    kernel: Kernel, dtype: torch.dtype, strategy: str, layout: str, masked: str, monkeypatch: pytest.MonkeyPatch
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def bools(*shape: int) -> Tensor:
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(9)) > 0.3).cuda()
+
+
+def hiding_rows(mask: Tensor) -> Tensor:
+    mask[0, :, 5] = False
+    return mask
+
+
+def float_mask(rows: int, columns: int) -> Tensor:
+    """Return a float mask with -inf, a row of it, and a row of the smallest number there is."""
+    mask = normal(B, 1, rows, columns, seed=8).masked_fill(~bools(B, 1, rows, columns), -math.inf)
+    mask[0, 0, 1] = -math.inf
+    mask[1, 0, 3] = torch.finfo(mask.dtype).min
+    return mask
+
+
+def ids(size: int, of: int) -> Tensor:
+    return (torch.arange(size) // of).expand(B, -1).cuda()
+
+
+def slopes() -> Tensor:
+    return torch.tensor([0.5, 0.25, 0.125, 0.0625]).cuda()
+
+
+def dropout() -> Dropout:
+    return Dropout(0.4, torch.tensor(77).cuda(), 3, 1, 4, 12, 300, 200, 900, 800)
+
+
+BLOCKS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "plain": lambda r, c: {},
+    "causal": lambda r, c: {"high": 0},
+    "window": lambda r, c: {"low": -40, "high": 0},
+    "both sides": lambda r, c: {"low": -50, "high": 30},
+    "past": lambda r, c: {"high": -33},
+    "distant window": lambda r, c: {"low": -250, "high": -60},
+    "right of the diagonal": lambda r, c: {"low": 20},
+    "nothing": lambda r, c: {"low": 400},
+    "mask": lambda r, c: {"mask": hiding_rows(bools(B, 1, r, c))},
+    "mask of heads": lambda r, c: {"mask": hiding_rows(bools(1, H, r, c)), "high": 20},
+    "mask of keys": lambda r, c: {"mask": bools(B, 1, 1, c)},
+    "float mask": lambda r, c: {"mask": float_mask(r, c), "high": 100},
+    "documents": lambda r, c: {"documents": (ids(r, 70), ids(c, 90)), "high": 10},
+    "key padding": lambda r, c: {"key_padding": torch.arange(c).cuda() >= torch.tensor([[c], [31]]).cuda()},
+    "prefix": lambda r, c: {"prefix": torch.tensor([50, 3]).cuda(), "high": -5, "low": -200},
+    "alibi": lambda r, c: {"slopes": slopes(), "distance": 25, "high": 0},
+    "softcap": lambda r, c: {"softcap": 2.0, "high": 0},
+    "softcap of a window": lambda r, c: {"softcap": 2.0, "high": 0, "low": -40},
+    "dropout": lambda r, c: {"dropout": dropout(), "high": 0},
+    "everything": lambda r, c: {
+        "low": -200,
+        "high": 1,
+        "mask": float_mask(r, c),
+        "documents": (ids(r, 130), ids(c, 130)),
+        "key_padding": bools(1, c),
+        "prefix": torch.tensor([40]).cuda(),
+        "slopes": slopes(),
+        "distance": 3,
+        "softcap": 4.0,
+        "dropout": dropout(),
+    },
+}
+
+
+def takes(kernel: str, dtype: torch.dtype, block: Block, head: int = D, value: int = D) -> None:
+    """Skip what the kernel refuses."""
+    case = Case.of(torch.empty(1, 1, 1, head, device="cuda", dtype=dtype), torch.empty(1, 1, 1, value), block)
+    reason = kernels.KERNELS[kernels.NAMES.index(kernel)].refuses(case)
+    if reason:
+        pytest.skip(f"{kernel} {reason}")
+
+
+def check(
+    kernel: str,
+    dtype: torch.dtype,
+    block: Block,
+    rows: int,
+    columns: int,
+    arrange: Arrange = sequence_major,
+    head: int = D,
+    value: int = D,
+    batch_size: int = B,
+    with_others: bool = True,
 ) -> None:
-    """The operators on one rank, which merge chunks as on several; operands as a model makes them, sequence-major."""
-    takes(kernel, dtype, "none")
-    length = 193
-    documents = (torch.arange(length) // 70).expand(2, -1).cuda() if MASKS[masked].get("documents") else None
-    padding = (torch.arange(length) >= torch.tensor([[0], [31]])).cuda() if MASKS[masked].get("key_padding") else None
-    slots = positions(length, 0, 1, layout)
-    index = slots.clamp(max=length - 1).cuda()
-    real = (slots < length).cuda()
-    q, k, v, dout = (
-        sequence_major(normal(2, heads, length, 64, dtype=dtype, seed=i).index_select(2, index))
-        for i, heads in enumerate([4, 2, 2, 4])
-    )
-    terms = (None, documents, padding, SCALE, True, MASKS[masked].get("window", 0), 0.0)
-
-    def run(x: tuple[Tensor, ...], own: Kernel) -> list[Tensor]:
-        monkeypatch.setattr(kernels, "KERNELS", (own, MATH))
-        leaves = [t.detach().requires_grad_() for t in x[:3]]
-        operator = getattr(torch.ops.cpcompile, f"{strategy}_attention")
-        out = operator(*leaves, *terms, length, layout, 1, "")[0]
-        return [out.detach(), *torch.autograd.grad(out, leaves, x[3])]
-
-    found = run((q, k, v, dout), kernel)
-    expected = run(tuple(x.double() for x in (q, k, v, dout)), MATH)
-    for name, x, truth in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        assert not x[:, :, ~real].any(), f"{name}: padding"
-        assert error(x.double(), truth) < LIMITS[dtype], name
+    """Compare a block whose `out` and `lse` are over more keys than it has: kernels that ignore strides read garbage."""
+    sizes = ((H, rows, value), (H, rows, head), (K, columns, head), (K, columns, value), (K, 40, head), (K, 40, value))
+    wide = [normal(batch_size, *size, seed=i).to(dtype).double() for i, size in enumerate(sizes)]
+    dout, q, k, v = (arrange(x.to(dtype)) for x in wide[:4])
+    dout_, q_, k_, v_, other_k, other_v = wide
+    expected = kernels.forward(q_, k_, v_, block, "math")
+    out, lse = kernels.forward(q, k, v, block, kernel)
+    assert (out.dtype, out.shape, lse.shape) == (dtype, dout.shape, q.shape[:3])
+    assert error(out.double(), expected[0]) < LIMITS[dtype], "out"
+    torch.testing.assert_close(lse.double(), expected[1], rtol=1e-3, atol=LIMITS[dtype])
+    all_out, all_lse = (x.clone() for x in expected)
+    if with_others:
+        merge_(all_out, all_lse, *kernels.forward(q_, other_k, other_v, Block(SCALE), "math"))
+    expected_grads = kernels.backward(dout_, q_, k_, v_, all_out, all_lse, block, "math")
+    strided = arrange(all_lse.to(lse.dtype).unsqueeze(-1)).squeeze(-1)
+    grads = kernels.backward(dout, q, k, v, arrange(all_out.to(dtype)), strided, block, kernel)
+    for name, found, truth, operand in zip(("dq", "dk", "dv"), grads, expected_grads, (q, k, v), strict=True):
+        assert (found.dtype, found.shape) == (dtype, operand.shape)
+        assert error(found.double(), truth) < LIMITS[dtype], name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("kernel", CUDA)
+def test_block(kernel: str, dtype: torch.dtype, name: str) -> None:
+    # FlexAttention compiles for seconds for each shape.
+    for shape in ("wide",) if kernel == "flex" else SHAPES:
+        rows, columns, arrange = SHAPES[shape]
+        block = Block(SCALE, **BLOCKS[name](rows, columns))
+        takes(kernel, dtype, block)
+        # A row of finfo.min has equal weights among the keys of the block alone.
+        with_others = block.mask is None or block.mask.dtype == torch.bool
+        check(kernel, dtype, block, rows, columns, arrange, with_others=with_others)
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "mask"])
+@pytest.mark.parametrize("dtype", [FP16, FP64], ids=str)
+@pytest.mark.parametrize("kernel", CUDA)
+def test_other_dtypes(kernel: str, dtype: torch.dtype, name: str) -> None:
+    rows, columns, arrange = SHAPES["square"]
+    block = Block(SCALE, **BLOCKS[name](rows, columns))
+    takes(kernel, dtype, block)
+    check(kernel, dtype, block, rows, columns, arrange)
+
+
+DIMS = [(8, 8), (12, 20), (60, 100), (80, 80), (96, 64), (128, 128), (136, 72), (192, 128), (256, 256), (320, 64)]
+
+
+@pytest.mark.parametrize("head, value", DIMS)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("kernel", CUDA)
+def test_head_dims(kernel: str, dtype: torch.dtype, head: int, value: int) -> None:
+    block = Block(SCALE, high=0)
+    takes(kernel, dtype, block, head, value)
+    check(kernel, dtype, block, 200, 200, head=head, value=value)
+
+
+@pytest.mark.parametrize("lengths", [(301,), (1, 100, 7, 193), (150, 151)], ids=str)
+@pytest.mark.parametrize("terms", [{}, {"high": 0}, {"low": -20, "high": 0}, {"low": -30, "high": -2}], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("kernel", CUDA)
+def test_documents(kernel: str, dtype: torch.dtype, terms: dict[str, Any], lengths: tuple[int, ...]) -> None:
+    block = Block(SCALE, lengths=lengths, **terms)
+    takes(kernel, dtype, block)
+    if kernel == "flex" and (dtype == FP32 or len(lengths) > 2):
+        pytest.skip("compiles for each document")
+    for batch_size in (1, 2):
+        check(kernel, dtype, block, 301, 301, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 50), (50, 1), (1, 1), (2, 3)])
+@pytest.mark.parametrize("terms", [{}, {"high": 0}], ids=str)
+@pytest.mark.parametrize("kernel", CUDA)
+def test_few_tokens(kernel: str, terms: dict[str, Any], rows: int, columns: int) -> None:
+    block = Block(SCALE, **terms)
+    takes(kernel, BF16, block)
+    if kernel == "flex":
+        pytest.skip("compiles for each shape")
+    check(kernel, BF16, block, rows, columns)
+
+
+@pytest.mark.parametrize("terms", [{"high": 0}, {"lengths": (100, 501)}, {"low": -99, "high": 0}], ids=str)
+@pytest.mark.parametrize("is_global", [False, True])
+@pytest.mark.parametrize("kernel", CUDA)
+def test_deterministic_mode(kernel: str, is_global: bool, terms: dict[str, Any]) -> None:
+    block = Block(SCALE, is_deterministic=not is_global, **terms)
+    torch.use_deterministic_algorithms(is_global)
+    try:
+        takes(kernel, BF16, block)
+        if kernel == "math" and is_global:
+            pytest.skip("cuBLAS asks for an environment variable")
+        q, k, v = (sequence_major(normal(1, h, 601, D, seed=h).bfloat16()) for h in (8, 2, 2))
+        out, lse = kernels.forward(q, k, v, block, kernel)
+        first, *others = (kernels.backward(q, q, k, v, out, lse, block, kernel) for _ in range(4))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
+
+
+def test_the_fastest_kernels_are_chosen() -> None:
+    def chosen(dtype: torch.dtype, *features: str, head: int = 128) -> str:
+        return kernels.choose(Case("cuda", dtype, head, head, frozenset(features))).kernel.name
+
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert chosen(BF16) == chosen(BF16, "causal") == "cudnn"
+    # Packages that are installed come first.
+    assert chosen(BF16, "lengths") in ("flash3", "flash4", "flash")
+    assert chosen(BF16, "documents", "dropout") == "triton"
+    assert chosen(FP32, "causal") == "triton"
+    assert chosen(FP64, "causal") == "math"
+
+
+def test_flex_attention_compiles_once_for_all_bands() -> None:
+    q, k, v = (normal(1, 2, 256, D, seed=i).bfloat16() for i in range(3))
+    for high in (0, -7, -20):
+        # With a prefix the band is not trimmed, so that the shape stays.
+        block = Block(SCALE, high=high, prefix=torch.tensor([9]).cuda())
+        out, lse = kernels.forward(q, k, v, block, "flex")
+        kernels.backward(q, q, k, v, out, lse, block, "flex")
+        if high == 0:
+            before = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_ranks_in_lockstep(strategy: str, dtype: torch.dtype) -> None:
     """Four ranks in this process on this GPU, with the kernels that would run."""
@@ -135,7 +278,7 @@ def test_ranks_in_lockstep(strategy: str, dtype: torch.dtype) -> None:
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     model = llama(**sizes).to("cuda", dtype)
     inputs = {name: x.cuda() for name, x in batch(model, 301).items()}
-    limit = {torch.bfloat16: 8 * torch.finfo(torch.bfloat16).eps, torch.float32: 2e-5}[dtype]
+    limit = {BF16: 8 * torch.finfo(BF16).eps, FP32: 2e-5}[dtype]
     cpcompile.verify(
         model, inputs, world_size=4, tolerance=limit, strategy=strategy, balancer="zig_zag"
     ).raise_if_wrong()

@@ -121,6 +121,7 @@ BLOCKS: dict[str, Make] = {
     },
     "key padding": lambda r, c: {"key_padding": torch.arange(c) >= torch.tensor([[c], [2]]), "high": 0},
     "prefix": lambda r, c: {"prefix": torch.tensor([3, -1]), "high": -1, "low": -4},
+    "prefix of late columns": lambda r, c: {"prefix": torch.tensor([5, 3]), "high": 1, "low": 1},
     "prefix of no band": lambda r, c: {"prefix": torch.tensor([3])},
     "alibi": lambda r, c: {"slopes": SLOPES, "distance": -2, "high": 1},
     "softcap": lambda r, c: {"softcap": 0.7, "high": 0},
@@ -158,6 +159,7 @@ LENGTHS: dict[str, dict[str, Any]] = {
     "causal": {"high": 0},
     "window": {"low": -2, "high": 1},
     "past": {"high": -1, "low": -3},
+    "prefix": {"high": -1, "prefix": torch.tensor([4])},
     "padding": {"high": 0, "key_padding": torch.arange(9) != 4},
     "dropout": {"dropout": dropout(), "slopes": SLOPES, "softcap": 1.5},
 }
