@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from cpcompile.runtime import operators
 from cpcompile.runtime.kernels import math
 from cpcompile.runtime.partial import Gradient, Result, add_gradients, empty_result
-from cpcompile.runtime.schedule import whole
+from cpcompile.runtime.merge import accumulation_dtype
+from cpcompile.runtime.schedule import Piece, whole
 from cpcompile.runtime.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.terms import SCHEMA, Terms
 
@@ -58,7 +60,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Tensor:
 
 def dropped(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
     """Return attention with dropout, in plain ATen: the compiler then owns the random numbers of forward and backward."""
-    s = math.visible_scores(q, k, terms)
+    (rows,), (columns,), band = whole(q.shape[2]), whole(k.shape[2]), terms.visible.band
+    block = replace(terms, dropout=0.0).block(Piece(rows, columns, band.low, band.high), q.device)
+    s = math.scores(math.grouped(q, k.shape[1]), k.to(accumulation_dtype(k.dtype)), block)[0]
     p = torch.softmax(s, -1).masked_fill((s == -torch.inf).all(-1, keepdim=True), 0.0)
     p = torch.nn.functional.dropout(p, terms.dropout)
     return (p @ v.to(p.dtype).unsqueeze(2)).flatten(1, 2).to(q.dtype)

@@ -1,7 +1,8 @@
-"""Gathered attention: every rank computes its own query rows over all the keys that they see (the scheme of Llama 3, Dubey et al., 2024).
+"""Gathered attention: every rank computes its own query rows over all the keys that they see (Llama 3, Dubey et al., 2024).
 
-Only needed keys travel: all earlier ones for causal attention, W tokens of a neighbour for a window. Keys are fetched by heads, so that some
-heads are computed while the next ones arrive, and again in backward: between the passes a rank holds its own keys only.
+Only needed keys travel: all earlier ones for causal attention, W tokens of a neighbour for a window. Keys are fetched by
+heads, so that some heads are computed while the next ones arrive, and again in backward: between the passes a rank holds
+its own keys only.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from cpcompile.runtime.messages import by_head, by_token, num_tokens, room, runs
 from cpcompile.runtime.partial import Gradient, Result, add_gradients, empty_result
 from cpcompile.runtime.post import Ring, Transfer, post
-from cpcompile.runtime.ring import by_token
-from cpcompile.runtime.schedule import Needs, Span, Spans, by_position, needs
+from cpcompile.runtime.schedule import Needs, Span, Spans, by_position, needs, packed
 from cpcompile.runtime.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.terms import Terms
 
@@ -79,66 +80,48 @@ class Gathered:
             yield block
 
     def _fetch(self, query: slice, key: slice) -> Heads:
-        own = [x[:, key] for x in (self.k, self.v)]
-        rank, size = self.ring.rank, sum(span.size for span in self.held(self.ring.rank))
-        whole = [x.new_empty(size, *x.shape[:2], x.shape[3]) for x in own]
+        own, rank = (self.k[:, key], self.v[:, key]), self.ring.rank
+        whole = room(num_tokens(self.held(rank)), own)
         for x, to in zip(own, whole, strict=True):
             for span, slots in zip(self.needs.of[rank][rank], self.slots_of(rank, rank), strict=True):
-                to[slots.slots] = x[:, :, span.slots].permute(2, 0, 1, 3)
+                by_head(to[slots.slots]).copy_(x[:, :, span.slots])
+
+        def parts(receiver: int, source: int) -> list[slice]:
+            return runs(self.needs.of[receiver][source], own, self.k.shape[2])
+
         transfers = []
         if self.needs.steps:
             posted = post(by_token(own, self.ring), self.ring)
             for step in self.needs.steps:
-                slots = self.slots_of(rank, self.ring.before(step))
-                into = [to[span.slots] for to in whole for span in slots]
-                transfers.append(posted.start(step, into, lambda r, s: self._parts(own, r, s)))
-        k, v = (x.permute(1, 2, 0, 3) for x in whole)
+                slots_of = self.slots_of(rank, self.ring.before(step))
+                transfers.append(posted.start(step, [to[run.slots] for to in whole for run in slots_of], parts))
+        k, v = map(by_head, whole)
         return Heads(query, key, k, v, tuple(transfers))
 
-    def _parts(self, own: list[Tensor], receiver: int, source: int) -> list[slice]:
-        runs, start = [], 0
-        for x in own:
-            token = x.numel() // x.shape[2]
-            runs += [
-                slice(start + span.slot * token, start + (span.slot + span.size) * token)
-                for span in self.needs.of[receiver][source]
-            ]
-            start += x.numel()
-        return runs
-
     def send_home(self, dk: Tensor, dv: Tensor, total: tuple[Gradient, Gradient]) -> None:
-        """Add to `total` what all ranks found of this rank's keys; dk and dv `[B, K, tokens, D]` are of what it gathered."""
+        """Add to `total` what all ranks found of this rank's keys; dk and dv are of what it gathered."""
         rank, steps, found = self.ring.rank, self.needs.steps, (dk, dv)
         for gradient, x in zip(total, found, strict=True):
             for span, slots in zip(self.needs.of[rank][rank], self.slots_of(rank, rank), strict=True):
                 gradient.add(x[:, :, slots.slots], span.slots)
         if not steps:
             return
-        posted = post(by_token(found, self.ring), self.ring)
-        tokens = [x.shape[0] * x.shape[1] * x.shape[3] for x in found]
 
         def parts(receiver: int, source: int) -> list[slice]:
-            runs, start = [], 0
-            length = sum(span.size for span in self.held(source))
-            for token in tokens:
-                runs += [
-                    slice(start + s.slot * token, start + (s.slot + s.size) * token)
-                    for s in self.slots_of(source, receiver)
-                ]
-                start += length * token
-            return runs
+            return runs(self.slots_of(source, receiver), found, num_tokens(self.held(source)))
 
+        posted = post(by_token(found, self.ring), self.ring)
         under_way = []
-        for step in steps:  # what fetched from the rank `step` before goes back there
+        for step in steps:  # what was fetched from the rank `step` before goes back there
             spans = self.needs.of[self.ring.after(step)][rank]
-            arrived = [[x.new_empty(span.size, *x.shape[:2], x.shape[3]) for span in spans] for x in found]
-            transfer = posted.start(self.ring.size - step, [part for x in arrived for part in x], parts)
-            under_way.append((transfer, spans, arrived))
+            arrived = room(num_tokens(spans), found)
+            into = [x[span.slots] for x in arrived for span in packed(spans)]
+            under_way.append((posted.start(self.ring.size - step, into, parts), spans, arrived))
         for transfer, spans, arrived in under_way:
             transfer.wait()
-            for gradient, x in zip(total, arrived, strict=True):
-                for span, part in zip(spans, x, strict=True):
-                    gradient.add(part.permute(1, 2, 0, 3), span.slots)
+            for gradient, x in zip(total, map(by_head, arrived), strict=True):
+                for span, to in zip(packed(spans), spans, strict=True):
+                    gradient.add(x[:, :, span.slots], to.slots)
 
 
 def attend(
@@ -176,21 +159,20 @@ def attend_backward(
     """Return (dq, dk, dv, dsinks): the gradients of gathered keys go home, where they are summed."""
     rows = spans[ring.rank]
     gathered = Gathered(k, v, q.shape[1], spans, needs(spans, terms.visible), heads_per_message, ring)
-    columns, parts = gathered.held(ring.rank), []
+    columns, parts, num_blocks = gathered.held(ring.rank), [], 1 + len(gathered.needs.steps)
     for heads in gathered:
         query, key = heads.query, heads.key
-        found = Gradient(q[:, query], 1), Gradient(heads.k, 1), Gradient(heads.v, 1)
+        # The rows of both chunks of a zig-zag rank add to the gradients of a key.
+        found = Gradient(q[:, query], 1), Gradient(heads.k, 3), Gradient(heads.v, 3)
         tensors = dout[:, query], q[:, query], heads.k, heads.v, out[:, query], lse[:, query]
         add_gradients(*found, tensors, rows, columns, terms.of_heads(query.start, query.stop))
-        dq, dk_all, dv_all = (x.finish() for x in found)
-        num_blocks = 1 + len(gathered.needs.steps)
         home = Gradient(k[:, key], num_blocks), Gradient(v[:, key], num_blocks)
-        gathered.send_home(dk_all, dv_all, home)
-        parts.append((dq, *(x.finish() for x in home)))
+        gathered.send_home(found[1].finish(), found[2].finish(), home)
+        parts.append((found[0].finish(), home[0].finish(), home[1].finish()))
     dsinks = sinks_gradient(dout, out, lse, terms.sinks)
     if len(parts) == 1:
         return *parts[0], dsinks
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    for to, pieces in zip((dq, dk, dv), zip(*parts, strict=True), strict=True):
-        torch.cat(pieces, 1, out=to)
+    for to, of_heads in zip((dq, dk, dv), zip(*parts, strict=True), strict=True):
+        torch.cat(of_heads, 1, out=to)
     return dq, dk, dv, dsinks

@@ -1,4 +1,4 @@
-"""Partial: results and gradients that come in pieces. The first piece of a row is kept as it is, the others are merged into it."""
+"""Partial: results and gradients that come in pieces: the first of a row is kept as it is, the others are merged into it."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ class Result:
 
     def __init__(self, q: Tensor, v: Tensor, num_blocks: int) -> None:
         """Expect `num_blocks` blocks of keys."""
-        self._make = lambda: empty_result(q, v)
+        self._q, self._v = q, v
         shape = torch.Size((*q.shape[:3], v.shape[3]))
-        self._rows = _Rows(self._make, shape, (0.0, -torch.inf), is_wide=num_blocks > 2)
+        self._rows = _Rows(lambda: empty_result(q, v), shape, (0.0, -torch.inf), is_wide=num_blocks > 2)
 
     def add(self, q: Tensor, k: Tensor, v: Tensor, rows: Spans, columns: Spans, terms: Terms) -> None:
         """Merge the attention of `rows` over `columns`, the keys that k and v hold."""
@@ -105,13 +105,14 @@ class Result:
         for piece in terms.pieces(rows, columns):
             at = (q, piece.rows), (k, piece.columns), (v, piece.columns)
             block = terms.block(piece, q.device)
-            found = kernels.forward(*(_part(x, piece, span) for x, span in at), block, terms.kernel)
+            q_, k_, v_ = (_part(x, piece, span) for x, span in at)
+            found = kernels.forward(q_, k_, v_, block, terms.kernel)
             self._rows.add(found, piece.batch, piece.rows.slots, merge_)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Return (out, lse) in the dtypes and strides of `empty_result`; rows that saw no key are 0 and -inf."""
         held, held_lse = self._rows.finish()
-        out, lse = self._make()
+        out, lse = empty_result(self._q, self._v)
         same = held.dtype == out.dtype and held.stride() == out.stride()
         return held if same else out.copy_(held), held_lse.to(lse.dtype).contiguous()
 
@@ -147,9 +148,9 @@ def add_gradients(
     dout, q, k, v, out, lse = tensors
     dout, q, k, v, out = (_dense(x) for x in (dout, q, k, v, out))
     for piece in terms.pieces(rows, columns):
-        at = (dout, piece.rows), (q, piece.rows), (k, piece.columns), (v, piece.columns), (out, piece.rows)
-        parts = [_part(x, piece, span) for x, span in at]
+        dout_, q_, out_, lse_ = (_part(x, piece, piece.rows) for x in (dout, q, out, lse))
+        k_, v_ = (_part(x, piece, piece.columns) for x in (k, v))
         block = terms.block(piece, q.device)
-        found = kernels.backward(*parts, _part(lse, piece, piece.rows), block, terms.kernel)
+        found = kernels.backward(dout_, q_, k_, v_, out_, lse_, block, terms.kernel)
         for gradient, x, span in zip((dq, dk, dv), found, (piece.rows, piece.columns, piece.columns), strict=True):
             gradient.add(x, span.slots, piece.batch)

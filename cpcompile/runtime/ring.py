@@ -1,20 +1,22 @@
 """Ring attention: each rank computes its query rows over the keys of one rank after the other (Liu et al., 2023).
 
-Blocks come straight from their owners, only the tokens that some row sees, the next while this one is computed. The gradients of a block go
-straight home, where they are summed. With the zig-zag layout every rank has the same causal work at each step: half a block, without a mask.
+Blocks come straight from their owners, only the tokens that some row sees, the next while this one is computed. The
+gradients of a block go straight home, where they are summed. With the zig-zag layout every rank has the same causal work at
+each step: half a block, without a mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from cpcompile.runtime.messages import by_head, by_token, num_tokens, room, runs
 from cpcompile.runtime.partial import Gradient, Result, add_gradients
-from cpcompile.runtime.post import Posted, Ring, Transfer, new_message, post
-from cpcompile.runtime.schedule import Needs, Spans, needs, packed
+from cpcompile.runtime.post import Posted, Ring, Transfer, post
+from cpcompile.runtime.schedule import Needs, Span, Spans, needs, packed
 from cpcompile.runtime.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.terms import Terms
 
@@ -45,7 +47,7 @@ class Blocks:
         return self._plan.steps
 
     def __iter__(self) -> Iterator[tuple[Spans, Tensor, Tensor]]:
-        """Yield (columns, k, v) of each block that some row of this rank may see, its own first; the next is on its way meanwhile."""
+        """Yield (columns, k, v) of each block that some rank sees, the own first; the next is on its way meanwhile."""
         posted = self.post() if self.steps else None
         arriving = [self.start(posted, step) for step in self.steps[:1]] if posted else []
         yield self.spans[self.ring.rank], self.k, self.v
@@ -63,20 +65,13 @@ class Blocks:
     def start(self, posted: Posted, step: int) -> Arriving:
         """Start fetching what this rank needs at `step`."""
         columns = packed(self.needs(self.ring.rank, self.ring.before(step)))
-        size = sum(span.size for span in columns)
-        fetched = [x.new_empty(size, *x.shape[:2], x.shape[3]) for x in (self.k, self.v)]
+        fetched = room(num_tokens(columns), (self.k, self.v))
         transfer = posted.start(step, [x[span.slots] for x in fetched for span in columns], self._parts)
-        k, v = (x.permute(1, 2, 0, 3) for x in fetched)
+        k, v = map(by_head, fetched)
         return Arriving(k, v, columns, transfer)
 
     def _parts(self, receiver: int, source: int) -> list[slice]:
-        runs, start = [], 0
-        for x in (self.k, self.v):
-            token = x.numel() // x.shape[2]
-            spans = self.needs(receiver, source)
-            runs += [slice(start + s.slot * token, start + (s.slot + s.size) * token) for s in spans]
-            start += x.numel()
-        return runs
+        return runs(self.needs(receiver, source), (self.k, self.v), self.k.shape[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +82,6 @@ class Arriving:
     v: Tensor
     columns: Spans
     transfer: Transfer
-
-
-def by_token(tensors: Sequence[Tensor], ring: Ring) -> Tensor:
-    """Lay tensors `[B, K, tokens, D]` end to end in a message, each with tokens first, so that a run of tokens is one of memory."""
-    sizes = [x.numel() for x in tensors]
-    message = new_message(sum(sizes), tensors[0], ring)
-    for part, x in zip(message.split(sizes), tensors, strict=True):
-        tokens_first = x.permute(2, 0, 1, 3)
-        part.view(tokens_first.shape).copy_(tokens_first)
-    return message
 
 
 def refuse_bias(terms: Terms) -> None:
@@ -151,21 +136,18 @@ class Homecoming:
 
     def __init__(self, dk: Tensor, dv: Tensor, blocks: Blocks, step: int) -> None:
         """Send the gradients of what this rank fetched at `step`."""
-        ring = blocks.ring
+        ring, like = blocks.ring, (blocks.k, blocks.v)
         self._spans = blocks.needs(ring.after(step), ring.rank)
-        size = sum(span.size for span in self._spans)
-        like = blocks.k, blocks.v
-        arrived = [x.new_empty(size, *x.shape[:2], x.shape[3]) for x in like]
-        tokens = [x.numel() // x.shape[2] for x in like]
+        arrived = room(num_tokens(self._spans), like)
 
         def parts(receiver: int, source: int) -> list[slice]:
-            size = sum(span.size for span in blocks.needs(source, receiver))
-            return [slice(0, size * tokens[0]), slice(size * tokens[0], size * sum(tokens))] if size else []
+            size = num_tokens(blocks.needs(source, receiver))
+            return runs([Span(0, 0, size)] if size else [], like, size)
 
-        # What fetched from the rank `step` before goes back there: round the ring the other way.
+        # What was fetched from the rank `step` before goes back there: round the ring the other way.
         posted = post(by_token([dk, dv], ring), ring)
-        self._transfer = posted.start(ring.size - step, arrived if size else [], parts)
-        self._dk, self._dv = (x.permute(1, 2, 0, 3) for x in arrived)
+        self._transfer = posted.start(ring.size - step, arrived if self._spans else [], parts)
+        self._dk, self._dv = map(by_head, arrived)
 
     def add_to(self, dk: Gradient, dv: Gradient) -> None:
         """Add what came home to the gradients of the own block."""

@@ -1,8 +1,8 @@
 """Schedule: which rectangles of the attention matrix a rank computes.
 
-Rows and columns are runs of consecutive positions (chunks of the layout). What causality, the window or the documents hide is cut
-away, so that most rectangles are wholly visible and a kernel needs no mask. Documents are contiguous: a run of rows and an earlier run
-of columns are joined by one document at most, so that off the diagonal each block is one rectangle.
+Rows and columns are runs of consecutive positions (chunks of the layout). What causality, the window or the documents hide
+is cut away, so that most rectangles are wholly visible and a kernel needs no mask. Documents are contiguous: a run of rows
+and an earlier run of columns are joined by one document at most, so that off the diagonal each block is one rectangle.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 from cpcompile.layout import chunk_length, rank_chunks
@@ -57,7 +58,7 @@ class Band:
 
 
 class Segments:
-    """Where documents begin, for each row of the batch or for all. Equal ones are one object, so that they are compared at no cost."""
+    """Where documents begin, for each row of the batch or for all. Equal ones are one object, compared at no cost."""
 
     __slots__ = ("rows",)
 
@@ -92,8 +93,8 @@ class Visible:
 class Piece:
     """A rectangle to compute. Row i sees columns j with `low` <= j - i <= `high`, numbered within the piece.
 
-    With `lengths`, rows and columns are the same documents, each of which sees itself only. `batch` are the rows of the batch it is
-    for, None for all.
+    With `lengths`, rows and columns are the same documents, each of which sees itself only. `batch` are the rows of the
+    batch it is for, None for all.
     """
 
     rows: Span
@@ -211,7 +212,7 @@ def _pieces_of(rows: Spans, columns: Spans, visible: Visible, starts: Starts | N
 
 def _are_dense(spans: Sequence[Span]) -> bool:
     """Tell whether the slots of the spans follow each other."""
-    return all(a.slots.stop == b.slot for a, b in zip(spans, spans[1:], strict=False))
+    return all(a.slots.stop == b.slot for a, b in pairwise(spans))
 
 
 def _rectangles(row: Span, column: Span, starts: Starts | None) -> Iterator[tuple[Span, Span]]:

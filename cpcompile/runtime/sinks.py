@@ -1,7 +1,7 @@
 """Sinks: a logit per head that takes part in the softmax of each row and has no value (Xiao et al., 2023; gpt-oss).
 
-It scales a row's result and moves its logsumexp, whatever kernel and strategy computed them. With both given to it, a kernel's backward
-is that of the attention with sinks.
+It scales a row's result and moves its logsumexp, whatever kernel and strategy computed them. With both given to it, a
+kernel's backward is that of the attention with sinks.
 """
 
 from __future__ import annotations

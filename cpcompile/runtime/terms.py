@@ -21,6 +21,9 @@ SCHEMA = (
 )
 
 
+EVERYTHING = Visible(Band())
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What an attention computes. A key is visible where all of these agree; a row that sees no key gives 0.
@@ -65,7 +68,7 @@ class Terms:
     first_head: int = 0
     num_heads: int = 0
     length: int = 0
-    visible: Visible = Visible(Band())
+    visible: Visible = EVERYTHING
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, values: Sequence[Any], length: int) -> Terms:

@@ -1,13 +1,14 @@
-"""Ulysses attention: tokens become heads, each rank computes its heads over the tokens of all, and heads become tokens (Jacobs et al., 2023).
+"""Ulysses attention: tokens become heads, each rank computes its heads over all tokens, and back (Jacobs et al., 2023).
 
-With an outer ring it is USP (Fang and Zhao, 2024): inner ranks exchange heads, outer ones compute ring attention. The heads that a rank
-received and computed are kept for backward, which sends gradients only.
+With an outer ring it is USP (Fang and Zhao, 2024): inner ranks exchange heads, outer ones compute ring attention. The heads
+that a rank received and computed are kept for backward, which sends gradients only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -27,8 +28,8 @@ Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 class Grid:
     """The ranks that exchange heads (`inner`) and those among which keys travel (`outer`).
 
-    `spans[o][i]` are the tokens of the rank at (outer o, inner i), and `room` the slots for all tokens of inner ranks: as many in each
-    group, though one may hold fewer tokens.
+    `spans[o][i]` are the tokens of the rank at (outer o, inner i), and `room` the slots for all tokens of inner ranks: as
+    many in each group, though one may hold fewer tokens.
     """
 
     inner: Ring
@@ -187,7 +188,7 @@ def attend_backward(
     )
     grads = dq_own, _summed(dk_own, index, m), _summed(dv_own, index, m)
     dq, dk, dv = (_blank(x, grid) for x in (q, k, v))
-    is_shared = any(a.key_stop > b.key_start for a, b in zip(ranks, ranks[1:], strict=False))
+    is_shared = any(a.key_stop > b.key_start for a, b in pairwise(ranks))
     homes = []
     for query, key, value in of_rank:
         # A key head that another rank adds to as well gets a tensor from each.
