@@ -277,15 +277,14 @@ def flash_forward(
     debug: bool,
     *,
     scale: float,
-    window_size_left: int,
-    window_size_right: int,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
 ) -> tuple[Tensor, ...]:
     """Stand in for `aten._flash_attention_forward`: `[B, S, H, D]`, or `[T, H, D]` with offsets."""
-    assert p == 0 and not debug and is_causal == (window_size_left < 0 and window_size_right == 0)
-    assert window_size_left >= -1 and window_size_right >= -1
+    assert p == 0 and not debug and not (is_causal and window_size_left >= 0)
     assert q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
     if at_q is None:
-        low, high = diagonal(q, k, window_size_left, window_size_right)
+        low, high = diagonal(q, k, window_size_left, 0 if is_causal else window_size_right)
         block = Block(scale, low=low, high=high)
         out, lse = math_kernel.forward(*(x.transpose(1, 2) for x in (q, k, v)), block)
         return out.transpose(1, 2), lse, q
@@ -316,12 +315,12 @@ def flash_backward(
     unused: Tensor,
     *,
     scale: float,
-    window_size_left: int,
-    window_size_right: int,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
 ) -> tuple[Tensor, ...]:
     assert lse.is_contiguous()
     if at_q is None:
-        low, high = diagonal(q, k, window_size_left, window_size_right)
+        low, high = diagonal(q, k, window_size_left, 0 if is_causal else window_size_right)
         operands = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
         grads = math_kernel.backward(*operands, lse, Block(scale, low=low, high=high))
         return tuple(x.transpose(1, 2) for x in grads)
@@ -357,6 +356,71 @@ def test_flash_attention_gets_documents(name: str, monkeypatch: pytest.MonkeyPat
     check(9, 9, Block(SCALE, lengths=(2, 3, 4), **LENGTHS[name]), "stand_in")
     # A band without the diagonal cannot be said of several documents at once.
     assert bool(calls) == (name != "past")
+
+
+def package_function(name: str) -> Callable[..., Any]:
+    """Stand in for the functions of flash-attn 2.7 and later, by their signatures."""
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *lengths: Any,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int,
+        window_size_right: int,
+        softcap: float,
+        alibi_slopes: None,
+        return_softmax: bool,
+    ) -> tuple[Tensor, ...]:
+        assert softcap == 0 and alibi_slopes is None and not return_softmax
+        window = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+        sizes = lengths or (None, None, 0, 0)
+        out, lse, _ = flash_forward(q, k, v, *sizes, dropout_p, causal, False, scale=softmax_scale, **window)
+        return out, lse, q, q
+
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        *lengths: Any,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int,
+        window_size_right: int,
+        softcap: float,
+        alibi_slopes: None,
+        deterministic: bool,
+    ) -> None:
+        assert softcap == 0 and alibi_slopes is None and not deterministic
+        window = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+        terms = (*(lengths or (None, None, 0, 0)), dropout_p, causal, q, q)
+        grads = flash_backward(dout, q, k, v, out, lse, *terms, scale=softmax_scale, **window)
+        for result, grad in zip((dq, dk, dv), grads, strict=True):
+            result.copy_(grad)
+
+    assert ("varlen" in name) == name.startswith("_flash_attn_varlen_")
+    return forward if name.endswith("forward") else backward
+
+
+@pytest.mark.parametrize("lengths", [(), (2, 3, 4)])
+def test_the_package_flash_attn_is_called_by_its_signature(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(flash_package, "_function", package_function)
+    use(monkeypatch, replace(flash_package.FLASH_ATTN, limits=lambda case: ""))
+    for terms in ({}, {"high": 0}, {"low": -2, "high": 1}):
+        check(9, 9, Block(SCALE, lengths=lengths, **terms), "flash_attn")
 
 
 def test_heads_are_padded_and_masks_made_dense(monkeypatch: pytest.MonkeyPatch) -> None:

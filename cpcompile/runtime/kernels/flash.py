@@ -29,6 +29,14 @@ def window(block: Block, rows: int, columns: int) -> tuple[int, int]:
     return left, right
 
 
+def _terms(block: Block, rows: int, columns: int) -> tuple[bool, dict[str, Any]]:
+    """Return whether the band is the causal one, and the keywords; some versions of FlashAttention 4 read -1 as a bound."""
+    left, right = window(block, rows, columns)
+    is_causal = left < 0 and right == 0
+    bounds = {} if is_causal else {"window_size_left": left, "window_size_right": right}
+    return is_causal, {"scale": block.scale, **{name: bound for name, bound in bounds.items() if bound >= 0}}
+
+
 @functools.lru_cache(maxsize=64)
 def starts(lengths: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
     """Return int32 offsets of the documents of a batch, laid one after the other, and of their end."""
@@ -50,9 +58,7 @@ def unpacked(x_THD: Tensor, batch: int) -> Tensor:
 
 def run_forward(call: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """Compute a block by a function with the signature of `aten._flash_attention_forward`."""
-    left, right = window(block, q.shape[2], k.shape[2])
-    is_causal = left < 0 and right == 0
-    terms = {"scale": block.scale, "window_size_left": left, "window_size_right": right}
+    is_causal, terms = _terms(block, q.shape[2], k.shape[2])
     if not block.lengths:
         q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
         sizes = (q.shape[2], k.shape[2])
@@ -68,9 +74,7 @@ def run_backward(
     call: Callable[..., Any], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute gradients by a function with the signature of `aten._flash_attention_backward`."""
-    left, right = window(block, q.shape[2], k.shape[2])
-    is_causal = left < 0 and right == 0
-    terms = {"scale": block.scale, "window_size_left": left, "window_size_right": right}
+    is_causal, terms = _terms(block, q.shape[2], k.shape[2])
     # Without dropout the random state is not read. lse is read as if it were contiguous.
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     with determinism(block):

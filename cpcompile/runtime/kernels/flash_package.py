@@ -19,7 +19,7 @@ def _function(name: str) -> Any:
 
 
 def _terms(
-    block: Block, is_causal: bool, scale: float, window_size_left: int, window_size_right: int
+    block: Block, is_causal: bool, scale: float, window_size_left: int = -1, window_size_right: int = -1
 ) -> dict[str, Any]:
     """Return the keywords that its functions share."""
     return {
