@@ -73,7 +73,7 @@ def ours(strategy: str, q: Any, k: Any, v: Any, *, problem: Problem, layout: str
         "window": problem.window,
         "softcap": 0.0,
         "bounds": starts_of(problem),
-        "kernel": OUR_KERNELS[problem.device.type][kernel],
+        "kernel_name": OUR_KERNELS[problem.device.type][kernel],
         "length": problem.length,
         "layout": layout,
         "world_size": problem.world_size,
@@ -84,7 +84,7 @@ def ours(strategy: str, q: Any, k: Any, v: Any, *, problem: Problem, layout: str
         values["inner_size"] = grid["inner"].size()
         values["inner_group"], values["outer_group"] = (grid[x].get_group().group_name for x in ("inner", "outer"))
     names = [argument.name for argument in operator._schema.arguments]
-    if kernel != "auto" and "kernel" not in names:
+    if kernel != "auto" and "kernel_name" not in names:
         raise NotImplementedError(f"{operator} takes no kernel")
     out, *_ = operator(**{name: values[name] for name in names if name in values})
     return out.transpose(1, 2)

@@ -191,7 +191,8 @@ def _attention(calls: Calls) -> Ranks:
     length, layout, at = c["length"], c["layout"], Sharded(2)
     q, k, v = (join([c[name] for c in calls], at, length, layout) for name in "qkv")
     mask = c["mask"]
-    if mask is not None and mask.shape[-2] != 1 and "ulysses" not in c["target"]:  # the others hold their query rows
+    exchanges_heads = any(name in c["target"] for name in ("ulysses", "usp"))
+    if mask is not None and mask.shape[-2] != 1 and not exchanges_heads:  # the others hold their query rows
         mask = join([c["mask"] for c in calls], Sharded(mask.dim() - 2), length, layout)
     out = reference_attention(q, k, v, mask, c)
     return [(part, None) for part in split(out, at, length, layout, len(calls))]
@@ -206,25 +207,44 @@ def reference_attention(
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * c["scale"]
     if c["softcap"]:
         scores = c["softcap"] * torch.tanh(scores / c["softcap"])
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask
     row = torch.arange(q.shape[2], device=q.device)[:, None]
     column = torch.arange(k.shape[2], device=q.device)[None, :]
-    seen = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    if c["slopes"] is not None:
+        scores = scores - c["slopes"].to(scores.dtype)[:, None, None] * (row - column).abs()
+    seen = reference_mask(row, column, c)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    blind = ~seen.any(-1, keepdim=True)
+    scores = scores.masked_fill(~seen & ~blind, float("-inf"))
+    if c["sinks"] is not None:
+        sinks = c["sinks"].to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., : k.shape[2]].masked_fill(blind, 0.0)
+    if c["dropout"]:
+        index = torch.arange(weights.numel(), device=q.device).view(weights.shape)
+        weights = weights * is_kept(c["seed"], c["site"], index, c["dropout"]) / (1 - c["dropout"])
+    out: torch.Tensor = weights.to(v.dtype) @ v
+    return out
+
+
+def reference_mask(row: torch.Tensor, column: torch.Tensor, c: Mapping[str, Any]) -> torch.Tensor:
+    """Return which key `column` each query `row` sees, bool `[B|1, 1, S, S]`, a dense mask apart."""
+    seen = torch.ones(1, 1, len(row), column.shape[1], dtype=torch.bool, device=row.device)
     if c["is_causal"]:
         seen = seen & (column <= row)
+    if c["lookahead"] >= 0:
+        seen = seen & (column - row <= c["lookahead"])
+    if c["prefix"] is not None:
+        seen = seen | (column < c["prefix"][:, None, None, None])
     if c["window"]:
         seen = seen & (row - column < c["window"])
     if c["documents"] is not None:
         seen = seen & (c["documents"][:, None, :, None] == c["documents"][:, None, None, :])
     if c["key_padding"] is not None:
         seen = seen & c["key_padding"][:, None, None, :]
-    if mask is not None and mask.dtype == torch.bool:
-        seen = seen & mask
-    elif mask is not None:
-        scores = scores + mask
-    blind = ~seen.any(-1, keepdim=True)
-    weights = scores.masked_fill(~seen & ~blind, float("-inf")).softmax(-1).masked_fill(blind, 0.0)
-    out: torch.Tensor = weights.to(v.dtype) @ v
-    return out
+    return seen
 
 
 def _shared_seed(calls: Calls) -> Ranks:
@@ -276,7 +296,8 @@ COLLECTIVES: dict[Any, Callable[[Calls], Ranks]] = {
     cp.shared_seed.default: _shared_seed,
     cp.dropout_tokens.default: _dropout,
     cp.draw_kept.default: _draw_kept,
-    cp.ring_attention.default: _attention,
-    cp.gather_attention.default: _attention,
-    cp.ulysses_attention.default: _attention,
+    **{
+        getattr(cp, f"{strategy}_attention").default: _attention
+        for strategy in ("ring", "gather", "halo", "ulysses", "usp")
+    },
 }

@@ -57,8 +57,10 @@ class Lockstep:
             calls: Calls = []
             for rank in range(self.world_size):
                 args, kwargs = of_rank(rank)
-                names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-                calls.append({**dict(zip(names, args, strict=False)), **kwargs, "target": str(node.target)})
+                schema = node.target._schema.arguments  # type: ignore[union-attr]
+                defaults = {argument.name: argument.default_value for argument in schema if not argument.is_out}
+                given = dict(zip(defaults, args, strict=False))
+                calls.append({**defaults, **given, **kwargs, "target": str(node.target)})
             return COLLECTIVES[node.target](calls)
         if self._is_shared(node, values):
             args, kwargs = of_rank(0)

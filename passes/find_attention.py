@@ -2,7 +2,7 @@
 
 before  out = aten.scaled_dot_product_attention(q, repeat(k), repeat(v), mask, scale=0.25)     # or
         out = aten.matmul(aten.softmax(aten.matmul(q, repeat(k)^T) * 0.25 + mask, -1), repeat(v))
-after   out = cpcompile.attention(q, k, v, mask, None, None, 0.25, False, 0, 0.0, 0.0)
+after   out = cpcompile.attention(q, k, v, mask, None, None, 0.25, False, 0, 0.0)
 
 What the operator cannot say stays written out, or is: a trained bias, dropout, dims beyond `[B, H, S, D]`.
 """
@@ -51,7 +51,7 @@ def write_operator(found: Attention) -> None:
     operands = [found.q, k, v, with_rows(end, found.mask)]
     if value_of(end).dim() == 3:
         operands = [as_one_head(end, node) for node in operands]
-    settings = (found.scale, found.is_causal, 0, found.softcap, 0.0)
+    settings = (found.scale, found.is_causal, 0, found.softcap)
     new = emit(end, torch.ops.cpcompile.attention.default, *operands, None, None, *settings)
     if value_of(end).dim() == 3:
         new = emit(end, aten.squeeze.dim, new, 1)

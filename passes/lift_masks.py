@@ -1,8 +1,8 @@
 """Lift masks: a dense mask that is recognised becomes arguments of its attention.
 
 before  mask = aten.expand((kv <= q) & (id[b, q] == id[b, kv]) & padding[b, kv])
-        out = cpcompile.attention(q, k, v, mask, None, None, 0.25, False, 0, 0.0, 0.0)
-after   out = cpcompile.attention(q, k, v, None, id, padding, 0.25, True, 0, 0.0, 0.0)    # no S x S tensor is left
+        out = cpcompile.attention(q, k, v, mask, None, None, 0.25, False, 0, 0.0)
+after   out = cpcompile.attention(q, k, v, None, id, padding, 0.25, True, 0, 0.0)    # no S x S tensor is left
 
 A mask that is not recognised whole stays as it is. One that adds a finite number is lifted only where every
 row provably keeps a

@@ -2,7 +2,7 @@
 
 before  out = torch_attn._varlen_attn(q, k, v, cu_seq, cu_seq, 512, 512, True, None, [-1, 0])[0]    # q: [T, H, D]
 after   documents = aten.searchsorted(cu_seq, aten.arange(T), right=True)[None]
-        out = cpcompile.attention(q', k', v', None, documents, None, 0.125, True, 0, 0.0, 0.0)      # q': [1, H, T, D]
+        out = cpcompile.attention(q', k', v', None, documents, None, 0.125, True, 0, 0.0)      # q': [1, H, T, D]
 
 Tokens behind the last sequence have no defined output; they are a document of their own.
 """
@@ -70,7 +70,7 @@ def write_operator(call: Call) -> None:
     is_banded = not is_causal and (left >= 0 or right >= 0)
     mask = band(node, call["query"], left, right) if is_banded else None
     window = left + 1 if is_causal and left >= 0 else 0
-    settings = (float(scale), is_causal, window, 0.0, 0.0)
+    settings = (float(scale), is_causal, window, 0.0)
     attention = torch.ops.cpcompile.attention.default
     out = emit(node, attention, q, k, v, mask, documents(node, call["query"], call["cu_seq_q"]), None, *settings)
     out = emit(node, aten.squeeze.dim, emit(node, aten.transpose.int, out, 1, 2), 0)

@@ -1,12 +1,13 @@
 """Rewrite attention: a sharded attention becomes one context-parallel operator.
 
-before  o = cp.attention(q, k, v, None, None, None, 0.125, True, 0, 0.0, 0.0)                # q, k, v: Sharded(2)
-after   o = cp.ring_attention(q, k, v, None, None, None, 0.125, True, 0, 0.0, S, "zig_zag", 2, "cp")[0]
+before  o = cp.attention(q, k, v, None, None, None, 0.125, True, 0, 0.0)                     # q, k, v: Sharded(2)
+after   o = cp.ring_attention(q, k, v, None, None, None, 0.125, True, 0, 0.0, length=S, layout="zig_zag", ...)[0]
 """
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,11 +22,13 @@ cp = torch.ops.cpcompile
 OPERATORS = {
     "ring": cp.ring_attention.default,
     "gather": cp.gather_attention.default,
+    "halo": cp.halo_attention.default,
     "ulysses": cp.ulysses_attention.default,
+    "usp": cp.usp_attention.default,
 }
-SHARED_ARGUMENTS = (
-    "q", "k", "v", "mask", "documents", "key_padding", "scale", "is_causal", "window", "softcap",
-)  # fmt: skip
+
+# These want a dense mask whole, the others the rows of their own queries.
+EXCHANGE_HEADS = ("ulysses", "usp")
 
 
 def rewrite_attention(gm: fx.GraphModule, *, plan: Plan) -> int:
@@ -41,17 +44,17 @@ def rewrite_attention(gm: fx.GraphModule, *, plan: Plan) -> int:
 def lower(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> None:
     """Replace one attention by the operator of its strategy.
 
-    Where the rows of a mask are computed from the tokens themselves, each rank has those of its own queries; Ulysses would
-    need them all, so that the keys are gathered instead.
+    Where the rows of a mask are computed from the tokens themselves, each rank has those of its own queries; strategies that
+    exchange heads would need them all, so that the keys are gathered instead.
     """
     call, known, at = Call.of(node), annotation(node), placement_of(node)
     assert isinstance(at, Sharded)
-    length = Lengths.of(gm, at.sequence).total
-    arguments = (*(call[name] for name in SHARED_ARGUMENTS), length, *plan.axis_arguments)
     has_rows = call["mask"] is not None and isinstance(placement_of(call["mask"]), Sharded)
-    strategy = "gather" if has_rows and known.strategy == "ulysses" else known.strategy
+    strategy = "gather" if has_rows and known.strategy in EXCHANGE_HEADS else known.strategy
+    terms, _ = call.rebound({"kernel_name": plan.kernel})
+    axis = axis_arguments(OPERATORS[strategy], plan, Lengths.of(gm, at.sequence).total)
     with gm.graph.inserting_before(node):
-        collective = gm.graph.call_function(OPERATORS[strategy], arguments)
+        collective = gm.graph.call_function(OPERATORS[strategy], terms, axis)
         out = gm.graph.call_function(operator.getitem, (collective, 0))
     for new in (collective, out):
         new.meta = dict(node.meta)
@@ -59,3 +62,9 @@ def lower(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> None:
     annotate(out, origin=known.origin or node.name)
     node.replace_all_uses_with(out)
     gm.graph.erase_node(node)
+
+
+def axis_arguments(target: Any, plan: Plan, length: fx.Node | int) -> dict[str, Any]:
+    """Return the keyword arguments of an attention operator, which are fields of the plan but for the length."""
+    names = [argument.name for argument in target._schema.arguments if argument.kwarg_only]
+    return {name: length if name == "length" else getattr(plan, name) for name in names}

@@ -46,7 +46,7 @@ class AttentionRule:
         vectors = {name for name in ("documents", "key_padding") if call[name] is not None}
         if call["mask"] is not None:
             rows = replace(at, dim=len(call.shape("mask")) - 2)
-            by_rows = is_sharded or annotation(call.node).strategy != "ulysses"
+            by_rows = is_sharded or annotation(call.node).strategy not in ("ulysses", "usp")
             if is_one(call.shape("mask")[rows.dim]):
                 vectors.add("mask")
             else:

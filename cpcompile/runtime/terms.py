@@ -13,11 +13,12 @@ from cpcompile.runtime.schedule import Band, Piece, Segments, Spans, Visible, pi
 
 Tensor = torch.Tensor
 
-# The arguments of every attention operator behind q, k and v, and the fields of `Terms`.
+# The arguments of every attention operator behind q, k and v, and in their order the fields of `Terms`. None is called
+# `kernel`: Inductor passes arguments by name to a function that has one of that name.
 SCHEMA = (
     "Tensor? mask, Tensor? documents, Tensor? key_padding, float scale, bool is_causal, SymInt window, float softcap, "
     "float dropout=0.0, SymInt lookahead=-1, Tensor? bounds=None, Tensor? prefix=None, Tensor? slopes=None, "
-    "Tensor? sinks=None, Tensor? seed=None, int site=0, str kernel='auto'"
+    "Tensor? sinks=None, Tensor? seed=None, int site=0, str kernel_name='auto'"
 )
 
 

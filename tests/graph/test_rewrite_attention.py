@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cpcompile import verify
-from cpcompile.annotation import annotation, placement_of
+from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.passes import place_tokens, rewrite_attention
 from cpcompile.passes.rewrite_attention import OPERATORS
 from cpcompile.placement import Sharded
@@ -18,15 +18,24 @@ cp = torch.ops.cpcompile
 
 @pytest.mark.parametrize("strategy", sorted(OPERATORS))
 def test_rewrites_each_attention_to_its_strategy(strategy: str) -> None:
-    transformed = planned(TinyLM(), batch(), strategy=strategy)
+    transformed = planned(TinyLM(), batch())
     gm = before(transformed, place_tokens)
+    (node,) = gm.graph.find_nodes(op="call_function", target=cp.attention.default)
+    annotate(node, strategy=strategy)
     assert rewrite_attention(gm, plan=transformed.plan) == 1
     (collective,) = gm.graph.find_nodes(op="call_function", target=OPERATORS[strategy])
     (out,) = collective.users
     assert placement_of(out) == Sharded(2)
     assert annotation(out).origin
     assert count(gm, cp.attention.default) == 0
-    assert collective.args[-4:] == (8, transformed.plan.layout, 2, "")
+    names = {argument.name for argument in OPERATORS[strategy]._schema.arguments if argument.kwarg_only}
+    assert set(collective.kwargs) == names
+    assert [collective.kwargs[name] for name in ("length", "layout", "world_size", "group")] == [
+        8,
+        transformed.plan.layout,
+        2,
+        "",
+    ]
 
 
 class WholeAttention(TinyLM):
@@ -46,7 +55,7 @@ def test_leaves_attention_over_whole_tensors_alone() -> None:
     assert count(gm, cp.attention.default) == 1
 
 
-@pytest.mark.parametrize("strategy", sorted(OPERATORS))
+@pytest.mark.parametrize("strategy", ["gather", "ring", "ulysses"])
 @pytest.mark.parametrize(("length", "world_size"), [(8, 2), (7, 4)])
 def test_keeps_numerics(strategy: str, length: int, world_size: int) -> None:
     result = verify(TinyLM(), batch(length), world_size=world_size, dtype=torch.float64, strategy=strategy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,11 +14,17 @@ from cpcompile.runtime import kernels
 from cpcompile.runtime.block import Block
 from cpcompile.runtime.heads import heads_of, storage
 from cpcompile.runtime.merge import merge_
-from cpcompile.runtime.schedule import Span, local_spans, pieces, whole
+from cpcompile.runtime.schedule import Band, Piece, Segments, Span, Visible, local_spans, pieces, whole
 from cpcompile.runtime.traffic import Traffic, traffic
 
 ops = torch.ops.cpcompile
-STRATEGIES = ("ring", "gather", "ulysses")
+STRATEGIES = ("ring", "gather", "halo", "ulysses", "usp")
+
+
+def axis_of(strategy: str, length: Any) -> dict[str, Any]:
+    """Return the keyword arguments of a strategy on one rank."""
+    axis = {"length": length, "layout": "zig_zag", "world_size": 1, "group": ""}
+    return axis if strategy != "usp" else axis | {"inner_size": 1, "inner_group": "", "outer_group": ""}
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -41,24 +48,51 @@ def test_merge_of_rows_without_keys_stays_finite() -> None:
     assert out.tolist() == [[[[1.0] * 3, [0.0] * 3]]] and lse.tolist() == [[[2.0, -torch.inf]]]
 
 
-@pytest.mark.parametrize("window", [0, 5])
-@pytest.mark.parametrize("layout", ["contiguous", "zig_zag"])
-def test_pieces_cover_what_is_visible_once(layout: str, window: int) -> None:
-    length, world_size = 30, 4
-    covered = torch.zeros(length, length, dtype=torch.int64)
+BANDS = {
+    "causal": Band(None, 0),
+    "window": Band(-4, 0),
+    "both sides": Band(-4, 3),
+    "ahead": Band(None, 5),
+    "all": Band(),
+}
+STARTS = {"none": None, "documents": ((0, 3, 4, 20),), "documents by row": ((0, 3, 4, 20), (0, 17))}
+
+
+def seen_by_band(band: Band, starts: tuple[int, ...] | None, length: int = 30) -> torch.Tensor:
+    """Return, by brute force, which column each row sees."""
     at = torch.arange(length)
-    visible = (at <= at[:, None]) & ((at[:, None] - at < window) | (window == 0))
-    for rank in range(world_size):
-        for source in range(world_size):
-            rows = local_spans(length, rank, world_size, layout)
-            columns = local_spans(length, source, world_size, layout)
-            for piece in pieces(rows, columns, is_causal=True, window=window, needs_mask=False):
-                q, k = (
-                    slots(spans, piece_span) for spans, piece_span in ((rows, piece.rows), (columns, piece.columns))
-                )
-                seen = visible[q][:, k] if piece.is_causal or piece.is_masked else torch.ones(len(q), len(k))
-                covered[q[:, None], k] += seen.long()
-    assert torch.equal(covered, visible.long())
+    distance, seen = at - at[:, None], torch.ones(length, length, dtype=torch.bool)
+    if band.low is not None:
+        seen &= distance >= band.low
+    if band.high is not None:
+        seen &= distance <= band.high
+    if starts is not None:
+        ids = torch.bucketize(at, torch.tensor(starts), right=True)
+        seen &= ids == ids[:, None]
+    return seen
+
+
+@pytest.mark.parametrize("band", BANDS)
+@pytest.mark.parametrize("starts", STARTS)
+@pytest.mark.parametrize("layout", ["contiguous", "zig_zag"])
+def test_pieces_cover_what_is_visible_once(layout: str, starts: str, band: str) -> None:
+    length, world_size, rows_of_batch = 30, 4, STARTS[starts] or (None,)
+    visible = Visible(BANDS[band], Segments.of(STARTS[starts]) if STARTS[starts] else None)  # type: ignore[arg-type]
+    covered = torch.zeros(len(rows_of_batch), length, length, dtype=torch.int64)
+    for rank, source in itertools.product(range(world_size), repeat=2):
+        rows, columns = (local_spans(length, r, world_size, layout) for r in (rank, source))
+        for piece in pieces(rows, columns, visible):
+            q, k = slots(rows, piece.rows), slots(columns, piece.columns)
+            covered[piece.batch or slice(None), q[:, None], k] += seen_in(piece).long()
+    wanted = torch.stack([seen_by_band(BANDS[band], row) for row in rows_of_batch])
+    assert torch.equal(covered, wanted.long())
+
+
+def seen_in(piece: Piece) -> torch.Tensor:
+    """Return which of its columns each row of a piece sees."""
+    block = Block(1.0, low=piece.low, high=piece.high, lengths=piece.lengths)
+    seen = block.visible(piece.rows.size, piece.columns.size, torch.device("cpu"))
+    return torch.ones(piece.rows.size, piece.columns.size, dtype=torch.bool) if seen is None else seen[0, 0]
 
 
 def slots(spans: tuple[Span, ...], part: Span) -> torch.Tensor:
@@ -66,28 +100,23 @@ def slots(spans: tuple[Span, ...], part: Span) -> torch.Tensor:
     return torch.cat([torch.arange(span.position, span.end) for span in spans])[part.slots]
 
 
+CAUSAL = Visible(Band(None, 0))
+
+
 def test_zig_zag_computes_half_a_block_at_each_step() -> None:
-    for rank in range(4):
-        for source in range(4):
-            found = pieces(
-                local_spans(64, rank, 4, "zig_zag"),
-                local_spans(64, source, 4, "zig_zag"),
-                is_causal=True,
-                window=0,
-                needs_mask=False,
-            )
-            (piece,) = found
-            assert piece.is_causal == (rank == source) and not piece.is_masked
-            assert piece.is_causal or piece.rows.size * piece.columns.size == 16 * 16 // 2
+    for rank, source in itertools.product(range(4), repeat=2):
+        (piece,) = pieces(local_spans(64, rank, 4, "zig_zag"), local_spans(64, source, 4, "zig_zag"), CAUSAL)
+        assert (piece.low, piece.high) == (None, 0 if rank == source else None)
+        assert piece.high == 0 or piece.rows.size * piece.columns.size == 16 * 16 // 2
 
 
 def test_gathered_causal_rows_need_no_mask() -> None:
-    found = pieces(local_spans(31, 1, 4, "zig_zag"), whole(31), is_causal=True, window=0, needs_mask=False)
-    assert [(piece.rows.size, piece.columns.size, piece.is_causal) for piece in found] == [
-        (4, 4, False),
-        (4, 4, True),
-        (4, 24, False),
-        (4, 4, True),
+    found = pieces(local_spans(31, 1, 4, "zig_zag"), whole(31), CAUSAL)
+    assert [(piece.rows.size, piece.columns.size, piece.high) for piece in found] == [
+        (4, 4, None),
+        (4, 4, 0),
+        (4, 24, None),
+        (4, 4, 0),
     ]
 
 
@@ -100,38 +129,44 @@ def test_heads_are_spread_evenly() -> None:
     assert storage(2, 9, 3) == (5, 2)
 
 
-def operator_calls() -> list[tuple[str, Any, tuple[Any, ...]]]:
+def operator_calls() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
     q, k, v = (normal(2, heads, 6, 8, dtype=torch.float32).requires_grad_() for heads in (4, 2, 2))
     documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    bounds = ops.document_bounds(documents)
+    sinks, seed = normal(4, dtype=torch.float32).requires_grad_(), torch.tensor(3)
+    terms = (None, documents, None, 0.3, True, 0, 0.0)
     tokens = (1, 2, 6, "zig_zag", 1, "")
     x = normal(3, 12, 2).requires_grad_()
-    calls = [
-        (
-            s,
-            getattr(ops, f"{s}_attention").default,
-            (q, k, v, None, documents, None, 0.3, True, 0, 0.0, 6, "zig_zag", 1, ""),
-        )
-        for s in STRATEGIES
-    ]
+    strategies = [(s, getattr(ops, f"{s}_attention").default, axis_of(s, 6)) for s in STRATEGIES]
     return [
-        *calls,
-        ("attention", ops.attention_forward.default, (q, k, v, None, None, None, 0.3, True, 3, 0.0)),
-        ("shard_tokens", ops.shard_tokens.default, (x, *tokens)),
-        ("gather_tokens", ops.gather_tokens.default, (x, *tokens)),
-        ("fill_padding", ops.fill_padding.default, (x, 1, 2, 0.0, 1, 2, 6, "zig_zag", 1, "")),
-        ("all_reduce", ops.all_reduce.default, (x, 1, "")),
-        ("scale_gradient", ops.scale_gradient.default, (x, 0.5)),
+        *((name, target, (q, k, v, *terms), axis) for name, target, axis in strategies),
+        *(
+            (
+                f"{name} with all",
+                target,
+                (q, k, v, *terms, 0.2, -1, bounds, None, sinks.detach(), sinks, seed, 1),
+                axis,
+            )
+            for name, target, axis in strategies
+        ),
+        ("attention", ops.attention_forward.default, (q, k, v, None, None, None, 0.3, True, 3, 0.0), {}),
+        ("document_bounds", ops.document_bounds.default, (documents,), {}),
+        ("shard_tokens", ops.shard_tokens.default, (x, *tokens), {}),
+        ("gather_tokens", ops.gather_tokens.default, (x, *tokens), {}),
+        ("fill_padding", ops.fill_padding.default, (x, 1, 2, 0.0, 1, 2, 6, "zig_zag", 1, ""), {}),
+        ("all_reduce", ops.all_reduce.default, (x, 1, ""), {}),
+        ("scale_gradient", ops.scale_gradient.default, (x, 0.5), {}),
     ]
 
 
 # opcheck of torch 2.14 reads the .grad of tensors that are not leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
 @pytest.mark.parametrize(
-    "name, operator, arguments", operator_calls(), ids=lambda value: value if isinstance(value, str) else ""
+    "name, operator, arguments, axis", operator_calls(), ids=lambda value: value if isinstance(value, str) else ""
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_registration_is_sound(name: str, operator: Any, arguments: tuple[Any, ...]) -> None:
-    torch.library.opcheck(operator, arguments)
+def test_registration_is_sound(name: str, operator: Any, arguments: tuple[Any, ...], axis: dict[str, Any]) -> None:
+    torch.library.opcheck(operator, arguments, axis)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -141,7 +176,7 @@ def test_one_graph_for_all_lengths(strategy: str) -> None:
 
     def model(x: torch.Tensor) -> torch.Tensor:
         q, k, v = x.sin(), x[:, :2], x[:, 2:]
-        y: torch.Tensor = operator(q, k, v, None, None, None, 0.3, True, 0, 0.0, x.shape[2], "zig_zag", 1, "")[0]
+        y: torch.Tensor = operator(q, k, v, None, None, None, 0.3, True, 0, 0.0, **axis_of(strategy, x.shape[2]))[0]
         where = (2, 1, x.shape[2], "zig_zag", 1, "")
         z: torch.Tensor = ops.gather_tokens(ops.shard_tokens(y, *where), *where)
         return z * 2
@@ -176,8 +211,8 @@ def test_dropout_keeps_the_mean_and_the_gradient() -> None:
 def test_a_learned_bias_is_refused() -> None:
     q = normal(1, 2, 4, 8)
     bias = normal(1, 2, 4, 4).requires_grad_()
-    with pytest.raises(NotImplementedError, match="learned score bias"):
-        ops.attention(q, q, q, bias, None, None, 0.3, False, 0, 0.0, 0.0)
+    with pytest.raises(NotImplementedError, match="learned mask"):
+        ops.attention(q, q, q, bias, None, None, 0.3, False, 0, 0.0)
 
 
 def test_traffic_counts_bytes() -> None:
