@@ -31,6 +31,12 @@ class Heads:
         """The number of key heads."""
         return self.key_stop - self.key_start
 
+    def part(self, start: int, stop: int) -> Heads:
+        """Return the key heads [start, stop) of these and the query heads that read them, for whole groups."""
+        first = self.start + start * self.group
+        last = self.start + stop * self.group
+        return Heads(first, last, self.key_start + start, self.key_start + stop, self.group)
+
     def key_index(self) -> list[int] | None:
         """Return the local key head of each local query head, or None when kernels find it themselves, as h // (H / K)."""
         index = [head // self.group - self.key_start for head in range(self.start, self.stop)]
@@ -51,6 +57,20 @@ def heads_of(rank: int, world_size: int, num_query: int, num_key: int) -> Heads:
     key_start = start // group
     key_stop = (stop - 1) // group + 1 if stop > start else key_start
     return Heads(start, stop, key_start, key_stop, group)
+
+
+NUM_ROUNDS = 2
+
+
+def rounds(world_size: int, num_query: int, num_key: int) -> list[list[Heads]]:
+    """Return the heads of each rank in two rounds, if each has as many whole groups of heads in both, or else in one."""
+    ranks = [heads_of(rank, world_size, num_query, num_key) for rank in range(world_size)]
+    own = {rank.num_key for rank in ranks}
+    is_even = len(own) == 1 and all(rank.num_query == rank.num_key * rank.group for rank in ranks)
+    size = own.pop() // NUM_ROUNDS if is_even else 0
+    if world_size == 1 or not size or size * NUM_ROUNDS != ranks[0].num_key:
+        return [ranks]
+    return [[rank.part(i * size, (i + 1) * size) for rank in ranks] for i in range(NUM_ROUNDS)]
 
 
 def storage(world_size: int, num_query: int, num_key: int) -> tuple[int, int]:

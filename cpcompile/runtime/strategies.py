@@ -14,7 +14,7 @@ import torch
 
 from cpcompile.layout import local_length
 from cpcompile.runtime import gather, operators, ring, ulysses
-from cpcompile.runtime.heads import storage
+from cpcompile.runtime.heads import NUM_ROUNDS, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.partial import empty_result
 from cpcompile.runtime.post import Ring
@@ -119,7 +119,8 @@ def _usp(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Te
     if at.inner_size < at.world_size:
         ring.refuse_bias(terms)
     out, kept = ulysses.attend(q, k, v, terms, at.grid)
-    return out, *kept
+    none = [q.new_empty(0) for _ in range(NUM_KEPT * (NUM_ROUNDS - len(kept)))]
+    return out, *(x for each in kept for x in each), *none
 
 
 def _usp_backward(
@@ -135,21 +136,26 @@ def _usp_backward(
 ) -> Gradients:
     at = Axis(**axis)
     terms = _in_grid(Terms.of(q, k, values, at.length), at.grid)
-    q_heads, k_heads, v_heads, out_heads = kept
-    return ulysses.attend_backward(dout, q, k, v, (lse, q_heads, k_heads, v_heads, out_heads), terms, at.grid)
+    stored = [lse, *kept]
+    each = [tuple(stored[i : i + NUM_KEPT]) for i in range(0, len(stored), NUM_KEPT) if stored[i].numel()]
+    return ulysses.attend_backward(dout, q, k, v, each, terms, at.grid)  # type: ignore[arg-type]
 
 
 def _usp_results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
     at = Axis(**axis)
     # All ranks run the graph that one of them traced: sizes do not depend on the rank.
-    num_query, num_key = storage(at.inner_size, q.shape[1], k.shape[1])
+    count = len(rounds(at.inner_size, q.shape[1], k.shape[1]))
+    num_query, num_key = (room // count for room in storage(at.inner_size, q.shape[1], k.shape[1]))
 
-    def stored(x: Tensor, heads: int) -> Tensor:
-        return x.new_empty(x.shape[0], at.room, heads, x.shape[3]).transpose(1, 2)
+    def stored(x: Tensor, heads: int, dim: int) -> Tensor:
+        return x.new_empty(x.shape[0], at.room, heads, dim).transpose(1, 2)
 
-    lse = q.new_empty(q.shape[0], num_query, at.room, dtype=accumulation_dtype(q.dtype))
-    out = q.new_empty(q.shape[0], at.room, num_query, v.shape[3]).transpose(1, 2)
-    return empty_result(q, v)[0], lse, stored(q, num_query), stored(k, num_key), stored(v, num_key), out
+    results = [empty_result(q, v)[0]]
+    for _ in range(count):
+        results.append(q.new_empty(q.shape[0], num_query, at.room, dtype=accumulation_dtype(q.dtype)))
+        results += [stored(q, num_query, q.shape[3]), stored(k, num_key, k.shape[3]), stored(v, num_key, v.shape[3])]
+        results.append(stored(q, num_query, v.shape[3]))
+    return *results, *(q.new_empty(0) for _ in range(NUM_KEPT * (NUM_ROUNDS - count)))
 
 
 def _as_grid(axis: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +175,8 @@ def _ulysses_results(*arguments: Any, **axis: Any) -> tuple[Tensor, ...]:
     return _usp_results(*arguments, **_as_grid(axis))
 
 
+NUM_KEPT = 5  # tensors of each round: lse, q, k, v, out
+_KEPT = NUM_KEPT * NUM_ROUNDS - 1  # behind out and lse
 AXIS = "SymInt length, str layout, int world_size, str group"
 MESSAGES = f"{AXIS}, int heads_per_message=0"
 GRID = f"{AXIS}, int inner_size, str inner_group, str outer_group"
@@ -177,5 +185,7 @@ operators.define("ring_attention", _ring, _ring_backward, _results, num_kept=0, 
 operators.define("gather_attention", _gather, _gather_backward, _results, num_kept=0, axis=MESSAGES)
 # The same with a name of its own: only the tokens within reach of a window travel.
 operators.define("halo_attention", _gather, _gather_backward, _results, num_kept=0, axis=MESSAGES)
-operators.define("ulysses_attention", _ulysses, _ulysses_backward, _ulysses_results, num_kept=4, axis=AXIS)
-operators.define("usp_attention", _usp, _usp_backward, _usp_results, num_kept=4, axis=GRID)
+operators.define(
+    "ulysses_attention", _ulysses, _ulysses_backward, _ulysses_results, num_kept=_KEPT, axis=AXIS
+)
+operators.define("usp_attention", _usp, _usp_backward, _usp_results, num_kept=_KEPT, axis=GRID)

@@ -1,7 +1,8 @@
 """Ulysses attention: tokens become heads, each rank computes its heads over all tokens, and back (Jacobs et al., 2023).
 
 With an outer ring it is USP (Fang and Zhao, 2024): inner ranks exchange heads, outer ones compute ring attention. The heads
-that a rank received and computed are kept for backward, which sends gradients only.
+that a rank received and computed are kept for backward, which sends gradients only. Where heads divide, one half is computed
+while the other is on its way.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from itertools import pairwise
 import torch
 
 from cpcompile.runtime import ring as ring_attention
-from cpcompile.runtime.heads import Heads, heads_of, storage
+from cpcompile.runtime.heads import Heads, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.partial import empty_result
-from cpcompile.runtime.post import Ring, swap
+from cpcompile.runtime.post import Ring
 from cpcompile.runtime.schedule import Spans, by_position
+from cpcompile.runtime.swap import Swap
 from cpcompile.runtime.terms import Terms
 
 Tensor = torch.Tensor
-Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # lse, q, k, v and out of this rank's heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,9 @@ class Grid:
             found.append((span.slots, run.between(span.position, span.end).slots))
         return found
 
-    def heads(self, q: Tensor, k: Tensor) -> list[Heads]:
-        """Return the heads of each inner rank."""
-        return [heads_of(rank, self.inner.size, q.shape[1], k.shape[1]) for rank in range(self.inner.size)]
+    def rounds(self, q: Tensor, k: Tensor) -> list[list[Heads]]:
+        """Return the heads of each inner rank, in rounds: some are exchanged while others are computed."""
+        return rounds(self.inner.size, q.shape[1], k.shape[1])
 
 
 def _by_token(x: Tensor) -> Tensor:
@@ -62,8 +64,8 @@ def _by_token(x: Tensor) -> Tensor:
 
 def tokens_to_heads(
     tensors: Sequence[Tensor], of_rank: Sequence[Sequence[slice]], stored: Sequence[int], grid: Grid
-) -> list[Tensor]:
-    """Turn local tokens of all heads into all tokens of the group for this rank's heads.
+) -> tuple[list[Tensor], Swap]:
+    """Start to turn local tokens of some heads into all tokens of the group for this rank's heads.
 
     Args:
         tensors: `[B, H, local tokens, D]` each.
@@ -98,18 +100,15 @@ def tokens_to_heads(
     ]
 
     def sizes(source: int, receiver: int) -> list[int]:
-        spans = grid.spans[grid.outer.rank][source]
-        widths = [(h.stop - h.start) * x.shape[0] * x.shape[3] for h, x in zip(of_rank[receiver], tensors, strict=True)]
-        return [width * span.size for width in widths for span in spans]
+        return _sizes(tensors, of_rank[receiver], grid.spans[grid.outer.rank][source])
 
-    swap(sent, received, sizes, tensors[0], inner)
-    return results
+    return results, Swap(sent, received, sizes, tensors[0], inner)
 
 
 def heads_to_tokens(
     tensors: Sequence[Tensor], of_rank: Sequence[Sequence[slice]], targets: Sequence[Sequence[Tensor]], grid: Grid
-) -> None:
-    """Turn all tokens of the group for this rank's heads into local tokens: the adjoint of `tokens_to_heads`.
+) -> Swap:
+    """Start to turn all tokens of the group for this rank's heads into local tokens: the adjoint of `tokens_to_heads`.
 
     Args:
         tensors: `[B, own heads, tokens of the group, D]` each.
@@ -125,11 +124,15 @@ def heads_to_tokens(
     ]
 
     def sizes(source: int, receiver: int) -> list[int]:
-        spans = grid.spans[grid.outer.rank][receiver]
-        widths = [(h.stop - h.start) * x.shape[0] * x.shape[3] for h, x in zip(of_rank[source], tensors, strict=True)]
-        return [width * span.size for width in widths for span in spans]
+        return _sizes(tensors, of_rank[source], grid.spans[grid.outer.rank][receiver])
 
-    swap(sent, received, sizes, tensors[0], inner)
+    return Swap(sent, received, sizes, tensors[0], inner)
+
+
+def _sizes(tensors: Sequence[Tensor], heads: Sequence[slice], spans: Spans) -> list[int]:
+    """Return the elements of some heads of each tensor, for each span of tokens."""
+    widths = [(h.stop - h.start) * x.shape[0] * x.shape[3] for h, x in zip(heads, tensors, strict=True)]
+    return [width * span.size for width in widths for span in spans]
 
 
 def _slices(heads: Heads) -> tuple[slice, slice, slice]:
@@ -142,22 +145,39 @@ def _expand(x: Tensor, index: list[int] | None) -> Tensor:
     return x if index is None else torch.cat([x[:, head : head + 1] for head in index], 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, terms: Terms, grid: Grid) -> tuple[Tensor, Kept]:
-    """Return (out of the local rows, (lse, q, k, v and out of this rank's heads)). A mask has the rows of the group."""
-    ranks = grid.heads(q, k)
-    own, index = ranks[grid.inner.rank], ranks[grid.inner.rank].key_index()
-    num_query, num_key = storage(grid.inner.size, q.shape[1], k.shape[1])
-    of_rank = [_slices(heads) for heads in ranks]
-    kept = tokens_to_heads((q, k, v), of_rank, (num_query, num_key, num_key), grid)
-    q_own, k_own, v_own = (x[:, :n] for x, n in zip(kept, (own.num_query, own.num_key, own.num_key), strict=True))
-    of_heads = terms.of_heads(own.start, own.stop)
-    keys = _expand(k_own, index), _expand(v_own, index)
-    out_own, lse = ring_attention.attend(q_own, *keys, of_heads, grid.rows, grid.outer)
-
+def attend(q: Tensor, k: Tensor, v: Tensor, terms: Terms, grid: Grid) -> tuple[Tensor, list[Kept]]:
+    """Return (out of the local rows, what each round keeps). A mask has the rows of the group."""
     out = empty_result(q, v)[0]
     _clear_padding(out, grid)
-    heads_to_tokens([out_own], [[s[0]] for s in of_rank], [[out[:, s[0]]] for s in of_rank], grid)
-    return out, (_stored(lse, num_query), *kept, _stored(out_own, num_query))  # type: ignore[return-value]
+    rooms = storage(grid.inner.size, q.shape[1], k.shape[1])
+    each = grid.rounds(q, k)
+
+    def start(ranks: list[Heads]) -> tuple[list[Tensor], Swap]:
+        of_rank = [_slices(heads) for heads in ranks]
+        num_query, num_key = (room // len(each) for room in rooms)
+        return tokens_to_heads((q, k, v), of_rank, (num_query, num_key, num_key), grid)
+
+    kept: list[Kept] = []
+    homes: list[Swap] = []
+    arriving = start(each[0])
+    for ranks, following in zip(each, (*each[1:], None), strict=True):
+        tensors, swap = arriving
+        if following is not None:
+            arriving = start(following)
+        swap.finish()
+        own = ranks[grid.inner.rank]
+        index, numbers = own.key_index(), (own.num_query, own.num_key, own.num_key)
+        q_own, k_own, v_own = (x[:, :n] for x, n in zip(tensors, numbers, strict=True))
+        keys = _expand(k_own, index), _expand(v_own, index)
+        out_own, lse = ring_attention.attend(q_own, *keys, terms.of_heads(own.start, own.stop), grid.rows, grid.outer)
+        queries = [_slices(heads)[:1] for heads in ranks]
+        homes.append(heads_to_tokens([out_own], queries, [[out[:, heads]] for (heads,) in queries], grid))
+        room = rooms[0] // len(each)
+        q_all, k_all, v_all = tensors
+        kept.append((_stored(lse, room), q_all, k_all, v_all, _stored(out_own, room)))
+    for home in homes:
+        home.finish()
+    return out, kept
 
 
 def _clear_padding(x: Tensor, grid: Grid) -> None:
@@ -166,43 +186,48 @@ def _clear_padding(x: Tensor, grid: Grid) -> None:
 
 
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, terms: Terms, grid: Grid
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Sequence[Kept], terms: Terms, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (dq, dk, dv, dsinks); the gradients of a key head that several ranks used are added here."""
-    ranks = grid.heads(q, k)
-    own, index = ranks[grid.inner.rank], ranks[grid.inner.rank].key_index()
-    of_rank = [_slices(heads) for heads in ranks]
-    (dout_own,) = tokens_to_heads([dout], [[s[0]] for s in of_rank], [own.num_query], grid)
-    n, m = own.num_query, own.num_key
-    lse, q_own, k_own, v_own, out_own = (x[:, :size] for x, size in zip(kept, (n, n, m, m, n), strict=True))
-    dq_own, dk_own, dv_own, dsinks_own = ring_attention.attend_backward(
-        dout_own,
-        q_own,
-        _expand(k_own, index),
-        _expand(v_own, index),
-        out_own,
-        lse,
-        terms.of_heads(own.start, own.stop),
-        grid.rows,
-        grid.outer,
-    )
-    grads = dq_own, _summed(dk_own, index, m), _summed(dv_own, index, m)
+    each = grid.rounds(q, k)
     dq, dk, dv = (_blank(x, grid) for x in (q, k, v))
-    is_shared = any(a.key_stop > b.key_start for a, b in pairwise(ranks))
-    homes = []
-    for query, key, value in of_rank:
-        # A key head that another rank adds to as well gets a tensor from each.
-        keys = [_blank(x[:, heads], grid) if is_shared else x[:, heads] for x, heads in ((dk, key), (dv, value))]
-        homes.append([dq[:, query], *keys])
-    heads_to_tokens(grads, of_rank, homes, grid)
-    if is_shared:
-        dk, dv = (
-            _added_up(x, [(s[i], home[i]) for s, home in zip(of_rank, homes, strict=True)]) for i, x in ((1, k), (2, v))
+    dsinks = None if terms.sinks is None else torch.zeros_like(terms.sinks)
+    is_shared = any(a.key_stop > b.key_start for a, b in pairwise(each[0]))
+    homes: list[Swap] = []
+    of_keys: list[tuple[slice, Tensor, Tensor]] = []
+
+    def start(ranks: list[Heads]) -> tuple[list[Tensor], Swap]:
+        return tokens_to_heads([dout], [_slices(h)[:1] for h in ranks], [ranks[grid.inner.rank].num_query], grid)
+
+    arriving = start(each[0])
+    for ranks, following, tensors in zip(each, (*each[1:], None), kept, strict=True):
+        (dout_own,), swap = arriving
+        if following is not None:
+            arriving = start(following)
+        own = ranks[grid.inner.rank]
+        index, n, m = own.key_index(), own.num_query, own.num_key
+        lse, q_own, k_own, v_own, out_own = (x[:, :size] for x, size in zip(tensors, (n, n, m, m, n), strict=True))
+        keys = _expand(k_own, index), _expand(v_own, index)
+        of_heads = terms.of_heads(own.start, own.stop)
+        swap.finish()
+        dq_own, dk_own, dv_own, dsinks_own = ring_attention.attend_backward(
+            dout_own, q_own, *keys, out_own, lse, of_heads, grid.rows, grid.outer
         )
-    dsinks = None
-    if dsinks_own is not None:
-        dsinks = dsinks_own.new_zeros(q.shape[1])
-        dsinks[own.start : own.stop] = dsinks_own
+        grads, targets = [dq_own, _summed(dk_own, index, m), _summed(dv_own, index, m)], []
+        of_rank = [_slices(heads) for heads in ranks]
+        for query, key, value in of_rank:
+            # A key head that another rank adds to as well gets a tensor from each.
+            parts = [_blank(x[:, heads], grid) if is_shared else x[:, heads] for x, heads in ((dk, key), (dv, value))]
+            of_keys.append((key, parts[0], parts[1]))
+            targets.append([dq[:, query], *parts])
+        homes.append(heads_to_tokens(grads, of_rank, targets, grid))
+        if dsinks is not None and dsinks_own is not None:
+            dsinks[own.start : own.stop] = dsinks_own
+    for home in homes:
+        home.finish()
+    if is_shared:
+        dk = _added_up(k, [(heads, part) for heads, part, _ in of_keys])
+        dv = _added_up(v, [(heads, part) for heads, _, part in of_keys])
     return dq, dk, dv, dsinks
 
 

@@ -31,6 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     "heads_9_3": {"heads": (9, 3)},
     "heads_2_1": {"heads": (2, 1), "length": 64},
     "heads_3_3": {"heads": (3, 3), "is_causal": False},
+    "heads_8_4": {"heads": (8, 4)},
+    "heads_8_8": {"heads": (8, 8), "sinks": True, "slopes": True, "dropout": True},
     "full": {"is_causal": False},
     "window": {"window": 7},
     "window_even": {"window": 20, "length": 64, "heads": (9, 3)},
