@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from cpcompile.runtime import kernels
-from cpcompile.runtime.merge import accumulation_dtype, add_, merge_
+from cpcompile.runtime import kernels, merge
+from cpcompile.runtime.kernels import triton_merge
+from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.schedule import Piece, Span, Spans
 from cpcompile.runtime.terms import Terms
 
@@ -20,6 +21,17 @@ def empty_result(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = q.shape
     out = q.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)
     return out, q.new_empty(batch, heads, tokens, dtype=accumulation_dtype(q.dtype))
+
+
+def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """Merge a block in place, in one pass over memory where a kernel can; see `merge.merge_`."""
+    fused = triton_merge.takes(out, lse, block_out, block_lse)
+    (triton_merge.merge_ if fused else merge.merge_)(out, lse, block_out, block_lse)
+
+
+def add_(total: Tensor, x: Tensor) -> None:
+    """Add `x` to `total` in place; see `merge.add_`."""
+    (triton_merge.add_ if triton_merge.takes(total, x) else merge.add_)(total, x)
 
 
 class _Rows:
@@ -37,8 +49,8 @@ class _Rows:
         self._held: Tensors = ()
         self._seen = torch.zeros(shape[0], shape[2], dtype=torch.bool)
 
-    def add(self, piece: Tensors, batch: slice | None, slots: slice, merge: Callable[..., None]) -> None:
-        """Put a piece into these rows, by `merge(*held, *piece)` where they hold something."""
+    def add(self, piece: Tensors, batch: slice | None, slots: slice, join: Callable[..., None]) -> None:
+        """Put a piece into these rows, by `join(*held, *piece)` where they hold something."""
         rows = slice(None) if batch is None else batch
         seen = self._seen[rows, slots]
         if not self._held:
@@ -51,7 +63,7 @@ class _Rows:
             self._fill()
             if self._is_wide and self._held[0].dtype != accumulation_dtype(self._held[0].dtype):
                 self._held = self._held[0].to(accumulation_dtype(self._held[0].dtype)), *self._held[1:]
-            merge(*(x[rows, :, slots] for x in self._held), *piece)
+            join(*(x[rows, :, slots] for x in self._held), *piece)
         else:
             for to, x in zip(self._held, piece, strict=True):
                 to[rows, :, slots] = x
