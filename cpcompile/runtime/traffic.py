@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from cpcompile.layout import local_length
+from cpcompile.runtime import strategies  # noqa: F401  (registers the operators)
 from cpcompile.runtime.exchange import halo_spans, route_of, spans_of_ranks
-from cpcompile.runtime.heads import heads_of
-from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.moves import Route, Spans, most_sent
+from cpcompile.runtime.problem import Problem, attention_bytes, problem_of
+from cpcompile.runtime.terms import Terms
 
 Arguments = Mapping[str, Any]
 
@@ -30,7 +31,8 @@ def traffic(target: torch._ops.OpOverload, arguments: Arguments) -> Traffic:
     count = _COUNTS.get(target._schema.name.removeprefix("cpcompile::"))
     if count is None or arguments["world_size"] == 1:
         return Traffic(0, 0)
-    return count(arguments)
+    defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    return count(defaults | dict(arguments))
 
 
 def sends(target: Any) -> bool:
@@ -38,8 +40,8 @@ def sends(target: Any) -> bool:
     return target._schema.name.removeprefix("cpcompile::") in _COUNTS
 
 
-def _bytes(x: torch.Tensor, dtype: torch.dtype | None = None) -> int:
-    return int(x.numel()) * (dtype or x.dtype).itemsize
+def _bytes(x: torch.Tensor) -> int:
+    return int(x.numel()) * x.dtype.itemsize
 
 
 def _gather_tokens(a: Arguments) -> Traffic:
@@ -76,35 +78,19 @@ def _halo_tokens(a: Arguments) -> Traffic:
     return _exchange(a, targets, Route())
 
 
-def _keys(a: Arguments, dtype: torch.dtype | None = None) -> int:
-    """Return the bytes of one rank's keys and values."""
-    return _bytes(a["k"], dtype) + _bytes(a["v"], dtype)
+def _attention(strategy: str) -> Callable[[Arguments], Traffic]:
+    return lambda a: Traffic(*attention_bytes(attention_problem(a), strategy))
 
 
-def _ring(a: Arguments) -> Traffic:
-    steps, gradients = a["world_size"], _keys(a, accumulation_dtype(a["k"].dtype))
-    return Traffic((steps - 1) * _keys(a), (steps - 1) * _keys(a) + steps * gradients)
+def attention_problem(a: Arguments) -> Problem:
+    """Return an attention operator's arguments as a problem. Where documents begin is not read: they hide nothing here."""
+    given = [None if name == "bounds" else a[name] for name in _TERMS]
+    visible = Terms.of(a["q"], a["k"], given, a["length"]).visible
+    axis = {name: a[name] for name in ("length", "layout", "world_size")}
+    return problem_of(a["q"], a["k"], a["v"], visible=visible, inner_size=a.get("inner_size", 0), **axis)
 
 
-def _gather(a: Arguments) -> Traffic:
-    others, gradients = a["world_size"] - 1, _keys(a, accumulation_dtype(a["k"].dtype))
-    return Traffic(others * _keys(a), others * (_keys(a) + gradients))
-
-
-def _ulysses(a: Arguments) -> Traffic:
-    size, slots = a["world_size"], local_length(a["length"], a["world_size"], a["layout"])
-    q, k, v = a["q"], a["k"], a["v"]
-    ranks = [heads_of(rank, size, q.shape[1], k.shape[1]) for rank in range(size)]
-    token = int(q.shape[0]) * slots * q.dtype.itemsize
-    dim, value_dim = int(q.shape[3]), int(v.shape[3])
-    inward = [token * (r.num_query * dim + r.num_key * (dim + value_dim)) for r in ranks]
-    outward = [token * r.num_query * value_dim for r in ranks]
-    # A rank sends tokens of the others' heads one way, and the others' tokens of its own heads the other way.
-    forward = max(sum(inward) - inward[r] + (size - 1) * outward[r] for r in range(size))
-    backward = max(sum(outward) - outward[r] + (size - 1) * inward[r] for r in range(size))
-    return Traffic(forward, backward)
-
-
+_TERMS = [a.name for a in torch.ops.cpcompile.ring_attention.default._schema.arguments[3:] if not a.kwarg_only]
 _COUNTS: dict[str, Callable[[Arguments], Traffic]] = {
     "all_reduce": _all_reduce,
     "gather_tokens": _gather_tokens,
@@ -112,7 +98,5 @@ _COUNTS: dict[str, Callable[[Arguments], Traffic]] = {
     "halo_tokens": _halo_tokens,
     "stack_ranks": _stack_ranks,
     "shared_seed": lambda a: Traffic(torch.int64.itemsize, 0),
-    "ring_attention": _ring,
-    "gather_attention": _gather,
-    "ulysses_attention": _ulysses,
+    **{f"{strategy}_attention": _attention(strategy) for strategy in ("ring", "gather", "halo", "ulysses", "usp")},
 }

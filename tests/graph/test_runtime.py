@@ -15,7 +15,6 @@ from cpcompile.runtime.block import Block
 from cpcompile.runtime.heads import heads_of, storage
 from cpcompile.runtime.merge import merge_
 from cpcompile.runtime.schedule import Band, Piece, Segments, Span, Visible, local_spans, pieces, whole
-from cpcompile.runtime.traffic import Traffic, traffic
 
 ops = torch.ops.cpcompile
 STRATEGIES = ("ring", "gather", "halo", "ulysses", "usp")
@@ -213,18 +212,3 @@ def test_a_learned_bias_is_refused() -> None:
     bias = normal(1, 2, 4, 4).requires_grad_()
     with pytest.raises(NotImplementedError, match="learned mask"):
         ops.attention(q, q, q, bias, None, None, 0.3, False, 0, 0.0)
-
-
-def test_traffic_counts_bytes() -> None:
-    q, k = torch.empty(1, 8, 16, 4, dtype=torch.bfloat16), torch.empty(1, 2, 16, 4, dtype=torch.bfloat16)
-    arguments = {"q": q, "k": k, "v": k, "length": 64, "layout": "zig_zag", "world_size": 4}
-    block_bytes = 2 * 2 * 16 * 4 * 2
-    assert traffic(ops.ring_attention.default, arguments) == Traffic(
-        3 * block_bytes, 3 * block_bytes + 4 * 2 * block_bytes
-    )
-    assert traffic(ops.gather_attention.default, arguments) == Traffic(3 * block_bytes, 3 * 3 * block_bytes)
-    token_bytes = 16 * 4 * 2
-    assert traffic(ops.ulysses_attention.default, arguments) == Traffic(
-        3 * (4 + 2) * token_bytes, 3 * (2 + 4) * token_bytes
-    )
-    assert traffic(ops.shard_tokens.default, {"x": q, "world_size": 4}) == Traffic(0, 0)

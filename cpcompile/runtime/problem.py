@@ -1,0 +1,204 @@
+"""Problem: an attention and its ranks as numbers: what each rank computes, sends and holds, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from cpcompile.runtime.heads import Heads, heads_of
+from cpcompile.runtime.schedule import Piece, Spans, Visible, by_position, local_spans, needed, pieces, whole
+
+MOST_RANKS = 32  # of more ranks only the ends and the middle are looked at: one of them is the busiest
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A whole attention, its ranks, and what the host knows of what is visible.
+
+    Attributes:
+        batch, heads, kv_heads, head_dim, value_dim, itemsize: sizes of q, k and v, and bytes of an element.
+        length, layout, world_size: the tokens and which of them each rank holds.
+        visible: what rows see; documents that nobody has read hide nothing here.
+        inner_size: ranks that exchange heads in `usp`; rank r is at (outer r // inner_size, inner r % inner_size).
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    itemsize: int
+    length: int
+    layout: str
+    world_size: int
+    visible: Visible
+    inner_size: int = 0
+
+    def inner(self, strategy: str) -> int:
+        """Return how many ranks exchange heads: ring is a grid of one inner rank, Ulysses of one outer rank."""
+        return {"ulysses": self.world_size, "usp": self.inner_size}.get(strategy, 1)
+
+    def spans(self, rank: int) -> Spans:
+        """Return the tokens of a rank."""
+        return local_spans(self.length, rank, self.world_size, self.layout)
+
+    def rows(self, strategy: str, outer: int) -> Spans:
+        """Return the query rows that the ranks at `outer` compute, each for its heads."""
+        inner = self.inner(strategy)
+        if inner == 1:
+            return self.spans(outer)
+        return by_position([span for i in range(inner) for span in self.spans(outer * inner + i)])
+
+    def heads_of(self, strategy: str) -> list[Heads]:
+        """Return the heads of each inner rank."""
+        inner = self.inner(strategy)
+        return [heads_of(rank, inner, self.heads, self.kv_heads) for rank in range(inner)]
+
+    @property
+    def key_width(self) -> int:
+        """Elements of one key head's k and v of one token, over the batch."""
+        return self.batch * (self.head_dim + self.value_dim)
+
+
+def sampled(count: int) -> Sequence[int]:
+    """Return the ranks to look at, of so many."""
+    return range(count) if count <= MOST_RANKS else sorted({0, 1, count // 2, count - 2, count - 1})
+
+
+@lru_cache(maxsize=1024)
+def pieces_of(problem: Problem, strategy: str, outer: int) -> tuple[Piece, ...]:
+    """Return the rectangles that a rank at `outer` computes."""
+    rows, count = problem.rows(strategy, outer), problem.world_size // problem.inner(strategy)
+    if strategy in ("gather", "halo") or count == 1:
+        return pieces(rows, whole(problem.length), problem.visible)
+    columns = [problem.rows(strategy, source) for source in range(count)]
+    return tuple(piece for spans in columns for piece in pieces(rows, spans, problem.visible))
+
+
+def pairs(piece: Piece) -> int:
+    """Return how many (query, key) pairs of a rectangle its band lets through."""
+    rows, columns = piece.rows.size, piece.columns.size
+    hidden = 0 if piece.high is None else _triangle(columns - 1 - piece.high, rows, columns)
+    hidden += 0 if piece.low is None else _triangle(piece.low + rows - 1, rows, columns)
+    return rows * columns - hidden
+
+
+def _triangle(largest: int, rows: int, columns: int) -> int:
+    """Return the sum of `min(max(largest - i, 0), columns)` over the rows i."""
+
+    def up_to(n: int) -> int:
+        return n * (n + 1) // 2 if n > 0 else 0
+
+    return up_to(largest) - up_to(largest - rows) - up_to(largest - columns) + up_to(largest - columns - rows)
+
+
+@lru_cache(maxsize=1024)
+def work_of(problem: Problem, strategy: str, rank: int) -> int:
+    """Return how many (query, key) pairs a rank computes, over its heads and the batch."""
+    inner = problem.inner(strategy)
+    heads = problem.heads_of(strategy)[rank % inner].num_query
+    return problem.batch * heads * sum(map(pairs, pieces_of(problem, strategy, rank // inner)))
+
+
+@lru_cache(maxsize=1024)
+def keys_sent(problem: Problem, strategy: str) -> dict[int, tuple[int, int]]:
+    """Return for each outer place of a ring, or for some of many, the tokens whose keys it sends and those it fetches."""
+    count = problem.world_size // problem.inner(strategy)
+    rows = [problem.rows(strategy, outer) for outer in range(count)]
+
+    def fetched(receiver: int, source: int) -> int:
+        found = needed(pieces(rows[receiver], rows[source], problem.visible), rows[source])
+        return sum(span.size for span in found) if receiver != source else 0
+
+    return {
+        o: (sum(fetched(other, o) for other in range(count)), sum(fetched(o, other) for other in range(count)))
+        for o in sampled(count)
+    }
+
+
+@lru_cache(maxsize=1024)
+def attention_bytes(problem: Problem, strategy: str) -> tuple[int, int]:
+    """Return the most bytes that a rank sends, in the forward and in the backward.
+
+    Keys and values go to the ranks whose rows see them, in backward once more, and their gradients go back; inner ranks exchange
+    q, k, v and the output, in backward their gradients.
+    """
+    inner, heads = problem.inner(strategy), problem.heads_of(strategy)
+    # A key head that query heads cannot share within a kernel travels once for each.
+    widths = [problem.key_width * (h.num_query if h.key_index() else h.num_key) for h in heads]
+    totals = []
+    for outer, (sent, fetched) in keys_sent(problem, strategy).items():
+        swapped = _exchanged(problem, heads, [_size(problem.spans(outer * inner + i)) for i in range(inner)])
+        for width, (forward, backward) in zip(widths, swapped, strict=True):
+            totals.append((forward + sent * width, backward + (sent + fetched) * width))
+    return max(a for a, _ in totals) * problem.itemsize, max(b for _, b in totals) * problem.itemsize
+
+
+def _exchanged(problem: Problem, heads: Sequence[Heads], tokens: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the elements that each inner rank sends of its `tokens` and heads to the other inner ranks."""
+    given = [problem.batch * h.num_query * problem.head_dim + problem.key_width * h.num_key for h in heads]
+    results = [problem.batch * h.num_query * problem.value_dim for h in heads]
+    return [
+        (
+            tokens[i] * (sum(given) - given[i]) + (sum(tokens) - tokens[i]) * results[i],
+            tokens[i] * (sum(results) - results[i]) + (sum(tokens) - tokens[i]) * given[i],
+        )
+        for i in range(len(heads))
+    ]
+
+
+def _size(spans: Spans) -> int:
+    return sum(span.size for span in spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one attention on a rank: kept from forward to backward, and received from other ranks and held at once."""
+
+    kept: int
+    received: int
+
+
+@lru_cache(maxsize=1024)
+def memory_of(problem: Problem, strategy: str, heads_per_message: int = 0) -> Memory:
+    """Return the memory of the rank that needs most.
+
+    Every strategy keeps local q, k, v and out. Those that exchange heads keep them by heads too, and compute from these; a ring
+    holds the block that it computes and the one that arrives; `gather` holds all keys that its rows see, of as many heads as a
+    message has.
+    """
+    inner, size = problem.inner(strategy), problem.itemsize
+    query = problem.batch * problem.heads * (problem.head_dim + problem.value_dim)
+    token = size * (query + problem.kv_heads * problem.key_width)
+    statistics = 4 * problem.batch * problem.heads
+    slots = max(_size(problem.spans(rank)) for rank in sampled(problem.world_size))
+    kept = slots * (token + statistics) * (2 if inner > 1 else 1)
+    count = problem.world_size // inner
+    if count == 1:
+        return Memory(kept, 0)
+    num_keys = max(h.num_query if h.key_index() else h.num_key for h in problem.heads_of(strategy))
+    if strategy in ("gather", "halo"):
+        fetched = max(received for _, received in keys_sent(problem, strategy).values())
+        parts = min(1.0, 2 * heads_per_message / problem.kv_heads) if heads_per_message else 1.0
+        return Memory(kept, int(size * fetched * problem.key_width * num_keys * parts))
+    block = max(_size(problem.rows(strategy, outer)) for outer in sampled(count))
+    return Memory(kept, min(2, count - 1) * size * block * problem.key_width * num_keys)
+
+
+def problem_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    length: int,
+    layout: str,
+    world_size: int,
+    visible: Visible,
+    inner_size: int = 0,
+) -> Problem:
+    """Return the problem of tensors `[B, heads, any tokens, D]`; they may be fake, sizes must be known."""
+    sizes = (int(x) for x in (q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.element_size()))
+    return Problem(*sizes, int(length), layout, world_size, visible, inner_size)
