@@ -1,7 +1,8 @@
 """Rewrite attention: a sharded attention becomes one context-parallel operator.
 
 before  o = cp.attention(q, k, v, None, None, None, 0.125, True, 0, 0.0)                     # q, k, v: Sharded(2)
-after   o = cp.ring_attention(q, k, v, None, None, None, 0.125, True, 0, 0.0, length=S, layout="zig_zag", ...)[0]
+after   bounds = cp.document_bounds(documents)                                                # once in a graph, if any
+        o = cp.ring_attention(q, k, v, None, None, None, 0.125, True, 0, 0.0, length=S, layout="zig_zag", ...)[0]
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call
+from cpcompile.emit import emit
+from cpcompile.patterns.nodes import value_numbers
 from cpcompile.placement import Sharded
 from cpcompile.plan import Lengths, Plan
 
@@ -33,15 +37,34 @@ EXCHANGE_HEADS = ("ulysses", "usp")
 
 def rewrite_attention(gm: fx.GraphModule, *, plan: Plan) -> int:
     """Return how many attentions were rewritten. Runs after `place_tokens`."""
-    count = 0
-    for node in gm.graph.find_nodes(op="call_function", target=cp.attention.default):
-        if isinstance(placement_of(Call.of(node)["k"]), Sharded):
-            lower(gm, node, plan)
-            count += 1
-    return count
+    nodes = gm.graph.find_nodes(op="call_function", target=cp.attention.default)
+    sites = [node for node in nodes if isinstance(placement_of(Call.of(node)["k"]), Sharded)]
+    bounds = insert_bounds(gm, sites)
+    for node in sites:
+        lower(gm, node, bounds.get(Call.of(node)["documents"]), plan)
+    return len(sites)
 
 
-def lower(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> None:
+def insert_bounds(gm: fx.GraphModule, sites: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Return where the documents begin, for each node of documents that attentions take.
+
+    The host must know that to compute and send only what is visible. To find out, it waits for the device: once a step,
+    since all layers share the answer, however often the model built its documents.
+    """
+    users = {Call.of(site)["documents"]: site for site in reversed(sites)}  # the first attention that takes them
+    users.pop(None, None)
+    numbers = value_numbers(gm.graph) if users else {}
+    found: dict[int, fx.Node] = {}
+    for documents, site in reversed(users.items()):
+        if numbers[documents] not in found:
+            bounds = emit(site, cp.document_bounds.default, documents)
+            bounds.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            bounds.meta.pop("ac_graph_id", None)
+            found[numbers[documents]] = bounds
+    return {documents: found[numbers[documents]] for documents in users}
+
+
+def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan) -> None:
     """Replace one attention by the operator of its strategy.
 
     Where the rows of a mask are computed from the tokens themselves, each rank has those of its own queries; strategies that
@@ -51,7 +74,7 @@ def lower(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> None:
     assert isinstance(at, Sharded)
     has_rows = call["mask"] is not None and isinstance(placement_of(call["mask"]), Sharded)
     strategy = "gather" if has_rows and known.strategy in EXCHANGE_HEADS else known.strategy
-    terms, _ = call.rebound({"kernel_name": plan.kernel})
+    terms, _ = call.rebound({"kernel_name": plan.kernel, "bounds": bounds})
     axis = axis_arguments(OPERATORS[strategy], plan, Lengths.of(gm, at.sequence).total)
     with gm.graph.inserting_before(node):
         collective = gm.graph.call_function(OPERATORS[strategy], terms, axis)

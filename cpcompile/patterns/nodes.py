@@ -94,3 +94,29 @@ def erase_with_users(node: fx.Node) -> None:
     for user in list(node.users):
         erase_with_users(user)
     node.graph.erase_node(node)
+
+
+def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return a number for the value of each node: nodes that compute the same from the same have the same number."""
+    numbers: dict[fx.Node, int] = {}
+    known: dict[Any, int] = {}
+    for node in graph.nodes:
+        key: Any = node
+        if isinstance(node.target, torch._ops.OpOverload) and is_function(node.target):
+            arguments = fx.map_arg((node.args, node.kwargs), lambda operand: Numbered(numbers[operand]))
+            key = (node.target, repr(arguments))
+        numbers[node] = known.setdefault(key, len(numbers))
+    return numbers
+
+
+class Numbered(int):
+    """The number of a value, told apart from a number that the graph has."""
+
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+
+def is_function(target: torch._ops.OpOverload) -> bool:
+    """Tell whether an operator computes the same whenever it is called on the same, and does nothing else."""
+    is_random = torch.Tag.nondeterministic_seeded in target.tags
+    return not (is_random or target._schema.is_mutable)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cpcompile import verify
 from cpcompile.annotation import annotate, annotation, placement_of
+from cpcompile.call import Call
 from cpcompile.passes import place_tokens, rewrite_attention
 from cpcompile.passes.rewrite_attention import OPERATORS
 from cpcompile.placement import Sharded
@@ -73,3 +75,45 @@ def test_second_run_changes_nothing() -> None:
     text = gm.graph.python_code("self").src
     assert rewrite_attention(gm, plan=transformed.plan) == 0
     assert gm.graph.python_code("self").src == text
+
+
+class Packed(TinyLM):
+    """Attends twice within documents, each time by a mask that it makes anew; `names` are the ids that the masks compare."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **ids: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.embedding(input_ids)
+        for name in self.names:
+            starts = torch.diff(ids[name], prepend=ids[name][:, :1] - 1) != 1
+            documents = starts.cumsum(-1)
+            visible = (documents[:, :, None] == documents[:, None])[:, None]
+            visible = visible & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            x = x + F.scaled_dot_product_attention(q, k, v, visible).transpose(1, 2).flatten(-2)
+        return self.loss(self.head(x), labels)
+
+
+def packed_batch(length: int = 11) -> dict[str, Tensor]:
+    places = torch.arange(length)
+    ids = {"a": torch.stack([places % 4, places % 5]), "b": torch.stack([places % 3, places])}
+    return batch(length) | ids
+
+
+@pytest.mark.parametrize("names", ["aa", "ab"])
+def test_the_host_learns_once_where_documents_begin(names: str) -> None:
+    transformed = planned(Packed(*names), packed_batch(), token_dims=dict.fromkeys(("input_ids", "labels"), 1))
+    bounds = transformed.graph.graph.find_nodes(op="call_function", target=cp.document_bounds.default)
+    assert len(bounds) == len(set(names))
+    attentions = [n for n in transformed.graph.graph.nodes if n.target in OPERATORS.values()]
+    taken = [Call.of(node)["bounds"] for node in attentions]
+    assert taken == (bounds if names == "ab" else bounds * 2)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_documents_keep_numerics(world_size: int) -> None:
+    inputs = packed_batch()
+    result = verify(Packed("a", "b", "a"), inputs, world_size=world_size, dtype=torch.float64)
+    assert result.ok, result
