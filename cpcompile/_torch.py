@@ -195,6 +195,29 @@ def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
+class SymmetricMemory:
+    """Bytes on a GPU that the other ranks of a group can read. All of them make it at once, of one size; their hosts wait for it.
+
+    Multicast is not used. Raises `RuntimeError` where the GPUs cannot read each other's memory.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device, group: str) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+        from torch._C._distributed_c10d import _SymmetricMemory
+
+        # Not `symmetric_memory.empty`: its pool would keep what is given back.
+        self._own = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
+        self._handle = symmetric_memory.rendezvous(self._own, group)  # type: ignore[arg-type]
+
+    def of(self, rank: int) -> torch.Tensor:
+        """Return the bytes of a rank, by its number in the group."""
+        return self._handle.get_buffer(rank, (self._own.numel(),), torch.uint8)
+
+    def barrier(self) -> None:
+        """Make the current stream wait until those of all ranks are here."""
+        self._handle.barrier(channel=0)
+
+
 def assert_on_device(condition: torch.Tensor, message: str) -> None:
     """Raise `RuntimeError` unless a scalar is true; on a GPU when the device gets there, so that the host need not wait."""
     torch._assert_async(condition, message)

@@ -91,7 +91,7 @@ class Gathered:
 
         transfers = []
         if self.needs.steps:
-            posted = post(by_token(own, self.ring), self.ring)
+            posted = post(by_token(own, self.ring), self.ring, num_starts=len(self.needs.steps))
             for step in self.needs.steps:
                 slots_of = self.slots_of(rank, self.ring.before(step))
                 transfers.append(posted.start(step, [to[run.slots] for to in whole for run in slots_of], parts))
@@ -110,7 +110,9 @@ class Gathered:
         def parts(receiver: int, source: int) -> list[slice]:
             return runs(self.slots_of(source, receiver), found, num_tokens(self.held(source)))
 
-        posted = post(by_token(found, self.ring), self.ring)
+        token = sum(x.shape[0] * x.shape[1] * x.shape[3] for x in found)
+        largest = token * max(num_tokens(self.held(r)) for r in range(self.ring.size))
+        posted = post(by_token(found, self.ring, largest), self.ring, num_starts=len(steps))
         under_way = []
         for step in steps:  # what was fetched from the rank `step` before goes back there
             spans = self.needs.of[self.ring.after(step)][rank]

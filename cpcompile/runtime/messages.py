@@ -12,10 +12,10 @@ from cpcompile.runtime.schedule import Span
 Tensor = torch.Tensor
 
 
-def by_token(tensors: Sequence[Tensor], ring: Ring) -> Tensor:
-    """Lay tensors `[B, K, tokens, D]` end to end in a message, each as `[tokens, B, K, D]`."""
+def by_token(tensors: Sequence[Tensor], ring: Ring, largest: int | None = None) -> Tensor:
+    """Lay tensors `[B, K, tokens, D]` end to end in a message, each as `[tokens, B, K, D]`; `largest`: see `new_message`."""
     sizes = [x.numel() for x in tensors]
-    message = new_message(sum(sizes), tensors[0], ring)
+    message = new_message(sum(sizes), tensors[0], ring, largest)
     for part, x in zip(torch.split(message, sizes), tensors, strict=True):
         tokens_first = x.permute(2, 0, 1, 3)
         part.view(tokens_first.shape).copy_(tokens_first)

@@ -60,7 +60,7 @@ class Blocks:
 
     def post(self) -> Posted:
         """Let the others fetch keys and values."""
-        return post(by_token([self.k, self.v], self.ring), self.ring)
+        return post(by_token([self.k, self.v], self.ring), self.ring, num_starts=len(self.steps))
 
     def start(self, posted: Posted, step: int) -> Arriving:
         """Start fetching what this rank needs at `step`."""
@@ -145,7 +145,8 @@ class Homecoming:
             return runs([Span(0, 0, size)] if size else [], like, size)
 
         # What was fetched from the rank `step` before goes back there: round the ring the other way.
-        posted = post(by_token([dk, dv], ring), ring)
+        largest = sum(x.numel() for x in like)
+        posted = post(by_token([dk, dv], ring, largest), ring, num_starts=1)
         self._transfer = posted.start(ring.size - step, arrived if self._spans else [], parts)
         self._dk, self._dv = map(by_head, arrived)
 

@@ -36,7 +36,8 @@ class Swap:
         self._under_way: list[tuple[Transfer, list[tuple[Tensor, Tensor]]]] = []
         others = [rank for rank in range(ring.size) if rank != ring.rank]
         if others:
-            message = new_message(sum(sum(sizes(ring.rank, rank)) for rank in others), like, ring)
+            totals = [sum(sum(sizes(a, b)) for b in range(ring.size) if b != a) for a in range(ring.size)]
+            message = new_message(totals[ring.rank], like, ring, max(totals))
             start = 0
             for x in (x for rank in others for x in sent[rank]):
                 message[start : start + x.numel()].view(x.shape).copy_(x)
@@ -47,7 +48,7 @@ class Swap:
                 ends = list(accumulate(sizes(source, receiver), initial=before))
                 return [slice(a, b) for a, b in pairwise(ends) if a < b]
 
-            posted = post(message, ring)
+            posted = post(message, ring, num_starts=len(others))
             for step in range(1, ring.size):
                 targets = [x for x in received[ring.before(step)] if x.numel()]
                 into = [_contiguous(x) for x in targets]
