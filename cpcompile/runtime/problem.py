@@ -103,9 +103,18 @@ def work_of(problem: Problem, strategy: str, rank: int) -> int:
     return problem.batch * heads * sum(map(pairs, pieces_of(problem, strategy, rank // inner)))
 
 
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """What a place of a ring sends and fetches, as numbers of tokens, and of how many others it fetches."""
+
+    sent: int
+    fetched: int
+    sources: int
+
+
 @lru_cache(maxsize=1024)
-def keys_sent(problem: Problem, strategy: str) -> dict[int, tuple[int, int]]:
-    """Return for each outer place of a ring, or for some of many, the tokens whose keys it sends and those it fetches."""
+def keys_sent(problem: Problem, strategy: str) -> dict[int, Ring]:
+    """Return for each outer place of a ring, or for some of many, which keys travel."""
     count = problem.world_size // problem.inner(strategy)
     rows = [problem.rows(strategy, outer) for outer in range(count)]
 
@@ -113,28 +122,49 @@ def keys_sent(problem: Problem, strategy: str) -> dict[int, tuple[int, int]]:
         found = needed(pieces(rows[receiver], rows[source], problem.visible), rows[source])
         return sum(span.size for span in found) if receiver != source else 0
 
-    return {
-        o: (sum(fetched(other, o) for other in range(count)), sum(fetched(o, other) for other in range(count)))
-        for o in sampled(count)
-    }
+    found = {}
+    for outer in sampled(count):
+        sizes = [fetched(outer, other) for other in range(count)]
+        found[outer] = Ring(sum(fetched(other, outer) for other in range(count)), sum(sizes), sum(map(bool, sizes)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Bytes that a rank sends, in forward and backward: to those that it exchanges heads with, and as keys."""
+
+    forward_swap: int
+    backward_swap: int
+    forward_keys: int
+    backward_keys: int
 
 
 @lru_cache(maxsize=1024)
-def attention_bytes(problem: Problem, strategy: str) -> tuple[int, int]:
-    """Return the most bytes that a rank sends, in the forward and in the backward.
+def sent_by_ranks(problem: Problem, strategy: str) -> tuple[Sent, ...]:
+    """Return what each rank sends, or some of many.
 
     Keys and values go to the ranks whose rows see them, in backward once more, and their gradients go back; inner ranks exchange
     q, k, v and the output, in backward their gradients.
     """
-    inner, heads = problem.inner(strategy), problem.heads_of(strategy)
-    # A key head that query heads cannot share within a kernel travels once for each.
-    widths = [problem.key_width * (h.num_query if h.key_index() else h.num_key) for h in heads]
-    totals = []
-    for outer, (sent, fetched) in keys_sent(problem, strategy).items():
+    inner, heads, size = problem.inner(strategy), problem.heads_of(strategy), problem.itemsize
+    ranks = []
+    for outer, ring in keys_sent(problem, strategy).items():
         swapped = _exchanged(problem, heads, [_size(problem.spans(outer * inner + i)) for i in range(inner)])
-        for width, (forward, backward) in zip(widths, swapped, strict=True):
-            totals.append((forward + sent * width, backward + (sent + fetched) * width))
-    return max(a for a, _ in totals) * problem.itemsize, max(b for _, b in totals) * problem.itemsize
+        for own, (forward, backward) in zip(heads, swapped, strict=True):
+            width = size * problem.key_width * num_keys(own)
+            ranks.append(Sent(size * forward, size * backward, ring.sent * width, (ring.sent + ring.fetched) * width))
+    return tuple(ranks)
+
+
+def attention_bytes(problem: Problem, strategy: str) -> tuple[int, int]:
+    """Return the most bytes that a rank sends, in the forward and in the backward."""
+    ranks = sent_by_ranks(problem, strategy)
+    return max(r.forward_swap + r.forward_keys for r in ranks), max(r.backward_swap + r.backward_keys for r in ranks)
+
+
+def num_keys(heads: Heads) -> int:
+    """Return how many key heads travel for these heads: one for each query head where a kernel cannot share them."""
+    return heads.num_query if heads.key_index() else heads.num_key
 
 
 def _exchanged(problem: Problem, heads: Sequence[Heads], tokens: Sequence[int]) -> list[tuple[int, int]]:
@@ -179,13 +209,13 @@ def memory_of(problem: Problem, strategy: str, heads_per_message: int = 0) -> Me
     count = problem.world_size // inner
     if count == 1:
         return Memory(kept, 0)
-    num_keys = max(h.num_query if h.key_index() else h.num_key for h in problem.heads_of(strategy))
+    width = size * problem.key_width * max(map(num_keys, problem.heads_of(strategy)))
     if strategy in ("gather", "halo"):
-        fetched = max(received for _, received in keys_sent(problem, strategy).values())
+        fetched = max(ring.fetched for ring in keys_sent(problem, strategy).values())
         parts = min(1.0, 2 * heads_per_message / problem.kv_heads) if heads_per_message else 1.0
-        return Memory(kept, int(size * fetched * problem.key_width * num_keys * parts))
+        return Memory(kept, int(fetched * width * parts))
     block = max(_size(problem.rows(strategy, outer)) for outer in sampled(count))
-    return Memory(kept, min(2, count - 1) * size * block * problem.key_width * num_keys)
+    return Memory(kept, min(2, count - 1) * block * width)
 
 
 def problem_of(
@@ -200,5 +230,16 @@ def problem_of(
     inner_size: int = 0,
 ) -> Problem:
     """Return the problem of tensors `[B, heads, any tokens, D]`; they may be fake, sizes must be known."""
-    sizes = (int(x) for x in (q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.element_size()))
-    return Problem(*sizes, int(length), layout, world_size, visible, inner_size)
+    return Problem(
+        batch=int(q.shape[0]),
+        heads=int(q.shape[1]),
+        kv_heads=int(k.shape[1]),
+        head_dim=int(q.shape[3]),
+        value_dim=int(v.shape[3]),
+        itemsize=q.element_size(),
+        length=int(length),
+        layout=layout,
+        world_size=world_size,
+        visible=visible,
+        inner_size=inner_size,
+    )

@@ -140,10 +140,10 @@ def test_of_many_ranks_the_ends_and_the_middle_are_busiest(
     p = problem_at(length, layout, 48, visible=Visible(Band(*band)))
     some = attention_bytes(p, "ring")
     monkeypatch.setattr(problem, "MOST_RANKS", 48)
-    for cached in (problem.keys_sent, problem.attention_bytes):
+    for cached in (problem.keys_sent, problem.sent_by_ranks):
         cached.cache_clear()
     all_of_them = attention_bytes(p, "ring")
-    for cached in (problem.keys_sent, problem.attention_bytes):
+    for cached in (problem.keys_sent, problem.sent_by_ranks):
         cached.cache_clear()
     assert some == all_of_them
 
