@@ -8,6 +8,7 @@ import torch
 
 from cpcompile.runtime import kernels, merge
 from cpcompile.runtime.kernels import triton_merge
+from cpcompile.runtime.lanes import side_by_side
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.schedule import Piece, Span, Spans
 from cpcompile.runtime.terms import Terms
@@ -114,11 +115,13 @@ class Result:
     def add(self, q: Tensor, k: Tensor, v: Tensor, rows: Spans, columns: Spans, terms: Terms) -> None:
         """Merge the attention of `rows` over `columns`, the keys that k and v hold."""
         q, k, v = _dense(q), _dense(k), _dense(v)
-        for piece in terms.pieces(rows, columns):
+
+        def compute(piece: Piece) -> Tensors:
             at = (q, piece.rows), (k, piece.columns), (v, piece.columns)
-            block = terms.block(piece, q.device)
             q_, k_, v_ = (_part(x, piece, span) for x, span in at)
-            found = kernels.forward(q_, k_, v_, block, terms.kernel)
+            return kernels.forward(q_, k_, v_, terms.block(piece, q.device), terms.kernel)
+
+        for piece, found in side_by_side(terms.pieces(rows, columns), compute, q.device):
             self._rows.add(found, piece.batch, piece.rows.slots, merge_)
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -159,10 +162,12 @@ def add_gradients(
     """Add the gradients of `rows` over `columns`. `tensors`: dout, q, k, v, out, lse; the last two are over all keys."""
     dout, q, k, v, out, lse = tensors
     dout, q, k, v, out = (_dense(x) for x in (dout, q, k, v, out))
-    for piece in terms.pieces(rows, columns):
+
+    def compute(piece: Piece) -> Tensors:
         dout_, q_, out_, lse_ = (_part(x, piece, piece.rows) for x in (dout, q, out, lse))
         k_, v_ = (_part(x, piece, piece.columns) for x in (k, v))
-        block = terms.block(piece, q.device)
-        found = kernels.backward(dout_, q_, k_, v_, out_, lse_, block, terms.kernel)
+        return kernels.backward(dout_, q_, k_, v_, out_, lse_, terms.block(piece, q.device), terms.kernel)
+
+    for piece, found in side_by_side(terms.pieces(rows, columns), compute, q.device):
         for gradient, x, span in zip((dq, dk, dv), found, (piece.rows, piece.columns, piece.columns), strict=True):
             gradient.add(x, span.slots, piece.batch)
