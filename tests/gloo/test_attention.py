@@ -228,9 +228,11 @@ def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any
     return results
 
 
-def check(pool: Any, strategy: str, layout: str, world_size: int, cases: dict[str, dict[str, Any]]) -> None:
+def check(
+    pool: Any, strategy: str, layout: str, world_size: int, cases: dict[str, dict[str, Any]], job: Any = attend
+) -> None:
     """Compare every case, joined by position, with the reference; padding slots must come out 0."""
-    ranks = pool.run(world_size, attend, strategy, layout, cases)
+    ranks = pool.run(world_size, job, strategy, layout, cases)
     for name, case in cases.items():
         length = (PLAIN | case)["length"]
         at = torch.cat([positions(length, rank, world_size, layout) for rank in range(world_size)])
