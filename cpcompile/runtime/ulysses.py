@@ -254,9 +254,10 @@ def _summed(x: Tensor, index: list[int] | None, num_heads: int) -> Tensor:
 
 
 def _stored(x: Tensor, num_heads: int) -> Tensor:
-    """Return `x` with room for `num_heads` heads, zeros behind its own."""
+    """Return `x` with room for `num_heads` heads, zeros behind its own; the heads of a token stay neighbours."""
     if x.shape[1] == num_heads:
         return x
-    stored = x.new_zeros(x.shape[0], num_heads, *x.shape[2:])
-    stored[:, : x.shape[1]] = x
-    return stored
+    more = [0, 0, 0, num_heads - x.shape[1]]
+    if x.dim() == 3:
+        return torch.nn.functional.pad(x, more)
+    return torch.nn.functional.pad(x.transpose(1, 2), more).transpose(1, 2)
