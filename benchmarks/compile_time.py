@@ -159,7 +159,7 @@ class Stages:
         lowered = self.clock()
         self.lowering = lowered - self.entered
         names = input_names(captured)
-        self.transformed = transform(captured, config=self.config, world_size=2, group=self.axis.group, inputs=names)
+        self.transformed = transform(captured, config=self.config, axis=self.axis, inputs=names)
         self.transforming = self.clock() - lowered
         return compile_inner(self.transformed, example_inputs, self.config.inner)
 

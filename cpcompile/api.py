@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from cpcompile.backend import Compiled, gradient_sync
+from cpcompile.backend import Compiled, gradient_sync, prepare
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole, token_length
 from cpcompile.errors import ConfigError
@@ -22,7 +22,7 @@ from cpcompile.mesh import Axis, axis_of
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-def apply(model: Model, mesh: DeviceMesh, *, axis: str | None = None, **options: Any) -> Model:
+def apply(model: Model, mesh: DeviceMesh, *, axis: str | tuple[str, str] | None = None, **options: Any) -> Model:
     """Make `model` context parallel, in place.
 
     Each rank of the axis calls the model as a single-device script does, with the whole batch. The loss is
@@ -33,7 +33,8 @@ def apply(model: Model, mesh: DeviceMesh, *, axis: str | None = None, **options:
     Args:
         model: any module that traces as one graph.
         mesh: a 1-D mesh of the ranks that share each sequence, or a larger one with `axis`.
-        axis: name of the context-parallel axis of `mesh`.
+        axis: name of the context-parallel axis of `mesh`, or of two, `(ring axis, ulysses axis)` in the order of the mesh: the
+            ranks of both together share each sequence, and `strategy="usp"` exchanges heads along the second.
         options: the fields of `cpcompile.Config`: `strategy`, `balancer`, `inner`, `outputs`, `grad_sync`,
             ...
 
@@ -50,6 +51,7 @@ def apply(model: Model, mesh: DeviceMesh, *, axis: str | None = None, **options:
     if isinstance(model.__dict__.get("forward"), ParallelForward):
         raise ConfigError("this model is context parallel already: call cpcompile.remove(model) first.")
     config, chosen = Config.of(options), axis_of(mesh, axis)
+    prepare(config, chosen)
     model.forward = ParallelForward(model.forward, config, chosen)
     return model
 

@@ -19,6 +19,7 @@ from cpcompile.grad_sync import GradientSync
 from cpcompile.input_check import check_same_generators, check_same_inputs
 from cpcompile.mesh import Axis, axis_of
 from cpcompile.passes.rewrite_dropout import drawing_devices
+from cpcompile.runtime.transport import set_transport
 from cpcompile.transform import Transformed
 
 
@@ -36,8 +37,17 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
         )
     axis = axis_of(given.pop("mesh"), given.pop("axis", None))
     config = Config.of(given)
+    prepare(config, axis)
     refuse_parts()
     return Compiled(gm, example_inputs, config, gradient_sync(config, axis), check_inputs=config.check_inputs)
+
+
+def prepare(config: Config, axis: Axis) -> None:
+    """Check that options and axis fit, and choose how its groups exchange messages; `auto` leaves an earlier choice."""
+    config.check_axis(axis.inner_size)
+    if config.transport != "auto":
+        for group in axis.groups:
+            set_transport(group, config.transport)
 
 
 def refuse_parts() -> None:
@@ -80,9 +90,7 @@ class Compiled:
     ) -> None:
         axis = sync.axis
         check_devices(example_inputs, axis)
-        self.transformed: Transformed = transform_dynamo_graph(
-            gm, example_inputs, config=config, world_size=axis.world_size, group=axis.group
-        )
+        self.transformed: Transformed = transform_dynamo_graph(gm, example_inputs, config=config, axis=axis)
         self._drawing = drawing_devices(self.transformed.graph) if config.check_inputs != "never" else set()
         self._checks_always = config.check_inputs == "always"
         self._run = compile_inner(self.transformed, example_inputs, config.inner)

@@ -20,6 +20,11 @@ def is_tensor(argument: object) -> bool:
     return isinstance(argument, fx.Node) and isinstance(value_of(argument), torch.Tensor)
 
 
+def size_hint(size: Any) -> int:
+    """Return a size as a number; a symbolic one as the value it was traced with."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """An operator node with its arguments by schema name, defaults included."""

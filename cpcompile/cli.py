@@ -25,7 +25,14 @@ class Graph(str, Enum):
     after = "after"
 
 
-Strategy = Annotated[str, typer.Option(help="How attention is computed: auto, ulysses, ring or gather.")]
+Strategy = Annotated[str, typer.Option(help="How attention is computed: auto, ulysses, ring, gather, halo or usp.")]
+Kernel = Annotated[
+    str, typer.Option(help="What computes a block of attention: auto, cudnn, flash2, triton, flex, math, ...")
+]
+HeadsPerMessage = Annotated[int, typer.Option(min=0, help="Key heads that gather and halo gather at once; 0: all.")]
+InnerSize = Annotated[
+    int, typer.Option(min=0, help="How many of the ranks exchange heads in usp; 0: they are no grid.")
+]
 Balancer = Annotated[str, typer.Option(help="Which tokens each rank holds: auto, contiguous or zig_zag.")]
 ExactDropout = Annotated[bool, typer.Option("--exact-dropout", help="Dropout draws what one device draws.")]
 Inner = Annotated[str, typer.Option(help="What compiles the graph: auto, inductor, aot_eager or eager.")]
@@ -122,6 +129,9 @@ def explain(
     batch_size: BatchSize = 1,
     strategy: Strategy = "auto",
     balancer: Balancer = "auto",
+    inner_size: InnerSize = 0,
+    kernel: Kernel = "auto",
+    heads_per_message: HeadsPerMessage = 0,
     graph: Annotated[Graph | None, typer.Option(help="Print this graph as code too.")] = None,
 ) -> None:
     """Print the plan: attention sites, where inputs are sharded, every collective. Needs no GPU and no process."""
@@ -130,7 +140,16 @@ def explain(
         import cpcompile
 
         model, inputs = load_target(target, length, batch_size)
-        plan = cpcompile.explain(model, inputs, world_size=world_size, strategy=strategy, balancer=balancer)
+        plan = cpcompile.explain(
+            model,
+            inputs,
+            world_size=world_size,
+            inner_size=inner_size,
+            strategy=strategy,
+            balancer=balancer,
+            kernel=kernel,
+            heads_per_message=heads_per_message,
+        )
         typer.echo(str(plan))
         if graph is not None:
             typer.echo(getattr(plan, graph.value))
@@ -146,6 +165,7 @@ def verify(
     batch_size: BatchSize = 1,
     strategy: Strategy = "auto",
     balancer: Balancer = "auto",
+    inner_size: InnerSize = 0,
     exact_dropout: ExactDropout = False,
 ) -> None:
     """Run all ranks in this process, node by node, against the untouched model; exit code 1 if they differ."""
@@ -155,7 +175,13 @@ def verify(
 
         model, inputs = load_target(target, length, batch_size)
         report = cpcompile.verify(
-            model, inputs, world_size=world_size, strategy=strategy, balancer=balancer, exact_dropout=exact_dropout
+            model,
+            inputs,
+            world_size=world_size,
+            inner_size=inner_size,
+            strategy=strategy,
+            balancer=balancer,
+            exact_dropout=exact_dropout,
         )
         typer.echo(str(report))
         if not report.ok:

@@ -11,6 +11,7 @@ from torch import fx
 from cpcompile import _torch
 from cpcompile.capture import capture, placeholders
 from cpcompile.config import Config
+from cpcompile.mesh import Axis
 from cpcompile.transform import Transformed, transform
 
 _ARGUMENT = re.compile(r"\['?(\w+)'?\]")
@@ -33,11 +34,11 @@ def input_names(gm: fx.GraphModule) -> dict[str, str]:
 
 
 def transform_dynamo_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config, world_size: int, group: str
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config, axis: Axis
 ) -> Transformed:
     """Capture and transform the graph of a whole model."""
     captured = capture(gm, example_inputs)
-    return transform(captured, config=config, world_size=world_size, group=group, inputs=input_names(captured))
+    return transform(captured, config=config, axis=axis, inputs=input_names(captured))
 
 
 def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:

@@ -8,12 +8,16 @@ from typing import Any
 
 from cpcompile.errors import ConfigError
 from cpcompile.layout import LAYOUTS
+from cpcompile.runtime.kernels import NAMES
+from cpcompile.runtime.transport import TRANSPORTS
 
-STRATEGIES = ("ulysses", "ring", "gather")
+STRATEGIES = ("ulysses", "ring", "gather", "halo", "usp")
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "strategy": ("auto", *STRATEGIES),
     "balancer": ("auto", *LAYOUTS),
+    "kernel": ("auto", *NAMES),
+    "transport": TRANSPORTS,
     "inner": INNER_COMPILERS,
     "outputs": ("local", "full"),
     "grad_sync": ("sum", "mean", "none"),
@@ -26,10 +30,17 @@ class Config:
     """How a model is made context parallel.
 
     Attributes:
-        strategy: how attention is computed: `ulysses` (all-to-all to heads), `ring` (KV blocks travel),
-            `gather` (KV gathered, local query rows) or `auto` (the cheapest by the printed cost model, one
-            for each attention).
+        strategy: how attention is computed: `ulysses` (all-to-all to heads), `ring` (KV blocks travel), `gather` (KV gathered,
+            local query rows), `halo` (only the neighbours' tokens within a sliding window), `usp` (heads exchanged along one axis
+            of a pair, ring along the other) or `auto` (the cheapest by the printed cost model, one for each attention).
         balancer: which tokens each rank holds: `contiguous`, `zig_zag` (equal causal work) or `auto`.
+        kernel: what computes a block of attention: `auto` (the fastest that can), or one name, for every attention of the model;
+            where that one cannot compute an attention, compilation ends with its line and the reason.
+        heads_per_message: how many key heads `gather` and `halo` gather at once, so that some are computed while the next arrive,
+            and less memory is held; 0: all.
+        transport: how keys, values and heads travel between GPUs: `symmetric` (copied from memory that the GPUs of a host
+            share, beside the computation), `p2p` (NCCL sends and receives) or `auto` (symmetric where it works). It holds for
+            the process groups of the axis, and so for every model on them.
         inner: what compiles the transformed graph: `inductor`, `aot_eager` or `eager`.
         outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's
             order (`full`).
@@ -52,6 +63,9 @@ class Config:
 
     strategy: str = "auto"
     balancer: str = "auto"
+    kernel: str = "auto"
+    heads_per_message: int = 0
+    transport: str = "auto"
     inner: str = "inductor"
     outputs: str = "local"
     grad_sync: str = "sum"
@@ -67,8 +81,24 @@ class Config:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} is not an option: choose one of {', '.join(map(repr, choices))}.")
+        if self.heads_per_message < 0:
+            raise ConfigError(
+                f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
+            )
         if isinstance(self.token_local, str):
             raise ConfigError(f"token_local={self.token_local!r} is one string: give a list of paths or class names.")
+
+    def check_axis(self, inner_size: int) -> None:
+        """Check that the axis is a pair where the strategy needs one; `inner_size` is 0 for a single axis.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if self.strategy == "usp" and not inner_size:
+            raise ConfigError(
+                "strategy='usp' exchanges heads along one axis and computes ring attention along another: pass a mesh with both, "
+                "and axis=('ring axis', 'ulysses axis') (inner_size=... for explain and verify)."
+            )
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Config:

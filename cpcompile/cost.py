@@ -1,21 +1,40 @@
 """Cost model: what each strategy and layout costs an attention, in estimated seconds of the slowest rank, forward and backward.
 
-Work is the mask area that a rank computes; traffic is what it sends. Ring hides its traffic behind its work,
-the others do not. The rates are those of one device kind, so that only their ratio matters; `explain` prints
-the estimates behind a choice.
+Work is the (query, key) pairs of a rank at the rate of its kernel; traffic is the bytes that it sends, exactly, at the rate of
+its links. A ring hides its messages behind its work but for the last one, `gather` and the exchange of heads all but the first
+or last of each kind. Packed documents, which nobody has read yet, are taken for one; ranks that compute rows of their own may
+then have unequal work, ranks that compute heads have not. `explain` prints the estimates.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
-from cpcompile.layout import LAYOUTS, num_chunks, rank_chunks
+from cpcompile.layout import LAYOUTS
+from cpcompile.runtime.heads import rounds
+from cpcompile.runtime.problem import Problem, keys_sent, pairs, pieces_of, sampled, sent_by_ranks
+from cpcompile.runtime.schedule import Band, Piece, Visible
 
-FLOPS = {"cuda": 400e12, "cpu": 100e9}  # bf16 attention on an H100, fp32 on a few cores
-BYTES = {"cuda": 200e9, "cpu": 2e9}  # NVLink between two GPUs, loopback
-BACKWARD = 2.5  # five products against two
-OVERLAP = 0.9  # the part of the shorter of work and traffic that ring hides
+# Measured on H100 in bf16: FLOP/s of forward and backward for a whole causal attention of 64k tokens, 32 heads of 128.
+RATES = {"cudnn": (620e12, 560e12), "flash3": (620e12, 560e12), "flash4": (620e12, 560e12)}
+FLASH2 = (330e12, 300e12)  # and all others that run on GPUs
+CPU = (100e9, 100e9)  # fp32 on a few cores
+# A kernel reaches its rate when a row sees so many keys, as in a causal square of 16k; with half as many it is 7 and 11% slower.
+FULL_KEYS, FORWARD_SLOPE, BACKWARD_SLOPE = 8192, 0.1, 0.16
+
+# Bytes a second and direction; between hosts those of a 400 Gb/s card for each GPU.
+BYTES = {"symmetric": 350e9, "p2p": 250e9, "network": 45e9, "cpu": 2e9}
+RANKS_OF_HOST = 8  # that NVLink connects; messages of more ranks take the network
+SLOWDOWN = 0.1  # of kernels while messages are sent that take SMs; symmetric memory takes none
+LATENCY = 25e-6  # seconds of an exchange: launches and barriers
+UNEVEN = 1.3  # work of the slowest rank over the mean, where documents decide which rows have work
+
+# Of strategies within this factor of the cheapest, the first of these is taken: the one that sends least, then those whose work
+# does not depend on the mask.
+CLOSE = 1.03
+PREFERENCE = ("halo", "ulysses", "usp", "ring", "gather")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,51 +52,126 @@ class Attention:
     is_causal: bool
     window: int
     is_additive: bool
+    lookahead: int = -1
+    has_documents: bool = False
+    kernel: str = "cudnn"
 
     @property
-    def strategies(self) -> tuple[str, ...]:
-        """The strategies that are exact here.
+    def has_window(self) -> bool:
+        """Whether keys on either side are out of sight, so that only neighbours' tokens are needed."""
+        return self.window > 0 and (self.is_causal or self.lookahead >= 0)
 
-        An additive mask may hide every key with a finite bias; such rows average over all keys, which merging
-        blocks cannot keep exactly.
+    def strategies(self, axis: Ranks) -> tuple[str, ...]:
+        """Return the strategies that are exact here, and of use.
+
+        An additive mask may hide every key with a finite bias; such rows average over all keys, which merging blocks cannot keep
+        exactly.
         """
-        return ("ulysses", "gather") if self.is_additive else ("ulysses", "ring", "gather")
+        is_ring = axis.inner_size < axis.world_size
+        allowed = {
+            "ulysses": True,
+            "ring": not self.is_additive,
+            "gather": True,
+            "halo": self.has_window,
+            "usp": axis.inner_size > 0 and not (self.is_additive and is_ring),
+        }
+        return tuple(name for name in PREFERENCE if allowed[name])
+
+    def problem(self, axis: Ranks, layout: str) -> Problem:
+        """Return the attention on ranks, as numbers."""
+        high = 0 if self.is_causal else None if self.lookahead < 0 else self.lookahead
+        visible = Visible(Band(1 - self.window if self.window else None, high))
+        return Problem(
+            batch=self.batch,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            itemsize=self.bytes_per_element,
+            length=self.tokens,
+            layout=layout,
+            world_size=axis.world_size,
+            visible=visible,
+            inner_size=axis.inner_size,
+        )
 
 
-def rank_area(site: Attention, rank: int, world_size: int, layout: str) -> float:
-    """Return how many query-key pairs `rank` computes for one head when it holds its query rows."""
-    chunk = site.tokens / num_chunks(world_size, layout)
-    area = 0.0
-    for index in rank_chunks(rank, world_size, layout):
-        row = (index + 0.5) * chunk  # keys that the middle row of the chunk sees
-        seen = row if site.is_causal else site.tokens
-        area += chunk * (min(seen, site.window) if site.window else seen)
-    return area
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks that share a sequence, and how they exchange messages.
+
+    Attributes:
+        world_size: all of them.
+        inner_size: those that exchange heads in `usp`; 0 where they are no grid.
+        heads_per_message: key heads that `gather` and `halo` gather at once; 0: all.
+        transport: `symmetric` or `p2p`, or `auto`, which is taken for symmetric on one host.
+    """
+
+    world_size: int
+    inner_size: int = 0
+    heads_per_message: int = 0
+    transport: str = "auto"
 
 
-def seconds(site: Attention, strategy: str, layout: str, world_size: int) -> float:
+@lru_cache(maxsize=1024)
+def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
     """Return the estimated seconds of one attention, forward and backward, on the slowest rank."""
-    per_head = 2.0 * (site.head_dim + site.value_dim) * site.batch * (1 + BACKWARD)
-    local = site.batch * site.tokens / world_size * site.bytes_per_element
-    kv_bytes = local * site.kv_heads * (site.head_dim + site.value_dim)
-    others = world_size - 1
-    if strategy == "ulysses":
-        whole = rank_area(site, 0, 1, "contiguous")
-        work = math.ceil(site.heads / world_size) * whole * per_head
-        head_bytes = site.heads * site.head_dim + max(site.kv_heads, world_size) * (site.head_dim + site.value_dim)
-        traffic = 2.0 * local * (head_bytes + site.heads * site.value_dim) * others / world_size
-    else:
-        areas = [rank_area(site, rank, world_size, layout) for rank in {0, world_size // 2, world_size - 1}]
-        work = site.heads * max(areas) * per_head
-        traffic = others * kv_bytes * (4.0 if strategy == "ring" else 2.0)  # ring: KV twice, and their gradients
-    compute, transfer = work / FLOPS[_kind(site)], traffic / BYTES[_kind(site)]
-    if strategy == "ring":  # no overlap is perfect
-        return max(compute, transfer) + (1 - OVERLAP) * min(compute, transfer)
-    return compute + transfer
+    problem = site.problem(axis, layout)
+    work = compute_seconds(site, problem, strategy)
+    if site.has_documents and problem.inner(strategy) < axis.world_size:
+        work *= UNEVEN
+    inner, ranks = problem.inner(strategy), sent_by_ranks(problem, strategy)
+    keys = max(r.forward_keys + r.backward_keys for r in ranks)
+    swapped = max(r.forward_swap + r.backward_swap for r in ranks)
+    total = work
+    if keys:
+        hops = max(ring.sources for ring in keys_sent(problem, strategy).values())
+        messages = 3 * (math.ceil(site.kv_heads / axis.heads_per_message) if axis.heads_per_message else 1)
+        # Keys twice and their gradients: a ring waits for one message of them all, `gather` for the first of each kind.
+        count, shown = (messages, 3) if strategy in ("gather", "halo") else (3 * hops, 1)
+        total += _exposed(keys, count, shown, work, link(site, axis, axis.world_size))
+    if swapped:
+        count = 4 * len(rounds(inner, site.heads, site.kv_heads))
+        total += _exposed(swapped, count, 4, work, link(site, axis, inner))
+    return total
 
 
-def _kind(site: Attention) -> str:
-    return "cuda" if site.device == "cuda" else "cpu"
+def compute_seconds(site: Attention, problem: Problem, strategy: str) -> float:
+    """Return the seconds of the kernels of the slowest rank."""
+    rates = RATES.get(site.kernel, FLASH2) if is_gpu(site) else CPU
+    inner = problem.inner(strategy)
+    heads = site.batch * max(h.num_query for h in problem.heads_of(strategy))
+    per_pair = 2.0 * (site.head_dim + site.value_dim) * heads
+
+    def of(piece: Piece) -> float:
+        count = pairs(piece)
+        size = min(1.0, count / piece.rows.size / FULL_KEYS)
+        forward, backward = rates[0] * size**FORWARD_SLOPE, rates[1] * size**BACKWARD_SLOPE
+        return per_pair * count * (1 / forward + 2.5 / backward) if count else 0.0  # five products against two
+
+    return max(sum(map(of, pieces_of(problem, strategy, at))) for at in sampled(problem.world_size // inner))
+
+
+def link(site: Attention, axis: Ranks, num_ranks: int) -> str:
+    """Return what connects so many ranks, a key of `BYTES`."""
+    if not is_gpu(site):
+        return "cpu"
+    if num_ranks > RANKS_OF_HOST:
+        return "network"
+    return "p2p" if axis.transport == "p2p" else "symmetric"
+
+
+def _exposed(sent: int, count: int, shown: int, work: float, kind: str) -> float:
+    """Return what `count` messages of `sent` bytes add to the work, in seconds: `shown` of them, and what it cannot hide."""
+    transfer = sent / BYTES[kind] + LATENCY * count
+    waited = transfer * shown / count
+    slowdown = SLOWDOWN * transfer if kind in ("p2p", "network") else 0.0
+    return waited + max(0.0, transfer - waited - work) + slowdown
+
+
+def is_gpu(site: Attention) -> bool:
+    """Tell whether the attention will run on a GPU; a model without memory is planned for one."""
+    return site.device in ("cuda", "meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +183,7 @@ class Choice:
     estimates: dict[tuple[str, str], float]
 
 
-def choose(sites: list[Attention], strategy: str, balancer: str, world_size: int) -> Choice:
+def choose(sites: list[Attention], strategy: str, balancer: str, axis: Ranks) -> Choice:
     """Choose what costs least among what was asked for; `auto` leaves all open. One layout serves all attentions."""
     layouts = LAYOUTS if balancer == "auto" else (balancer,)
     best: tuple[float, Choice] | None = None
@@ -97,9 +191,10 @@ def choose(sites: list[Attention], strategy: str, balancer: str, world_size: int
     for layout in layouts:
         chosen, total = [], 0.0
         for site in sites:
-            allowed = [s for s in site.strategies if strategy in ("auto", s)] or [site.strategies[-1]]
-            costs = {name: seconds(site, name, layout, world_size) for name in allowed}
-            name = min(costs, key=costs.__getitem__)
+            allowed = [s for s in site.strategies(axis) if strategy in ("auto", s)] or ["gather"]
+            costs = {name: seconds(site, name, layout, axis) for name in allowed}
+            least = min(costs.values())
+            name = next(name for name in allowed if costs[name] <= CLOSE * least)
             chosen.append(name)
             total += costs[name]
             for key, cost in costs.items():

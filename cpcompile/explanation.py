@@ -12,21 +12,24 @@ import torch
 from torch import fx
 
 from cpcompile.annotation import annotation
-from cpcompile.call import Call, is_tensor
+from cpcompile.attention_cases import chosen_kernels, sized, strategy_of
+from cpcompile.call import Call, is_tensor, size_hint
 from cpcompile.capture import placeholders
 from cpcompile.compile import transform_dynamo_graph
 from cpcompile.config import Config
-from cpcompile.cost import BYTES, FLOPS
+from cpcompile.cost import BYTES, CPU, FLASH2, RATES
 from cpcompile.dynamo import by_name, compile_whole, token_length
-from cpcompile.errors import ConfigError, module_path, source_place
+from cpcompile.errors import module_path, source_place
 from cpcompile.layout import local_length
 from cpcompile.listing import input_name, listing, operator_name
+from cpcompile.mesh import Axis
 from cpcompile.passes.lift_masks import describe
 from cpcompile.placement import Sharded
 from cpcompile.plan import Lengths
 from cpcompile.regions import regions_of
-from cpcompile.runtime.traffic import Traffic, sends, traffic
-from cpcompile.sites import attention_nodes, size_hint
+from cpcompile.runtime.problem import Memory, memory_of, work_of
+from cpcompile.runtime.traffic import Traffic, attention_problem, sends, traffic
+from cpcompile.sites import attention_nodes, rewritten_attentions
 from cpcompile.transform import Transformed
 
 cp = torch.ops.cpcompile
@@ -34,7 +37,15 @@ cp = torch.ops.cpcompile
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One attention: where it is, what it is, and how it will be computed. Bytes are those that one rank sends in a step."""
+    """One attention: where it is, what it is, and how it will be computed.
+
+    Attributes:
+        kernels: what computes its blocks; none where that is not known, for a model without memory.
+        reasons: why none of the faster kernels, one line each.
+        forward_bytes, backward_bytes: what the busiest rank sends in a step.
+        pairs: for each rank, how many pairs of a query and a key it computes, over all its heads.
+        kept_bytes: what a rank keeps from forward to backward; received_bytes: others' keys that it holds at once.
+    """
 
     module: str
     line: str
@@ -44,8 +55,18 @@ class Site:
     mask: str
     strategy: str
     layout: str
+    kernels: tuple[str, ...]
+    reasons: tuple[str, ...]
     forward_bytes: int
     backward_bytes: int
+    pairs: tuple[int, ...]
+    kept_bytes: int
+    received_bytes: int
+
+    @property
+    def imbalance(self) -> float:
+        """The work of the busiest rank over the mean."""
+        return max(self.pairs) * len(self.pairs) / sum(self.pairs) if any(self.pairs) else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +139,9 @@ class Explanation:
             f"{self.tokens} tokens on {self.world_size} ranks, {self.local_tokens} slots each, layout {self.layout}; "
             f"tokens of {inputs}",
             "",
-            f"{len(self.sites)} attention(s), bytes that one rank sends in a step",
+            f"{len(self.sites)} attention(s): the work of the busiest rank over the mean, bytes that it sends in a step",
             *table(
-                ("module", "line", "heads", "kv", "dim", "mask", "strategy", "forward", "backward"),
+                ("module", "line", "heads", "kv", "dim", "mask", "strategy", "kernel", "work", "forward", "backward"),
                 [
                     (
                         s.module,
@@ -130,12 +151,17 @@ class Explanation:
                         s.head_dim,
                         s.mask,
                         s.strategy,
+                        ", ".join(s.kernels) or "-",
+                        f"{s.imbalance:.2f}",
                         size(s.forward_bytes),
                         size(s.backward_bytes),
                     )
                     for s in self.sites
                 ],
             ),
+            *self._kernel_lines(),
+            f"a rank keeps {size(sum(s.kept_bytes for s in self.sites))} of all attentions for backward, and holds at most "
+            f"{size(max((s.received_bytes for s in self.sites), default=0))} of other ranks' keys at once",
             "",
             *self._region_lines(),
             "sharded where",
@@ -159,10 +185,16 @@ class Explanation:
                 *table(
                     ("layout", "strategy", "ms"), [(*k.split("/"), f"{v * 1e3:.3g}") for k, v in self.estimates.items()]
                 ),
-                f"(at {FLOPS['cuda'] / 1e12:.0f} TFLOP/s and {BYTES['cuda'] / 1e9:.0f} GB/s on GPUs, "
-                f"{FLOPS['cpu'] / 1e9:.0f} GFLOP/s and {BYTES['cpu'] / 1e9:.0f} GB/s on CPUs)",
+                *rates(),
             ]
         return "\n".join(lines)
+
+    def _kernel_lines(self) -> list[str]:
+        """Return which faster kernels cannot be used, and why."""
+        found: dict[str, None] = dict.fromkeys(
+            f"{', '.join(s.kernels)}: {'; '.join(s.reasons)}" for s in self.sites if s.reasons
+        )
+        return ["why no faster kernel", *(f"  {text}" for text in found)] if found else []
 
     def _region_lines(self) -> list[str]:
         if not self.regions:
@@ -175,6 +207,17 @@ class Explanation:
             return []
         rows = [(g.value, "x".join(map(str, g.shape)), size(g.nbytes), g.reason, g.line) for g in self.gathered]
         return ["gathered on every rank", *table(("value", "shape", "bytes", "because", "line"), rows), ""]
+
+
+def rates() -> list[str]:
+    """Return what the estimates assume."""
+    (forward, backward), (forward2, backward2) = RATES["cudnn"], FLASH2
+    return [
+        f"(at {forward / 1e12:.0f} TFLOP/s forward and {backward / 1e12:.0f} backward with cudnn, flash3 or flash4, "
+        f"{forward2 / 1e12:.0f} and {backward2 / 1e12:.0f} with other kernels;",
+        f" {BYTES['symmetric'] / 1e9:.0f} GB/s between GPUs of a host, {BYTES['network'] / 1e9:.0f} beyond; "
+        f"on CPUs {CPU[0] / 1e9:.0f} GFLOP/s and {BYTES['cpu'] / 1e9:.0f} GB/s)",
+    ]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -195,21 +238,23 @@ def size(count: float) -> str:
     return f"{count:.4g} TiB"
 
 
-def explain(model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, **options: Any) -> Explanation:
+def explain(
+    model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, inner_size: int = 0, **options: Any
+) -> Explanation:
     """Return the plan for `model` on `world_size` ranks: nothing is run, and neither GPUs nor processes are needed.
 
     Args:
         model: the single-device model, on any device; `meta` too.
         inputs: its keyword arguments, on the model's device; their shapes decide, not their values.
         world_size: ranks that share the sequence.
+        inner_size: how many of them exchange heads in `strategy="usp"`, where they are a grid.
         options: the fields of `cpcompile.Config`.
 
     Raises:
         CPError: the model is refused, with the line, the reason and the remedy.
     """
-    if world_size < 1:
-        raise ConfigError(f"world_size={world_size}: there is at least one rank.")
-    transformed = plan_for(model, inputs, world_size=world_size, config=Config.of({**options, "dynamic": False}))
+    config = Config.of({**options, "dynamic": False})
+    transformed = plan_for(model, inputs, world_size=world_size, inner_size=inner_size, config=config)
     gm, plan = transformed.graph, transformed.plan
     lengths = Lengths.all_of(gm)
     length = size_hint(lengths[0].value) if lengths else 0
@@ -236,12 +281,16 @@ class _Planned(Exception):
     """Ends the call of a model whose plan is made."""
 
 
-def plan_for(model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, config: Config) -> Transformed:
+def plan_for(
+    model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, config: Config, inner_size: int = 0
+) -> Transformed:
     """Trace and transform `model` without running it."""
+    axis = Axis.in_process(world_size, inner_size)
+    config.check_axis(inner_size)
     made: list[Transformed] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        made.append(transform_dynamo_graph(gm, example_inputs, config=config, world_size=world_size, group=""))
+        made.append(transform_dynamo_graph(gm, example_inputs, config=config, axis=axis))
 
         def stop(*args: Any) -> Any:
             raise _Planned
@@ -292,16 +341,17 @@ def collective_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def attention_sites(transformed: Transformed) -> list[Site]:
-    """Return the attentions in order; those that run on whole tokens have no strategy."""
-    calls = {annotation(n).site: n for n in collective_nodes(transformed.graph) if "attention" in operator_name(n)}
-    attentions = transformed.graph.graph.find_nodes(op="call_function", target=cp.attention.default)
-    local = {node.name for node in attentions if isinstance(annotation(node).placement, Sharded)}
+    """Return the attentions in order; those that exchange nothing have no strategy."""
+    plan = transformed.plan
+    calls = {annotation(n).site or n.name: n for n in rewritten_attentions(transformed.graph)}
     sites = []
     for node in attention_nodes(transformed.analysed):
-        call = Call.of(node)
+        call, made = Call.of(node), calls.get(node.name)
         q, k = call.shape("q"), call.shape("k")
-        rewritten = calls.get(node.name)
-        sent = traffic_of(rewritten, transformed) if rewritten is not None else Traffic(0, 0)
+        strategy = "" if made is None else strategy_of(made)
+        is_local = made is not None and isinstance(annotation(made).placement, Sharded)
+        kernels = () if made is None else chosen_kernels(made, plan.kernel)
+        numbers = numbers_of(made, transformed) if made is not None and strategy else NOTHING
         sites.append(
             Site(
                 module=module_path(node),
@@ -310,18 +360,38 @@ def attention_sites(transformed: Transformed) -> list[Site]:
                 kv_heads=size_hint(k[1]),
                 head_dim=size_hint(q[3]),
                 mask=describe(node),
-                strategy=strategy_of(rewritten) if rewritten is not None else how_alone(node.name in local),
-                layout=transformed.plan.layout,
-                forward_bytes=sent.forward,
-                backward_bytes=sent.backward,
+                strategy=strategy or how_alone(is_local),
+                layout=plan.layout,
+                kernels=tuple(dict.fromkeys(chosen.name for chosen in kernels)),
+                reasons=tuple(dict.fromkeys(reason for chosen in kernels for reason in chosen.reasons)),
+                forward_bytes=numbers.sent.forward,
+                backward_bytes=numbers.sent.backward,
+                pairs=numbers.pairs,
+                kept_bytes=numbers.memory.kept,
+                received_bytes=numbers.memory.received,
             )
         )
     return sites
 
 
-def strategy_of(node: fx.Node) -> str:
-    """Return the strategy of a collective attention."""
-    return operator_name(node).removeprefix("cp.").removesuffix("_attention")
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What an attention sends, computes and holds."""
+
+    sent: Traffic
+    pairs: tuple[int, ...]
+    memory: Memory
+
+
+NOTHING = Numbers(Traffic(0, 0), (), Memory(0, 0))
+
+
+def numbers_of(node: fx.Node, transformed: Transformed) -> Numbers:
+    """Return the numbers of a collective attention."""
+    plan, strategy = transformed.plan, strategy_of(node)
+    problem = attention_problem(sized(Call.of(node)))
+    pairs = tuple(work_of(problem, strategy, rank) for rank in range(plan.world_size))
+    return Numbers(traffic_of(node, transformed), pairs, memory_of(problem, strategy, plan.heads_per_message))
 
 
 def how_alone(is_local: bool) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operators)
-from cpcompile.call import Call
-from cpcompile.cost import Attention
+from cpcompile.attention_cases import likely_kernel
+from cpcompile.call import Call, size_hint
+from cpcompile.cost import PREFERENCE, Attention
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
@@ -21,10 +20,17 @@ ATTENTION_LIKE = {
     torch.ops.higher_order.flex_attention,
 }
 
+REWRITTEN = {cp.attention.default, *(getattr(cp, f"{name}_attention").default for name in PREFERENCE)}
+
 
 def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the attentions of the graph, in order."""
     return list(gm.graph.find_nodes(op="call_function", target=cp.attention.default))
+
+
+def rewritten_attentions(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the attentions of a rewritten graph, in order: collectives, and those that exchange nothing."""
+    return [node for node in gm.graph.nodes if node.target in REWRITTEN]
 
 
 def tokens_of_attention(gm: fx.GraphModule) -> int:
@@ -40,13 +46,8 @@ def attends_to_itself(node: fx.Node) -> bool:
     return str(call.shape("q")[2]) == str(call.shape("k")[2])
 
 
-def size_hint(size: Any) -> int:
-    """Return a size as a number; a symbolic one as the value it was traced with."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
-def attention_site(node: fx.Node) -> Attention:
-    """Return what the cost of the attention `node` depends on."""
+def attention_site(node: fx.Node, kernel: str = "auto") -> Attention:
+    """Return what the cost of the attention `node` depends on, by the kernel that was asked for."""
     call = Call.of(node)
     q, k, v = (call.tensor(name) for name in "qkv")
     mask = call["mask"]
@@ -60,6 +61,9 @@ def attention_site(node: fx.Node) -> Attention:
         bytes_per_element=q.element_size(),
         device=q.device.type,
         is_causal=bool(call["is_causal"]),
-        window=int(call["window"]),
+        window=size_hint(call["window"]),
         is_additive=mask is not None and call.tensor("mask").is_floating_point(),
+        lookahead=size_hint(call["lookahead"]),
+        has_documents=call["documents"] is not None,
+        kernel=likely_kernel(node, kernel),
     )

@@ -13,13 +13,21 @@ import torch
 from torch import fx
 
 from cpcompile.annotation import annotate, annotation
+from cpcompile.attention_cases import refuse_unable_kernel
 from cpcompile.call import is_tensor
 from cpcompile.config import Config
-from cpcompile.cost import Choice, choose
+from cpcompile.cost import Choice, Ranks, choose
 from cpcompile.errors import CPError, InputError, where
+from cpcompile.mesh import Axis
 from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies
 from cpcompile.plan import Plan, sequences_of
-from cpcompile.sites import ATTENTION_LIKE, attention_nodes, attention_site, tokens_of_attention
+from cpcompile.sites import (
+    ATTENTION_LIKE,
+    attention_nodes,
+    attention_site,
+    rewritten_attentions,
+    tokens_of_attention,
+)
 from cpcompile.tokens import find_token_dims
 
 cp = torch.ops.cpcompile
@@ -50,16 +58,13 @@ class Transformed:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def transform(
-    captured: fx.GraphModule, *, config: Config, world_size: int, group: str, inputs: Mapping[str, str]
-) -> Transformed:
+def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: Mapping[str, str]) -> Transformed:
     """Make the captured graph context parallel.
 
     Args:
         captured: the pre-dispatch ATen graph; it is edited.
         config: the user's options.
-        world_size: ranks of the axis.
-        group: name of the process group of the axis, '' for ranks that exist in this process only.
+        axis: the ranks that share each sequence.
         inputs: the user's argument name for each placeholder that is an input of the model.
 
     Raises:
@@ -75,28 +80,35 @@ def transform(
         run_pass(captured, analysis, changes, times)
     analysed = copy.deepcopy(captured)
     num_tokens = tokens_of_attention(captured) if not token_dims else 0
-    choice = choose(
-        [attention_site(n) for n in attention_nodes(captured)], config.strategy, config.balancer, world_size
-    )
+    ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)
+    sites = [attention_site(node, config.kernel) for node in attention_nodes(captured)]
+    choice = choose(sites, config.strategy, config.balancer, ranks)
     warn_of_other_strategies(captured, choice, config.strategy)
-    run_pass(captured, choose_strategies, changes, times, strategies=choice.strategies)
+    run_pass(captured, choose_strategies, changes, times, strategies=choice.strategies, kernel=config.kernel)
     plan = Plan(
-        world_size=world_size,
-        group=group,
+        world_size=axis.world_size,
+        group=axis.group,
         layout=choice.layout,
         token_dims=token_dims,
         outputs=config.outputs,
-        gradient_scale=float(world_size) if config.grad_sync == "mean" else 1.0,
+        gradient_scale=float(axis.world_size) if config.grad_sync == "mean" else 1.0,
         exact_dropout=config.exact_dropout,
         strict=config.strict,
         token_local=tuple(config.token_local),
         num_tokens=num_tokens,
+        kernel=config.kernel,
+        heads_per_message=config.heads_per_message,
+        inner_size=axis.inner_size,
+        inner_group=axis.inner_group,
+        outer_group=axis.outer_group,
     )
     for sharding in SHARDING:
         run_pass(captured, sharding, changes, times, plan=plan)
     captured.graph.eliminate_dead_code()
     captured.recompile()
     warn_of_rows(captured, config.strategy)
+    if config.kernel != "auto":
+        refuse_unable_kernel(rewritten_attentions(captured), config.kernel)
     check_legal(captured, config.strict)
     return Transformed(original, analysed, captured, plan, sequences_of(captured, plan), choice, changes, times)
 
@@ -124,15 +136,15 @@ def warn_of_other_strategies(gm: fx.GraphModule, choice: Choice, asked: str) -> 
         return
     others = [node for node, s in zip(attention_nodes(gm), choice.strategies, strict=True) if s != asked]
     reason = f"their additive mask may hide every key of a row, and {asked} cannot keep such rows exact"
+    if asked == "halo":
+        reason = "they have no sliding window, so that their rows see more than the tokens of neighbours"
     warn_of_gathers(others, asked, reason)
 
 
 def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
     """Say, once, which attentions gather their keys although another strategy was asked for."""
-    if asked != "ulysses":
-        return
     gathers = gm.graph.find_nodes(op="call_function", target=cp.gather_attention.default)
-    others = [node for node in gathers if annotation(node).strategy == "ulysses"]
+    others = [node for node in gathers if annotation(node).strategy == asked != "gather"]
     warn_of_gathers(others, asked, "each rank computes the rows of their mask for its own queries only")
 
 

@@ -7,7 +7,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from cpcompile.capture import capture
 from cpcompile.compile import input_names
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole, token_length
-from cpcompile.errors import ConfigError, VerificationError, where
+from cpcompile.errors import VerificationError, where
 from cpcompile.lockstep import Lockstep, whole_value
+from cpcompile.mesh import Axis
 from cpcompile.passes.finish_outputs import output_placements
 from cpcompile.placement import FULL, Full, Sharded
 from cpcompile.transform import Transformed, transform
@@ -114,6 +115,7 @@ def verify(
     inputs: Mapping[str, Any],
     *,
     world_size: int,
+    inner_size: int = 0,
     dtype: torch.dtype | None = None,
     tolerance: float | None = None,
     objective: Callable[[Any], torch.Tensor] | None = None,
@@ -127,12 +129,13 @@ def verify(
         model: the single-device model, on any device.
         inputs: its keyword arguments: the whole batch, labels included.
         world_size: ranks to simulate.
+        inner_size: how many of them exchange heads in `strategy="usp"`, where they are a grid.
         dtype: run a copy of the model in this dtype; `torch.float64` separates errors from rounding (float32
             casts are widened too).
         tolerance: largest relative error; by default 256 units in the last place of the dtype, 8 for half precision.
         objective: from the model's output to the scalar to differentiate; by default its loss, or else a
             fixed random projection of all its floating-point outputs.
-        options: the fields of `cpcompile.Config`.
+        options: the fields of `cpcompile.Config`. Attention is computed as it is defined, whatever `kernel` says.
 
     Returns:
         The comparison; `.ok` tells whether it is within the tolerance, `print` it for details.
@@ -140,9 +143,8 @@ def verify(
     Raises:
         CPError: the model is refused, or dropout makes any two runs differ (not with `exact_dropout=True`).
     """
-    if world_size < 1:
-        raise ConfigError(f"world_size={world_size}: there is at least one rank.")
-    config = Config.of(options)
+    axis, config = Axis.in_process(world_size, inner_size), replace(Config.of(options), kernel="auto")
+    config.check_axis(inner_size)
     if dtype is not None:
         model = copy.deepcopy(model).to(dtype)
         inputs = {
@@ -152,7 +154,7 @@ def verify(
     is_wide = dtype == torch.float64
     with Widen() if is_wide else contextlib.nullcontext(), seeded(model):
         reference_loss, reference = run_and_differentiate(model, model.forward, inputs, objective)
-    ranks = LockstepBackend(config, world_size, is_wide)
+    ranks = LockstepBackend(config, axis, is_wide)
     with seeded(model):
         loss, gradients = run_and_differentiate(
             model, compile_whole(model.forward, ranks, config), by_name(model.forward, inputs), objective, config
@@ -252,8 +254,8 @@ def run_and_differentiate(
 class LockstepBackend:
     """A Dynamo backend that runs all ranks in lockstep and hands the joined outputs back to the model's own code."""
 
-    def __init__(self, config: Config, world_size: int, is_wide: bool) -> None:
-        self.config, self.world_size, self.is_wide = config, world_size, is_wide
+    def __init__(self, config: Config, axis: Axis, is_wide: bool) -> None:
+        self.config, self.axis, self.is_wide = config, axis, is_wide
         self.transformed: Transformed | None = None
         self.inputs: tuple[Any, ...] = ()
         self._scalars: list[list[torch.Tensor]] = []
@@ -264,16 +266,14 @@ class LockstepBackend:
             refuse_dropout(captured)
         if self.is_wide:
             widen_graph(captured)
-        self.transformed = transform(
-            captured, config=self.config, world_size=self.world_size, group="", inputs=input_names(captured)
-        )
+        self.transformed = transform(captured, config=self.config, axis=self.axis, inputs=input_names(captured))
         return self._run
 
     def _run(self, *inputs: Any) -> tuple[Any, ...]:
         assert self.transformed is not None
         graph, layout = self.transformed.graph, self.transformed.plan.layout
         self.inputs = inputs
-        outputs = Lockstep(graph, self.world_size).run(*inputs)
+        outputs = Lockstep(graph, self.axis.world_size).run(*inputs)
         lengths = sequence_lengths(self.transformed, inputs)
         joined = []
         for placement, *values in zip(output_placements(graph), *outputs, strict=True):

@@ -1,7 +1,7 @@
-"""Choose strategies: each attention is marked with how it will be computed.
+"""Choose strategies: each attention is marked with how it will be computed, and given its kernel.
 
 before  o = cp.attention(q, k, v, ..., is_causal=True)
-after   o = cp.attention(q, k, v, ..., is_causal=True)      # strategy: ring
+after   o = cp.attention(q, k, v, ..., is_causal=True, kernel_name="flash2")      # strategy: ring
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from torch import fx
 
 from cpcompile.annotation import annotate
+from cpcompile.call import Call
 from cpcompile.sites import attention_nodes
 
 
-def choose_strategies(gm: fx.GraphModule, *, strategies: Sequence[str]) -> int:
-    """Mark the attentions with `strategies`, in order, and return how many there are."""
+def choose_strategies(gm: fx.GraphModule, *, strategies: Sequence[str], kernel: str = "auto") -> int:
+    """Mark the attentions with `strategies`, in order, and name their kernel; return how many there are."""
     nodes = attention_nodes(gm)
     for node, strategy in zip(nodes, strategies, strict=True):
         annotate(node, strategy=strategy)
+        node.args, node.kwargs = Call.of(node).rebound({"kernel_name": kernel})
     return len(nodes)

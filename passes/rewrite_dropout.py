@@ -17,12 +17,11 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.annotation import annotate, annotation, placement_of
-from cpcompile.call import Call
+from cpcompile.call import Call, size_hint
 from cpcompile.emit import emit_copy
 from cpcompile.errors import NoRule, where
 from cpcompile.placement import Full, Sharded
 from cpcompile.plan import Lengths, Plan
-from cpcompile.sites import size_hint
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 

@@ -10,10 +10,9 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from cpcompile.call import value_of
+from cpcompile.call import size_hint, value_of
 from cpcompile.emit import emit
 from cpcompile.patterns.formula import size_of
-from cpcompile.sites import size_hint
 
 aten = torch.ops.aten
 

@@ -100,7 +100,8 @@ def work_of(problem: Problem, strategy: str, rank: int) -> int:
     """Return how many (query, key) pairs a rank computes, over its heads and the batch."""
     inner = problem.inner(strategy)
     heads = problem.heads_of(strategy)[rank % inner].num_query
-    return problem.batch * heads * sum(map(pairs, pieces_of(problem, strategy, rank // inner)))
+    seen = pieces(problem.rows(strategy, rank // inner), whole(problem.length), problem.visible)
+    return problem.batch * heads * sum(map(pairs, seen))
 
 
 @dataclass(frozen=True, slots=True)

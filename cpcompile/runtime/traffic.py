@@ -84,13 +84,14 @@ def _attention(strategy: str) -> Callable[[Arguments], Traffic]:
 
 def attention_problem(a: Arguments) -> Problem:
     """Return an attention operator's arguments as a problem. Where documents begin is not read: they hide nothing here."""
-    given = [None if name == "bounds" else a[name] for name in _TERMS]
+    given = [None if name == "bounds" else a[name] for name in TERMS]
     visible = Terms.of(a["q"], a["k"], given, a["length"]).visible
     axis = {name: a[name] for name in ("length", "layout", "world_size")}
     return problem_of(a["q"], a["k"], a["v"], visible=visible, inner_size=a.get("inner_size", 0), **axis)
 
 
-_TERMS = [a.name for a in torch.ops.cpcompile.ring_attention.default._schema.arguments[3:] if not a.kwarg_only]
+# The arguments behind q, k and v, in the order of `Terms`.
+TERMS = [a.name for a in torch.ops.cpcompile.ring_attention.default._schema.arguments[3:] if not a.kwarg_only]
 _COUNTS: dict[str, Callable[[Arguments], Traffic]] = {
     "all_reduce": _all_reduce,
     "gather_tokens": _gather_tokens,

@@ -75,9 +75,12 @@ def test_verify_exit_code(factory: None, monkeypatch: pytest.MonkeyPatch, ok: bo
     monkeypatch.setattr(
         cpcompile, "verify", lambda model, inputs, **given: seen.update(given) or Report(ok), raising=False
     )
-    result = invoke("verify", "my_factory:with_inputs", "--world-size", "3", "--strategy", "ring", "--exact-dropout")
+    given = ("--world-size", "4", "--inner-size", "2", "--strategy", "usp", "--exact-dropout")
+    result = invoke("verify", "my_factory:with_inputs", *given)
     assert (result.exit_code, result.output) == (code, "the report\n")
-    assert seen == {"world_size": 3, "strategy": "ring", "balancer": "auto", "exact_dropout": True}
+    assert seen == {
+        "world_size": 4, "inner_size": 2, "strategy": "usp", "balancer": "auto", "exact_dropout": True
+    }  # fmt: skip
 
 
 def test_explain_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +94,16 @@ def test_explain_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     result = invoke("explain", str(save_tiny_llama(tmp_path / "tiny")), "--length", "31", "--batch-size", "2")
     assert (result.exit_code, result.output) == (0, "a plan\n")
     assert shapes == [(2, 31)]
+
+
+def test_explain_takes_the_options_of_attention(factory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        cpcompile, "explain", lambda model, inputs, **given: seen.update(given) or "a plan", raising=False
+    )
+    given = ("--strategy", "halo", "--kernel", "math", "--heads-per-message", "2")
+    assert invoke("explain", "my_factory:with_inputs", *given).exit_code == 0
+    assert (seen["strategy"], seen["kernel"], seen["heads_per_message"], seen["inner_size"]) == ("halo", "math", 2, 0)
 
 
 def test_an_error_of_the_pass_is_shown_whole(factory: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpcompile import explain
+from cpcompile import ConfigError, explain
 from cpcompile.explanation import size, table
 from tests.graph.small_models import TinyLM, batch
 
@@ -52,18 +52,13 @@ KV = 2 * B * (S // P) * HEADS * DIM * BYTES
 QUERY = KV // 2
 
 
-def test_bytes_of_ring() -> None:
-    """Keys and values make P-1 steps each way, their gradients P."""
-    (site,) = plan(strategy="ring").sites
-    assert site.forward_bytes == (P - 1) * KV
-    assert site.backward_bytes == (P - 1) * KV + P * KV
-
-
-def test_bytes_of_gather() -> None:
-    """Every rank sends its keys and values to the others, in backward once more, and their gradients."""
-    (site,) = plan(strategy="gather").sites
-    assert site.forward_bytes == (P - 1) * KV
-    assert site.backward_bytes == 2 * (P - 1) * KV
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+def test_bytes_of_keys(strategy: str) -> None:
+    """The first rank's keys are needed by all others, in backward once more; it fetches none, whose gradients it would send."""
+    (site,) = plan(strategy=strategy, balancer="contiguous").sites
+    assert (site.forward_bytes, site.backward_bytes) == ((P - 1) * KV, (P - 1) * KV)
+    (site,) = plan(strategy=strategy, balancer="zig_zag").sites
+    assert (site.forward_bytes, site.backward_bytes) == ((P - 1) * KV, 3 * (P - 1) * KV // 2)
 
 
 def test_bytes_of_ulysses_with_a_head_for_each_rank() -> None:
@@ -72,6 +67,72 @@ def test_bytes_of_ulysses_with_a_head_for_each_rank() -> None:
     whole = B * (S // 2) * HEADS * DIM * BYTES
     assert site.forward_bytes == (3 * whole + whole) // 2
     assert site.backward_bytes == (whole + 3 * whole) // 2
+
+
+def test_work_of_each_rank() -> None:
+    (site,) = plan(strategy="ring", balancer="contiguous").sites
+    assert site.pairs == tuple(B * HEADS * pairs for pairs in (1 + 2, 3 + 4, 5 + 6, 7 + 8))
+    assert site.imbalance == pytest.approx(15 / 9)
+    (site,) = plan(strategy="ring", balancer="zig_zag").sites
+    assert (len(set(site.pairs)), site.imbalance) == (1, 1.0)
+    (site,) = plan(world_size=2, strategy="ulysses").sites
+    assert site.pairs == (B * S * (S + 1) // 2,) * 2
+
+
+def test_grid_of_ranks() -> None:
+    """2 inner ranks have a head each; keys travel between the 2 outer ones only."""
+    found = plan(strategy="usp", inner_size=2, balancer="contiguous")
+    (site,) = found.sites
+    assert site.strategy == "usp"
+    assert site.forward_bytes == (3 + 1) * QUERY // 2 + KV
+    assert site.pairs == tuple(B * pairs for pairs in (10, 10, 26, 26))
+    assert "cp.usp_attention(" in found.after
+    with pytest.raises(ConfigError, match=r"inner_size=3 does not divide world_size=4"):
+        plan(inner_size=3)
+    with pytest.raises(ConfigError, match=r"axis=\('ring axis', 'ulysses axis'\)"):
+        plan(strategy="usp")
+
+
+def test_memory_of_attention() -> None:
+    (ring,), (ulysses,) = (plan(strategy=name, world_size=2).sites for name in ("ring", "ulysses"))
+    assert ring.kept_bytes == B * (S // 2) * HEADS * 4 * (4 * DIM + 1)
+    assert (ulysses.kept_bytes, ulysses.received_bytes) == (2 * ring.kept_bytes, 0)
+    assert ring.received_bytes == 2 * B * (S // 2) * HEADS * DIM * BYTES
+    assert "a rank keeps" in str(plan())
+
+
+def test_kernels_and_why_no_faster_one() -> None:
+    found = plan(strategy="ring", balancer="zig_zag")
+    assert (found.sites[0].kernels, found.sites[0].reasons) == (("cpu_flash",), ())
+    capped = explain(Capped(), batch(), world_size=2)
+    assert capped.sites[0].kernels == ("math",)
+    assert capped.sites[0].reasons == ("cpu_flash takes no softcap",)
+    assert "math: cpu_flash takes no softcap" in str(capped)
+    assert plan(kernel="math").sites[0].kernels == ("math",)
+
+
+class Capped(TinyLM):
+    """Caps its scores."""
+
+    def attend(self, x: Any) -> Any:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        scores = 3 * torch.tanh(q @ k.transpose(-1, -2) / 3)
+        return (torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(-2)
+
+
+def test_a_kernel_that_cannot_is_refused_with_the_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        explain(Capped(), batch(), world_size=2, kernel="cpu_flash")
+    text = str(caught.value)
+    for part in (
+        "kernel='cpu_flash'",
+        "takes no softcap",
+        "Kernels for this attention: auto, math",
+        "test_explain.py:",
+    ):
+        assert part in text
+    with pytest.raises(ConfigError, match=r"runs on cuda(.*\n)*.*scaled_dot_product_attention"):
+        plan(kernel="cudnn")
 
 
 def test_bytes_of_the_rest() -> None:
@@ -120,6 +181,7 @@ def test_model_without_memory() -> None:
     found = explain(model, inputs, world_size=64)
     assert (found.tokens, found.sites[0].mask) == (1 << 17, "causal")
     assert found.sites[0].forward_bytes > 0
+    assert found.sites[0].kernels == ()
 
 
 @pytest.mark.parametrize("part", ["before", "after"])

@@ -1,0 +1,127 @@
+"""Attention cases: which kernels compute the attentions of a graph, and the refusal of one that was asked for and cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.call import Call, size_hint
+from cpcompile.errors import ConfigError, where
+from cpcompile.runtime import kernels
+from cpcompile.runtime.kernels import Case, adapt
+from cpcompile.runtime.problem import pieces_of, sampled
+from cpcompile.runtime.schedule import Piece, pieces, whole
+from cpcompile.runtime.terms import Terms
+from cpcompile.runtime.traffic import TERMS, attention_problem
+
+# Reasons that say no more than that a kernel is for another device.
+ELSEWHERE = {"cpu": ("runs on cuda", "pip install"), "cuda": ("runs on cpu",)}
+PLANNED = "meta"  # the device of a model without memory, whose GPU nobody knows yet
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The kernel of some blocks of an attention, and why none of the faster ones: `name reason`."""
+
+    name: str
+    reasons: tuple[str, ...]
+
+
+def sized(call: Call) -> dict[str, Any]:
+    """Return the arguments of a call by name, with meta tensors of its sizes in place of nodes."""
+
+    def of(argument: Any) -> Any:
+        value = argument.meta["val"] if isinstance(argument, fx.Node) else argument
+        if isinstance(value, torch.Tensor):
+            return torch.empty([size_hint(n) for n in value.shape], dtype=value.dtype, device="meta")
+        return size_hint(value) if isinstance(value, torch.SymInt) else value
+
+    return {name: of(argument) for name, argument in call.arguments.items()}
+
+
+def strategy_of(node: fx.Node) -> str:
+    """Return the strategy of a rewritten attention, '' for one that exchanges nothing."""
+    name: str = node.target._schema.name.removeprefix("cpcompile::")  # type: ignore[union-attr]
+    return name.removesuffix("_attention") if name.endswith("_attention") else ""
+
+
+def cases_of(node: fx.Node) -> tuple[Case, ...]:
+    """Return the cases of the blocks that ranks compute, rewritten or not; none where plain operators compute it.
+
+    Where documents begin is not known before the model runs: blocks of the whole sequence stand for those of documents.
+    """
+    call = Call.of(node)
+    arguments, device = sized(call), call.tensor("q").device.type
+    if arguments["dropout"] and arguments["seed"] is None:
+        return ()
+    if arguments["bounds"] is not None:
+        arguments |= {"documents": None, "bounds": None}
+    found = (case for piece in _pieces(arguments, strategy_of(node)) for case in _case(arguments, piece))
+    return tuple(dict.fromkeys(replace(case, device=device) for case in found))
+
+
+def _terms(arguments: Mapping[str, Any]) -> Terms:
+    q, k = arguments["q"], arguments["k"]
+    length = arguments.get("length", max(q.shape[2], k.shape[2]))
+    return Terms.of(q, k, [arguments[name] for name in TERMS], length)
+
+
+def _pieces(arguments: Mapping[str, Any], strategy: str) -> Iterable[Piece]:
+    if not strategy:
+        rows, columns = (whole(arguments[name].shape[2]) for name in "qk")
+        return pieces(rows, columns, _terms(arguments).visible)
+    problem = attention_problem(arguments)
+    places = sampled(problem.world_size // problem.inner(strategy))
+    return dict.fromkeys(piece for place in places for piece in pieces_of(problem, strategy, place))
+
+
+def _case(arguments: Mapping[str, Any], piece: Piece) -> Iterable[Case]:
+    block = _terms(arguments).block(piece, torch.device("meta"))
+    part = adapt.trim(block, piece.rows.size, piece.columns.size)
+    return () if part.is_empty else (Case.of(arguments["q"], arguments["v"], part.block),)
+
+
+def chosen_kernels(node: fx.Node, kernel: str) -> tuple[Chosen, ...]:
+    """Return the kernels of an attention; none where that is not known yet."""
+    found = []
+    for case in cases_of(node):
+        if case.device != PLANNED:
+            choice = kernels.choose(case, kernel)
+            others = ELSEWHERE.get(case.device, ())
+            reasons = tuple(reason for reason in choice.reasons if not any(text in reason for text in others))
+            found.append(Chosen(choice.kernel.name, reasons))
+    return tuple(dict.fromkeys(found))
+
+
+def likely_kernel(node: fx.Node, kernel: str) -> str:
+    """Return the kernel by whose rate the cost of an attention is estimated."""
+    cases = cases_of(node)
+    if kernel != "auto" or not cases:
+        return kernel
+    if cases[0].device == PLANNED:
+        fastest = kernels.KERNELS[0]
+        return fastest.name if cases[0].features <= fastest.takes else "flash2"
+    return kernels.choose(cases[0]).kernel.name
+
+
+def refuse_unable_kernel(nodes: Iterable[fx.Node], kernel: str) -> None:
+    """Refuse a kernel that was asked for and cannot compute some attention.
+
+    Raises:
+        ConfigError: with the user's line, the reason and the kernels that can, for every such attention.
+    """
+    offences: dict[str, list[str]] = {}
+    for node in nodes:
+        try:
+            for case in cases_of(node):
+                if case.device != PLANNED:
+                    kernels.choose(case, kernel)
+        except kernels.KernelError as error:
+            offences.setdefault(str(error), []).append(where(node))
+    if offences:
+        texts = ["\n".join([f"{reason}.", *dict.fromkeys(lines)]) for reason, lines in offences.items()]
+        raise ConfigError(f"kernel={kernel!r} was asked for:\n" + "\n".join(texts))
