@@ -35,6 +35,39 @@ def add_(total: Tensor, x: Tensor) -> None:
     (triton_merge.add_ if triton_merge.takes(total, x) else merge.add_)(total, x)
 
 
+class _Covered:
+    """Which slots of each row of the batch have a value: a few runs, so that asking costs the host nothing."""
+
+    def __init__(self, batch: int, num_slots: int) -> None:
+        self._runs: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
+        self._num_slots = num_slots
+
+    def _of(self, batch: slice | None) -> list[list[tuple[int, int]]]:
+        return self._runs if batch is None else self._runs[batch]
+
+    def meets(self, batch: slice | None, slots: slice) -> bool:
+        """Tell whether some of these slots have a value."""
+        return any(start < slots.stop and slots.start < stop for runs in self._of(batch) for start, stop in runs)
+
+    def add(self, batch: slice | None, slots: slice) -> None:
+        """Note that these slots have a value."""
+        for runs in self._of(batch):
+            own = (slots.start, slots.stop)
+            met = [run for run in runs if run[0] <= own[1] and own[0] <= run[1]]
+            joined = min(run[0] for run in (own, *met)), max(run[1] for run in (own, *met))
+            runs[:] = sorted([joined, *(run for run in runs if run not in met)])
+
+    def fill(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (row of the batch, start, stop) of all slots without a value, which then have one."""
+        for index, runs in enumerate(self._runs):
+            end = 0
+            for start, stop in [*runs, (self._num_slots, self._num_slots)]:
+                if end < start:
+                    yield index, end, start
+                end = stop
+            runs[:] = [(0, self._num_slots)]
+
+
 class _Rows:
     """Tensors `[B, H, S, ...]` that are made of pieces of their rows.
 
@@ -48,19 +81,18 @@ class _Rows:
         self._empty, self._nothing, self._is_wide = empty, nothing, is_wide
         self._shape = shape
         self._held: Tensors = ()
-        self._seen = torch.zeros(shape[0], shape[2], dtype=torch.bool)
+        self._covered = _Covered(shape[0], shape[2])
 
     def add(self, piece: Tensors, batch: slice | None, slots: slice, join: Callable[..., None]) -> None:
         """Put a piece into these rows, by `join(*held, *piece)` where they hold something."""
         rows = slice(None) if batch is None else batch
-        seen = self._seen[rows, slots]
         if not self._held:
-            if seen.numel() == self._seen.numel() and piece[0].shape == self._shape:
+            if piece[0].shape == self._shape:
                 self._held = piece
-                seen[:] = True
+                self._covered.add(None, slots)
                 return
             self._held = self._empty()
-        if seen.any():
+        if self._covered.meets(batch, slots):
             self._fill()
             if self._is_wide and self._held[0].dtype != accumulation_dtype(self._held[0].dtype):
                 self._held = self._held[0].to(accumulation_dtype(self._held[0].dtype)), *self._held[1:]
@@ -68,30 +100,19 @@ class _Rows:
         else:
             for to, x in zip(self._held, piece, strict=True):
                 to[rows, :, slots] = x
-            seen[:] = True
+            self._covered.add(batch, slots)
 
     def _fill(self) -> None:
         """Give `nothing` to the rows without a piece."""
-        for index, start, stop in _runs(~self._seen):
+        for index, start, stop in self._covered.fill():
             for x, value in zip(self._held, self._nothing, strict=True):
                 x[index, :, start:stop] = value
-        self._seen[:] = True
 
     def finish(self) -> Tensors:
         """Return the tensors; rows without a piece hold `nothing`."""
         self._held = self._held or self._empty()
         self._fill()
         return self._held
-
-
-def _runs(flags: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yield (row, start, stop) of each run of True."""
-    if not flags.any():
-        return
-    edges = torch.nn.functional.pad(flags.to(torch.int8), (1, 1)).diff(dim=1)
-    starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
-    for (index, start), (_, stop) in zip(starts, stops, strict=True):
-        yield index, start, stop
 
 
 def _dense(x: Tensor) -> Tensor:
