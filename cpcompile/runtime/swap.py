@@ -36,16 +36,16 @@ class Swap:
         self._under_way: list[tuple[Transfer, list[tuple[Tensor, Tensor]]]] = []
         others = [rank for rank in range(ring.size) if rank != ring.rank]
         if others:
-            totals = [sum(sum(sizes(a, b)) for b in range(ring.size) if b != a) for a in range(ring.size)]
-            message = new_message(totals[ring.rank], like, ring, max(totals))
+            ranks = range(ring.size)
+            totals = [[sum(sizes(source, to)) if to != source else 0 for to in ranks] for source in ranks]
+            message = new_message(sum(totals[ring.rank]), like, ring, max(map(sum, totals)))
             start = 0
             for x in (x for rank in others for x in sent[rank]):
                 message[start : start + x.numel()].view(x.shape).copy_(x)
                 start += x.numel()
 
             def parts(receiver: int, source: int) -> list[slice]:
-                before = sum(sum(sizes(source, rank)) for rank in range(receiver) if rank != source)
-                ends = list(accumulate(sizes(source, receiver), initial=before))
+                ends = accumulate(sizes(source, receiver), initial=sum(totals[source][:receiver]))
                 return [slice(a, b) for a, b in pairwise(ends) if a < b]
 
             posted = post(message, ring, num_starts=len(others))

@@ -67,9 +67,12 @@ def transport_of(group: str) -> str:
 
 def lane_of(ring: Ring, device: torch.device) -> Lane | None:
     """Return the lane of a group on a device; None: send and receive."""
-    group, known = resolve_group(ring.group), _chosen.get((ring.group, device))
+    key, group = (ring.group, device), resolve_group(ring.group)
+    known = _chosen.get(key)
     if known is None or known.group() is not group:
-        known = _chosen[ring.group, device] = _Choice(weakref.ref(group), _choose(ring, device))
+        lane = _choose(ring, device)
+        # The memory is given back with the group.
+        known = _chosen[key] = _Choice(weakref.ref(group, lambda _: _chosen.pop(key, None)), lane)
     return known.lane
 
 

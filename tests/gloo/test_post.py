@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cpcompile.layout import LAYOUTS
 from cpcompile.runtime import transport
@@ -83,15 +85,17 @@ def values(rank: int, index: int, numel: int, dtype: torch.dtype) -> torch.Tenso
     return (torch.arange(numel) % 97 + 1000 * index + 100 * rank).to(dtype)
 
 
-def exchange(rank: Any, num_rounds: int, has_barriers: bool, is_hasty: bool) -> tuple[int, int, int]:
+def exchange(rank: Any, num_rounds: int, has_barriers: bool, is_hasty: bool, captures: bool) -> tuple[int, int, int]:
     """Fetch a message in several steps, with another one exchanged between each, as the backward of a ring does.
 
     Messages grow from round to round, and those in between have another size on each rank. The copies of rank 0 come late.
+    With `captures`, they do not grow, and every other round lays them as in a graph.
     Return how many arrived wrong, how often memory was taken, and the slots that are left.
     """
     ring = Ring.of(rank.group, rank.world_size)
     symmetric_lane, transport.Lane = transport.Lane, HastyLane if is_hasty else Lane
-    device, num_wrong, index = LateDevice(0.002 if rank.rank else 0.02, rank.rank, has_barriers), 0, 0
+    device = LateDevice(0.002 if rank.rank else 0.02, rank.rank, has_barriers)
+    num_wrong, index = 0, 0
 
     def check(x: torch.Tensor, source: int, message: int, start: int) -> None:
         nonlocal num_wrong
@@ -99,7 +103,8 @@ def exchange(rank: Any, num_rounds: int, has_barriers: bool, is_hasty: bool) -> 
 
     with shared([rank.group], device):
         for i in range(num_rounds):
-            keys_index, keys_size = (index := index + 1), 1000 + 300_000 * (i // 2)
+            device.captures = captures and i > 1 and i % 3 > 0
+            keys_index, keys_size = (index := index + 1), 1000 + 300_000 * (0 if captures else i // 2)
             message = new_message(keys_size, torch.empty(0, dtype=torch.float64), ring)
             keys = post(message.copy_(values(ring.rank, index, keys_size, torch.float64)), ring, ring.size - 1)
             for step in range(1, ring.size):
@@ -126,18 +131,60 @@ def exchange(rank: Any, num_rounds: int, has_barriers: bool, is_hasty: bool) -> 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_no_message_is_overwritten_while_it_is_read(pool: Any, world_size: int) -> None:
-    for num_wrong, num_memories, num_slots in pool.run(world_size, exchange, 8, True, False):
+    for num_wrong, num_memories, num_slots in pool.run(world_size, exchange, 8, True, False, False):
         assert num_wrong == 0
         assert num_slots <= 3
         assert num_memories <= 1 + 3 * 4  # a trial, and each slot for some of four sizes
 
 
+def test_graphs_and_other_work_overwrite_no_message_of_each_other(pool: Any) -> None:
+    for num_wrong, num_memories, _ in pool.run(3, exchange, 14, True, False, True):
+        assert num_wrong == 0
+        assert num_memories <= 1 + 3
+
+
 def test_without_barriers_messages_arrive_wrong(pool: Any) -> None:
-    assert sum(wrong for wrong, _, _ in pool.run(3, exchange, 8, False, False)) > 5
+    assert sum(wrong for wrong, _, _ in pool.run(3, exchange, 8, False, False, False)) > 5
 
 
 def test_slots_taken_again_at_once_make_messages_wrong(pool: Any) -> None:
-    assert sum(wrong for wrong, _, _ in pool.run(3, exchange, 8, True, True)) > 5
+    assert sum(wrong for wrong, _, _ in pool.run(3, exchange, 8, True, True, False)) > 5
+
+
+def capture_first(rank: Any) -> str:
+    """Lay a message as in a graph that is larger than those before."""
+    ring, device, like = Ring.of(rank.group, rank.world_size), LateDevice(0.0, 0), torch.empty(0)
+    with shared([rank.group], device):
+        for numel in (4, 2**20):
+            into = torch.empty(numel)
+            try:
+                post(new_message(numel, like, ring), ring, 1).start(1, [into], lambda _, s, n=numel: [slice(n)]).wait()
+            except RuntimeError as error:
+                return str(error)
+            device.captures = True
+    return ""
+
+
+def test_a_graph_takes_no_memory(pool: Any) -> None:
+    for error in pool.run(2, capture_first):
+        assert "before capturing them" in error
+
+
+def leave_group(rank: Any) -> tuple[int, int]:
+    """Return how many choices are known before and after a group ends."""
+    group = dist.new_group(range(rank.world_size))
+    name = str(group.group_name)
+    with shared([name], LateDevice(0.0, 0)):
+        new_message(4, torch.empty(0), Ring.of(name, rank.world_size))
+        before = sum(key[0] == name for key in transport._chosen)
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        return before, sum(key[0] == name for key in transport._chosen)
+
+
+def test_memory_ends_with_its_group(pool: Any) -> None:
+    assert pool.run(4, leave_group) == [(1, 0)] * 4
 
 
 def choose(rank: Any, wanted: list[str], hosts: list[str], broken: int | None) -> tuple[str, list[str]]:
@@ -161,7 +208,8 @@ def choose(rank: Any, wanted: list[str], hosts: list[str], broken: int | None) -
             set_transport(rank.group, wanted[rank.rank])
             ring = Ring.of(rank.group, rank.world_size)
             for _ in range(2):
-                post(new_message(4, torch.empty(0), ring), ring, 1).start(1, [torch.empty(4)], lambda *_: [slice(4)])
+                message, into = new_message(4, torch.empty(0), ring), torch.empty(4)
+                post(message.fill_(1), ring, 1).start(1, [into], lambda *_: [slice(4)]).wait()
             return transport_of(rank.group), lines
     except ValueError as error:
         return str(error), lines
