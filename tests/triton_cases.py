@@ -72,6 +72,7 @@ BLOCKS: dict[str, Make] = {
     },
     "key padding": lambda r, c: {"key_padding": torch.arange(c) >= torch.tensor([[c], [c // 3]]), "high": 9},
     "prefix": lambda r, c: {"prefix": torch.tensor([c // 2, -1]), "high": -5, "low": -r // 2},
+    "long prefix": lambda r, c: {"prefix": torch.tensor([c - 1, 2]), "high": -r // 2},
     "alibi": lambda r, c: {"slopes": slopes(), "distance": 25, "high": 0},
     "softcap": lambda r, c: {"softcap": 2.0, "high": 0},
     "dropout": lambda r, c: {"dropout": dropout(), "high": r // 2},
@@ -140,9 +141,9 @@ def check(
     assert error(out.double(), expected) < LIMITS[dtype]
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
     assert not out[lse == -math.inf].any()
-    if name != "float mask":
-        others = torch.randn_like(expected), torch.randn_like(expected_lse) + 2
-        merge_(expected, expected_lse, *others)
+    # Other keys weigh as much as these, also where a float mask makes these weigh little.
+    others_lse = torch.where(expected_lse < -50, expected_lse, 0) + torch.randn_like(expected_lse)
+    merge_(expected, expected_lse, torch.randn_like(expected), others_lse)
     # What backward is given was rounded.
     expected, expected_lse = expected.to(dtype), expected_lse.float()
     both = None if tiles is None else (tiles, tiles)

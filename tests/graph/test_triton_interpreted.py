@@ -64,7 +64,7 @@ def test_merge() -> None:
     made = (torch.randn(2, 3 + rows, 3, 20).transpose(1, 2) for rows in (50, 41, 41))
     held, block_out, total = made
     lse, block_lse = torch.randn(2, 3, 53), torch.randn(2, 3, 44)
-    lse[0, :, 12:16] = block_lse[0, :, 14:20] = -torch.inf
+    lse[0, :, 12:20] = block_lse[0, :, 8:15] = -torch.inf
     out, block_out = held[:, :, 9:53], block_out.half()
     expected, expected_lse = out.double(), lse[:, :, 9:53].double()
     merge.merge_(expected, expected_lse, block_out.double(), block_lse.double())

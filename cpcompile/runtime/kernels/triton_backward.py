@@ -349,8 +349,9 @@ def differentiate_keys(
             shift_after = whole_stop - before
         # All query heads of the group in one loop: it is filled and drained once.
         for step in range(count * group):
-            h = h_of_keys * group + step // count
-            t = step % count
+            # A pipelined loop computes its first addresses even if it has no step.
+            h = h_of_keys * group + step // tl.maximum(count, 1)
+            t = step % tl.maximum(count, 1)
             first = (t + tl.where(t < before, shift_before, shift_after)) * M
             i = first + tl.arange(0, M)
             inside = i < num_rows

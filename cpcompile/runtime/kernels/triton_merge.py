@@ -115,6 +115,8 @@ def merge_rows(
     own_weight = tl.exp2((own - larger) * LOG2_E)
     added_weight = tl.exp2((added - larger) * LOG2_E)
     weight = own_weight + added_weight
+    # Each warp reads lse for itself: none may write it before the others have.
+    tl.debug_barrier()
     tl.store(own_at, larger + tl.log2(weight) * LN_2, mask=inside)
     weight = tl.where(weight == 0, 1.0, weight)
     mask = inside[:, None] & (d < D)

@@ -83,7 +83,8 @@ def biased(s: Value, i: Value, j: Value, b: Value, h: Value, num_rows: Value, nu
     if x.slopes is not None:
         s -= tl.load(x.slopes + h) * tl.abs(i - j + x.distance).to(tl.float32)
     if x.bias is not None:
-        s += tl.load(_in_mask(x.bias, i, j, b, h, x), mask=(i < num_rows) & (j < num_columns), other=0.0).to(tl.float32)
+        inside = (i < num_rows) & (j < num_columns)
+        s += tl.load(_in_mask(x.bias, i, j, b, h, x), mask=inside, other=float("-inf")).to(tl.float32)
     return s
 
 
