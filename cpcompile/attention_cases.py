@@ -60,29 +60,27 @@ def cases_of(node: fx.Node) -> tuple[Case, ...]:
         return ()
     if arguments["bounds"] is not None:
         arguments |= {"documents": None, "bounds": None}
-    found = (case for piece in _pieces(arguments, strategy_of(node)) for case in _case(arguments, piece))
-    return tuple(dict.fromkeys(replace(case, device=device) for case in found))
-
-
-def _terms(arguments: Mapping[str, Any]) -> Terms:
-    q, k = arguments["q"], arguments["k"]
+    q, k, v = (arguments[name] for name in "qkv")
     length = arguments.get("length", max(q.shape[2], k.shape[2]))
-    return Terms.of(q, k, [arguments[name] for name in TERMS], length)
+    terms = Terms.of(q, k, [arguments[name] for name in TERMS], length)
+    found = []
+    for piece in _pieces(arguments, terms, strategy_of(node)):
+        block = terms.block(piece, torch.device("meta"))
+        part = adapt.trim(block, piece.rows.size, piece.columns.size)
+        if not part.is_empty:
+            found.append(replace(Case.of(q, v, part.block), device=device))
+    return tuple(dict.fromkeys(found))
 
 
-def _pieces(arguments: Mapping[str, Any], strategy: str) -> Iterable[Piece]:
+def _pieces(arguments: Mapping[str, Any], terms: Terms, strategy: str) -> Iterable[Piece]:
+    """Return one of the rectangles of each form."""
     if not strategy:
         rows, columns = (whole(arguments[name].shape[2]) for name in "qk")
-        return pieces(rows, columns, _terms(arguments).visible)
+        return pieces(rows, columns, terms.visible)
     problem = attention_problem(arguments)
     places = sampled(problem.world_size // problem.inner(strategy))
-    return dict.fromkeys(piece for place in places for piece in pieces_of(problem, strategy, place))
-
-
-def _case(arguments: Mapping[str, Any], piece: Piece) -> Iterable[Case]:
-    block = _terms(arguments).block(piece, torch.device("meta"))
-    part = adapt.trim(block, piece.rows.size, piece.columns.size)
-    return () if part.is_empty else (Case.of(arguments["q"], arguments["v"], part.block),)
+    found = [piece for place in places for piece in pieces_of(problem, strategy, place)]
+    return {(p.rows.size, p.columns.size, p.low, p.high): p for p in found}.values()
 
 
 def chosen_kernels(node: fx.Node, kernel: str) -> tuple[Chosen, ...]:

@@ -43,8 +43,16 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
 
 
 def prepare(config: Config, axis: Axis) -> None:
-    """Check that options and axis fit, and choose how its groups exchange messages; `auto` leaves an earlier choice."""
+    """Check that options and axis fit, and choose how its groups exchange messages; `auto` leaves an earlier choice.
+
+    Raises:
+        ConfigError: `usp` without a pair of axes, or symmetric memory without GPUs.
+    """
     config.check_axis(axis.inner_size)
+    if config.transport == "symmetric" and axis.device_type != "cuda":
+        raise ConfigError(
+            f"transport='symmetric' needs memory that GPUs share, but the mesh is of {axis.device_type} devices: use 'auto'."
+        )
     if config.transport != "auto":
         for group in axis.groups:
             set_transport(group, config.transport)

@@ -68,6 +68,7 @@ def train(
     max_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
     strategy: Strategy = "auto",
     balancer: Balancer = "auto",
+    kernel: Kernel = "auto",
     inner: Inner = "auto",
     dtype: Annotated[
         str, typer.Option(help="Of parameters and optimizer: float32, bfloat16, float16 or float64.")
@@ -104,6 +105,7 @@ def train(
             max_norm=max_norm,
             strategy=strategy,
             balancer=balancer,
+            kernel=kernel,
             inner=inner,
             dtype=dtype,
             seed=seed,

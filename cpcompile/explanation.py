@@ -114,6 +114,7 @@ class Explanation:
     """The plan of a model on `world_size` ranks. `print` it, or read its fields; `to_dict` for JSON."""
 
     world_size: int
+    inner_size: int
     tokens: int
     local_tokens: int
     layout: str
@@ -135,8 +136,9 @@ class Explanation:
     def __str__(self) -> str:
         named = ", ".join(f"{name} (dim {dim})" for name, dim in self.token_inputs.items())
         inputs = named or "the attentions, which no input holds"
+        grid = f" ({self.world_size // self.inner_size} x {self.inner_size})" if self.inner_size else ""
         lines = [
-            f"{self.tokens} tokens on {self.world_size} ranks, {self.local_tokens} slots each, layout {self.layout}; "
+            f"{self.tokens} tokens on {self.world_size} ranks{grid}, {self.local_tokens} slots each, layout {self.layout}; "
             f"tokens of {inputs}",
             "",
             f"{len(self.sites)} attention(s): the work of the busiest rank over the mean, bytes that it sends in a step",
@@ -261,6 +263,7 @@ def explain(
     names = {node.name: input_name(node) for node in placeholders(gm)}
     return Explanation(
         world_size=world_size,
+        inner_size=inner_size,
         tokens=length,
         local_tokens=local_length(length, world_size, plan.layout),
         layout=plan.layout,

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operators)
-from cpcompile.attention_cases import likely_kernel
+from cpcompile.attention_cases import likely_kernel, sized
 from cpcompile.call import Call, size_hint
 from cpcompile.cost import PREFERENCE, Attention
 
@@ -48,7 +48,7 @@ def attends_to_itself(node: fx.Node) -> bool:
 
 def attention_site(node: fx.Node, kernel: str = "auto") -> Attention:
     """Return what the cost of the attention `node` depends on, by the kernel that was asked for."""
-    call = Call.of(node)
+    call, numbers = Call.of(node), sized(Call.of(node))
     q, k, v = (call.tensor(name) for name in "qkv")
     mask = call["mask"]
     return Attention(
@@ -61,9 +61,9 @@ def attention_site(node: fx.Node, kernel: str = "auto") -> Attention:
         bytes_per_element=q.element_size(),
         device=q.device.type,
         is_causal=bool(call["is_causal"]),
-        window=size_hint(call["window"]),
+        window=numbers["window"],
         is_additive=mask is not None and call.tensor("mask").is_floating_point(),
-        lookahead=size_hint(call["lookahead"]),
+        lookahead=numbers["lookahead"],
         has_documents=call["documents"] is not None,
         kernel=likely_kernel(node, kernel),
     )

@@ -68,7 +68,8 @@ def train(options: TrainOptions, rank: int, device: torch.device, emit: Callable
     single = first_step_on_one_device(trainer, start) if options.check and options.apply and rank == 0 else None
     if options.apply:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
-        cpcompile.apply(trainer.model, mesh, strategy=options.strategy, balancer=options.balancer, inner=options.inner)
+        chosen = {name: getattr(options, name) for name in ("strategy", "balancer", "kernel", "inner")}
+        cpcompile.apply(trainer.model, mesh, **chosen)
     set_random_state(device, random_state)
     emit(Phase("first step (compiling takes a while)" if options.apply else "first step"))
     for step in range(start, options.steps):

@@ -37,7 +37,7 @@ class TrainOptions:
         batch_size: sequences of one step.
         learning_rate: of AdamW, constant.
         max_norm: gradients are clipped to this norm; the norm in the log is the one before.
-        strategy, balancer, inner: as in `cpcompile.Config`; `inner` may also be `auto`.
+        strategy, balancer, kernel, inner: as in `cpcompile.Config`; `inner` may also be `auto`.
         dtype: of parameters, gradients and optimizer state.
         seed: of the order of the sequences, and of dropout.
         save: folder for checkpoints and the trained model; None saves nothing.
@@ -60,6 +60,7 @@ class TrainOptions:
     max_norm: float = 1.0
     strategy: str = "auto"
     balancer: str = "auto"
+    kernel: str = "auto"
     inner: str = "auto"
     dtype: str = "float32"
     seed: int = 0
@@ -78,7 +79,7 @@ def validated(options: TrainOptions) -> tuple[TrainOptions, list[str]]:
     check_numbers(options)
     check_choice("dtype", options.dtype, tuple(DTYPES))
     check_choice("device", options.device, DEVICES)
-    Config(strategy=options.strategy, balancer=options.balancer)
+    Config(strategy=options.strategy, balancer=options.balancer, kernel=options.kernel).check_axis(inner_size=0)
     data.check_paths(options.text)
     model.find_model(options.model)
     check_files(options)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import cpcompile
 from cpcompile.errors import ConfigError, InputError
 from cpcompile.mesh import axis_of
+from cpcompile.runtime.transport import transport_of
 from tests.models import batch, error, errors, gradients, logits_of, loss_of, make
 
 FLOAT32 = 2e-5  # the transformers models cast to float32 themselves, even in float64: rounding, times the depth
@@ -149,3 +150,16 @@ def axes(rank: Any) -> list[Any]:
 
 def test_ranks_are_outer_before_inner_and_groups_are_made_once(pool: Any) -> None:
     assert pool.run(4, axes) == [[(rank, 4, 2, 3, True)] * 2 for rank in range(4)]
+
+
+def transports(rank: Any) -> list[str]:
+    mesh = mesh_of((2, 2))
+    axis = axis_of(mesh, PAIR)
+    cpcompile.apply(make("rotary"), mesh, axis=PAIR, transport="p2p")
+    with pytest.raises(ConfigError, match="transport='symmetric' needs memory that GPUs share"):
+        cpcompile.apply(make("rotary"), mesh, axis=PAIR, transport="symmetric")
+    return [transport_of(group) for group in axis.groups]
+
+
+def test_the_transport_is_that_of_all_groups(pool: Any) -> None:
+    assert pool.run(4, transports) == [["p2p"] * 3] * 4

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from cpcompile import verify
 from cpcompile.annotation import annotation
+from cpcompile.call import Call
 from cpcompile.passes import choose_strategies
-from cpcompile.sites import attention_nodes
+from cpcompile.sites import attention_nodes, rewritten_attentions
 from tests.graph.small_models import TinyLM, batch, planned
 
 
@@ -92,3 +93,40 @@ def test_pairs_are_in_order() -> None:
     assert marks == ["ring", "ulysses"]
     order = list(gm.graph.nodes)
     assert all(order.index(a) < order.index(b) for a, b in pairwise(attention_nodes(gm)))
+
+
+class Windowed(TinyLM):
+    """Each token sees itself and two before."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        at = torch.arange(q.shape[2])
+        seen = (at <= at[:, None]) & (at > at[:, None] - 3)
+        return F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(-2)
+
+
+def test_only_a_window_has_halos() -> None:
+    transformed = planned(Windowed(), batch(), strategy="halo")
+    assert transformed.choice.strategies == ("halo",)
+    assert "halo_attention" in str(transformed.graph.graph)
+    with pytest.warns(UserWarning, match=r"1 attention\(s\) use gather in place of halo: they have no sliding window"):
+        assert planned(TinyLM(), batch(), strategy="halo").choice.strategies == ("gather",)
+
+
+@pytest.mark.parametrize("length", [8, 13])
+@pytest.mark.parametrize("balancer", ["contiguous", "zig_zag"])
+@pytest.mark.parametrize(("model", "strategy"), [(Windowed, "halo"), (Windowed, "usp"), (TinyLM, "usp")])
+def test_halo_and_usp_keep_numerics(model: type[TinyLM], strategy: str, balancer: str, length: int) -> None:
+    inner_size = 2 if strategy == "usp" else 0
+    options = {"strategy": strategy, "balancer": balancer}
+    result = verify(model(), batch(length), world_size=4, inner_size=inner_size, dtype=torch.float64, **options)
+    assert result.ok, result
+
+
+def test_the_kernel_and_the_heads_of_a_message_reach_the_operator() -> None:
+    graph = planned(Windowed(), batch(), strategy="halo", kernel="math", heads_per_message=1).graph
+    (node,) = rewritten_attentions(graph)
+    assert node.target is torch.ops.cpcompile.halo_attention.default
+    assert (Call.of(node)["kernel_name"], Call.of(node)["heads_per_message"]) == ("math", 1)
+    # As it is defined, whatever kernel was asked for.
+    assert verify(TinyLM(), batch(), world_size=2, kernel="cudnn").ok
