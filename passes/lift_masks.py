@@ -18,12 +18,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.call import Call, value_of
-from cpcompile.emit import emit
-from cpcompile.masks.expression import Compare, Load, Truth, shifted
+from cpcompile.masks.expression import Load, shifted
 from cpcompile.masks.read import Reader
-from cpcompile.masks.recognise import Mask, key_load, predicate, recognise
-
-aten = torch.ops.aten
+from cpcompile.masks.recognise import Mask, all_loads, is_load_per_batch, predicate, recognise
+from cpcompile.patterns.vectors import document_ids, prefix_lengths, real_keys
 
 
 def lift_masks(gm: fx.GraphModule) -> int:
@@ -40,77 +38,54 @@ def lift_masks(gm: fx.GraphModule) -> int:
 
 
 def meaning(call: Call, reader: Reader) -> Mask | None:
-    """Return what the dense mask of an attention means in the terms of the operator, or None."""
+    """Return what the dense mask of an attention means in the terms of the operator, beside those that it has, or None."""
     value = reader.read(call["mask"])
     dense = call.tensor("mask")
     found = None if value is None else predicate(shifted(value, 4 - dense.dim()), dense.dtype)
-    mask = None if found is None else recognise(found[0], reader)
+    mask = None if found is None else recognise(found[0], reader, taken(call))
     if mask is None or found is None or not fits(call, mask):
         return None
     return mask if found[1] or mask.shows_own_token else None
 
 
+def taken(call: Call) -> Mask:
+    """Return what an attention says already of the places that a query sees."""
+    ahead = 0 if call["is_causal"] else call["lookahead"] if call["lookahead"] >= 0 else None
+    return Mask(ahead=ahead, window=call["window"])
+
+
 def fits(call: Call, mask: Mask) -> bool:
-    """Tell whether the operator can say the mask at the sizes of the attention, beside what it says already."""
+    """Tell whether the operator can say the mask at the sizes of the attention."""
     batch, _, num_queries, _ = call.shape("q")
     num_keys = call.shape("k")[2]
     is_self = statically_known_true(num_queries == num_keys)
-    vectors = [(mask.documents, num_queries), *((key_load(part), num_keys) for part in mask.key_padding)]
-    fit = all(is_vector(load, batch, tokens) for load, tokens in vectors if load is not None)
-    needs_self = mask.is_causal or mask.documents is not None
-    taken = call["documents"] if mask.documents is not None else None
-    return fit and taken is None and (is_self or not needs_self)
+    fit = all(is_vector(load, batch, num_keys) for load in all_loads(mask))
+    return fit and (is_self or not mask.is_of_places)
 
 
 def is_vector(load: Load, batch: Any, tokens: Any) -> bool:
-    """Tell whether a per-token value has a row for all or for each sequence, as long as the sequence."""
-    *rows, length = value_of(load.node).shape
-    return statically_known_true(length == tokens) and (
-        not rows or statically_known_true(rows[0] == batch) or rows == [1]
-    )
+    """Tell whether a value for each token or each sequence has a row for all or for each, as long as the sequence."""
+    sizes = list(value_of(load.node).shape)
+    rows = sizes[:1] if is_load_per_batch(load) else sizes[:-1]
+    is_long = is_load_per_batch(load) or statically_known_true(sizes[-1] == tokens)
+    return is_long and (not rows or statically_known_true(rows[0] == batch) or statically_known_true(rows[0] == 1))
 
 
 def put(call: Call, mask: Mask) -> None:
     """Give the attention the arguments that mean the mask, beside those that it has."""
-    window = min(size for size in (call["window"], mask.window) if size) if call["window"] and mask.window else 0
-    changes = {
+    changes: dict[str, Any] = {
         "mask": None,
-        "is_causal": call["is_causal"] or mask.is_causal,
-        "window": window or call["window"] or mask.window,
+        "is_causal": mask.ahead == 0,
+        "lookahead": mask.ahead or -1,
+        "window": mask.window,
     }
-    if mask.documents is not None:
-        changes["documents"] = rows_of(call.node, mask.documents.node)
+    if mask.prefix is not None:
+        changes["prefix"] = prefix_lengths(call.node, mask.prefix)
+    if mask.documents:
+        changes["documents"] = document_ids(call, mask.documents)
     if mask.key_padding:
-        changes["key_padding"] = real_keys(call, mask)
+        changes["key_padding"] = real_keys(call, mask.key_padding)
     call.node.args, call.node.kwargs = call.rebound(changes)
-
-
-def real_keys(call: Call, mask: Mask) -> fx.Node:
-    """Return which keys are real: all predicates, and what the attention was given before."""
-    parts: list[fx.Node] = [] if call["key_padding"] is None else [call["key_padding"]]
-    parts += [rows_of(call.node, key_predicate(call.node, part)) for part in sorted(mask.key_padding, key=str)]
-    result = parts[0]
-    for part in parts[1:]:
-        result = emit(call.node, aten.logical_and.default, result, part)
-    return result
-
-
-def key_predicate(before: fx.Node, part: Compare | Truth) -> fx.Node:
-    """Return the node that computes a predicate of one per-token value."""
-    load = key_load(part)
-    assert load is not None
-    node: fx.Node = load.node
-    if isinstance(part, Truth):
-        return emit(before, aten.logical_not.default, node) if part.is_negated else node
-    sign = dict(part.value.terms)[load]
-    names: dict[str, torch._ops.OpOverload] = {"eq": aten.eq.Scalar, "ne": aten.ne.Scalar}
-    target = names.get(part.kind, aten.le.Scalar if sign > 0 else aten.ge.Scalar)
-    return emit(before, target, node, -sign * part.value.constant)
-
-
-def rows_of(before: fx.Node, vector: fx.Node) -> fx.Node:
-    """Return a per-token value with a batch dim."""
-    return emit(before, aten.unsqueeze.default, vector, 0) if value_of(vector).dim() == 1 else vector
 
 
 def describe(node: fx.Node | Call) -> str:
@@ -118,6 +93,8 @@ def describe(node: fx.Node | Call) -> str:
     call = node if isinstance(node, Call) else Call.of(node)
     words = {
         "causal": call["is_causal"],
+        "prefix": call["prefix"] is not None,
+        f"look-ahead {call['lookahead']}": call["lookahead"] >= 0,
         f"window {call['window']}": call["window"],
         "documents": call["documents"] is not None,
         "key padding": call["key_padding"] is not None,

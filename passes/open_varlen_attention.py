@@ -10,7 +10,6 @@ Tokens behind the last sequence have no defined output; they are a document of t
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.nn.attention.varlen  # registers the operator
@@ -67,12 +66,9 @@ def write_operator(call: Call) -> None:
     scale = call.shape("query")[2] ** -0.5 if scale is None else scale
     left, right = call.arguments.get("window_size") or (-1, -1)
     is_causal = call["is_causal"] or right == 0
-    is_banded = not is_causal and (left >= 0 or right >= 0)
-    mask = band(node, call["query"], left, right) if is_banded else None
-    window = left + 1 if is_causal and left >= 0 else 0
-    settings = (float(scale), is_causal, window, 0.0)
+    settings = (float(scale), is_causal, left + 1, 0.0, 0.0, -1 if is_causal else right)
     attention = torch.ops.cpcompile.attention.default
-    out = emit(node, attention, q, k, v, mask, documents(node, call["query"], call["cu_seq_q"]), None, *settings)
+    out = emit(node, attention, q, k, v, None, documents(node, call["query"], call["cu_seq_q"]), None, *settings)
     out = emit(node, aten.squeeze.dim, emit(node, aten.transpose.int, out, 1, 2), 0)
     for item in list(node.users):
         assert item.target is operator.getitem, item.format_node()
@@ -92,14 +88,3 @@ def documents(before: fx.Node, q: fx.Node, cu_seq: fx.Node) -> fx.Node:
     tokens = emit(before, aten.to.dtype, coordinate(before, q, 0, [-1]), value_of(cu_seq).dtype)
     ids = emit(before, aten.searchsorted.Tensor, cu_seq, tokens, right=True)
     return emit(before, aten.unsqueeze.default, ids, 0)
-
-
-def band(before: fx.Node, q: fx.Node, left: int, right: int) -> fx.Node:
-    """Return which keys are at most `left` places before a query and `right` after it; -1 is without bound."""
-    queries, keys = (coordinate(before, q, 0, shape) for shape in ([-1, 1], [1, -1]))
-    bounds: list[Any] = []
-    if left >= 0:
-        bounds.append(emit(before, aten.le.Tensor, queries, emit(before, aten.add.Tensor, keys, left)))
-    if right >= 0:
-        bounds.append(emit(before, aten.le.Tensor, keys, emit(before, aten.add.Tensor, queries, right)))
-    return bounds[0] if len(bounds) == 1 else emit(before, aten.logical_and.default, *bounds)

@@ -7,7 +7,19 @@ from collections.abc import Callable
 import torch
 
 from cpcompile.call import Call
-from cpcompile.masks.expression import Affine, Expression, Number, Value, as_value, both, either, map_leaves
+from cpcompile.masks.expression import (
+    Affine,
+    Expression,
+    Number,
+    Value,
+    as_value,
+    both,
+    choice,
+    compare,
+    either,
+    map_leaves,
+    quotient,
+)
 from cpcompile.masks.operands import INDEX_DTYPES, booleans, convert, operands, result_of, rounded
 from cpcompile.masks.read import Reader, Unreadable, is_index, reads
 
@@ -79,3 +91,24 @@ def neg(reader: Reader, call: Call) -> Expression:
     if is_index(result_of(call)) and result_of(call).dtype not in INDEX_DTYPES:
         raise Unreadable
     return map_leaves(leaf, as_value(reader.operand(call["self"])))
+
+
+@reads(aten.abs.default)
+def absolute(reader: Reader, call: Call) -> Expression:
+    """The absolute value of an integer: comparisons know it."""
+    value = reader.operand(call["self"])
+    if not isinstance(value, Affine) or result_of(call).dtype not in INDEX_DTYPES:
+        raise Unreadable
+    return choice(compare("le", -value), value, -value)
+
+
+@reads(aten.floor_divide.default, aten.floor_divide.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode)
+def floor_divide(reader: Reader, call: Call) -> Expression:
+    """An integer over a positive constant, rounded down."""
+    value, divisor = (as_value(operand) for operand in operands(reader, call))
+    is_floor = call.arguments.get("rounding_mode", "floor") == "floor"
+    if not is_floor or result_of(call).dtype not in INDEX_DTYPES or not isinstance(divisor, Affine):
+        raise Unreadable
+    if divisor.terms or divisor.constant <= 0 or not isinstance(value, Affine):
+        raise Unreadable
+    return quotient(value, divisor.constant)

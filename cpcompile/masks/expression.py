@@ -37,7 +37,15 @@ class Load:
     indices: tuple[Affine, ...]
 
 
-Atom = Coordinate | Size | Load
+@dataclass(frozen=True, slots=True)
+class Quotient:
+    """An integer over a positive number, rounded down."""
+
+    value: Affine
+    divisor: int
+
+
+Atom = Coordinate | Size | Load | Quotient
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +138,30 @@ def coordinate(dim: int) -> Affine:
     return affine(Coordinate(dim))
 
 
+def quotient(value: Affine, divisor: int) -> Affine:
+    """Return the value over a positive number, rounded down; what the number divides is taken out."""
+    out = Affine(value.constant // divisor, frozenset((a, c // divisor) for a, c in value.terms if c % divisor == 0))
+    rest = value - out * divisor
+    return out + affine(Quotient(rest, divisor)) if rest.terms else out
+
+
 def least(value: Affine) -> int | None:
     """Return a lower bound, or None: coordinates and sizes are at least 0, loads are unbounded."""
-    for atom, coefficient in value.terms:
-        is_natural = isinstance(atom, Coordinate) or (isinstance(atom, Size) and atom.symbol.is_nonnegative)
-        if not is_natural or coefficient < 0:
-            return None
+    if not all(coefficient > 0 and is_natural_atom(atom) for atom, coefficient in value.terms):
+        return None
     return value.constant
+
+
+def is_natural_atom(atom: Atom) -> bool:
+    """Tell whether an atom cannot be negative."""
+    match atom:
+        case Coordinate():
+            return True
+        case Size(symbol):
+            return bool(symbol.is_nonnegative)
+        case Quotient(value, _):
+            return is_natural(value)
+    return False
 
 
 def is_natural(value: Affine) -> bool:
@@ -291,7 +316,11 @@ def rewrite_affine(value: Affine, function: Callable[[Atom], Affine]) -> Affine:
     """Return the integer with every atom replaced."""
     total = Affine(value.constant)
     for atom, coefficient in value.terms:
-        total += function(rewrite_load(atom, function) if isinstance(atom, Load) else atom) * coefficient
+        if isinstance(atom, Quotient):
+            moved = quotient(rewrite_affine(atom.value, function), atom.divisor)
+        else:
+            moved = function(rewrite_load(atom, function) if isinstance(atom, Load) else atom)
+        total += moved * coefficient
     return total
 
 

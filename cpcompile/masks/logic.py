@@ -11,7 +11,10 @@ from cpcompile.masks.expression import (
     FLOAT_COMPARISONS,
     TRUE,
     ZERO,
+    Affine,
     Boolean,
+    Choice,
+    Compare,
     Expression,
     Number,
     Value,
@@ -41,13 +44,30 @@ aten = torch.ops.aten
 )
 def comparison(reader: Reader, call: Call) -> Expression:
     name = call.target._schema.name.partition("::")[2]
+    values = [as_value(operand) for operand in operands(reader, call)]
+    within = within_distance(name, *values) or within_distance(FLIPPED.get(name, ""), *reversed(values))
+    if within is not None:
+        return within
 
     def leaf(a: Value, b: Value) -> Boolean:
         if isinstance(a, Number) and isinstance(b, Number):
             return TRUE if FLOAT_COMPARISONS[name](a.value, b.value) else FALSE
         return COMPARISONS[name](exact(a), exact(b))
 
-    return map_leaves(leaf, *(as_value(operand) for operand in operands(reader, call)))
+    return map_leaves(leaf, *values)
+
+
+FLIPPED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}
+
+
+def within_distance(name: str, distance: Value, bound: Value) -> Boolean | None:
+    """Return the comparison of an absolute value with a bound, as those of the value on both sides; None for any other."""
+    match distance:
+        case Choice(Compare("le", low), Affine() as value, Affine() as opposite) if value == -low and opposite == low:
+            if isinstance(bound, Affine) and name in FLIPPED:
+                sides = [COMPARISONS[name](side, bound) for side in (value, opposite)]
+                return both(*sides) if name in ("le", "lt") else either(*sides)
+    return None
 
 
 @reads(

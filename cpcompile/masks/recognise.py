@@ -2,10 +2,12 @@
 
 A mask is a conjunction over (batch, head, query, key). Each part is one of
 
-    key <= query - c            causal for c = 0
-    query - key < W             a sliding window
-    id[b, query] == id[b, key]  documents
-    p(id[b, key])               key padding
+    key - query <= A                        causal for A = 0, else a look-ahead
+    key - query <= A or key < p[b]          the same with a prefix
+    query - key < W                         a sliding window
+    id[b, query] == id[b, key]              documents
+    query // c == key // c                  chunks, which are documents
+    p(id[b, key])                           key padding
 
 and a mask with any other part is not recognised at all: no part is ever dropped.
 """
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.call import Call, value_of
 from cpcompile.masks.expression import (
@@ -24,6 +27,7 @@ from cpcompile.masks.expression import (
     ZERO,
     Affine,
     All,
+    Any_,
     Atom,
     Boolean,
     Choice,
@@ -31,9 +35,11 @@ from cpcompile.masks.expression import (
     Expression,
     Load,
     Number,
+    Quotient,
     Truth,
     affine,
     as_boolean,
+    both,
     compare,
     coordinate,
     is_boolean,
@@ -50,12 +56,18 @@ BATCH, HEAD, QUERY, KEY = (coordinate(dim) for dim in range(4))
 class Mask:
     """Which keys a query attends to, as the arguments of the attention operator say it.
 
-    `documents` loads the id of a token at (batch, query); `key_padding` are predicates of the key, all of which must hold.
+    Attributes:
+        ahead: key - query is at most this; None for no bound.
+        prefix: keys before it are visible whatever `ahead` says; None for no prefix.
+        window: W > 0: query - key < W.
+        documents: ids of a token at (batch, query), all of which must be those of the key.
+        key_padding: predicates of the key, all of which must hold.
     """
 
-    is_causal: bool = False
+    ahead: int | None = None
+    prefix: Affine | None = None
     window: int = 0
-    documents: Load | None = None
+    documents: frozenset[Load | Quotient] = frozenset()
     key_padding: frozenset[Compare | Truth] = frozenset()
 
     @property
@@ -63,41 +75,98 @@ class Mask:
         """Every query attends to the key at its own place, so no row is empty."""
         return not self.key_padding
 
+    @property
+    def is_of_places(self) -> bool:
+        """Queries and keys are compared by their places, so that they must be the same tokens."""
+        return self.ahead is not None or bool(self.window) or bool(self.documents)
+
+    def narrowed(self, ahead: int, prefix: Affine | None) -> Mask | None:
+        """Return this and `key - query <= ahead or key < prefix`, or None where no two arguments mean both."""
+        mine = -1 if self.ahead is None else self.ahead
+        if self.ahead is None or (ahead, prefix) == (mine, self.prefix) or (prefix is None and ahead <= mine):
+            return replace(self, ahead=ahead, prefix=prefix)
+        return self if self.prefix is None and mine <= ahead else None
+
 
 def conjuncts(value: Boolean) -> frozenset[Boolean]:
     """Return the parts of a conjunction."""
     return value.parts if isinstance(value, All) else frozenset({value})
 
 
-def recognise(value: Boolean, reader: Reader) -> Mask | None:
-    """Return the mask that `value`, over (batch, head, query, key), means, or None."""
-    mask: Mask | None = Mask()
-    for part in conjuncts(with_positions(value, reader)):
+def recognise(value: Boolean, reader: Reader, given: Mask | None = None) -> Mask | None:
+    """Return the mask that `value`, over (batch, head, query, key), means beside what is `given`, or None."""
+    mask: Mask | None = given or Mask()
+    for part in sorted(conjuncts(with_positions(value, reader)), key=str):
         mask = narrowed(mask, part) if mask is not None else None
-    return mask if mask is None or mask.is_causal or not mask.window else None
+    return mask
 
 
 def narrowed(mask: Mask, part: Boolean) -> Mask | None:
     """Return `mask` and `part`, or None."""
     match part:
-        case Compare("le", number) if number.terms == (KEY - QUERY).terms and number.constant == 0:
-            return replace(mask, is_causal=True)
+        case Compare("le", number) if number.terms == (KEY - QUERY).terms and number.constant <= 0:
+            return mask.narrowed(-number.constant, None)
         case Compare("le", number) if number.terms == (QUERY - KEY).terms and number.constant <= 0:
             window = 1 - number.constant
             return replace(mask, window=min(window, mask.window or window))
+        case Compare("eq", number) if number in (KEY - QUERY, QUERY - KEY):
+            own = mask.narrowed(0, None)
+            return own and replace(own, window=1)
         case Compare("eq", number) if (documents := same_id(number)) is not None:
-            return replace(mask, documents=documents) if mask.documents in (None, documents) else None
+            return replace(mask, documents=mask.documents | {documents})
+        case Any_(parts) if (found := prefixed(parts)) is not None:
+            return mask.narrowed(*found)
         case Compare() | Truth() if key_load(part) is not None:
             return replace(mask, key_padding=mask.key_padding | {part})
     return None
 
 
-def same_id(number: Affine) -> Load | None:
-    """Return the load at the query of `id[b, query] - id[b, key]`, or None."""
-    for load in loads(number):
-        if is_per_token(load, QUERY) and affine(load) - at_token(load, KEY) in (number, -number):
-            return load
+def prefixed(parts: frozenset[Boolean]) -> tuple[int, Affine] | None:
+    """Return (A, p) of `key - query <= A or key < p`, or None."""
+    numbers = [part.value for part in parts if isinstance(part, Compare) and part.kind == "le"]
+    if len(numbers) != 2 or len(parts) != 2:
+        return None
+    for bound, number in (numbers, numbers[::-1]):
+        prefix = KEY + ONE - number
+        if bound.terms == (KEY - QUERY).terms and bound.constant <= 0 and is_per_batch(prefix):
+            return -bound.constant, prefix
     return None
+
+
+def is_per_batch(number: Affine) -> bool:
+    """Tell whether an integer is one for each sequence: made of constants and loads of `[B | 1]`, `[B | 1, 1]` or `[]`."""
+    return all(isinstance(atom, Load) and is_load_per_batch(atom) for atom, _ in number.terms)
+
+
+def is_load_per_batch(load: Load) -> bool:
+    """Tell whether a load is of one element for each sequence, or for all of them."""
+    sizes = value_of(load.node).shape
+    return all(
+        (dim == 0 and index == BATCH) or (index == ZERO and statically_known_true(sizes[dim] == 1))
+        for dim, index in enumerate(load.indices)
+    )
+
+
+def same_id(number: Affine) -> Load | Quotient | None:
+    """Return the id at the query of `id[b, query] - id[b, key]`, or None."""
+    for atom, _ in number.terms:
+        if isinstance(atom, Load | Quotient) and is_id(atom):
+            of_key = substitute(affine(atom), {2: KEY})
+            assert isinstance(of_key, Affine)
+            if affine(atom) - of_key in (number, -number):
+                return atom
+    return None
+
+
+def is_id(atom: Load | Quotient) -> bool:
+    """Tell whether an atom is one integer for each token, here the query."""
+    if isinstance(atom, Load):
+        return is_per_token(atom, QUERY)
+    return all(
+        part == next(iter(QUERY.terms))[0]
+        or (isinstance(part, Load) and (is_per_token(part, QUERY) or is_load_per_batch(part)))
+        for part, _ in atom.value.terms
+    )
 
 
 def loads(number: Affine) -> Iterator[Load]:
@@ -107,6 +176,17 @@ def loads(number: Affine) -> Iterator[Load]:
             yield atom
 
 
+def all_loads(mask: Mask) -> Iterator[Load]:
+    """Yield the loads of a mask."""
+    for part in mask.key_padding:
+        load = key_load(part)
+        assert load is not None
+        yield load
+    for atom in mask.documents:
+        yield from loads(atom.value) if isinstance(atom, Quotient) else [atom]
+    yield from loads(mask.prefix) if mask.prefix is not None else []
+
+
 def at_token(load: Load, token: Affine) -> Affine:
     """Return the load with its token, the last index, replaced."""
     return affine(Load(load.node, (*load.indices[:-1], token)))
@@ -114,6 +194,8 @@ def at_token(load: Load, token: Affine) -> Affine:
 
 def is_per_token(load: Load, token: Affine) -> bool:
     """Tell whether a load is of one element for each token: of `[B | 1, S]`, or `[S]`, at `token`."""
+    if not load.indices:
+        return False
     *batch, last = load.indices
     return last == token and batch in ([], [BATCH], [ZERO]) and not is_size_one(load, batch)
 
@@ -140,10 +222,13 @@ def with_positions(value: Boolean, reader: Reader) -> Boolean:
     one a token. Beside `id[b, query] == id[b, key]`, a position is therefore the place plus a start that both tokens share.
     """
     for part in conjuncts(value):
-        if isinstance(part, Compare) and part.kind == "eq" and (documents := same_id(part.value)) is not None:
-            position = counted_position(documents, reader)
-            if position is not None:
-                value = as_boolean(rewrite(value, places_for(position)))
+        documents = same_id(part.value) if isinstance(part, Compare) and part.kind == "eq" else None
+        position = counted_position(documents, reader) if isinstance(documents, Load) else None
+        if position is not None:
+            # Chunks of positions stay: they are ids as they are.
+            parts = conjuncts(value)
+            chunks = {part for part in parts if isinstance(part, Compare) and isinstance(same_id(part.value), Quotient)}
+            value = both(*(as_boolean(rewrite(part, places_for(position))) for part in parts - chunks), *chunks)
     return value
 
 

@@ -65,8 +65,11 @@ def implied(gm: fx.GraphModule, node: fx.Node, *vectors: Tensor) -> Tensor:
         visible &= given["documents"][:, :, None] == given["documents"][:, None, :]
     if given["key_padding"] is not None:
         visible &= given["key_padding"][:, None, :]
-    if given["is_causal"]:
-        visible &= COLUMNS <= ROWS
+    ahead = 0 if given["is_causal"] else given.get("lookahead", -1)
+    if ahead >= 0:
+        before = given.get("prefix")
+        shown = torch.zeros(1, S, S, dtype=torch.bool) if before is None else before[:, None, None] > COLUMNS
+        visible &= (ahead >= COLUMNS - ROWS) | shown
     if given["window"]:
         visible &= ROWS - given["window"] < COLUMNS
     return visible
@@ -139,33 +142,68 @@ WINDOWS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("expected", [name for name in WINDOWS if name != "causal, window 1"])
+BANDS: dict[str, tuple[str, Callable[[], Tensor]]] = {
+    "one ahead": ("look-ahead 1", lambda: kv() <= q() + 1),
+    "tril two up": ("look-ahead 2", lambda: torch.tril(ones(), diagonal=2)),
+    "triu": ("window 1", lambda: torch.triu(ones())),
+    "window alone": ("window 3", lambda: q() - kv() < 3),
+    "both sides": ("look-ahead 1, window 3", lambda: (q() - kv() < 3) & (kv() - q() < 2)),
+    "a distance": ("look-ahead 2, window 3", lambda: (q() - kv()).abs() <= 2),
+    "less than a distance": ("look-ahead 1, window 2", lambda: ~(abs(kv() - q()) >= 2)),
+    "a distance and causal": ("causal, window 3", lambda: (abs(q() - kv()) < 3) & (kv() <= q())),
+    "two look-aheads": ("look-ahead 1", lambda: (kv() <= q() + 1) & (kv() <= q() + 3)),
+    "from a longer row": ("look-ahead 1", lambda: torch.arange(S)[None] <= torch.arange(1, S + 1)[:, None]),
+    "prefix": ("causal, prefix", lambda: (kv() <= q()) | (kv() < 2)),
+    "prefix and look-ahead": ("prefix, look-ahead 1", lambda: ~((kv() > q() + 1) & (kv() >= 3))),
+    "prefix that is hidden": ("causal", lambda: ((kv() <= q()) | (kv() < 2)) & torch.tril(ones())),
+    "prefix beside a wider bound": ("causal", lambda: ((kv() <= q() + 2) | (kv() < 4)) & torch.tril(ones())),
+    "prefix and window": ("causal, prefix, window 3", lambda: ((kv() <= q()) | (kv() < 4)) & (q() - kv() < 3)),
+    "chunks": ("causal, documents", lambda: (kv() <= q()) & (kv() // 2 == q() // 2)),
+    "chunks by div": (
+        "documents",
+        lambda: torch.div(kv() + 1, 3, rounding_mode="floor") == torch.div(q() + 1, 3, rounding_mode="floor"),
+    ),
+    "chunks of two sizes": ("documents", lambda: (kv() // 2 == q() // 2) & (kv() // 3 == q() // 3)),
+}
+
+
+@pytest.mark.parametrize("expected", WINDOWS)
 def test_windows_have_their_exact_width(expected: str) -> None:
     gm, node = attend(WINDOWS[expected])
     assert describe(node) == expected
     assert torch.equal(implied(gm, node), WINDOWS[expected]().expand(2, S, S))
 
 
+@pytest.mark.parametrize("name", BANDS)
+def test_bands_prefixes_and_chunks(name: str) -> None:
+    expected, mask = BANDS[name]
+    gm, node = attend(mask)
+    assert describe(node) == expected
+    assert torch.equal(implied(gm, node), mask().expand(2, S, S))
+
+
 NEAR_MISSES: dict[str, Callable[..., Tensor]] = {
     "strict": lambda: kv() < q(),
-    "one ahead": lambda: kv() <= q() + 1,
-    "tril one up": lambda: torch.tril(ones(), diagonal=1),
     "tril one down": lambda: torch.tril(ones(), diagonal=-1),
-    "triu": lambda: torch.triu(ones()),
-    "either": lambda: (kv() <= q()) | (kv() < 2),
-    "window without causal": lambda: q() - kv() < 3,
-    "symmetric window": lambda: (q() - kv() < 3) & (kv() - q() < 3),
     "twice as steep": lambda: 2 * kv() <= q(),
     "of the key alone": lambda: (kv() < 5) & (q() >= 0),
-    "of a longer row": lambda: torch.arange(S)[None] <= torch.arange(1, S + 1)[:, None],
     "nothing": lambda: ones().logical_not(),
-    "chunks": lambda: (kv() <= q()) & (kv() // 2 == q() // 2),
+    "only later keys": lambda: kv() > q(),
+    "of a shorter row": lambda: torch.arange(1, S + 1)[None] <= torch.arange(S)[:, None],
+    "prefix of queries": lambda: (kv() <= q()) | (q() < 2),
+    "suffix": lambda: (kv() <= q()) | (kv() > 4),
+    "prefix of another bound": lambda: ((kv() <= q()) | (kv() < 4)) & (kv() <= q() + 2),
+    "two prefixes": lambda: (kv() <= q()) | (kv() < 4) | (q() + kv() < 5),
+    "chunks of others": lambda: kv() // 2 == q() // 3,
+    "shifted chunks": lambda: kv() // 2 == q() // 2 + 1,
+    "ordered chunks": lambda: kv() // 2 <= q() // 2,
+    "far away": lambda: abs(q() - kv()) >= 2,
+    "a distance from the middle": lambda: (abs(kv() - 3) <= 2) & (q() >= 0),
 }
 NEAR_MISSES_OF_VECTORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "two ids": lambda a, b: a[:, None, :, None] == b[:, None, None, :],
-    "two equalities": lambda a, b: (
-        (a[:, None, :, None] == a[:, None, None, :]) & (b[:, None, :, None] == b[:, None, None, :])
-    ),
+    "prefix of tokens": lambda a, b: (kv() <= q()) | (kv() < a[:, None, None, :]),
+    "chunks of two": lambda a, b: a[:, None, :, None] // 2 == b[:, None, None, :] // 2,
     "one sequence's ids": lambda a, b: a[1][:, None] == a[1],
     "different ids": lambda a, b: a[:, None, :, None] != a[:, None, None, :],
     "ordered ids": lambda a, b: a[:, None, :, None] >= a[:, None, None, :],
@@ -238,6 +276,45 @@ VECTORS: dict[str, tuple[str, Callable[[Tensor], Tensor], Tensor]] = {
         lambda p: same(torch.nn.functional.pad(p[:, 1:] - p[:, :-1] != 1, (1, 0)).cumsum(-1)) & (kv() <= q()),
         POSITIONS,
     ),
+}
+
+
+PREFIX = torch.tensor([2, 5])
+VECTORS |= {
+    "prefix lengths": (
+        "causal, prefix",
+        lambda p: (kv() <= q()) | (kv() < p[:, None, None, None]),
+        PREFIX,
+    ),
+    "prefix lengths in a column": (
+        "causal, prefix",
+        lambda p: (kv() <= q()) | (torch.arange(S)[None, None, None] <= p[:, :, None, None] - 1),
+        PREFIX[:, None],
+    ),
+    "one prefix length": ("causal, prefix", lambda p: (kv() <= q()) | (kv() < p), PREFIX[1]),
+    "prefix within documents": (
+        "causal, prefix, documents",
+        lambda a: same(a) & ((kv() <= q()) | (kv() < a.sum(-1)[:, None, None, None])),
+        IDS - 2,
+    ),
+    "chunks after left padding": (
+        "causal, documents",
+        lambda p: (
+            ((torch.arange(S) - p[:, None, None, None]) // 3 == (q() - p[:, None, None, None]) // 3) & (kv() <= q())
+        ),
+        PREFIX,
+    ),
+    "chunks of positions": (
+        "causal, documents",
+        lambda p: (
+            same(packed(p))
+            & (p[:, None, None, :] // 2 == p[:, None, :, None] // 2)
+            & (p[:, None, None, :] <= p[:, None, :, None])
+        ),
+        POSITIONS,
+    ),
+    "documents and chunks": ("documents", lambda a: same(a) & (kv() // 4 == q() // 4), IDS),
+    "two ids": ("documents", lambda a: same(a) & same(a % 2), IDS * 2**61),
 }
 
 

@@ -86,8 +86,9 @@ CASES = [
     ((-1, 0), "causal, documents"),
     ((2, 0), "causal, window 3, documents"),
     ((0, 0), "causal, window 1, documents"),
-    ((2, -1), f"documents, dense [{T}, {T}]"),
-    ((1, 2), f"documents, dense [{T}, {T}]"),
+    ((2, -1), "window 3, documents"),
+    ((1, 2), "look-ahead 2, window 2, documents"),
+    ((-1, 1), "look-ahead 1, documents"),
 ]
 
 
