@@ -52,13 +52,15 @@ def strategy_of(node: fx.Node) -> str:
 def cases_of(node: fx.Node) -> tuple[Case, ...]:
     """Return the cases of the blocks that ranks compute, rewritten or not; none where plain operators compute it.
 
-    Where documents begin is not known before the model runs: blocks of the whole sequence stand for those of documents.
+    Where documents begin is not known before the model runs: blocks of the whole sequence stand for those of long documents, and
+    some squares may be those of several short ones.
     """
     call = Call.of(node)
     arguments, device = sized(call), call.tensor("q").device.type
     if arguments["dropout"] and arguments["seed"] is None:
         return ()
-    if arguments["bounds"] is not None:
+    has_bounds = arguments["bounds"] is not None
+    if has_bounds:
         arguments |= {"documents": None, "bounds": None}
     q, k, v = (arguments[name] for name in "qkv")
     length = arguments.get("length", max(q.shape[2], k.shape[2]))
@@ -69,6 +71,13 @@ def cases_of(node: fx.Node) -> tuple[Case, ...]:
         part = adapt.trim(block, piece.rows.size, piece.columns.size)
         if not part.is_empty:
             found.append(replace(Case.of(q, v, part.block), device=device))
+        if (
+            not part.is_empty
+            and has_bounds
+            and terms.visible.is_joined
+            and piece.rows.positions == piece.columns.positions
+        ):
+            found.append(replace(found[-1], features=found[-1].features | {"lengths"}))
     return tuple(dict.fromkeys(found))
 
 
@@ -102,7 +111,7 @@ def likely_kernel(node: fx.Node, kernel: str) -> str:
         return kernel
     if cases[0].device == PLANNED:
         fastest = kernels.KERNELS[0]
-        return fastest.name if cases[0].features <= fastest.takes else "flash2"
+        return fastest.name if cases[0].features <= fastest.takes else "flash"
     return kernels.choose(cases[0]).kernel.name
 
 

@@ -27,7 +27,7 @@ class Graph(str, Enum):
 
 Strategy = Annotated[str, typer.Option(help="How attention is computed: auto, ulysses, ring, gather, halo or usp.")]
 Kernel = Annotated[
-    str, typer.Option(help="What computes a block of attention: auto, cudnn, flash2, triton, flex, math, ...")
+    str, typer.Option(help="What computes a block of attention: auto, cudnn, flash, triton, flex, math, ...")
 ]
 HeadsPerMessage = Annotated[int, typer.Option(min=0, help="Key heads that gather and halo gather at once; 0: all.")]
 InnerSize = Annotated[

@@ -1,7 +1,7 @@
 """Choose strategies: each attention is marked with how it will be computed, and given its kernel.
 
 before  o = cp.attention(q, k, v, ..., is_causal=True)
-after   o = cp.attention(q, k, v, ..., is_causal=True, kernel_name="flash2")      # strategy: ring
+after   o = cp.attention(q, k, v, ..., is_causal=True, kernel_name="flash")      # strategy: ring
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ SITE = Attention(
     is_causal=True, window=0, is_additive=False,
 )  # fmt: skip
 LONG = replace(SITE, tokens=1 << 17)
-WINDOW = replace(SITE, window=4096, tokens=1 << 16, kernel="flash2")
+WINDOW = replace(SITE, window=4096, tokens=1 << 16, kernel="flash")
 TWO, EIGHT = Ranks(2), Ranks(8)
 
 
@@ -114,7 +114,7 @@ def test_links() -> None:
 
 
 def test_slower_kernels_cost_more_and_heads_that_do_not_divide_too() -> None:
-    assert seconds(replace(SITE, kernel="flash2"), "ring", "zig_zag", TWO) > seconds(SITE, "ring", "zig_zag", TWO)
+    assert seconds(replace(SITE, kernel="flash"), "ring", "zig_zag", TWO) > seconds(SITE, "ring", "zig_zag", TWO)
     nine = replace(SITE, heads=9, kv_heads=9)
     ten = replace(SITE, heads=10, kv_heads=10)
     work = [compute_seconds(site, site.problem(TWO, "zig_zag"), "ulysses") for site in (nine, ten)]
