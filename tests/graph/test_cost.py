@@ -123,3 +123,9 @@ def test_slower_kernels_cost_more_and_heads_that_do_not_divide_too() -> None:
 
 def test_no_attention_still_has_a_layout() -> None:
     assert choose([], "auto", "auto", TWO).strategies == ()
+
+
+def test_documents_may_leave_ranks_with_unequal_rows_but_not_with_unequal_heads() -> None:
+    packed = replace(LONG, has_documents=True)
+    assert seconds(packed, "ring", "zig_zag", TWO) > 1.1 * seconds(LONG, "ring", "zig_zag", TWO)
+    assert seconds(packed, "ulysses", "zig_zag", TWO) == seconds(LONG, "ulysses", "zig_zag", TWO)
