@@ -9,8 +9,9 @@ import torch
 
 from cpcompile.runtime import operators
 from cpcompile.runtime.kernels import math
-from cpcompile.runtime.partial import Gradient, Result, add_gradients, empty_result
+from cpcompile.runtime.lanes import Lanes
 from cpcompile.runtime.merge import accumulation_dtype
+from cpcompile.runtime.partial import Gradient, Result, add_gradients, empty_result
 from cpcompile.runtime.schedule import Piece, whole
 from cpcompile.runtime.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.terms import SCHEMA, Terms
@@ -24,8 +25,10 @@ def _terms(q: Tensor, k: Tensor, values: tuple[Any, ...]) -> Terms:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
     """Return (out, lse) of whole sequences, in the user's order."""
-    terms, result = _terms(q, k, values), Result(q, v, num_blocks=1)
-    result.add(q, k, v, whole(q.shape[2]), whole(k.shape[2]), terms)
+    terms = _terms(q, k, values)
+    pieces = terms.pieces(whole(q.shape[2]), whole(k.shape[2]))
+    result = Result(q, v, 1, len(pieces))
+    result.add(q, k, v, pieces, terms)
     return with_sinks(*result.finish(), terms.sinks)
 
 
@@ -34,7 +37,10 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (dq, dk, dv, dsinks) of whole sequences, in the user's order."""
     terms, (dq, dk, dv) = _terms(q, k, values), (Gradient(x, num_blocks=1) for x in (q, k, v))
-    add_gradients(dq, dk, dv, (dout, q, k, v, out, lse), whole(q.shape[2]), whole(k.shape[2]), terms)
+    pieces = terms.pieces(whole(q.shape[2]), whole(k.shape[2]))
+    lanes = Lanes(q.device, len(pieces))
+    add_gradients(dq, dk, dv, (dout, q, k, v, out, lse), pieces, terms, lanes)
+    lanes.flush()
     return dq.finish(), dk.finish(), dv.finish(), sinks_gradient(dout, out, lse, terms.sinks)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cpcompile.runtime.lanes import Lanes
 from cpcompile.runtime.messages import by_head, by_token, num_tokens, room, runs
 from cpcompile.runtime.partial import Gradient, Result, add_gradients, empty_result
 from cpcompile.runtime.post import Ring, Transfer, post
@@ -132,11 +133,11 @@ def attend(
     """Return (out, lse) of the local rows over all keys; `heads_per_message` key heads travel at once, 0: all."""
     rows = spans[ring.rank]
     gathered = Gathered(k, v, q.shape[1], spans, needs(spans, terms.visible), heads_per_message, ring)
-    columns, parts = gathered.held(ring.rank), []
+    pieces, parts = terms.pieces(rows, gathered.held(ring.rank)), []
     for heads in gathered:
-        part = Result(q[:, heads.query], v, num_blocks=1)
+        part = Result(q[:, heads.query], v, 1, len(pieces))
         of_heads = terms.of_heads(heads.query.start, heads.query.stop)
-        part.add(q[:, heads.query], heads.k, heads.v, rows, columns, of_heads)
+        part.add(q[:, heads.query], heads.k, heads.v, pieces, of_heads)
         parts.append(part.finish())
     if len(parts) == 1:
         return with_sinks(*parts[0], terms.sinks)
@@ -161,13 +162,15 @@ def attend_backward(
     """Return (dq, dk, dv, dsinks): the gradients of gathered keys go home, where they are summed."""
     rows = spans[ring.rank]
     gathered = Gathered(k, v, q.shape[1], spans, needs(spans, terms.visible), heads_per_message, ring)
-    columns, parts, num_blocks = gathered.held(ring.rank), [], 1 + len(gathered.needs.steps)
+    pieces, parts, num_blocks = terms.pieces(rows, gathered.held(ring.rank)), [], 1 + len(gathered.needs.steps)
     for heads in gathered:
         query, key = heads.query, heads.key
         # The rows of both chunks of a zig-zag rank add to the gradients of a key.
         found = Gradient(q[:, query], 1), Gradient(heads.k, 3), Gradient(heads.v, 3)
         tensors = dout[:, query], q[:, query], heads.k, heads.v, out[:, query], lse[:, query]
-        add_gradients(*found, tensors, rows, columns, terms.of_heads(query.start, query.stop))
+        lanes = Lanes(q.device, len(pieces))
+        add_gradients(*found, tensors, pieces, terms.of_heads(query.start, query.stop), lanes)
+        lanes.flush()
         home = Gradient(k[:, key], num_blocks), Gradient(v[:, key], num_blocks)
         gathered.send_home(found[1].finish(), found[2].finish(), home)
         parts.append((found[0].finish(), home[0].finish(), home[1].finish()))

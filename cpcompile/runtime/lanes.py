@@ -1,17 +1,17 @@
-"""Lanes: kernels that do not depend on each other run side by side, so that small ones fill a GPU.
+"""Lanes: kernels that do not depend on each other run side by side, so that one fills what the end of another leaves idle.
 
-The documents of a packed batch are such kernels: each alone leaves many multiprocessors idle at its end.
+The blocks of a ring are such kernels, and the documents of a packed batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TypeVar
 
 import torch
 
-Item = TypeVar("Item")
+Tensors = tuple[torch.Tensor, ...]
 NUM_LANES = 3
 
 
@@ -20,37 +20,48 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
     return tuple(torch.cuda.Stream(device) for _ in range(NUM_LANES))  # type: ignore[no-untyped-call]
 
 
-def side_by_side(
-    items: Sequence[Item], compute: Callable[[Item], tuple[torch.Tensor, ...]], device: torch.device
-) -> Iterator[tuple[Item, tuple[torch.Tensor, ...]]]:
-    """Yield each item with what `compute` returns for it, in order; on a GPU the items are computed side by side.
+class Lanes:
+    """Work that is computed beside the current stream, and whose results are taken on it, in order."""
 
-    What is yielded is ready on the current stream.
-    """
-    if device.type != "cuda" or len(items) < NUM_LANES:
-        for item in items:
-            yield item, compute(item)
-        return
-    current, streams = torch.cuda.current_stream(device), _streams(device)
-    for stream in streams:
-        stream.wait_stream(current)
-    started = []
-    for index, item in enumerate(items):
-        stream = streams[index % NUM_LANES]
+    def __init__(self, device: torch.device, num_items: int) -> None:
+        """Expect `num_items` pieces of work; one alone, or work on a CPU, runs where it is submitted."""
+        self._device = device
+        self._is_direct = device.type != "cuda" or num_items < 2
+        # What a lane computes from must live until the current stream has waited for it: `compute` holds it.
+        self._started: deque[tuple[Callable[[], Tensors], Tensors, torch.cuda.Event, Callable[[Tensors], None]]] = (
+            deque()
+        )
+        self._num_submitted = self._num_taken = 0
+
+    def submit(self, compute: Callable[[], Tensors], take: Callable[[Tensors], None]) -> int:
+        """Start `compute` after what the current stream holds; `take` gets its results later. Return its number, from 1."""
+        self._num_submitted += 1
+        if self._is_direct:
+            take(compute())
+            self._num_taken += 1
+            return self._num_submitted
+        stream = _streams(self._device)[self._num_submitted % NUM_LANES]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            started.append((item, compute(item), stream.record_event()))
-        # A lane is one item ahead of what is merged, so that few results exist at once.
-        if len(started) > NUM_LANES:
-            yield _ready(*started.pop(0), current)
-    for parts in started:
-        yield _ready(*parts, current)
+            results = compute()
+            done = stream.record_event()
+        self._started.append((compute, results, done, take))
+        if len(self._started) > NUM_LANES:  # few results exist at once
+            self.wait(self._num_taken + 1)
+        return self._num_submitted
 
+    def wait(self, number: int) -> None:
+        """Take the results of all work up to that number; the current stream waits for them."""
+        current = torch.cuda.current_stream(self._device) if self._started else None
+        while self._started and self._num_taken < number:
+            assert current is not None
+            _, results, done, take = self._started.popleft()
+            current.wait_event(done)
+            for x in results:
+                x.record_stream(current)  # they were allocated for the lane
+            take(results)
+            self._num_taken += 1
 
-def _ready(
-    item: Item, results: tuple[torch.Tensor, ...], event: torch.cuda.Event, current: torch.cuda.Stream
-) -> tuple[Item, tuple[torch.Tensor, ...]]:
-    """Make the current stream wait for the results, which were allocated on another."""
-    current.wait_event(event)
-    for x in results:
-        x.record_stream(current)
-    return item, results
+    def flush(self) -> None:
+        """Take all results."""
+        self.wait(self._num_submitted)

@@ -8,9 +8,9 @@ import torch
 
 from cpcompile.runtime import kernels, merge
 from cpcompile.runtime.kernels import triton_merge
-from cpcompile.runtime.lanes import side_by_side
+from cpcompile.runtime.lanes import Lanes
 from cpcompile.runtime.merge import accumulation_dtype
-from cpcompile.runtime.schedule import Piece, Span, Spans
+from cpcompile.runtime.schedule import Piece, Span
 from cpcompile.runtime.terms import Terms
 
 Tensor = torch.Tensor
@@ -127,26 +127,32 @@ def _part(x: Tensor, piece: Piece, span: Span) -> Tensor:
 class Result:
     """Attention so far: `out` `[B, H, S, Dv]` and `lse` `[B, H, S]`."""
 
-    def __init__(self, q: Tensor, v: Tensor, num_blocks: int) -> None:
-        """Expect `num_blocks` blocks of keys."""
+    def __init__(self, q: Tensor, v: Tensor, num_blocks: int, num_pieces: int) -> None:
+        """Expect `num_blocks` blocks of keys, which are computed as `num_pieces` pieces."""
         self._q, self._v = q, v
         shape = torch.Size((*q.shape[:3], v.shape[3]))
         self._rows = _Rows(lambda: empty_result(q, v), shape, (0.0, -torch.inf), is_wide=num_blocks > 2)
+        self._lanes = Lanes(q.device, num_pieces)
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, rows: Spans, columns: Spans, terms: Terms) -> None:
-        """Merge the attention of `rows` over `columns`, the keys that k and v hold."""
+    def add(self, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], terms: Terms) -> None:
+        """Merge the attention of some pieces, of rows of q and the keys that k and v hold."""
         q, k, v = _dense(q), _dense(k), _dense(v)
 
-        def compute(piece: Piece) -> Tensors:
+        def start(piece: Piece) -> None:
             at = (q, piece.rows), (k, piece.columns), (v, piece.columns)
             q_, k_, v_ = (_part(x, piece, span) for x, span in at)
-            return kernels.forward(q_, k_, v_, terms.block(piece, q.device), terms.kernel)
+            block = terms.block(piece, q.device)
+            self._lanes.submit(
+                lambda: kernels.forward(q_, k_, v_, block, terms.kernel),
+                lambda found: self._rows.add(found, piece.batch, piece.rows.slots, merge_),
+            )
 
-        for piece, found in side_by_side(terms.pieces(rows, columns), compute, q.device):
-            self._rows.add(found, piece.batch, piece.rows.slots, merge_)
+        for piece in pieces:
+            start(piece)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Return (out, lse) in the dtypes and strides of `empty_result`; rows that saw no key are 0 and -inf."""
+        self._lanes.flush()
         held, held_lse = self._rows.finish()
         out, lse = empty_result(self._q, self._v)
         same = held.dtype == out.dtype and held.stride() == out.stride()
@@ -176,19 +182,26 @@ def add_gradients(
     dk: Gradient,
     dv: Gradient,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
-    rows: Spans,
-    columns: Spans,
+    pieces: Sequence[Piece],
     terms: Terms,
-) -> None:
-    """Add the gradients of `rows` over `columns`. `tensors`: dout, q, k, v, out, lse; the last two are over all keys."""
+    lanes: Lanes,
+) -> int:
+    """Add the gradients of some pieces, once `lanes` has been waited for the number that is returned.
+
+    `tensors`: dout, q, k, v, out, lse; the last two are over all keys.
+    """
     dout, q, k, v, out, lse = tensors
     dout, q, k, v, out = (_dense(x) for x in (dout, q, k, v, out))
 
-    def compute(piece: Piece) -> Tensors:
+    def start(piece: Piece) -> int:
         dout_, q_, out_, lse_ = (_part(x, piece, piece.rows) for x in (dout, q, out, lse))
         k_, v_ = (_part(x, piece, piece.columns) for x in (k, v))
-        return kernels.backward(dout_, q_, k_, v_, out_, lse_, terms.block(piece, q.device), terms.kernel)
+        block = terms.block(piece, q.device)
 
-    for piece, found in side_by_side(terms.pieces(rows, columns), compute, q.device):
-        for gradient, x, span in zip((dq, dk, dv), found, (piece.rows, piece.columns, piece.columns), strict=True):
-            gradient.add(x, span.slots, piece.batch)
+        def take(found: Tensors) -> None:
+            for gradient, x, span in zip((dq, dk, dv), found, (piece.rows, piece.columns, piece.columns), strict=True):
+                gradient.add(x, span.slots, piece.batch)
+
+        return lanes.submit(lambda: kernels.backward(dout_, q_, k_, v_, out_, lse_, block, terms.kernel), take)
+
+    return max((start(piece) for piece in pieces), default=0)

@@ -13,10 +13,11 @@ from functools import cached_property
 
 import torch
 
+from cpcompile.runtime.lanes import Lanes
 from cpcompile.runtime.messages import by_head, by_token, num_tokens, room, runs
 from cpcompile.runtime.partial import Gradient, Result, add_gradients
 from cpcompile.runtime.post import Posted, Ring, Transfer, post
-from cpcompile.runtime.schedule import Needs, Span, Spans, needs, packed
+from cpcompile.runtime.schedule import Needs, Piece, Span, Spans, needs, packed
 from cpcompile.runtime.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.terms import Terms
 
@@ -46,17 +47,28 @@ class Blocks:
         """The steps, after the first with the own block, at which some rank sees something of the other's."""
         return self._plan.steps
 
-    def __iter__(self) -> Iterator[tuple[Spans, Tensor, Tensor]]:
-        """Yield (columns, k, v) of each block that some rank sees, the own first; the next is on its way meanwhile."""
+    def pieces(self, step: int) -> tuple[Piece, ...]:
+        """Return the rectangles that this rank computes at a step; columns are in the slots of what is fetched."""
+        rank, source = self.ring.rank, self.ring.before(step)
+        columns = packed(self.needs(rank, source)) if step else self.spans[rank]
+        return self.terms.pieces(self.spans[rank], columns)
+
+    @property
+    def num_pieces(self) -> int:
+        """How many rectangles this rank computes."""
+        return sum(len(self.pieces(step)) for step in (0, *self.steps))
+
+    def __iter__(self) -> Iterator[tuple[tuple[Piece, ...], Tensor, Tensor]]:
+        """Yield (pieces, k, v) of each block that some rank sees, the own first; the next is on its way meanwhile."""
         posted = self.post() if self.steps else None
         arriving = [self.start(posted, step) for step in self.steps[:1]] if posted else []
-        yield self.spans[self.ring.rank], self.k, self.v
-        for following in (*self.steps[1:], 0) if posted else ():
+        yield self.pieces(0), self.k, self.v
+        for step, following in zip(self.steps, (*self.steps[1:], 0), strict=True) if posted else ():
             block = arriving.pop()
             block.transfer.wait()
             if following and posted:
                 arriving.append(self.start(posted, following))
-            yield block.columns, block.k, block.v
+            yield self.pieces(step), block.k, block.v
 
     def post(self) -> Posted:
         """Let the others fetch keys and values."""
@@ -68,7 +80,7 @@ class Blocks:
         fetched = room(num_tokens(columns), (self.k, self.v))
         transfer = posted.start(step, [x[span.slots] for x in fetched for span in columns], self._parts)
         k, v = map(by_head, fetched)
-        return Arriving(k, v, columns, transfer)
+        return Arriving(k, v, transfer)
 
     def _parts(self, receiver: int, source: int) -> list[slice]:
         return runs(self.needs(receiver, source), (self.k, self.v), self.k.shape[2])
@@ -76,11 +88,10 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Arriving:
-    """Keys and values `[B, K, tokens, D]` on their way, and which tokens they are."""
+    """Keys and values `[B, K, tokens, D]` on their way."""
 
     k: Tensor
     v: Tensor
-    columns: Spans
     transfer: Transfer
 
 
@@ -94,10 +105,10 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, terms: Terms, spans: tuple[Spans, ...], ring: Ring
 ) -> tuple[Tensor, Tensor]:
     """Return (out, lse) of the local rows over all keys. `spans`: the tokens of each rank, in slots by position."""
-    blocks, rows = Blocks(k, v, spans, terms, ring), spans[ring.rank]
-    result = Result(q, v, num_blocks=1 + len(blocks.steps))
-    for columns, k_, v_ in blocks:
-        result.add(q, k_, v_, rows, columns, terms)
+    blocks = Blocks(k, v, spans, terms, ring)
+    result = Result(q, v, 1 + len(blocks.steps), blocks.num_pieces)
+    for pieces, k_, v_ in blocks:
+        result.add(q, k_, v_, pieces, terms)
     return with_sinks(*result.finish(), terms.sinks)
 
 
@@ -113,21 +124,33 @@ def attend_backward(
     ring: Ring,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (dq, dk, dv, dsinks). The gradients of a block go home while the next one is computed."""
-    blocks, rows = Blocks(k, v, spans, terms, ring), spans[ring.rank]
-    num_blocks = 1 + len(blocks.steps)
+    blocks = Blocks(k, v, spans, terms, ring)
+    num_blocks, lanes = 1 + len(blocks.steps), Lanes(q.device, blocks.num_pieces)
     dq, dk, dv = (Gradient(x, num_blocks) for x in (q, k, v))
-    under_way: Homecoming | None = None
-    for step, (columns, k_, v_) in zip((0, *blocks.steps), blocks, strict=True):
-        if step == 0:
-            add_gradients(dq, dk, dv, (dout, q, k, v, out, lse), rows, columns, terms)
-            continue
-        block_dk, block_dv = Gradient(k_, 1), Gradient(v_, 1)
-        add_gradients(dq, block_dk, block_dv, (dout, q, k_, v_, out, lse), rows, columns, terms)
-        if under_way is not None:
-            under_way.add_to(dk, dv)
-        under_way = Homecoming(block_dk.finish(), block_dv.finish(), blocks, step)
-    if under_way is not None:
-        under_way.add_to(dk, dv)
+    computing: list[tuple[int, int, Gradient, Gradient]] = []
+    on_their_way: list[Homecoming] = []
+
+    def send_home() -> None:
+        """Send the gradients of the block that was started first; those sent before have had time to arrive."""
+        number, step, block_dk, block_dv = computing.pop(0)
+        lanes.wait(number)
+        homecoming = Homecoming(block_dk.finish(), block_dv.finish(), blocks, step)
+        while on_their_way:
+            on_their_way.pop().add_to(dk, dv)
+        on_their_way.append(homecoming)
+
+    for step, (pieces, k_, v_) in zip((0, *blocks.steps), blocks, strict=True):
+        own = (dk, dv) if step == 0 else (Gradient(k_, 1), Gradient(v_, 1))
+        number = add_gradients(dq, *own, (dout, q, k_, v_, out, lse), pieces, terms, lanes)
+        if len(computing) > 0:
+            send_home()
+        if step:
+            computing.append((number, step, *own))
+    if computing:
+        send_home()
+    lanes.flush()
+    for homecoming in on_their_way:
+        homecoming.add_to(dk, dv)
     return dq.finish(), dk.finish(), dv.finish(), sinks_gradient(dout, out, lse, terms.sinks)
 
 

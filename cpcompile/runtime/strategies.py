@@ -8,6 +8,7 @@ rows. Rows of a mask are the local ones, except for strategies that exchange hea
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -67,10 +68,15 @@ class Axis:
     @property
     def grid(self) -> ulysses.Grid:
         """The ranks as a grid."""
-        size, spans = self.inner_size, self.spans
-        rows = tuple(spans[start : start + size] for start in range(0, self.world_size, size))
-        inner, outer = Ring.of(self.inner_group, size), Ring.of(self.outer_group, self.world_size // size)
-        return ulysses.Grid(inner, outer, rows, self.room)
+        size = self.inner_size
+        return _grid_of(self, Ring.of(self.inner_group, size), Ring.of(self.outer_group, self.world_size // size))
+
+
+@lru_cache(maxsize=256)
+def _grid_of(axis: Axis, inner: Ring, outer: Ring) -> ulysses.Grid:
+    spans, size = axis.spans, axis.inner_size
+    rows = tuple(spans[start : start + size] for start in range(0, axis.world_size, size))
+    return ulysses.Grid(inner, outer, rows, axis.room)
 
 
 def _results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
@@ -185,7 +191,5 @@ operators.define("ring_attention", _ring, _ring_backward, _results, num_kept=0, 
 operators.define("gather_attention", _gather, _gather_backward, _results, num_kept=0, axis=MESSAGES)
 # The same with a name of its own: only the tokens within reach of a window travel.
 operators.define("halo_attention", _gather, _gather_backward, _results, num_kept=0, axis=MESSAGES)
-operators.define(
-    "ulysses_attention", _ulysses, _ulysses_backward, _ulysses_results, num_kept=_KEPT, axis=AXIS
-)
+operators.define("ulysses_attention", _ulysses, _ulysses_backward, _ulysses_results, num_kept=_KEPT, axis=AXIS)
 operators.define("usp_attention", _usp, _usp_backward, _usp_results, num_kept=_KEPT, axis=GRID)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -18,7 +19,7 @@ from cpcompile.runtime.heads import Heads, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.partial import empty_result
 from cpcompile.runtime.post import Ring
-from cpcompile.runtime.schedule import Spans, by_position
+from cpcompile.runtime.schedule import Span, Spans, by_position
 from cpcompile.runtime.swap import Swap
 from cpcompile.runtime.terms import Terms
 
@@ -26,7 +27,7 @@ Tensor = torch.Tensor
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # lse, q, k, v and out of this rank's heads
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Grid:
     """The ranks that exchange heads (`inner`) and those among which keys travel (`outer`).
 
@@ -39,18 +40,21 @@ class Grid:
     spans: tuple[tuple[Spans, ...], ...]
     room: int
 
-    @property
+    @cached_property
     def rows(self) -> tuple[Spans, ...]:
         """The tokens of each group of inner ranks, in the order of their positions."""
         return tuple(by_position([span for spans in group for span in spans]) for group in self.spans)
 
-    def places(self, inner: int) -> list[tuple[slice, slice]]:
-        """Return, for the tokens of an inner rank, (its slots, the slots in the rows of its group)."""
-        rows, found = self.rows[self.outer.rank], []
-        for span in self.spans[self.outer.rank][inner]:
+    @cached_property
+    def places(self) -> list[list[tuple[slice, slice]]]:
+        """For the tokens of each inner rank, (its slots, the slots in the rows of its group)."""
+        rows = self.rows[self.outer.rank]
+
+        def place(span: Span) -> tuple[slice, slice]:
             (run,) = [r for r in rows if r.position <= span.position < r.end]
-            found.append((span.slots, run.between(span.position, span.end).slots))
-        return found
+            return span.slots, run.between(span.position, span.end).slots
+
+        return [[place(span) for span in spans] for spans in self.spans[self.outer.rank]]
 
     def rounds(self, q: Tensor, k: Tensor) -> list[list[Heads]]:
         """Return the heads of each inner rank, in rounds: some are exchanged while others are computed."""
@@ -86,7 +90,7 @@ def tokens_to_heads(
         [
             _by_token(x[:, heads, slots])
             for x, heads in zip(tensors, of_rank[to], strict=True)
-            for slots, _ in grid.places(inner.rank)
+            for slots, _ in grid.places[inner.rank]
         ]
         for to in range(inner.size)
     ]
@@ -94,7 +98,7 @@ def tokens_to_heads(
         [
             _by_token(x[:, : heads.stop - heads.start, slots])
             for x, heads in zip(results, own, strict=True)
-            for _, slots in grid.places(source)
+            for _, slots in grid.places[source]
         ]
         for source in range(inner.size)
     ]
@@ -117,9 +121,9 @@ def heads_to_tokens(
         grid: the ranks.
     """
     inner = grid.inner
-    sent = [[_by_token(x[:, :, slots]) for x in tensors for _, slots in grid.places(to)] for to in range(inner.size)]
+    sent = [[_by_token(x[:, :, slots]) for x in tensors for _, slots in grid.places[to]] for to in range(inner.size)]
     received = [
-        [_by_token(x[:, :, slots]) for x in targets[source] for slots, _ in grid.places(inner.rank)]
+        [_by_token(x[:, :, slots]) for x in targets[source] for slots, _ in grid.places[inner.rank]]
         for source in range(inner.size)
     ]
 

@@ -531,9 +531,9 @@ CHOICES = [
     (case("cuda", HALF, 136, 72), "cudnn"),
     (case("cuda", HALF, 136, 136), "flash"),
     (case("cuda", HALF, 256, 256, "causal"), "flash"),
-    (case("cuda", HALF, 128, 128, "band"), "flash"),
-    (case("cuda", HALF, 128, 128, "causal", "lengths"), "flash"),
-    (case("cuda", HALF, 128, 128, "causal", "deterministic"), "flash"),
+    (case("cuda", HALF, 128, 128, "band"), "triton"),
+    (case("cuda", HALF, 128, 128, "causal", "lengths"), "triton"),
+    (case("cuda", HALF, 128, 128, "causal", "deterministic"), "triton"),
     (case("cuda", HALF, 128, 128, "causal", "documents"), "triton"),
     (case("cuda", HALF, 128, 128, "mask"), "triton"),
     (case("cuda", HALF, 128, 128, "softcap", "dropout", "alibi", "bias", "prefix"), "triton"),
@@ -559,9 +559,9 @@ def test_choice(case: Case, name: str) -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_choice_says_why() -> None:
-    choice = kernels.choose(case("cuda", HALF, 64, 64, "documents", "causal", "softcap"))
+    choice = kernels.choose(case("cuda", HALF, 136, 136, "documents", "causal", "softcap"))
     assert choice.reasons == (
-        "cudnn takes no documents, no softcap",
+        "cudnn needs head dims of at most 128, or 192 and 128",
         "flash3 is not installed (pip install flash-attn-3)",
         "flash4 is not installed (pip install flash-attn-4)",
         "flash takes no documents, no softcap",
@@ -574,7 +574,7 @@ def test_choice_says_why() -> None:
         "efficient with a mask of all rows and columns, one document at a time"
     )
     assert kernels.explain(case("cuda", HALF, 64, 64, "lengths")).startswith(
-        "flash (cudnn plans anew for each length of a document; flash3 is"
+        "triton (cudnn plans anew for each length of a document; flash3 is"
     )
 
 

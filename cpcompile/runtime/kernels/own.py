@@ -1,4 +1,4 @@
-"""cpcompile's own kernels, in Triton: everything that a block can say, at the speed of FlashAttention 2."""
+"""cpcompile's own kernels, in Triton: everything that a block can say, faster than FlashAttention 2."""
 
 from __future__ import annotations
 
