@@ -19,7 +19,7 @@ from cpcompile.config import Config
 from cpcompile.cost import Choice, Ranks, choose
 from cpcompile.errors import CPError, InputError, where
 from cpcompile.mesh import Axis
-from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies
+from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies, find_attention
 from cpcompile.plan import Plan, sequences_of
 from cpcompile.sites import (
     ATTENTION_LIKE,
@@ -77,7 +77,8 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
     times: dict[str, float] = {}
     token_dims = token_inputs(captured, config, inputs)
     for analysis in ANALYSIS:
-        run_pass(captured, analysis, changes, times)
+        options = {"exact_dropout": config.exact_dropout} if analysis is find_attention else {}
+        run_pass(captured, analysis, changes, times, **options)
     analysed = copy.deepcopy(captured)
     num_tokens = tokens_of_attention(captured) if not token_dims else 0
     ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)

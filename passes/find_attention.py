@@ -4,7 +4,7 @@ before  out = aten.scaled_dot_product_attention(q, repeat(k), repeat(v), mask, s
         out = aten.matmul(aten.softmax(aten.matmul(q, repeat(k)^T) * 0.25 + mask, -1), repeat(v))
 after   out = cpcompile.attention(q, k, v, mask, None, None, 0.25, False, 0, 0.0)
 
-What the operator cannot say stays written out, or is: a trained bias, dropout, dims beyond `[B, H, S, D]`.
+What the operator cannot say stays written out, or is: a trained bias, the dropout of one device, dims beyond `[B, H, S, D]`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from cpcompile.patterns.written_out import read_written_out
 aten = torch.ops.aten
 
 
-def find_attention(gm: fx.GraphModule) -> int:
-    """Return how many attentions were found. Runs first: later passes know no other form of attention."""
+def find_attention(gm: fx.GraphModule, *, exact_dropout: bool = False) -> int:
+    """Return how many attentions were found. Runs first: later passes know no other form of attention.
+
+    With `exact_dropout`, weights that are dropped as one device drops them need a tensor of all weights: they stay written out.
+    """
     reader = Reader(gm)
     count = 0
     for node in list(gm.graph.nodes):
         fused = read_fused(node)
-        found = fused or read_written_out(node, reader)
+        found = fused or read_written_out(node, reader, exact_dropout)
         if found is None:
             continue
-        if fused is not None and not is_one_operator(fused):
+        if fused is not None and not is_one_operator(fused, exact_dropout):
             replace_by(fused, written_out(fused))
         else:
             write_operator(found)
@@ -51,7 +54,7 @@ def write_operator(found: Attention) -> None:
     operands = [found.q, k, v, with_rows(end, found.mask)]
     if value_of(end).dim() == 3:
         operands = [as_one_head(end, node) for node in operands]
-    settings = (found.scale, found.is_causal, 0, found.softcap)
+    settings = (found.scale, found.is_causal, 0, found.softcap, found.dropout)
     new = emit(end, torch.ops.cpcompile.attention.default, *operands, None, None, *settings)
     if value_of(end).dim() == 3:
         new = emit(end, aten.squeeze.dim, new, 1)

@@ -3,6 +3,7 @@
 before  y = aten.dropout(x, 0.1, True)                                       # x, y: Sharded(1)
 after   seed = cp.shared_seed(device)                                        # once in a graph
         y = cp.dropout_tokens(x, seed, site, 0.1, 1)                         # x, y: Sharded(1)
+        o = cp.attention(q, k, v, ..., dropout=0.1, seed=seed, site=site)    # an attention stays what it is
         with exact_dropout=True:
         kept = cp.draw_kept(x, kept of the previous site, ..., 0.1, 1)       # draws for the whole tensor, keeps its tokens
         y = aten.mul(x, aten.div(aten.type_as(kept, x), 0.9))
@@ -25,8 +26,9 @@ from cpcompile.plan import Lengths, Plan
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
-# Each element or each feature is dropped by itself; one that is dropped in place stays a random operator like others.
-DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
+# Each element, each feature or each weight is dropped by itself; one that is dropped in place stays a random operator like
+# others.
+DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, cp.attention.default)
 
 
 def rewrite_dropout(gm: fx.GraphModule, *, plan: Plan) -> int:
@@ -68,7 +70,7 @@ def draws(node: fx.Node) -> bool:
         return False
     call = Call.of(node)
     if node.target is cp.attention.default:
-        return bool(call["dropout"])
+        return bool(call["dropout"]) and call["seed"] is None
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     if "training" in call:
@@ -103,6 +105,10 @@ class Rewriter:
     def rewrite(self, sites: list[fx.Node]) -> None:
         """Replace each site by its operator."""
         for number, node in enumerate(sites):
+            if node.target is cp.attention.default:
+                seeded = {"seed": self._seed(node.meta["val"]), "site": number}
+                node.args, node.kwargs = Call.of(node).rebound(seeded)
+                continue
             with self.gm.graph.inserting_before(node):
                 result = self._exact(node) if self.plan.exact_dropout else self._seeded(node, number)
             node.replace_all_uses_with(result)

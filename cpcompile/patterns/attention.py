@@ -40,3 +40,8 @@ def is_batched(q: Any, k: Any, v: Any) -> bool:
 def num_heads(node: fx.Node) -> Any:
     """Return the size of the head dim."""
     return value_of(node).shape[-3]
+
+
+def can_drop(num_queries: Any, num_keys: Any, p: float, exact_dropout: bool) -> bool:
+    """Tell whether the operator can drop weights: by their places in a square, though not those that torch drops."""
+    return p == 0 or (not exact_dropout and p < 1 and statically_known_true(num_queries == num_keys))

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from cpcompile.call import Call, value_of
-from cpcompile.patterns.attention import Attention, is_batched
+from cpcompile.patterns.attention import Attention, can_drop, is_batched
 from cpcompile.patterns.nodes import converted, may_need_gradient
 
 aten = torch.ops.aten
@@ -27,10 +27,11 @@ def read_fused(node: fx.Node) -> Attention | None:
     )
 
 
-def is_one_operator(found: Attention) -> bool:
-    """Tell whether `cpcompile.attention` can say a fused attention: it has no gradient for its mask and no dropout."""
+def is_one_operator(found: Attention, exact_dropout: bool) -> bool:
+    """Tell whether `cpcompile.attention` can say a fused attention: it has no gradient for its mask."""
     has_gradient = found.mask is not None and may_need_gradient(found.mask)
-    return is_batched(*(value_of(x).shape for x in (found.q, found.k, found.v))) and not (has_gradient or found.dropout)
+    q, k, v = (value_of(x).shape for x in (found.q, found.k, found.v))
+    return is_batched(q, k, v) and not has_gradient and can_drop(q[-2], k[-2], found.dropout, exact_dropout)
 
 
 def default_scale(call: Call) -> float | None:

@@ -1,4 +1,4 @@
-"""Attention written out: `softmax(cap(q @ k^T * scale) + masks) @ v`."""
+"""Attention written out: `dropout(softmax(cap(q @ k^T * scale) + masks)) @ v`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import fx
 from cpcompile.call import Call, value_of
 from cpcompile.emit import emit
 from cpcompile.masks.read import Reader
-from cpcompile.patterns.attention import Attention, is_batched
+from cpcompile.patterns.attention import Attention, can_drop, is_batched
 from cpcompile.patterns.masking import can_mask, written_mask
 from cpcompile.patterns.nodes import converted, is_conversion, second, source
 from cpcompile.patterns.scores import PRODUCTS, read_scores
@@ -21,8 +21,8 @@ _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default,
 _MODE_SWITCHES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
 
 
-def read_written_out(node: fx.Node, reader: Reader) -> Attention | None:
-    """Read `softmax(cap(q @ k^T * scale) + masks) @ v`, from its softmax."""
+def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Attention | None:
+    """Read `dropout(softmax(cap(q @ k^T * scale) + masks)) @ v`, from its softmax."""
     if node.target not in _SOFTMAX or Call.of(node)["dim"] not in (-1, value_of(node).dim() - 1):
         return None
     scores = read_scores(node.args[0], reader)
@@ -35,8 +35,11 @@ def read_written_out(node: fx.Node, reader: Reader) -> Attention | None:
     written = [source(scores.product), source(keys) if is_transposition(keys) else keys, second(end)]
     q_shape, k_shape, v_shape = (value_of(x).shape for x in (written[0], keys, written[2]))
     keeps_dtype = value_of(scores.product).dtype == dtype or all(is_of(x, dtype) for x in written)
+    dropout = dropout_of(weighing)
     if (
-        not keeps_dtype
+        dropout is None
+        or not can_drop(q_shape[-2], k_shape[-1], dropout, exact_dropout)
+        or not keeps_dtype
         or not is_batched(q_shape, [*k_shape[:-2], k_shape[-1], k_shape[-2]], v_shape)
         or not can_mask(scores.masks)
     ):
@@ -51,6 +54,7 @@ def read_written_out(node: fx.Node, reader: Reader) -> Attention | None:
         mask=written_mask(end, scores),
         scale=scores.scale,
         softcap=scores.softcap,
+        dropout=dropout,
     )
 
 
@@ -62,14 +66,16 @@ def read_weighing(softmax: fx.Node) -> tuple[fx.Node, ...] | None:
         nodes.append(node)
         if node.target in PRODUCTS:
             return tuple(nodes) if node.args[0] is nodes[-2] is not node.args[1] else None
-        if not is_conversion(node) and not is_idle_dropout(node):
+        if not is_conversion(node) and node.target is not aten.dropout.default:
             return None
     return None
 
 
-def is_idle_dropout(node: fx.Node) -> bool:
-    """Tell whether a node is a dropout that drops nothing; one that does leaves the attention written out."""
-    return node.target is aten.dropout.default and not (Call.of(node)["train"] and Call.of(node)["p"])
+def dropout_of(weighing: tuple[fx.Node, ...]) -> float | None:
+    """Return the probability of a weight being dropped, or None where two dropouts do it."""
+    calls = [Call.of(node) for node in weighing if node.target is aten.dropout.default]
+    rates = [float(call["p"]) for call in calls if call["train"] and call["p"]]
+    return sum(rates) if len(rates) < 2 else None
 
 
 def switches_mode(first: fx.Node, last: fx.Node) -> bool:

@@ -17,6 +17,9 @@ from cpcompile.rules.registry import Decision, no_rule, register
 
 QUERY_TOKENS = Sharded(2)
 
+# Of the whole sequence, of sequences or of heads: every rank reads all of them.
+WHOLE = ("documents", "key_padding", "bounds", "prefix", "slopes", "sinks", "seed")
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionRule:
@@ -30,7 +33,6 @@ class AttentionRule:
 
     def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
         given = {name: operands[name] for name in ("q", "k", "v") if name in operands}
-        assert not call["dropout"], "attention with dropout is written out"
         if any(
             at.with_range(0, 0) != replace(QUERY_TOKENS, sequence=at.sequence) or not at.covers_all
             for at in given.values()
@@ -43,7 +45,7 @@ class AttentionRule:
 
     def _along_one_sequence(self, call: Call, at: Sharded, is_sharded: bool) -> Decision:
         wanted: dict[str, Placement] = dict.fromkeys(("q", "k", "v"), at)
-        vectors = {name for name in ("documents", "key_padding") if call[name] is not None}
+        vectors = {name for name in WHOLE if call[name] is not None}
         if call["mask"] is not None:
             rows = replace(at, dim=len(call.shape("mask")) - 2)
             by_rows = is_sharded or annotation(call.node).strategy not in ("ulysses", "usp")
@@ -55,8 +57,10 @@ class AttentionRule:
         return Decision(wanted, (at,), gathers=frozenset(vectors))
 
     def _across(self, call: Call, operands: Mapping[str, Sharded]) -> Decision:
-        if call["is_causal"] or call["window"] or call["documents"] is not None:
+        has_places = call["is_causal"] or call["window"] or call["lookahead"] >= 0
+        if has_places or any(call[name] is not None for name in ("documents", "prefix", "slopes")):
             raise no_rule(call, operands, "queries and keys of different tokens have no common order", self.notation)
+        assert not call["dropout"], "queries that are no square with their keys drop their weights written out"
         wanted: dict[str, Placement] = {name: FULL for name, _ in call.operands()}
         result: Placement = FULL
         if "q" in operands:

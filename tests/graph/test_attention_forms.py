@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cpcompile import verify
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole
+from cpcompile.mesh import Axis
 from cpcompile.passes.lift_masks import describe
 from cpcompile.sites import attention_nodes
 from cpcompile.verification import LockstepBackend, default_objective, run_and_differentiate
@@ -150,7 +151,7 @@ class Flex(TrainedBias):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_flex_attention_is_exact(kind: str) -> None:
     model, inputs, config = Flex(kind).double(), batch(11), Config()
-    ranks = LockstepBackend(config, 3, False)
+    ranks = LockstepBackend(config, Axis.in_process(3), False)
     forward = compile_whole(model.forward, ranks, config)
     found = run_and_differentiate(model, forward, by_name(model.forward, inputs), default_objective, config)
     model.by_hand = True

@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpcompile import NoRule, explain, verify
+from cpcompile import NoRule, explain, verification, verify
 from cpcompile.annotation import annotation, placement_of
+from cpcompile.call import Call
+from cpcompile.config import Config
+from cpcompile.dynamo import by_name, compile_whole
+from cpcompile.mesh import Axis
 from cpcompile.passes import place_tokens, rewrite_dropout
 from cpcompile.placement import FULL, Sharded
 from cpcompile.runtime.dropout import splitmix64
+from cpcompile.verification import default_objective, run_and_differentiate
 from tests.graph.small_models import TinyLM, batch, before, count, planned
 from tests.models import batch as batch_of
 from tests.models import make
@@ -61,6 +66,52 @@ def test_exact_dropouts_draw_one_after_the_other() -> None:
     draws = gm.graph.find_nodes(op="call_function", target=cp.draw_kept.default)
     assert [node.args[1] for node in draws] == [None, *draws[:2]]
     assert not count(gm, cp.shared_seed.default)
+
+
+class DroppingWeights(TinyLM):
+    """Drops weights of two attentions, one fused and one written out."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.3)
+        y = y + F.dropout((q @ k.mT / 2).softmax(-1), 0.2) @ v
+        return F.dropout(y.transpose(1, 2).flatten(-2), 0.1)
+
+
+def test_attentions_drop_by_the_shared_seed() -> None:
+    transformed = planned(DroppingWeights(), batch(7))
+    gm = before(transformed, place_tokens)
+    assert rewrite_dropout(gm, plan=transformed.plan) == 3
+    (seed,) = gm.graph.find_nodes(op="call_function", target=cp.shared_seed.default)
+    calls = [Call.of(node) for node in gm.graph.find_nodes(op="call_function", target=cp.attention.default)]
+    assert [(call["dropout"], call["seed"], call["site"]) for call in calls] == [(0.3, seed, 0), (0.2, seed, 1)]
+    text = gm.graph.python_code("self").src
+    assert rewrite_dropout(gm, plan=transformed.plan) == 0
+    assert gm.graph.python_code("self").src == text
+
+
+def test_no_tensor_of_all_weights_is_left() -> None:
+    graph = planned(DroppingWeights(), batch(7)).graph.graph
+    shapes = [node.meta["val"].shape for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    assert not [shape for shape in shapes if tuple(shape[-2:]) == (7, 7)]
+    assert not count(graph.owning_module, aten.softmax.int)
+
+
+@pytest.mark.parametrize("length", [8, 11])
+def test_weights_are_dropped_whatever_the_number_of_ranks(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "refuse_dropout", lambda gm: None)
+    model, inputs, config = DroppingWeights().double(), batch(length), Config()
+    found = []
+    for world_size in (1, 2, 3):
+        torch._dynamo.reset()
+        ranks = verification.LockstepBackend(config, Axis.in_process(world_size), False)
+        forward = compile_whole(model.forward, ranks, config)
+        for _ in range(2):  # the first time, compilation draws random numbers, too
+            torch.manual_seed(1)
+            result = run_and_differentiate(model, forward, by_name(model.forward, inputs), default_objective, config)
+        found.append(result)
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], rtol=1e-10, atol=1e-12)
 
 
 SILENT: dict[str, Callable[[Tensor], Tensor]] = {

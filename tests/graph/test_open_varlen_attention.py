@@ -15,6 +15,7 @@ from cpcompile.call import Call
 from cpcompile.capture import capture
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole
+from cpcompile.mesh import Axis
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.lift_masks import describe, lift_masks
 from cpcompile.passes.open_varlen_attention import open_varlen_attention
@@ -143,7 +144,7 @@ class PackedLM(nn.Module):
 def test_a_model_of_packed_sequences_is_exact_on_three_ranks() -> None:
     model, config = PackedLM().double(), Config(token_dims={"input_ids": 0, "labels": 0})
     inputs = {"input_ids": torch.arange(T) % 13, "labels": torch.arange(T) * 5 % 13, "cu_seq": CU_SEQ}
-    forward = compile_whole(model.forward, LockstepBackend(config, 3, False), config)
+    forward = compile_whole(model.forward, LockstepBackend(config, Axis.in_process(3), False), config)
     found = run_and_differentiate(model, forward, by_name(model.forward, inputs), default_objective, config)
     model.by_hand = True
     wanted = run_and_differentiate(model, model.forward, inputs, default_objective)
