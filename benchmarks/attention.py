@@ -114,9 +114,22 @@ def pick(problem: Problem) -> tuple[str, str]:
     from cpcompile import cost
 
     sizes = (1, HEADS, KV_HEADS, problem.length, HEAD_DIM, HEAD_DIM, problem.dtype.itemsize)
-    site = cost.Attention(*sizes, problem.device.type, True, problem.window, False)
-    choice = cost.choose([site], "auto", "auto", problem.world_size)
+    site = cost.Attention(
+        *sizes,
+        problem.device.type,
+        True,
+        problem.window,
+        False,
+        has_documents=problem.is_packed,
+        kernel=pick_kernel(problem),
+    )
+    choice = cost.choose([site], "auto", "auto", cost.Ranks(problem.world_size))
     return choice.strategies[0], choice.layout
+
+
+def pick_kernel(problem: Problem) -> str:
+    """Return the kernel that most of such an attention runs on."""
+    return "triton" if problem.window else "cudnn"
 
 
 def our_system(strategy: str, layout: str, kernel: str) -> System:

@@ -13,6 +13,9 @@ from attention_cases import HEAD_DIM, Problem
 from attention_reference import visible
 from attention_systems import Autograd, Runner, System
 
+from cpcompile.runtime import kernels
+from cpcompile.runtime.block import Block
+
 Tensor = torch.Tensor
 aten = torch.ops.aten
 SCALE = HEAD_DIM**-0.5
@@ -173,6 +176,34 @@ class Packed:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Triton:
+    """This project's Triton kernels: a window, or documents of some lengths."""
+
+    low: int | None
+    lengths: tuple[int, ...]
+
+    @property
+    def block(self) -> Block:
+        """What they compute."""
+        return Block(SCALE, low=self.low, high=0, lengths=self.lengths)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+        """Run the forward."""
+        tensors = [x.transpose(1, 2) for x in (q, k, v)]
+        return tensors, kernels.forward(*tensors, self.block, "triton")
+
+    def backward(self, saved: tuple[Any, ...], dout: Tensor) -> Sequence[Tensor]:
+        """Run the backward."""
+        tensors, result = saved
+        return kernels.backward(dout.transpose(1, 2), *tensors, *result, self.block, "triton")
+
+    def tensors(self, saved: tuple[Any, ...], grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Transpose back."""
+        parts = (saved[1][0], *grads)
+        return {name: x.transpose(1, 2) for name, x in zip(("out", "dq", "dk", "dv"), parts, strict=True)}
+
+
 def on_cpu(problem: Problem) -> Runner:
     """Attention with a dense mask, for trying the benchmark out."""
     size = problem.length
@@ -201,13 +232,16 @@ def limits(kind: str, device: str) -> list[System]:
     if device == "cpu":
         return [_limit("cpu", on_cpu)]
     if kind == "window":
-        return [_limit("fa2", lambda problem: Flash(problem.length, problem.window))]
+        return [
+            _limit("fa2", lambda problem: Flash(problem.length, problem.window)),
+            _limit("triton", lambda problem: Triton(1 - problem.window, ())),
+        ]
     if kind == "packed":
         shares = {"fa2 varlen": 2, "cudnn per document": 0, "cudnn from 1/32": 1 / 32, "cudnn from 1/8": 1 / 8}
         return [
             _limit(name, lambda problem, share=share: Packed(segments(problem, share * problem.length)))
             for name, share in shares.items()
-        ]
+        ] + [_limit("triton", lambda problem: Triton(None, tuple(end - start for start, end in problem.documents)))]
     return [
         _limit("cudnn", lambda problem: Cudnn()),
         _limit("cudnn head major", lambda problem: Cudnn(), is_head_major=True),
