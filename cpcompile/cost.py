@@ -18,7 +18,12 @@ from cpcompile.runtime.problem import Problem, keys_sent, pairs, pieces_of, samp
 from cpcompile.runtime.schedule import Band, Piece, Visible
 
 # Measured on H100 in bf16: FLOP/s of forward and backward for a whole causal attention of 64k tokens, 32 heads of 128.
-RATES = {"cudnn": (620e12, 560e12), "flash3": (620e12, 560e12), "flash4": (620e12, 560e12)}
+RATES = {
+    "cudnn": (620e12, 560e12),
+    "flash3": (620e12, 560e12),
+    "flash4": (620e12, 560e12),
+    "triton": (440e12, 375e12),
+}
 FLASH2 = (330e12, 300e12)  # and all others that run on GPUs
 CPU = (100e9, 100e9)  # fp32 on a few cores
 # A kernel reaches its rate when a row sees so many keys, as in a causal square of 16k; with half as many it is 7 and 11% slower.
