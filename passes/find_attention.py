@@ -55,7 +55,8 @@ def write_operator(found: Attention) -> None:
     if value_of(end).dim() == 3:
         operands = [as_one_head(end, node) for node in operands]
     settings = (found.scale, found.is_causal, 0, found.softcap, found.dropout)
-    new = emit(end, torch.ops.cpcompile.attention.default, *operands, None, None, *settings)
+    terms = {} if found.sinks is None else {"sinks": found.sinks}
+    new = emit(end, torch.ops.cpcompile.attention.default, *operands, None, None, *settings, **terms)
     if value_of(end).dim() == 3:
         new = emit(end, aten.squeeze.dim, new, 1)
     replace_by(found, new)

@@ -99,8 +99,10 @@ def describe(node: fx.Node | Call) -> str:
         "documents": call["documents"] is not None,
         "key padding": call["key_padding"] is not None,
         "dense": call["mask"] is not None,
+        "ALiBi": call["slopes"] is not None,
+        "sinks": call["sinks"] is not None,
     }
     if call["mask"] is not None:
         shape = ", ".join(str(size) for size in call.shape("mask"))
-        words[f"dense [{shape}]"] = words.pop("dense")
+        words = {f"dense [{shape}]" if word == "dense" else word: holds for word, holds in words.items()}
     return ", ".join(word for word, holds in words.items() if holds) or "all"

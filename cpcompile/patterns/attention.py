@@ -25,6 +25,7 @@ class Attention:
     is_causal: bool = False
     softcap: float = 0.0
     dropout: float = 0.0
+    sinks: fx.Node | None = None
 
 
 def is_batched(q: Any, k: Any, v: Any) -> bool:

@@ -12,6 +12,7 @@ from cpcompile.patterns.attention import Attention, can_drop, is_batched
 from cpcompile.patterns.masking import can_mask, written_mask
 from cpcompile.patterns.nodes import converted, is_conversion, second, source
 from cpcompile.patterns.scores import PRODUCTS, read_scores
+from cpcompile.patterns.sinks import drops_column, of_heads, read_sinks
 
 aten = torch.ops.aten
 
@@ -25,8 +26,9 @@ def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Atte
     """Read `dropout(softmax(cap(q @ k^T * scale) + masks)) @ v`, from its softmax."""
     if node.target not in _SOFTMAX or Call.of(node)["dim"] not in (-1, value_of(node).dim() - 1):
         return None
-    scores = read_scores(node.args[0], reader)
-    weighing = read_weighing(node)
+    with_sinks = read_sinks(source(node))
+    scores = read_scores(source(node) if with_sinks is None else with_sinks.scores, reader)
+    weighing = read_weighing(node, has_sinks=with_sinks is not None)
     if scores is None or weighing is None or switches_mode(scores.product, weighing[-1]):
         return None
     end = weighing[-1]
@@ -47,7 +49,7 @@ def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Atte
     q, k, v = (of_dtype(end, x, dtype) for x in written)
     k = k if is_transposition(keys) else emit(end, aten.transpose.int, k, -2, -1)
     return Attention(
-        nodes=(*scores.nodes, *weighing),
+        nodes=(*scores.nodes, *(() if with_sinks is None else with_sinks.nodes), *weighing),
         q=q,
         k=k,
         v=v,
@@ -55,12 +57,21 @@ def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Atte
         scale=scores.scale,
         softcap=scores.softcap,
         dropout=dropout,
+        sinks=None if with_sinks is None else of_heads(end, with_sinks.column, q_shape[1]),
     )
 
 
-def read_weighing(softmax: fx.Node) -> tuple[fx.Node, ...] | None:
-    """Read on from a softmax to the product with the values, the last node, as long as nothing else uses the weights."""
+def read_weighing(softmax: fx.Node, has_sinks: bool) -> tuple[fx.Node, ...] | None:
+    """Read on from a softmax to the product with the values, the last node, as long as nothing else uses the weights.
+
+    With sinks, their column is dropped first.
+    """
     nodes = [softmax]
+    if has_sinks:
+        (node,) = softmax.users if len(softmax.users) == 1 else (softmax,)
+        if not drops_column(node, softmax):
+            return None
+        nodes.append(node)
     while len(nodes[-1].users) == 1:
         (node,) = nodes[-1].users
         nodes.append(node)

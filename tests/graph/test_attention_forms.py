@@ -93,20 +93,52 @@ class Modules(TinyLM):
         return self.mixer(x, x, x, attn_mask=mask, need_weights=self.need_weights)[0].transpose(0, 1)
 
 
+class Sinks(Attending):
+    """Attends as gpt-oss does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.randn(self.heads))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT / 2).masked_fill(hidden(q), -math.inf)
+        logits = torch.cat([scores, self.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        logits = logits - logits.max(-1, keepdim=True).values
+        return logits.softmax(-1)[..., :-1] @ v
+
+
+class Masked(Attending):
+    """Attends under a mask of the number of tokens."""
+
+    def __init__(self, mask: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        places = torch.arange(q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, self.mask(places[:, None], places))
+
+
 FORMS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "einsum": (Einsum, ["causal"]),
     "mask of a buffer": (MaskOfABuffer, ["dense"]),
     "trained bias": (TrainedBias, []),
     "trained bias written out": (TrainedBiasWrittenOut, []),
+    "sinks": (Sinks, ["causal, sinks"]),
+    "window on both sides": (lambda: Masked(lambda q, k: (q - k).abs() <= 2), ["look-ahead 2, window 3"]),
+    "look-ahead": (lambda: Masked(lambda q, k: k - q < 4), ["look-ahead 3"]),
+    "prefix": (lambda: Masked(lambda q, k: (k <= q) | (k < 4)), ["causal, prefix"]),
+    "chunks": (lambda: Masked(lambda q, k: (k // 4 == q // 4) & (k <= q)), ["causal, documents"]),
     "module with weights": (lambda: Modules(True), ["causal"]),
     "module without weights": (lambda: Modules(False), ["causal"]),
 }
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("name", FORMS)
-def test_forms_are_exact(name: str) -> None:
+def test_forms_are_exact(name: str, world_size: int) -> None:
     make, expected = FORMS[name]
-    found = verify(make(), batch(11), world_size=3, dtype=torch.float64)
+    found = verify(make(), batch(11), world_size=world_size, dtype=torch.float64)
     found.raise_if_wrong()
     words = [describe(node).split(" [")[0] for node in attention_nodes(found.transformed.analysed)]
     assert words == expected

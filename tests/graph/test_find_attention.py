@@ -30,6 +30,7 @@ def captured(function: Callable[..., Any], *inputs: Tensor) -> tuple[fx.GraphMod
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         seen.extend((capture(gm, example_inputs), tuple(example_inputs)))
         functionalise_writes(seen[0])
+        seen[0].graph.eliminate_dead_code()
         return gm
 
     torch._dynamo.reset()
@@ -295,6 +296,60 @@ OTHERS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_are_left_alone(name: str) -> None:
     gm, _ = captured(OTHERS[name], *operands())
+    text = str(gm.graph)
+    assert (find_attention(gm), str(gm.graph)) == (0, text)
+
+
+def with_sinks(scores: Tensor, sinks: Tensor) -> Tensor:
+    return torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(B, H, S, 1)], dim=-1)
+
+
+def shifted(logits: Tensor) -> Tensor:
+    return logits - logits.max(dim=-1, keepdim=True).values
+
+
+SINKS: dict[str, Callable[..., Tensor]] = {
+    "bare": lambda q, k, v, s: torch.softmax(with_sinks(product(q, k), s), -1)[..., :-1] @ v,
+    "shifted": lambda q, k, v, s: torch.softmax(shifted(with_sinks(product(q, k) * 0.3, s)), -1)[..., :-1] @ v,
+    "shifted by amax": lambda q, k, v, s: (
+        (x := with_sinks(product(q, k), s)).sub(x.amax(-1, True).detach()).softmax(-1)[..., :S] @ v
+    ),
+    "masked": lambda q, k, v, s: (
+        torch.softmax(with_sinks(product(q, k).masked_fill(~CAUSAL, -math.inf), s), -1)[..., :-1] @ v
+    ),
+    "a row without a key": lambda q, k, v, s: (
+        torch.softmax(with_sinks(product(q, k).masked_fill(CAUSAL, -math.inf), s), -1)[..., :-1] @ v
+    ),
+    "one for all heads": lambda q, k, v, s: torch.softmax(with_sinks(product(q, k), s[:1]), -1)[..., :-1] @ v,
+    "of another rank": lambda q, k, v, s: (
+        torch.softmax(torch.cat([product(q, k), s[:, None, None].expand(B, H, S, 1)], -1), -1)[..., :-1] @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_sinks(name: str) -> None:
+    sinks = torch.randn(H, dtype=torch.float64, requires_grad=True)
+    call = assert_same(SINKS[name], *operands(), sinks, num_inputs=4)
+    assert call.shape("sinks") == (H,)
+
+
+OTHER_SINKS: dict[str, Callable[..., Tensor]] = {
+    "first column dropped": lambda q, k, v, s: torch.softmax(with_sinks(product(q, k), s), -1)[..., 1:] @ v,
+    "another row's largest": lambda q, k, v, s: (
+        (x := with_sinks(product(q, k), s)).sub(x.amax(-2, True)).softmax(-1)[..., :-1] @ v
+    ),
+    "of queries": lambda q, k, v, s: torch.cat([product(q, k), q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
+    "two columns": lambda q, k, v, s: (
+        torch.cat([product(q, k), s.view(1, H, 1, 1).expand(B, H, S, 2)], -1).softmax(-1)[..., :-2] @ v
+    ),
+    "nothing dropped": lambda q, k, v, s: with_sinks(product(q, k), s).softmax(-1) @ F.pad(v, (0, 0, 0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SINKS)
+def test_other_columns_are_left_alone(name: str) -> None:
+    gm, _ = captured(OTHER_SINKS[name], *operands(), torch.randn(H, dtype=torch.float64, requires_grad=True))
     text = str(gm.graph)
     assert (find_attention(gm), str(gm.graph)) == (0, text)
 
