@@ -18,34 +18,46 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.call import Call, value_of
-from cpcompile.masks.expression import Load, shifted
+from cpcompile.masks.bias import Bias, BiasReader
+from cpcompile.masks.expression import Load
 from cpcompile.masks.read import Reader
-from cpcompile.masks.recognise import Mask, all_loads, is_load_per_batch, predicate, recognise
+from cpcompile.masks.recognise import Mask, all_loads, is_load_per_batch, recognise
+from cpcompile.patterns.summands import Summands, read_summands, slopes_of
 from cpcompile.patterns.vectors import document_ids, prefix_lengths, real_keys
 
 
 def lift_masks(gm: fx.GraphModule) -> int:
     """Return how many attentions lost their dense mask. Runs after `find_attention`, before anything is sharded."""
-    reader = Reader(gm)
+    reader, biases = Reader(gm), {dtype: BiasReader(gm, dtype) for dtype in (torch.float32, torch.float64)}
     count = 0
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.attention.default):
         call = Call.of(node)
-        mask = None if call["mask"] is None else meaning(call, reader)
-        if mask is not None:
-            put(call, mask)
+        if call["mask"] is None:
+            continue
+        is_double = call.tensor("q").dtype == torch.float64
+        found = read_summands(call["mask"], reader, biases[torch.float64 if is_double else torch.float32])
+        mask = None if found is None else meaning(call, found, reader)
+        if mask is not None and found is not None:
+            put(call, mask, found.bias)
             count += 1
     return count
 
 
-def meaning(call: Call, reader: Reader) -> Mask | None:
-    """Return what the dense mask of an attention means in the terms of the operator, beside those that it has, or None."""
-    value = reader.read(call["mask"])
-    dense = call.tensor("mask")
-    found = None if value is None else predicate(shifted(value, 4 - dense.dim()), dense.dtype)
-    mask = None if found is None else recognise(found[0], reader, taken(call))
-    if mask is None or found is None or not fits(call, mask):
+def meaning(call: Call, found: Summands, reader: Reader) -> Mask | None:
+    """Return what the dense mask of an attention hides in the terms of the operator, beside those that it has, or None."""
+    mask = recognise(found.visible, reader, taken(call))
+    if mask is None or not fits(call, mask) or not (found.bias is None or can_slope(call, mask, found.bias)):
         return None
-    return mask if found[1] or mask.shows_own_token else None
+    return mask if found.is_infinite or mask.shows_own_token else None
+
+
+def can_slope(call: Call, mask: Mask, bias: Bias) -> bool:
+    """Tell whether the operator can say a bias. A number for a whole row changes no weight, unless there are sinks."""
+    is_one_sided = mask.ahead == 0 and mask.prefix is None
+    means_distance = bias.is_distance or (is_one_sided and not (bias.has_rows and call["sinks"] is not None))
+    num_heads = value_of(bias.slopes.node).numel()
+    is_self = statically_known_true(call.shape("q")[2] == call.shape("k")[2])
+    return means_distance and is_self and num_heads == call.shape("q")[1] and call["slopes"] is None
 
 
 def taken(call: Call) -> Mask:
@@ -71,7 +83,7 @@ def is_vector(load: Load, batch: Any, tokens: Any) -> bool:
     return is_long and (not rows or statically_known_true(rows[0] == batch) or statically_known_true(rows[0] == 1))
 
 
-def put(call: Call, mask: Mask) -> None:
+def put(call: Call, mask: Mask, bias: Bias | None) -> None:
     """Give the attention the arguments that mean the mask, beside those that it has."""
     changes: dict[str, Any] = {
         "mask": None,
@@ -79,6 +91,8 @@ def put(call: Call, mask: Mask) -> None:
         "lookahead": mask.ahead or -1,
         "window": mask.window,
     }
+    if bias is not None:
+        changes["slopes"] = slopes_of(call, bias)
     if mask.prefix is not None:
         changes["prefix"] = prefix_lengths(call.node, mask.prefix)
     if mask.documents:

@@ -45,7 +45,15 @@ class Quotient:
     divisor: int
 
 
-Atom = Coordinate | Size | Load | Quotient
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The product of a floating-point element and an integer."""
+
+    load: Load
+    factor: Coordinate | Size | Load | Quotient
+
+
+Atom = Coordinate | Size | Load | Quotient | Scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +151,15 @@ def quotient(value: Affine, divisor: int) -> Affine:
     out = Affine(value.constant // divisor, frozenset((a, c // divisor) for a, c in value.terms if c % divisor == 0))
     rest = value - out * divisor
     return out + affine(Quotient(rest, divisor)) if rest.terms else out
+
+
+def scaled(load: Load, value: Affine) -> Affine:
+    """Return the product of a floating-point element and an integer."""
+    total = affine(load) * value.constant
+    for atom, coefficient in value.terms:
+        assert not isinstance(atom, Scaled)
+        total += affine(Scaled(load, atom)) * coefficient
+    return total
 
 
 def least(value: Affine) -> int | None:
@@ -318,6 +335,8 @@ def rewrite_affine(value: Affine, function: Callable[[Atom], Affine]) -> Affine:
     for atom, coefficient in value.terms:
         if isinstance(atom, Quotient):
             moved = quotient(rewrite_affine(atom.value, function), atom.divisor)
+        elif isinstance(atom, Scaled):
+            moved = scaled(rewrite_load(atom.load, function), rewrite_affine(affine(atom.factor), function))
         else:
             moved = function(rewrite_load(atom, function) if isinstance(atom, Load) else atom)
         total += moved * coefficient

@@ -71,7 +71,8 @@ def from_front(reader: Reader, index: Any, size: Any) -> Affine:
     if isinstance(index, int) and isinstance(size, int):
         return Affine(index if index >= 0 else max(index + size, 0))
     start = number_of(reader, index)
-    if not is_natural(start):
+    value = value_of(index) if isinstance(index, fx.Node) else index
+    if not is_natural(start) and not statically_known_true(value >= 0):
         raise Unreadable
     return start
 

@@ -7,6 +7,8 @@ from torch import fx
 
 from cpcompile.call import value_of
 from cpcompile.emit import emit
+from cpcompile.masks.bias import BiasReader, read_bias
+from cpcompile.masks.read import Reader
 from cpcompile.patterns.nodes import may_need_gradient
 from cpcompile.patterns.scores import Masking, Scores
 
@@ -17,12 +19,20 @@ aten = torch.ops.aten
 _ABSORBING = torch.finfo(torch.bfloat16).min
 
 
-def can_mask(masks: tuple[Masking, ...]) -> bool:
-    """Tell whether one mask means all of them: a finite fill is like an addition when it absorbs the score, and alone."""
+def can_mask(masks: tuple[Masking, ...], reader: Reader) -> bool:
+    """Tell whether one mask means all of them: a finite fill is like an addition when it absorbs what it is added to."""
     if any(may_need_gradient(masking.tensor) for masking in masks):
         return False
-    fills = [masking.fill for masking in masks if masking.fill is not None]
-    return all(fill == float("-inf") or (fill <= _ABSORBING and len(masks) == 1) for fill in fills)
+    fills = [masking for masking in masks if masking.fill is not None and masking.fill != float("-inf")]
+    others = [masking for masking in masks if masking not in fills]
+    can_absorb = len(fills) == 1 and fills[0].fill is not None and fills[0].fill <= _ABSORBING
+    return not fills or (can_absorb and all(is_small(masking, reader) for masking in others))
+
+
+def is_small(masking: Masking, reader: Reader) -> bool:
+    """Tell whether a mask adds slopes times positions, which no more than scores come near the least number."""
+    biases = BiasReader(reader.gm, value_of(masking.tensor).dtype)
+    return masking.fill is None and read_bias(masking.tensor, biases) is not None
 
 
 def written_mask(before: fx.Node, scores: Scores) -> fx.Node | None:

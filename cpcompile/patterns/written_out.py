@@ -43,7 +43,7 @@ def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Atte
         or not can_drop(q_shape[-2], k_shape[-1], dropout, exact_dropout)
         or not keeps_dtype
         or not is_batched(q_shape, [*k_shape[:-2], k_shape[-1], k_shape[-2]], v_shape)
-        or not can_mask(scores.masks)
+        or not can_mask(scores.masks, reader)
     ):
         return None
     q, k, v = (of_dtype(end, x, dtype) for x in written)
