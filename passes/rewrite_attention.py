@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call
 from cpcompile.emit import emit
+from cpcompile.errors import ConfigError, where
 from cpcompile.patterns.nodes import value_numbers
 from cpcompile.placement import Sharded
 from cpcompile.plan import Lengths, Plan
@@ -36,7 +37,11 @@ EXCHANGE_HEADS = ("ulysses", "usp")
 
 
 def rewrite_attention(gm: fx.GraphModule, *, plan: Plan) -> int:
-    """Return how many attentions were rewritten. Runs after `place_tokens`."""
+    """Return how many attentions were rewritten. Runs after `place_tokens`.
+
+    Raises:
+        ConfigError: an attention cannot be computed by its strategy.
+    """
     nodes = gm.graph.find_nodes(op="call_function", target=cp.attention.default)
     sites = [node for node in nodes if isinstance(placement_of(Call.of(node)["k"]), Sharded)]
     bounds = insert_bounds(gm, sites)
@@ -74,6 +79,7 @@ def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan)
     assert isinstance(at, Sharded)
     has_rows = call["mask"] is not None and isinstance(placement_of(call["mask"]), Sharded)
     strategy = "gather" if has_rows and known.strategy in EXCHANGE_HEADS else known.strategy
+    refuse_unable(call, strategy, plan)
     terms, _ = call.rebound({"kernel_name": plan.kernel, "bounds": bounds})
     axis = axis_arguments(OPERATORS[strategy], plan, Lengths.of(gm, at.sequence).total)
     with gm.graph.inserting_before(node):
@@ -85,6 +91,35 @@ def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan)
     annotate(out, origin=known.origin or node.name)
     node.replace_all_uses_with(out)
     gm.graph.erase_node(node)
+
+
+def refuse_unable(call: Call, strategy: str, plan: Plan) -> None:
+    """Refuse a strategy that cannot compute an attention exactly, or not as it promises.
+
+    Raises:
+        ConfigError: with the user's line, the reason and the remedy.
+    """
+    is_additive = call["mask"] is not None and call.tensor("mask").is_floating_point()
+    has_window = call["window"] > 0 and (call["is_causal"] or call["lookahead"] >= 0)
+    reason: tuple[str, str] | None = None
+    if strategy == "usp" and not plan.inner_size:
+        reason = "the ranks are no grid of two axes", "Name a pair of axes of the mesh"
+    elif is_additive and (strategy == "ring" or (strategy == "usp" and plan.inner_size < plan.world_size)):
+        reason = (
+            "its additive mask may hide every key of a row, which partial results do not keep exactly",
+            "Mask with booleans",
+        )
+    elif strategy == "halo" and not has_window:
+        reason = (
+            "it has no window that bounds both sides, so that its rows see more than the tokens of neighbours",
+            "Give it one",
+        )
+    if reason is not None:
+        why, remedy = reason
+        raise ConfigError(
+            f"strategy={strategy!r} cannot compute this attention: {why}.\n\n{where(call.node)}\n\n"
+            f"{remedy}, or leave the choice to strategy='auto'."
+        )
 
 
 def axis_arguments(target: Any, plan: Plan, length: fx.Node | int) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from cpcompile import verify
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call
+from cpcompile.errors import ConfigError
 from cpcompile.passes import place_tokens, rewrite_attention
 from cpcompile.passes.rewrite_attention import OPERATORS
 from cpcompile.placement import Sharded
@@ -24,7 +27,10 @@ def test_rewrites_each_attention_to_its_strategy(strategy: str) -> None:
     gm = before(transformed, place_tokens)
     (node,) = gm.graph.find_nodes(op="call_function", target=cp.attention.default)
     annotate(node, strategy=strategy)
-    assert rewrite_attention(gm, plan=transformed.plan) == 1
+    if strategy == "halo":
+        node.args, node.kwargs = Call.of(node).rebound({"window": 3})
+    plan = replace(transformed.plan, inner_size=2) if strategy == "usp" else transformed.plan
+    assert rewrite_attention(gm, plan=plan) == 1
     (collective,) = gm.graph.find_nodes(op="call_function", target=OPERATORS[strategy])
     (out,) = collective.users
     assert placement_of(out) == Sharded(2)
@@ -38,6 +44,39 @@ def test_rewrites_each_attention_to_its_strategy(strategy: str) -> None:
         2,
         "",
     ]
+
+
+class Biased(TinyLM):
+    """Adds a bias that is no predicate to the scores."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        places = torch.arange(x.shape[1])
+        bias = (places - places[:, None]).to(x.dtype).sin()
+        return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(-2)
+
+
+REFUSED = {
+    "ring": (Biased, {}, "its additive mask may hide every key of a row"),
+    "usp": (Biased, {"world_size": 4, "inner_size": 2}, "its additive mask may hide every key of a row"),
+    "halo": (TinyLM, {}, "it has no window that bounds both sides"),
+    "usp alone": (TinyLM, {}, "the ranks are no grid of two axes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_a_strategy_that_is_not_exact(name: str) -> None:
+    model, changes, reason = REFUSED[name]
+    transformed = planned(model(), batch())
+    gm = before(transformed)
+    (node,) = gm.graph.find_nodes(op="call_function", target=cp.attention.default)
+    strategy = name.split()[0]
+    annotate(node, strategy=strategy)
+    place_tokens(gm, plan=transformed.plan)
+    with pytest.raises(ConfigError, match=f"strategy='{strategy}' cannot compute this attention: {reason}") as error:
+        rewrite_attention(gm, plan=replace(transformed.plan, **changes))
+    assert "F.scaled_dot_product_attention" in str(error.value)
+    assert "or leave the choice to strategy='auto'" in str(error.value)
 
 
 class WholeAttention(TinyLM):
