@@ -80,6 +80,7 @@ def read_filled(call: Call, reader: Reader, biases: BiasReader) -> Summands | No
 def slopes_of(call: Call, bias: Bias) -> fx.Node:
     """Return the slopes `[H]` of an attention."""
     dtype = torch.float64 if call.tensor("q").dtype == torch.float64 else torch.float32
-    node = emit(call.node, aten.reshape.default, bias.slopes.node, [-1])
+    # The bias has no gradient, or it would not be a mask; it may be one that the graph cut off between slopes and bias.
+    node = emit(call.node, aten.reshape.default, emit(call.node, aten.detach.default, bias.slopes.node), [-1])
     node = node if bias.factor == 1 else emit(call.node, aten.mul.Tensor, node, bias.factor)
     return converted(call.node, node, dtype)
