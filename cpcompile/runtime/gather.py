@@ -16,7 +16,7 @@ from cpcompile.runtime.lanes import Lanes
 from cpcompile.runtime.messages import by_head, by_token, num_tokens, room, runs
 from cpcompile.runtime.partial import Gradient, Result, add_gradients, empty_result
 from cpcompile.runtime.post import Ring, Transfer, post
-from cpcompile.runtime.schedule import Needs, Span, Spans, by_position, needs, packed
+from cpcompile.runtime.schedule import Needs, Spans, needs, packed
 from cpcompile.runtime.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.terms import Terms
 
@@ -46,19 +46,6 @@ class Gathered:
     heads_per_message: int
     ring: Ring
 
-    def held(self, receiver: int) -> Spans:
-        """Return the tokens that `receiver` gathers, in the order of their positions."""
-        return by_position([span for spans in self.needs.of[receiver] for span in spans])
-
-    def slots_of(self, receiver: int, source: int) -> list[Span]:
-        """Return what `receiver` has of `source`, in the slots of what it gathers."""
-        held = self.held(receiver)
-        found = []
-        for span in self.needs.of[receiver][source]:
-            (run,) = [h for h in held if h.position <= span.position < h.end]
-            found.append(run.between(span.position, span.end))
-        return found
-
     def heads(self) -> list[tuple[slice, slice]]:
         """Return the (query heads, key heads) of each message."""
         num_key = self.k.shape[1]
@@ -82,9 +69,9 @@ class Gathered:
 
     def _fetch(self, query: slice, key: slice) -> Heads:
         own, rank = (self.k[:, key], self.v[:, key]), self.ring.rank
-        whole = room(num_tokens(self.held(rank)), own)
+        whole = room(num_tokens(self.needs.held[rank]), own)
         for x, to in zip(own, whole, strict=True):
-            for span, slots in zip(self.needs.of[rank][rank], self.slots_of(rank, rank), strict=True):
+            for span, slots in zip(self.needs.of[rank][rank], self.needs.within[rank][rank], strict=True):
                 by_head(to[slots.slots]).copy_(x[:, :, span.slots])
 
         def parts(receiver: int, source: int) -> list[slice]:
@@ -94,7 +81,7 @@ class Gathered:
         if self.needs.steps:
             posted = post(by_token(own, self.ring), self.ring, num_starts=len(self.needs.steps))
             for step in self.needs.steps:
-                slots_of = self.slots_of(rank, self.ring.before(step))
+                slots_of = self.needs.within[rank][self.ring.before(step)]
                 transfers.append(posted.start(step, [to[run.slots] for to in whole for run in slots_of], parts))
         k, v = map(by_head, whole)
         return Heads(query, key, k, v, tuple(transfers))
@@ -103,16 +90,16 @@ class Gathered:
         """Add to `total` what all ranks found of this rank's keys; dk and dv are of what it gathered."""
         rank, steps, found = self.ring.rank, self.needs.steps, (dk, dv)
         for gradient, x in zip(total, found, strict=True):
-            for span, slots in zip(self.needs.of[rank][rank], self.slots_of(rank, rank), strict=True):
+            for span, slots in zip(self.needs.of[rank][rank], self.needs.within[rank][rank], strict=True):
                 gradient.add(x[:, :, slots.slots], span.slots)
         if not steps:
             return
 
         def parts(receiver: int, source: int) -> list[slice]:
-            return runs(self.slots_of(source, receiver), found, num_tokens(self.held(source)))
+            return runs(self.needs.within[source][receiver], found, num_tokens(self.needs.held[source]))
 
         token = sum(x.shape[0] * x.shape[1] * x.shape[3] for x in found)
-        largest = token * max(num_tokens(self.held(r)) for r in range(self.ring.size))
+        largest = token * max(num_tokens(held) for held in self.needs.held)
         posted = post(by_token(found, self.ring, largest), self.ring, num_starts=len(steps))
         under_way = []
         for step in steps:  # what was fetched from the rank `step` before goes back there
@@ -133,7 +120,7 @@ def attend(
     """Return (out, lse) of the local rows over all keys; `heads_per_message` key heads travel at once, 0: all."""
     rows = spans[ring.rank]
     gathered = Gathered(k, v, q.shape[1], spans, needs(spans, terms.visible), heads_per_message, ring)
-    pieces, parts = terms.pieces(rows, gathered.held(ring.rank)), []
+    pieces, parts = terms.pieces(rows, gathered.needs.held[ring.rank]), []
     for heads in gathered:
         part = Result(q[:, heads.query], v, 1, len(pieces))
         of_heads = terms.of_heads(heads.query.start, heads.query.stop)
@@ -162,7 +149,7 @@ def attend_backward(
     """Return (dq, dk, dv, dsinks): the gradients of gathered keys go home, where they are summed."""
     rows = spans[ring.rank]
     gathered = Gathered(k, v, q.shape[1], spans, needs(spans, terms.visible), heads_per_message, ring)
-    pieces, parts, num_blocks = terms.pieces(rows, gathered.held(ring.rank)), [], 1 + len(gathered.needs.steps)
+    pieces, parts, num_blocks = terms.pieces(rows, gathered.needs.held[ring.rank]), [], 1 + len(gathered.needs.steps)
     for heads in gathered:
         query, key = heads.query, heads.key
         # The rows of both chunks of a zig-zag rank add to the gradients of a key.

@@ -128,7 +128,7 @@ class Result:
     """Attention so far: `out` `[B, H, S, Dv]` and `lse` `[B, H, S]`."""
 
     def __init__(self, q: Tensor, v: Tensor, num_blocks: int, num_pieces: int) -> None:
-        """Expect `num_blocks` blocks of keys, which are computed as `num_pieces` pieces."""
+        """Expect `num_blocks` blocks of keys, of at most `num_pieces` pieces each."""
         self._q, self._v = q, v
         shape = torch.Size((*q.shape[:3], v.shape[3]))
         self._rows = _Rows(lambda: empty_result(q, v), shape, (0.0, -torch.inf), is_wide=num_blocks > 2)

@@ -54,9 +54,9 @@ class Blocks:
         return self.terms.pieces(self.spans[rank], columns)
 
     @property
-    def num_pieces(self) -> int:
-        """How many rectangles this rank computes."""
-        return sum(len(self.pieces(step)) for step in (0, *self.steps))
+    def most_pieces(self) -> int:
+        """How many rectangles this rank computes in one block, at most."""
+        return max(len(self.pieces(step)) for step in (0, *self.steps))
 
     def __iter__(self) -> Iterator[tuple[tuple[Piece, ...], Tensor, Tensor]]:
         """Yield (pieces, k, v) of each block that some rank sees, the own first; the next is on its way meanwhile."""
@@ -106,7 +106,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Return (out, lse) of the local rows over all keys. `spans`: the tokens of each rank, in slots by position."""
     blocks = Blocks(k, v, spans, terms, ring)
-    result = Result(q, v, 1 + len(blocks.steps), blocks.num_pieces)
+    result = Result(q, v, 1 + len(blocks.steps), blocks.most_pieces)
     for pieces, k_, v_ in blocks:
         result.add(q, k_, v_, pieces, terms)
     return with_sinks(*result.finish(), terms.sinks)
@@ -125,7 +125,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (dq, dk, dv, dsinks). The gradients of a block go home while the next one is computed."""
     blocks = Blocks(k, v, spans, terms, ring)
-    num_blocks, lanes = 1 + len(blocks.steps), Lanes(q.device, blocks.num_pieces)
+    num_blocks, lanes = 1 + len(blocks.steps), Lanes(q.device, blocks.most_pieces)
     dq, dk, dv = (Gradient(x, num_blocks) for x in (q, k, v))
     computing: list[tuple[int, int, Gradient, Gradient]] = []
     on_their_way: list[Homecoming] = []

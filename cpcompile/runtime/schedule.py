@@ -174,14 +174,20 @@ def pieces(rows: Spans, columns: Spans, visible: Visible) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Needs:
-    """What the ranks of a ring need of each other: for each receiver and source some runs of the source's tokens.
+    """What the ranks of a ring need of each other.
 
-    `steps` are those at which some rank needs something of the rank that many before it.
+    Attributes:
+        of: for each receiver and source some runs of the source's tokens, in the slots of the source.
+        held: for each receiver all that it needs, in the order of positions.
+        within: for each receiver and source where the runs of `of` are in what the receiver holds.
+        steps: those at which some rank needs something of the rank that many before it.
     """
 
     of: tuple[tuple[Spans, ...], ...]
+    held: tuple[Spans, ...]
+    within: tuple[tuple[Spans, ...], ...]
     steps: tuple[int, ...]
 
 
@@ -191,7 +197,15 @@ def needs(spans: tuple[Spans, ...], visible: Visible) -> Needs:
     ranks = range(len(spans))
     of = tuple(tuple(needed(pieces(spans[r], spans[s], visible), spans[s]) for s in ranks) for r in ranks)
     steps = tuple(t for t in ranks if t and any(of[r][(r - t) % len(spans)] for r in ranks))
-    return Needs(of, steps)
+    held = tuple(by_position([span for runs in of[r] for span in runs]) for r in ranks)
+    within = tuple(tuple(tuple(place(span, held[r]) for span in of[r][s]) for s in ranks) for r in ranks)
+    return Needs(of, held, within, steps)
+
+
+def place(span: Span, held: Spans) -> Span:
+    """Return the same tokens in the slots of `held`."""
+    (run,) = [h for h in held if h.position <= span.position < h.end]
+    return run.between(span.position, span.end)
 
 
 def _pieces_of(rows: Spans, columns: Spans, visible: Visible, starts: Starts | None) -> list[Piece]:

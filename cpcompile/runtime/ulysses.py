@@ -19,7 +19,7 @@ from cpcompile.runtime.heads import Heads, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.partial import empty_result
 from cpcompile.runtime.post import Ring
-from cpcompile.runtime.schedule import Span, Spans, by_position
+from cpcompile.runtime.schedule import Spans, by_position, place
 from cpcompile.runtime.swap import Swap
 from cpcompile.runtime.terms import Terms
 
@@ -50,11 +50,7 @@ class Grid:
         """For the tokens of each inner rank, (its slots, the slots in the rows of its group)."""
         rows = self.rows[self.outer.rank]
 
-        def place(span: Span) -> tuple[slice, slice]:
-            (run,) = [r for r in rows if r.position <= span.position < r.end]
-            return span.slots, run.between(span.position, span.end).slots
-
-        return [[place(span) for span in spans] for spans in self.spans[self.outer.rank]]
+        return [[(span.slots, place(span, rows).slots) for span in spans] for spans in self.spans[self.outer.rank]]
 
     def rounds(self, q: Tensor, k: Tensor) -> list[list[Heads]]:
         """Return the heads of each inner rank, in rounds: some are exchanged while others are computed."""
