@@ -1,0 +1,165 @@
+"""The schedule: the rectangles cover what is visible, each pair once, whatever hides keys; ranks get what their rows see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpcompile.layout import LAYOUTS
+from cpcompile.runtime.schedule import (
+    Band,
+    Needs,
+    Piece,
+    Segments,
+    Span,
+    Spans,
+    Visible,
+    by_position,
+    local_spans,
+    needs,
+    packed,
+    pieces,
+)
+
+BANDS = st.one_of(
+    st.builds(Band, st.one_of(st.none(), st.integers(-9, 0)), st.just(0)),
+    st.builds(Band, st.one_of(st.none(), st.integers(-9, 0)), st.one_of(st.none(), st.integers(0, 7))),
+)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[int, int, str, Visible]:
+    """Draw (length, ranks, layout, what is visible)."""
+    length = draw(st.integers(1, 40))
+    segments = None
+    if draw(st.booleans()):
+        starts = draw(st.lists(st.sets(st.integers(0, length - 1)), min_size=1, max_size=2))
+        segments = Segments.of(tuple(tuple(sorted({0, *row})) for row in starts))
+    visible = Visible(draw(BANDS), segments, is_joined=draw(st.booleans()))
+    return length, draw(st.integers(1, 5)), draw(st.sampled_from(LAYOUTS)), visible
+
+
+def seen(length: int, visible: Visible) -> torch.Tensor:
+    """Return which keys each query sees, `[rows of segments or 1, length, length]`."""
+    q, k = torch.arange(length)[:, None], torch.arange(length)
+    mask = torch.ones(1, length, length, dtype=torch.bool)
+    if visible.band.low is not None:
+        mask = mask & (k - q >= visible.band.low)
+    if visible.band.high is not None:
+        mask = mask & (k - q <= visible.band.high)
+    if visible.segments is None:
+        return mask
+    starts = [torch.tensor(row) for row in visible.segments.rows]
+    ids = torch.stack([torch.searchsorted(row, torch.arange(length), right=True) for row in starts])
+    return mask & (ids[:, :, None] == ids[:, None])
+
+
+def positions_of(spans: Spans) -> torch.Tensor:
+    """Return the position of each slot that some span holds."""
+    slots = torch.full((max((s.slots.stop for s in spans), default=0),), -1)
+    for span in spans:
+        slots[span.slots] = torch.arange(span.position, span.end)
+    return slots
+
+
+def add(covered: torch.Tensor, piece: Piece, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    """Count the pairs that a kernel computes for a piece; rows and columns are the positions of all slots."""
+    q, k = rows[piece.rows.slots], columns[piece.columns.slots]
+    i, j = torch.arange(len(q))[:, None], torch.arange(len(k))
+    inside = torch.ones(len(q), len(k), dtype=torch.bool)
+    if piece.low is not None:
+        inside &= j - i >= piece.low
+    if piece.high is not None:
+        inside &= j - i <= piece.high
+    if piece.lengths:
+        assert sum(piece.lengths) == len(q) == len(k)
+        document = torch.repeat_interleave(torch.tensor(piece.lengths))
+        inside &= document[:, None] == document
+    for index in range(len(covered))[piece.batch or slice(None)]:
+        covered[index, q[:, None], k] += inside.long()
+
+
+@settings(deadline=None, max_examples=150)
+@given(problems())
+def test_pieces_cover_what_is_visible_once(problem: tuple[int, int, str, Visible]) -> None:
+    length, world_size, layout, visible = problem
+    expected = seen(length, visible)
+    covered = torch.zeros(expected.shape, dtype=torch.int64)
+    spans = tuple(local_spans(length, rank, world_size, layout) for rank in range(world_size))
+    plan = needs(spans, visible)
+    for rank, rows in enumerate(spans):
+        for source in range(world_size):
+            columns = packed(plan.of[rank][source])  # what a rank fetches is enough
+            for piece in pieces(rows, columns, visible):
+                add(covered, piece, positions_of(rows), positions_of(columns))
+    assert torch.equal(covered, expected.long())
+
+
+@settings(deadline=None, max_examples=80)
+@given(problems())
+def test_gathered_pieces_cover_what_is_visible_once(problem: tuple[int, int, str, Visible]) -> None:
+    length, world_size, layout, visible = problem
+    expected = seen(length, visible)
+    covered = torch.zeros(expected.shape, dtype=torch.int64)
+    spans = tuple(local_spans(length, rank, world_size, layout) for rank in range(world_size))
+    plan = needs(spans, visible)
+    for rows, held in zip(spans, plan.held, strict=True):
+        for piece in pieces(rows, held, visible):
+            add(covered, piece, positions_of(rows), positions_of(held))
+    assert torch.equal(covered, expected.long())
+
+
+@settings(deadline=None, max_examples=80)
+@given(problems())
+def test_what_is_held_is_what_is_needed(problem: tuple[int, int, str, Visible]) -> None:
+    length, world_size, layout, visible = problem
+    spans = tuple(local_spans(length, rank, world_size, layout) for rank in range(world_size))
+    plan = needs(spans, visible)
+    for receiver in range(world_size):
+        at = positions_of(plan.held[receiver])
+        assert at.tolist() == sorted(at.tolist())
+        for source in range(world_size):
+            owned = positions_of(spans[source])
+            for own, there in zip(plan.of[receiver][source], plan.within[receiver][source], strict=True):
+                assert torch.equal(owned[own.slots], at[there.slots])
+    sent = {t for t in range(1, world_size) for r in range(world_size) if plan.of[r][(r - t) % world_size]}
+    assert plan.steps == tuple(sorted(sent))
+
+
+def needed_tokens(length: int, window: int, world_size: int = 4) -> int:
+    """Return the most tokens that a rank fetches from the others."""
+    spans = tuple(local_spans(length, rank, world_size, "contiguous") for rank in range(world_size))
+    plan: Needs = needs(spans, Visible(Band(1 - window, 0)))
+    return max(
+        sum(s.size for source in range(world_size) if source != rank for s in plan.of[rank][source])
+        for rank in range(world_size)
+    )
+
+
+def test_a_window_needs_as_many_tokens_as_it_is_wide() -> None:
+    assert needed_tokens(64, 5) == needed_tokens(4096, 5) == 4
+    assert needed_tokens(4096, 100) == 99
+
+
+def test_short_documents_are_one_piece_and_long_ones_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpcompile.runtime.schedule.MAX_GROUPED", 8)
+    (all_of,) = [(Span(0, 0, 40),)]
+    visible = Visible(Band(None, 0), Segments.of(((0, 3, 4, 9, 30),)))
+    found = pieces(all_of, all_of, replace(visible))
+    assert [(piece.rows.size, piece.lengths) for piece in found] == [(9, (3, 1, 5)), (21, ()), (10, ())]
+
+
+def test_a_document_before_the_diagonal_is_one_rectangle() -> None:
+    rows, columns = (Span(0, 16, 16),), (Span(0, 0, 16),)
+    (piece,) = pieces(rows, columns, Visible(Band(None, 0), Segments.of(((0, 5, 12, 20),))))
+    assert (piece.rows.positions, piece.columns.positions, piece.is_full) == (slice(16, 20), slice(12, 16), True)
+    assert not pieces(rows, columns, Visible(Band(None, 0), Segments.of(((0, 5, 16),))))
+
+
+def test_spans_by_position_join_neighbours() -> None:
+    laid = by_position([Span(0, 8, 4), Span(4, 0, 4), Span(9, 4, 4)])
+    assert laid == (Span(0, 0, 12),)
