@@ -42,9 +42,21 @@ def read_sinks(logits: fx.Node) -> SinkColumn | None:
     call, rank = Call.of(joined), value_of(joined).dim()
     if call["dim"] not in (-1, rank - 1) or len(call["tensors"]) != 2 or rank != 4:
         return None
-    scores, column = call["tensors"]
-    column = without_rows(column)
-    return None if column is None else SinkColumn(scores, column, (joined, *shift, *after))
+    scores, repeated = call["tensors"]
+    column = without_rows(repeated)
+    # Repeated where gradients are off, sinks have none.
+    if column is None or records_gradients(repeated) != records_gradients(joined):
+        return None
+    return SinkColumn(scores, column, (joined, *shift, *after))
+
+
+def records_gradients(node: fx.Node) -> object:
+    """Return what gradients were last set to before a node, None where they never are."""
+    while node.op != "root":
+        if getattr(node.target, "__name__", "") == "_set_grad_enabled":
+            return node.args[0]
+        node = node.prev
+    return None
 
 
 def unshifted(logits: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
@@ -54,12 +66,16 @@ def unshifted(logits: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     call = Call.of(logits)
     largest: fx.Node = call["other"]
     nodes: tuple[fx.Node, ...] = (logits,)
-    while isinstance(largest, fx.Node) and largest is not call["self"] and len(largest.users) == 1:
+    while isinstance(largest, fx.Node) and largest is not call["self"]:
+        # The places of the largest, which nothing reads.
+        unused = [user for user in largest.users if user.target is operator.getitem and not user.users]
+        if len(largest.users) != 1 + len(unused):
+            break
         is_max = largest.target in (aten.max.dim, aten.amax.default)
         is_passed_on = largest.target in (aten.detach.default, operator.getitem)
         if not is_max and not is_passed_on:
             break
-        nodes = (largest, *nodes)
+        nodes = (largest, *unused, *nodes)
         if is_max:
             maximum = Call.of(largest)
             is_of_rows = maximum["dim"] in (-1, 3, [-1], [3]) and maximum["keepdim"]

@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 GPT2 = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 128, "n_positions": 128}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "batched_mm"}
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
 
@@ -36,6 +37,7 @@ def model_of(name: str, attention: str, dtype: torch.dtype) -> torch.nn.Module:
         "qwen3": ("Qwen3", SIZES),
         "mistral": ("Mistral", {**SIZES, "sliding_window": 8}),
         "gemma2": ("Gemma2", {**SIZES, "sliding_window": 8, "num_hidden_layers": 2}),
+        "gpt_oss": ("GptOss", {**SIZES, "sliding_window": 8, "num_hidden_layers": 2, **EXPERTS}),
         "gpt2": ("GPT2", {**GPT2, **NO_DROPOUT}),
     }
     family, sizes = known[name]
@@ -114,6 +116,7 @@ CASES = [
     ("gpt2", "eager", "packed", ["causal, documents"]),
     ("gemma2", "eager", "plain", ["causal, window 8", "causal"]),
     ("gemma2", "eager", "packed", ["causal, window 8, documents", "causal, documents"]),
+    ("gpt_oss", "eager", "plain", ["causal, window 8, sinks", "causal, sinks"]),
     ("mistral", "sdpa", "left", ["causal, window 8, key padding"]),
     ("mistral", "sdpa", "packed", ["causal, window 8, documents"]),
     ("mistral", "eager", "plain", ["causal, window 8"]),
