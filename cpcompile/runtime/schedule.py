@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal
 
 from cpcompile.layout import chunk_length, rank_chunks
 
@@ -279,27 +278,17 @@ def _group(found: list[Piece]) -> list[Piece]:
 
 
 def _grouped(a: Piece, b: Piece) -> Piece | None:
-    """Return two neighbouring squares as one piece, or None when one is too long or their bands differ."""
+    """Return two neighbouring squares as one piece, or None when one is too long."""
     lengths = (a.lengths or (a.rows.size,)), (b.rows.size,)
     follows = a.rows.slots.stop == b.rows.slot and a.columns.slots.stop == b.columns.slot
     are_squares = all(x.rows.positions == x.columns.positions and x.rows.size for x in (a, b))
     sizes = max(lengths[0]), b.rows.size
     if not follows or not are_squares or max(sizes) > MAX_GROUPED:
         return None
-    low, high = (_common(getattr(a, name), sizes[0], getattr(b, name), sizes[1]) for name in ("low", "high"))
-    if low is False or high is False:
-        return None
+    # Both squares have one band; a bound that a short document does not feel is None.
+    low, high = (x if x is not None else y for x, y in ((a.low, b.low), (a.high, b.high)))
     rows, columns = (replace(x, size=x.size + b.rows.size) for x in (a.rows, a.columns))
     return replace(a, rows=rows, columns=columns, low=low, high=high, lengths=lengths[0] + lengths[1])
-
-
-def _common(a: int | None, a_size: int, b: int | None, b_size: int) -> int | Literal[False] | None:
-    """Return a bound that means `a` in a square of `a_size` and `b` in one of `b_size`; False if there is none."""
-    if a == b:
-        return a
-    if a is None:
-        return b if b is not None and a_size - 1 <= abs(b) else False
-    return a if b is None and b_size - 1 <= abs(a) else False
 
 
 def _join(found: list[Piece]) -> list[Piece]:

@@ -551,7 +551,7 @@ CHOICES = [
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("case, name", CHOICES, ids=str)
+@pytest.mark.parametrize("case, name", CHOICES, ids=[f"{i}-{name}" for i, (_, name) in enumerate(CHOICES)])
 def test_choice(case: Case, name: str) -> None:
     assert kernels.choose(case).kernel.name == name
     assert kernels.choose(case, name).kernel.name == name
