@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -582,11 +583,16 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="divide all lengths by this, to try the benchmark out")
     parser.add_argument("--patience", type=float, default=100.0, help="seconds without a row before a group is ended")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
-    parser.add_argument("--port", type=int, default=29610)
+    parser.add_argument("--port", type=int, default=0, help="of the first process group; 0: a free one")
     parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
     parser.add_argument("--verbose", action="store_true", help="print the traceback of every failure")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attention.json"))
-    Watch(parser.parse_args()).run()
+    options = parser.parse_args()
+    if not options.port:  # several runs may share a host
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            options.port = free.getsockname()[1]
+    Watch(options).run()
 
 
 if __name__ == "__main__":

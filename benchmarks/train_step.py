@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import socket
 import statistics
 import subprocess
 import time
@@ -64,6 +65,9 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    with socket.socket() as free:  # several runs may share a host
+        free.bind(("127.0.0.1", 0))
+        options.port = free.getsockname()[1]
     torch.multiprocessing.start_processes(run, args=(options,), nprocs=options.ranks, start_method="spawn")
 
 
@@ -72,7 +76,10 @@ def run(rank: int, options: argparse.Namespace) -> None:
     if is_cuda:
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "nccl" if is_cuda else "gloo", init_method="tcp://127.0.0.1:29555", rank=rank, world_size=options.ranks
+        "nccl" if is_cuda else "gloo",
+        init_method=f"tcp://127.0.0.1:{options.port}",
+        rank=rank,
+        world_size=options.ranks,
     )
     mesh = dist.init_device_mesh(options.device, (options.ranks,), mesh_dim_names=("cp",))
     rows: list[dict[str, Any]] = []
