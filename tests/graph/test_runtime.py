@@ -10,6 +10,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import cpcompile.runtime  # noqa: F401  registers the operators
+from cpcompile.call import Call
+from cpcompile.collectives import COLLECTIVES
 from cpcompile.runtime import kernels
 from cpcompile.runtime.block import Block
 from cpcompile.runtime.heads import heads_of, storage
@@ -205,6 +207,33 @@ def test_dropout_keeps_the_mean_and_the_gradient() -> None:
     torch.testing.assert_close(out, torch.ones_like(out), atol=0.15, rtol=0)
     (grad,) = torch.autograd.grad(ops.attention(q, q, v, *terms, 0.25).sum(), q)
     assert grad.abs().max() > 0
+
+
+TERMS: dict[str, dict[str, Any]] = {
+    "lookahead": {"is_causal": False, "lookahead": 2},
+    "window": {"window": 3},
+    "prefix": {"prefix": torch.tensor([3, 0])},
+    "prefix in a window": {"prefix": torch.tensor([4]), "window": 2},
+    "prefix within documents": {"prefix": torch.tensor([5, 2]), "documents": torch.tensor([[0, 0, 0, 1, 1, 1, 0]])},
+    "slopes": {"slopes": torch.rand(4, dtype=torch.float64)},
+    "slopes ahead": {"slopes": torch.rand(4, dtype=torch.float64), "is_causal": False},
+    "sinks": {"sinks": torch.randn(4, dtype=torch.float64)},
+    "sinks of hidden rows": {"sinks": torch.zeros(4), "key_padding": torch.zeros(1, 7, dtype=torch.bool)},
+    "dropout": {"dropout": 0.4, "seed": torch.tensor(5), "site": 3},
+    "softcap and bias": {"softcap": 1.5, "mask": torch.randn(1, 1, 7, 7, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_lockstep_defines_what_operators_compute(name: str) -> None:
+    q, k, v = normal(2, 4, 7, 8), normal(2, 2, 7, 8), normal(2, 2, 7, 8)
+    given = {"scale": 0.3, "is_causal": True, "window": 0, "softcap": 0.0}
+    arguments = {"q": q, "k": k, "v": v, **dict.fromkeys(("mask", "documents", "key_padding")), **given, **TERMS[name]}
+    arguments |= axis_of("gather", 7) | {"layout": "contiguous"}
+    node = torch.fx.Graph().call_function(ops.gather_attention.default, (), arguments)
+    call = dict(Call.of(node).arguments) | {"target": "cpcompile.gather_attention.default"}
+    ((expected, _),) = COLLECTIVES[ops.gather_attention.default]([call])
+    torch.testing.assert_close(ops.gather_attention(**arguments)[0], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_learned_bias_is_refused() -> None:
