@@ -54,8 +54,8 @@ def write_operator(found: Attention) -> None:
     operands = [found.q, k, v, with_rows(end, found.mask)]
     if value_of(end).dim() == 3:
         operands = [as_one_head(end, node) for node in operands]
-    settings = (found.scale, found.is_causal, 0, found.softcap, found.dropout)
-    terms = {} if found.sinks is None else {"sinks": found.sinks}
+    settings = (found.scale, found.is_causal, 0, found.softcap)
+    terms = {name: term for name, term in (("dropout", found.dropout), ("sinks", found.sinks)) if term}
     new = emit(end, torch.ops.cpcompile.attention.default, *operands, None, None, *settings, **terms)
     if value_of(end).dim() == 3:
         new = emit(end, aten.squeeze.dim, new, 1)

@@ -94,7 +94,7 @@ MASKS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "one row of documents": ("documents", lambda b, h, q, kv: ROW[q] == ROW[kv]),
     "padding": ("causal, key padding", lambda b, h, q, kv: causal(b, h, q, kv) & PADDING[b, kv]),
     "nothing hidden": ("all", lambda b, h, q, kv: q >= 0),
-    "prefix": ("dense [1, 1, 10, 10]", lambda b, h, q, kv: (kv < 3) | (q >= kv)),
+    "prefix": ("causal, prefix", lambda b, h, q, kv: (kv < 3) | (q >= kv)),
     "rows without a key": ("dense [1, 1, 10, 10]", lambda b, h, q, kv: q > kv + 2),
     "by head": ("dense [1, 4, 10, 10]", lambda b, h, q, kv: (q - kv) % (h + 1) == 0),
     "by table": ("dense [1, 4, 10, 10]", lambda b, h, q, kv: TABLE[1, h, q] > TABLE[1][h][kv]),

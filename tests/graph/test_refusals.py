@@ -144,7 +144,7 @@ class TwoInputs(Logits):
 
 
 def test_unknown_option_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown option 'stratgy': the options are strategy, balancer, inner"):
+    with pytest.raises(ConfigError, match="unknown option 'stratgy': the options are strategy, balancer, kernel"):
         explain(TinyLM(), batch(), world_size=2, stratgy="ring")
 
 
