@@ -77,7 +77,7 @@ def test_preferences_break_ties() -> None:
 
 def test_what_is_right_where() -> None:
     assert chosen(WINDOW, TWO) == ("halo", "contiguous")
-    assert chosen(replace(SITE, has_documents=True), TWO)[0] == "ulysses"
+    assert chosen(replace(SITE, has_documents=True), TWO) == ("ring", "zig_zag")
     few_heads = replace(LONG, heads=3, kv_heads=3)
     assert chosen(few_heads, EIGHT) == ("ring", "zig_zag")
     assert chosen(LONG, Ranks(32, inner_size=8)) == ("usp", "zig_zag")
@@ -125,7 +125,7 @@ def test_no_attention_still_has_a_layout() -> None:
     assert choose([], "auto", "auto", TWO).strategies == ()
 
 
-def test_documents_may_leave_ranks_with_unequal_rows_but_not_with_unequal_heads() -> None:
+def test_documents_leave_ranks_with_unequal_rows_or_small_kernels() -> None:
     packed = replace(LONG, has_documents=True)
-    assert seconds(packed, "ring", "zig_zag", TWO) > 1.1 * seconds(LONG, "ring", "zig_zag", TWO)
-    assert seconds(packed, "ulysses", "zig_zag", TWO) == seconds(LONG, "ulysses", "zig_zag", TWO)
+    for strategy in ("ring", "ulysses"):
+        assert seconds(packed, strategy, "zig_zag", TWO) > 1.1 * seconds(LONG, strategy, "zig_zag", TWO)
