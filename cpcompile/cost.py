@@ -34,8 +34,8 @@ BYTES = {"symmetric": 350e9, "p2p": 250e9, "network": 45e9, "cpu": 2e9}
 RANKS_OF_HOST = 8  # that NVLink connects; messages of more ranks take the network
 SLOWDOWN = 0.1  # of kernels while messages are sent that take SMs; symmetric memory takes none
 LATENCY = 25e-6  # seconds of an exchange: launches and barriers
-# Documents: the work of the slowest rank over the mean, where each computes rows; where each computes heads, a kernel for a document has
-# too few of them to fill a GPU. 16 documents of 64k tokens on 2 and 8 GPUs: 1.2 to 2.9, and 1.2 to 4.2.
+# Documents: the work of the slowest rank over the mean, where each computes rows; where each computes heads, the kernel of a
+# document has too few of them to fill a GPU. 16 documents of 64k tokens on 2 and 8 GPUs: 1.2 to 2.9, and 1.2 to 4.2.
 UNEVEN, SMALL = 1.3, 1.6
 
 # Of strategies within this factor of the cheapest, the first of these is taken: the one that sends least, then those whose work
