@@ -93,7 +93,9 @@ def wrong_options(rank: Any) -> None:
     text = refusal(ConfigError, compile_with(rank, model, strategi="ring"), **inputs)
     assert text.startswith("unknown option 'strategi': the options are strategy, balancer,")
     text = refusal(ConfigError, compile_with(rank, model, strategy="rings"), **inputs)
-    assert text == "strategy='rings' is not an option: choose one of 'auto', 'ulysses', 'ring', 'gather', 'halo', 'usp'."
+    assert (
+        text == "strategy='rings' is not an option: choose one of 'auto', 'ulysses', 'ring', 'gather', 'halo', 'usp'."
+    )
     text = refusal(ConfigError, compile_with(rank, model, mesh=None), **inputs)
     assert text.startswith("mesh must be a DeviceMesh")
     text = refusal(ConfigError, compile_with(rank, model, axis="tp"), **inputs)

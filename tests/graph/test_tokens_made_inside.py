@@ -52,5 +52,4 @@ def test_patches_are_sharded_before_the_first_product() -> None:
     plan = explain(Patches().double(), images(), world_size=2)
     assert (plan.tokens, plan.local_tokens, plan.token_inputs) == (26, 13, {})
     assert "tokens of the attentions" in str(plan)
-    assert [site.strategy for site in plan.sites] == ["ulysses"]
     assert not plan.gathered
