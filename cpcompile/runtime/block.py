@@ -62,7 +62,7 @@ class Block:
         documents: ids `[B|1, Sq]` of rows and `[B|1, Skv]` of columns, equal where visible.
         key_padding: bool `[B|1, Skv]`, True where visible.
         prefix: int64 `[B|1]`: columns j < prefix[b] are visible whatever `high` says.
-        slopes: float32 `[H]`: ALiBi adds `-slopes[h] * |i - j + distance|` to the scores after `softcap`.
+        slopes: `[H]`: ALiBi adds `-slopes[h] * |i - j + distance|` to the scores after `softcap`.
         distance: position of row 0 minus position of column 0.
         dropout: which weights are dropped.
         is_deterministic: the same bits at each run.

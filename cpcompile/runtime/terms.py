@@ -42,7 +42,7 @@ class Terms:
         lookahead: A >= 0: kv - q <= A.
         bounds: where documents begin, as `document_bounds` returns them, on the CPU; None where that is not known.
         prefix: int64 `[B|1]`: keys at positions below it are visible to all rows.
-        slopes: float32 `[H]`: ALiBi adds `-slopes[h] * |q - kv|` to the scores.
+        slopes: `[H]`: ALiBi adds `-slopes[h] * |q - kv|` to the scores.
         sinks: `[H]`: a logit that takes part in each row's softmax and has no value.
         kernel: the kernel to use, or `auto`.
         first_head, num_heads: which heads these are, of how many; 0 heads: all.
