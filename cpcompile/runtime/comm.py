@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -38,35 +37,6 @@ def unpack(message: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch
     sizes = [torch.Size(shape).numel() for shape in shapes]
     ends = list(accumulate(sizes))
     return [message[end - size : end].view(*shape) for size, end, shape in zip(sizes, ends, shapes, strict=True)]
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """A message on its way around the ring. It owns the buffer that is being sent until `wait` returns."""
-
-    sent: torch.Tensor
-    received: torch.Tensor
-    works: tuple[dist.Work, ...]
-
-    def wait(self) -> torch.Tensor:
-        """Return the message of the previous rank."""
-        for work in self.works:
-            work.wait()
-        return self.received
-
-
-def send_next(message: torch.Tensor, world_size: int, group: str) -> Transfer:
-    """Start sending a contiguous message to the next rank of the ring and receiving that of the previous one."""
-    if world_size == 1:
-        return Transfer(message, message, ())
-    process_group = resolve_group(group)
-    rank = dist.get_rank(process_group)
-    received = torch.empty_like(message)
-    exchange = [
-        dist.P2POp(dist.isend, message, group=process_group, group_peer=(rank + 1) % world_size),
-        dist.P2POp(dist.irecv, received, group=process_group, group_peer=(rank - 1) % world_size),
-    ]
-    return Transfer(message, received, tuple(dist.batch_isend_irecv(exchange)))
 
 
 def all_gather(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
