@@ -156,6 +156,12 @@ def test_balanced_needs_few_runs() -> None:
     one = Balanced().shard(64, 4)
     assert one.ranks.tolist() == [0, 1, 2, 3, 2, 1, 0], "one document: zig-zag, its middle joined"
     assert [one.spans(rank) for rank in range(4)] == [BALANCERS["zig_zag"].shard(64, 4).spans(r) for r in range(4)]
+    assert Balanced(tolerance=1).shard(64, 4).ranks.tolist() == [0, 1, 2, 3], (
+        "ranks are named in the order of the tokens"
+    )
+    for mix, most in {"giant": 8, "log_normal": 8, "tiny": 32}.items():
+        bounds = MIXES[mix](8 * 8192, torch.Generator().manual_seed(0))
+        assert simulate(Balanced(), 8 * 8192, 8, bounds).runs.max() <= most
 
 
 def test_others_are_not_balanced() -> None:
@@ -215,7 +221,8 @@ def test_ulysses_counts_whole_heads() -> None:
     heads = Heads(num_heads=4, num_kv_heads=2, head_dim=8, bytes_per_number=2)
     load = simulate(Ulysses(), 80, 8, heads=heads)
     assert load.area_imbalance == 2  # half of the ranks have no head
-    assert sorted(set(load.key_bytes.tolist())) == [0, 70 * 2 * 8 * 2]
+    assert load.key_bytes.tolist() == [0, 70 * 2 * 8 * 2] * 4
+    assert simulate(Ulysses(), 80, 4, heads=heads).key_bytes.tolist() == [60 * 2 * 8 * 2] * 4
     shared = simulate(Ulysses(), 80, 2, heads=heads)
     assert shared.key_bytes.tolist() == [40 * 2 * 8 * 2] * 2
 
