@@ -259,8 +259,12 @@ def _forget_choices() -> Any:
 
 
 def diagonal(q: Tensor, k: Tensor, left: int, right: int) -> tuple[int | None, int | None]:
-    """Return low and high of a window as FlashAttention counts it, from the last key."""
+    """Return low and high of a window as FlashAttention counts it, from the last key.
+
+    As many keys as there are, or more, are no bound to it, even where there are fewer keys than queries.
+    """
     shift = k.shape[1] - q.shape[1]
+    left, right = (-1 if bound >= k.shape[1] else bound for bound in (left, right))
     return (None if left < 0 else shift - left), (None if right < 0 else shift + right)
 
 

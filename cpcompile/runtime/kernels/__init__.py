@@ -121,7 +121,7 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, block: Block, kernel: str) -> tuple[
     if len(block.lengths) < 2:
         block = replace(block, lengths=()) if block.lengths else block
         part = adapt.trim(block, rows, columns)
-        return ([] if part.is_empty else [part]), kernel
+        return ([] if part.is_empty else adapt.by_reach(part)), kernel
     chosen = choose(Case.of(q, v, block), kernel).kernel
     if "lengths" in chosen.takes and adapt.sees_diagonal(block):
         return [adapt.Part(slice(0, rows), slice(0, columns), block)], kernel
@@ -175,9 +175,11 @@ def backward(
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     for part in parts:
         i, j = part.rows, part.columns
-        dq[:, :, i], dk[:, :, j], dv[:, :, j] = _backward(
+        dq[:, :, i], part_dk, part_dv = _backward(
             dout[:, :, i], q[:, :, i], k[:, :, j], v[:, :, j], out[:, :, i], lse[:, :, i], part.block, kernel
         )
+        dk[:, :, j] += part_dk
+        dv[:, :, j] += part_dv
     return dq, dk, dv
 
 

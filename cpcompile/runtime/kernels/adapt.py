@@ -80,6 +80,25 @@ def trim(block: Block, rows: int, columns: int) -> Part:
     return Part(part.rows, part.columns, block)
 
 
+def by_reach(part: Part) -> list[Part]:
+    """Return a part with more rows than columns as the rows that `high` keeps from some column and those that it does not.
+
+    FlashAttention 2 takes a bound of as many keys as there are for none, which is wrong for the first of them.
+    """
+    rows, columns = part.rows.stop - part.rows.start, part.columns.stop - part.columns.start
+    block = part.block
+    if block.high is None or block.prefix is not None or rows <= columns:
+        return [part]
+    first = columns - 1 - block.high  # the first row that sees all columns as far as `high` goes
+    found = []
+    for own in (slice(0, first), slice(first, rows)):
+        inner = trim(cut(block, own, slice(0, columns)), own.stop - own.start, columns)
+        if not inner.is_empty:
+            at = _moved(inner.rows, own.start + part.rows.start)
+            found.append(Part(at, _moved(inner.columns, part.columns.start), inner.block))
+    return found
+
+
 def documents(block: Block) -> list[Part]:
     """Return the documents of a block with `lengths` apart, those that the band hides wholly left out."""
     parts, start = [], 0
