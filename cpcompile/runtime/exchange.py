@@ -11,13 +11,8 @@ import torch
 
 from cpcompile.layout import chunk_length, local_length, rank_chunks
 from cpcompile.runtime.moves import Route, exchange
-from cpcompile.runtime.schedule import Span, local_spans
+from cpcompile.runtime.schedule import Span, spans_of_ranks
 from cpcompile.runtime.tokens import factors, resized
-
-
-def spans_of_ranks(length: int, world_size: int, layout: str) -> list[tuple[Span, ...]]:
-    """Return the tokens that each rank holds, without padding."""
-    return [local_spans(length, rank, world_size, layout) for rank in range(world_size)]
 
 
 def halo_spans(before: int, after: int, length: int, rank: int, world_size: int, layout: str) -> tuple[Span, ...]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from cpcompile.runtime.lanes import Lanes
-from cpcompile.runtime.messages import by_head, by_token, num_tokens, room, runs
+from cpcompile.runtime.messages import by_head, by_token, room, runs
 from cpcompile.runtime.partial import Gradient, Result, add_gradients, empty_result
 from cpcompile.runtime.post import Ring, Transfer, post
-from cpcompile.runtime.schedule import Needs, Spans, needs, packed
+from cpcompile.runtime.schedule import Needs, Spans, needs, num_tokens, packed
 from cpcompile.runtime.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.terms import Terms
 

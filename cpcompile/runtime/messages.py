@@ -17,8 +17,8 @@ def by_token(tensors: Sequence[Tensor], ring: Ring, largest: int | None = None) 
     sizes = [x.numel() for x in tensors]
     message = new_message(sum(sizes), tensors[0], ring, largest)
     for part, x in zip(torch.split(message, sizes), tensors, strict=True):
-        tokens_first = x.permute(2, 0, 1, 3)
-        part.view(tokens_first.shape).copy_(tokens_first)
+        by_tokens = tokens_first(x)
+        part.view(by_tokens.shape).copy_(by_tokens)
     return message
 
 
@@ -43,11 +43,11 @@ def room(num_tokens: int, like: Sequence[Tensor]) -> list[Tensor]:
     return [x.new_empty(num_tokens, *x.shape[:2], x.shape[3]) for x in like]
 
 
+def tokens_first(x: Tensor) -> Tensor:
+    """Return `[B, K, tokens, D]` as `[tokens, B, K, D]`."""
+    return x.permute(2, 0, 1, 3)
+
+
 def by_head(x: Tensor) -> Tensor:
     """Return `[tokens, B, K, D]` as `[B, K, tokens, D]`."""
     return x.permute(1, 2, 0, 3)
-
-
-def num_tokens(spans: Iterable[Span]) -> int:
-    """Return how many tokens there are in some spans."""
-    return sum(span.size for span in spans)

@@ -9,7 +9,17 @@ from functools import lru_cache
 import torch
 
 from cpcompile.runtime.heads import Heads, heads_of
-from cpcompile.runtime.schedule import Piece, Spans, Visible, by_position, local_spans, needed, pieces, whole
+from cpcompile.runtime.schedule import (
+    Piece,
+    Spans,
+    Visible,
+    by_position,
+    local_spans,
+    needed,
+    num_tokens,
+    pieces,
+    whole,
+)
 
 MOST_RANKS = 32  # of more ranks only the ends and the middle are looked at: one of them is the busiest
 
@@ -150,7 +160,7 @@ def sent_by_ranks(problem: Problem, strategy: str) -> tuple[Sent, ...]:
     inner, heads, size = problem.inner(strategy), problem.heads_of(strategy), problem.itemsize
     ranks = []
     for outer, ring in keys_sent(problem, strategy).items():
-        swapped = _exchanged(problem, heads, [_size(problem.spans(outer * inner + i)) for i in range(inner)])
+        swapped = _exchanged(problem, heads, [num_tokens(problem.spans(outer * inner + i)) for i in range(inner)])
         for own, (forward, backward) in zip(heads, swapped, strict=True):
             width = size * problem.key_width * num_keys(own)
             ranks.append(Sent(size * forward, size * backward, ring.sent * width, (ring.sent + ring.fetched) * width))
@@ -181,10 +191,6 @@ def _exchanged(problem: Problem, heads: Sequence[Heads], tokens: Sequence[int]) 
     ]
 
 
-def _size(spans: Spans) -> int:
-    return sum(span.size for span in spans)
-
-
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes of one attention on a rank: kept from forward to backward, and received from other ranks and held at once."""
@@ -205,7 +211,7 @@ def memory_of(problem: Problem, strategy: str, heads_per_message: int = 0) -> Me
     query = problem.batch * problem.heads * (problem.head_dim + problem.value_dim)
     token = size * (query + problem.kv_heads * problem.key_width)
     statistics = 4 * problem.batch * problem.heads
-    slots = max(_size(problem.spans(rank)) for rank in sampled(problem.world_size))
+    slots = max(num_tokens(problem.spans(rank)) for rank in sampled(problem.world_size))
     kept = slots * (token + statistics) * (2 if inner > 1 else 1)
     count = problem.world_size // inner
     if count == 1:
@@ -215,7 +221,7 @@ def memory_of(problem: Problem, strategy: str, heads_per_message: int = 0) -> Me
         fetched = max(ring.fetched for ring in keys_sent(problem, strategy).values())
         parts = min(1.0, 2 * heads_per_message / problem.kv_heads) if heads_per_message else 1.0
         return Memory(kept, int(fetched * width * parts))
-    block = max(_size(problem.rows(strategy, outer)) for outer in sampled(count))
+    block = max(num_tokens(problem.rows(strategy, outer)) for outer in sampled(count))
     return Memory(kept, min(2, count - 1) * block * width)
 
 

@@ -8,7 +8,7 @@ and an earlier run of columns are joined by one document at most, so that off th
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -123,6 +123,16 @@ def local_spans(length: int, rank: int, world_size: int, layout: str) -> tuple[S
     chunks = enumerate(rank_chunks(rank, world_size, layout))
     spans = (Span(i * size, chunk * size, min(size, length - chunk * size)) for i, chunk in chunks)
     return tuple(span for span in spans if span.size > 0)
+
+
+def spans_of_ranks(length: int, world_size: int, layout: str) -> tuple[Spans, ...]:
+    """Return the tokens that each rank holds, without padding."""
+    return tuple(local_spans(length, rank, world_size, layout) for rank in range(world_size))
+
+
+def num_tokens(spans: Iterable[Span]) -> int:
+    """Return how many tokens there are in some spans."""
+    return sum(span.size for span in spans)
 
 
 def by_position(spans: Sequence[Span]) -> tuple[Span, ...]:

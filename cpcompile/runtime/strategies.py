@@ -19,7 +19,7 @@ from cpcompile.runtime.heads import NUM_ROUNDS, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.partial import empty_result
 from cpcompile.runtime.post import Ring
-from cpcompile.runtime.schedule import Spans, local_spans
+from cpcompile.runtime.schedule import Spans, spans_of_ranks
 from cpcompile.runtime.terms import Terms
 
 Tensor = torch.Tensor
@@ -51,7 +51,7 @@ class Axis:
     @property
     def spans(self) -> tuple[Spans, ...]:
         """The tokens of each rank."""
-        return tuple(local_spans(self.length, rank, self.world_size, self.layout) for rank in range(self.world_size))
+        return spans_of_ranks(self.length, self.world_size, self.layout)
 
     @property
     def ring(self) -> Ring:

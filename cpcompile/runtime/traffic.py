@@ -10,9 +10,10 @@ import torch
 
 from cpcompile.layout import local_length
 from cpcompile.runtime import strategies  # noqa: F401  (registers the operators)
-from cpcompile.runtime.exchange import halo_spans, route_of, spans_of_ranks
+from cpcompile.runtime.exchange import halo_spans, route_of
 from cpcompile.runtime.moves import Route, Spans, most_sent
 from cpcompile.runtime.problem import Problem, attention_bytes, problem_of
+from cpcompile.runtime.schedule import spans_of_ranks
 from cpcompile.runtime.terms import Terms
 
 Arguments = Mapping[str, Any]

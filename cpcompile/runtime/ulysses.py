@@ -17,9 +17,10 @@ import torch
 from cpcompile.runtime import ring as ring_attention
 from cpcompile.runtime.heads import Heads, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
+from cpcompile.runtime.messages import tokens_first
 from cpcompile.runtime.partial import empty_result
 from cpcompile.runtime.post import Ring
-from cpcompile.runtime.schedule import Spans, by_position, place
+from cpcompile.runtime.schedule import Spans, by_position, num_tokens, place
 from cpcompile.runtime.swap import Swap
 from cpcompile.runtime.terms import Terms
 
@@ -57,11 +58,6 @@ class Grid:
         return rounds(self.inner.size, q.shape[1], k.shape[1])
 
 
-def _by_token(x: Tensor) -> Tensor:
-    """Return `[B, H, S, D]` as `[S, B, H, D]`."""
-    return x.permute(2, 0, 1, 3)
-
-
 def tokens_to_heads(
     tensors: Sequence[Tensor], of_rank: Sequence[Sequence[slice]], stored: Sequence[int], grid: Grid
 ) -> tuple[list[Tensor], Swap]:
@@ -74,17 +70,17 @@ def tokens_to_heads(
         grid: the ranks.
     """
     inner = grid.inner
-    num_tokens = sum(span.size for span in grid.rows[grid.outer.rank])
+    held = num_tokens(grid.rows[grid.outer.rank])
     own = of_rank[inner.rank]
     results = []
     for x, heads, room in zip(tensors, own, stored, strict=True):
         # Tokens before heads, so that what one rank sends is one run of memory.
         results.append(x.new_empty(x.shape[0], grid.room, room, x.shape[3]).transpose(1, 2))
         results[-1][:, heads.stop - heads.start :] = 0
-        results[-1][:, :, num_tokens:] = 0
+        results[-1][:, :, held:] = 0
     sent = [
         [
-            _by_token(x[:, heads, slots])
+            tokens_first(x[:, heads, slots])
             for x, heads in zip(tensors, of_rank[to], strict=True)
             for slots, _ in grid.places[inner.rank]
         ]
@@ -92,7 +88,7 @@ def tokens_to_heads(
     ]
     received = [
         [
-            _by_token(x[:, : heads.stop - heads.start, slots])
+            tokens_first(x[:, : heads.stop - heads.start, slots])
             for x, heads in zip(results, own, strict=True)
             for _, slots in grid.places[source]
         ]
@@ -117,9 +113,9 @@ def heads_to_tokens(
         grid: the ranks.
     """
     inner = grid.inner
-    sent = [[_by_token(x[:, :, slots]) for x in tensors for _, slots in grid.places[to]] for to in range(inner.size)]
+    sent = [[tokens_first(x[:, :, slots]) for x in tensors for _, slots in grid.places[to]] for to in range(inner.size)]
     received = [
-        [_by_token(x[:, :, slots]) for x in targets[source] for slots, _ in grid.places[inner.rank]]
+        [tokens_first(x[:, :, slots]) for x in targets[source] for slots, _ in grid.places[inner.rank]]
         for source in range(inner.size)
     ]
 
@@ -182,7 +178,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: Terms, grid: Grid) -> tuple[T
 
 def _clear_padding(x: Tensor, grid: Grid) -> None:
     """Set the slots without a token to 0; they come last."""
-    x[:, :, sum(span.size for span in grid.spans[grid.outer.rank][grid.inner.rank]) :] = 0
+    x[:, :, num_tokens(grid.spans[grid.outer.rank][grid.inner.rank]) :] = 0
 
 
 def attend_backward(

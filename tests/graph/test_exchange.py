@@ -11,9 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from cpcompile.collectives import COLLECTIVES, join, split
 from cpcompile.layout import LAYOUTS
 from cpcompile.placement import Sharded
-from cpcompile.runtime.exchange import halo_spans, spans_of_ranks
+from cpcompile.runtime.exchange import halo_spans
 from cpcompile.runtime.moves import Move, Route
-from cpcompile.runtime.schedule import Span
+from cpcompile.runtime.schedule import Span, spans_of_ranks
 from cpcompile.runtime.traffic import Traffic, traffic
 
 ops = torch.ops.cpcompile
