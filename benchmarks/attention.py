@@ -41,7 +41,7 @@ ERROR_LENGTH = 8192
 HALO_SWEEP = ((32768, 4096), (65536, 2048), (65536, 4096), (65536, 8192), (131072, 4096))
 OURS = {  # strategies and layouts for each kind of problem
     "causal": (("ring", "zig_zag"), ("gather", "zig_zag"), ("ulysses", "contiguous")),
-    "packed": (("ring", "zig_zag"), ("gather", "zig_zag"), ("ulysses", "contiguous")),
+    "packed": (("ring", "zig_zag"), ("ring", "contiguous"), ("gather", "zig_zag"), ("ulysses", "contiguous")),
     "window": (
         ("halo", "contiguous"),
         ("halo", "zig_zag"),
@@ -110,7 +110,7 @@ def starts_of(problem: Problem) -> torch.Tensor | None:
     return torch.tensor([[len(problem.documents), *problem.bounds[:-1]]]) if problem.is_packed else None
 
 
-def pick(problem: Problem) -> tuple[str, str]:
+def pick(problem: Problem, kernel: str) -> tuple[str, str]:
     """Return the strategy and the layout that `auto` chooses for a model of such attentions."""
     from cpcompile import cost
 
@@ -122,14 +122,16 @@ def pick(problem: Problem) -> tuple[str, str]:
         problem.window,
         False,
         has_documents=problem.is_packed,
-        kernel=pick_kernel(problem),
+        kernel=pick_kernel(problem, kernel),
     )
     choice = cost.choose([site], "auto", "auto", cost.Ranks(problem.world_size))
     return choice.strategies[0], choice.layout
 
 
-def pick_kernel(problem: Problem) -> str:
-    """Return the kernel that most of such an attention runs on."""
+def pick_kernel(problem: Problem, kernel: str) -> str:
+    """Return the kernel that most of such an attention runs on, or the one that the case is about."""
+    if kernel:
+        return OUR_KERNELS["cuda"][kernel]
     return "triton" if problem.window else "cudnn"
 
 
@@ -300,7 +302,8 @@ class Rank:
         """Measure rows, then trace some: a profiler that ran once may slow down what follows."""
         self.write({"environment": environment(self.options)})
         for name in dict.fromkeys(name for name, _ in items):
-            picked, failure = self.guarded(lambda name=name: pick(self.problem(case_of(name))))
+            case = case_of(name)
+            picked, failure = self.guarded(lambda case=case: pick(self.problem(case), case.kernel))
             self.write({"pick": name, "choice": picked, "failure": failure})
         for item in items:
             self.write({"start": item})
