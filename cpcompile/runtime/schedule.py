@@ -13,39 +13,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-from cpcompile.layout import chunk_length, rank_chunks
+from cpcompile.spans import Segments as Segments
+from cpcompile.spans import Span as Span
+from cpcompile.spans import Spans as Spans
+from cpcompile.spans import Starts as Starts
 
-Starts = tuple[int, ...]  # where documents begin
 MAX_GROUPED = 2048  # tokens; longer documents keep a call of their own, in which dense kernels are faster
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """`size` tokens at consecutive positions, held in consecutive slots."""
-
-    slot: int
-    position: int
-    size: int
-
-    @property
-    def end(self) -> int:
-        """The position after the last token."""
-        return self.position + self.size
-
-    @property
-    def slots(self) -> slice:
-        """The slots as an index."""
-        return slice(self.slot, self.slot + self.size)
-
-    @property
-    def positions(self) -> slice:
-        """The positions as an index of a tensor that holds all tokens."""
-        return slice(self.position, self.end)
-
-    def between(self, start: int, end: int) -> Span:
-        """Return the part at positions [start, end)."""
-        start, end = max(start, self.position), min(end, self.end)
-        return Span(self.slot + start - self.position, start, max(end - start, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +27,6 @@ class Band:
 
     low: int | None = None
     high: int | None = None
-
-
-class Segments:
-    """Where documents begin, for each row of the batch or for all. Equal ones are one object, compared at no cost."""
-
-    __slots__ = ("rows",)
-
-    def __init__(self, rows: tuple[Starts, ...]) -> None:
-        self.rows = rows
-
-    @staticmethod
-    @lru_cache(maxsize=64)
-    def of(rows: tuple[Starts, ...]) -> Segments:
-        """Return the segments of these starts."""
-        return Segments(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,25 +67,9 @@ class Piece:
         return self.low is None and self.high is None and not self.lengths
 
 
-Spans = tuple[Span, ...]
-
-
 def whole(length: int) -> tuple[Span, ...]:
     """Return the span of all tokens, in the user's order."""
     return (Span(0, 0, length),)
-
-
-def local_spans(length: int, rank: int, world_size: int, layout: str) -> tuple[Span, ...]:
-    """Return the spans of the tokens that `rank` holds, without padding."""
-    size = chunk_length(length, world_size, layout)
-    chunks = enumerate(rank_chunks(rank, world_size, layout))
-    spans = (Span(i * size, chunk * size, min(size, length - chunk * size)) for i, chunk in chunks)
-    return tuple(span for span in spans if span.size > 0)
-
-
-def spans_of_ranks(length: int, world_size: int, layout: str) -> tuple[Spans, ...]:
-    """Return the tokens that each rank holds, without padding."""
-    return tuple(local_spans(length, rank, world_size, layout) for rank in range(world_size))
 
 
 def num_tokens(spans: Iterable[Span]) -> int:

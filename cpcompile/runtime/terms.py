@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from cpcompile.order import segments_of
 from cpcompile.runtime.block import Block, Dropout
-from cpcompile.runtime.schedule import Band, Piece, Segments, Spans, Visible, pieces
+from cpcompile.runtime.schedule import Band, Piece, Spans, Visible, pieces
 
 Tensor = torch.Tensor
 
@@ -20,7 +21,7 @@ SCHEMA = (
     "float dropout=0.0, SymInt lookahead=-1, Tensor? bounds=None, Tensor? prefix=None, Tensor? slopes=None, "
     "Tensor? sinks=None, Tensor? seed=None, int site=0, str kernel_name='auto'"
 )
-
+NAMES = [argument.split("=")[0].split()[-1] for argument in SCHEMA.split(",")]
 
 EVERYTHING = Visible(Band())
 
@@ -93,7 +94,7 @@ class Terms:
         """Return what the host knows of what is visible."""
         high = 0 if self.is_causal else None if self.lookahead < 0 else self.lookahead
         band = Band(1 - self.window if self.window > 0 else None, high)
-        segments = _segments(self.bounds) if self.documents is not None and self.bounds is not None else None
+        segments = segments_of(self.bounds) if self.documents is not None and self.bounds is not None else None
         tensors = (self.mask, self.documents if segments is None else None, self.key_padding, self.prefix, self.slopes)
         # These are read by position, and dropout counts positions.
         is_joined = all(x is None for x in tensors) and not self.dropout
@@ -147,14 +148,6 @@ class Terms:
             self.length,
             self.length,
         )
-
-
-def _segments(bounds: Tensor) -> Segments | None:
-    """Return the documents that `document_bounds` found, or None where the ids of some row come back."""
-    rows = bounds.tolist() if bounds.shape[1] < 4096 else [row[: max(int(row[0]), 0) + 1].tolist() for row in bounds]
-    if any(row[0] < 0 for row in rows):
-        return None
-    return Segments.of(tuple(tuple(row[1 : row[0] + 1]) for row in rows))
 
 
 def _of(x: Tensor | None, batch: slice | None) -> Tensor | None:
