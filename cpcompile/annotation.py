@@ -23,6 +23,7 @@ class Annotation:
         origin: the node of the captured graph whose value this node holds, for comparison node by node.
         reason: what a gathered value is needed for.
         region: the token-local region that the node is a part of.
+        is_of_layout: these are the bounds of the documents that the layout follows.
         is_local: the recorded value is what one rank holds; elsewhere it is the whole.
     """
 
@@ -32,6 +33,7 @@ class Annotation:
     origin: str = ""
     reason: str = ""
     region: str = ""
+    is_of_layout: bool = False
     is_local: bool = False
 
 

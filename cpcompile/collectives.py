@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from cpcompile import runtime  # noqa: F401  (registers the operators)
-from cpcompile.layout import chunk_length, inverse, local_length, num_chunks, positions
+from cpcompile.layout import chunk_length, num_chunks, positions
+from cpcompile.order import Order
 from cpcompile.placement import Sharded
 from cpcompile.runtime.dropout import is_kept
 
@@ -27,13 +28,11 @@ def factors(x: torch.Tensor, at: Sharded, tokens: int) -> torch.Tensor:
     return x.reshape(*x.shape[: at.dim], *sizes, *x.shape[at.dim + 1 :])
 
 
-def join(values: Sequence[torch.Tensor], at: Sharded, length: int, layout: str) -> torch.Tensor:
+def join(values: Sequence[torch.Tensor], at: Sharded, order: Order) -> torch.Tensor:
     """Return the tokens of the range that the ranks hold, in the user's order; 0 where it is not known what is outside."""
-    world_size = len(values)
-    slots = local_length(length, world_size, layout)
-    parts = [factors(v, at, slots) for v in values]
-    order = inverse(length, world_size, layout, values[0].device)[max(at.front, 0) : length - max(at.back, 0)]
-    held = torch.cat(parts, at.dim + 1).index_select(at.dim + 1, order)
+    parts = [factors(v, at, order.local_length) for v in values]
+    slots = order.inverse(values[0].device)[max(at.front, 0) : order.length - max(at.back, 0)]
+    held = torch.cat(parts, at.dim + 1).index_select(at.dim + 1, slots)
     shape = list(held.shape)
     outside = [
         held.new_full((*shape[: at.dim + 1], max(-n, 0), *shape[at.dim + 2 :]), at.outside or 0.0)
@@ -42,34 +41,27 @@ def join(values: Sequence[torch.Tensor], at: Sharded, length: int, layout: str) 
     return torch.cat([outside[0], held, outside[1]], at.dim + 1).flatten(at.dim, at.dim + 2)
 
 
-def split(whole: torch.Tensor, at: Sharded, length: int, layout: str, world_size: int) -> list[torch.Tensor]:
+def split(whole: torch.Tensor, at: Sharded, order: Order) -> list[torch.Tensor]:
     """Return each rank's tokens of a whole tensor; padding slots repeat the last token."""
-    whole = factors(whole, at, length)
-    parts = []
-    for rank in range(world_size):
-        index = positions(length, rank, world_size, layout, whole.device).clamp(max=length - 1)
-        parts.append(whole.index_select(at.dim + 1, index).flatten(at.dim, at.dim + 2))
-    return parts
+    whole = factors(whole, at, order.length)
+    indices = (order.sources(rank, whole.device) for rank in range(order.world_size))
+    return [whole.index_select(at.dim + 1, index).flatten(at.dim, at.dim + 2) for index in indices]
 
 
 def _shard(calls: Calls) -> Ranks:
-    results = []
-    for rank, c in enumerate(calls):
-        at = Sharded(c["dim"], c["inner"])
-        results.append(split(c["x"], at, c["length"], c["layout"], c["world_size"])[rank])
-    return results
+    return [split(c["x"], Sharded(c["dim"], c["inner"]), Order.of_call(c))[rank] for rank, c in enumerate(calls)]
 
 
 def _gather(calls: Calls) -> Ranks:
     c = calls[0]
-    return [join([c["x"] for c in calls], Sharded(c["dim"], c["inner"]), c["length"], c["layout"])] * len(calls)
+    return [join([c["x"] for c in calls], Sharded(c["dim"], c["inner"]), Order.of_call(c))] * len(calls)
 
 
 def _fill(calls: Calls) -> Ranks:
     results = []
     for rank, c in enumerate(calls):
         x, dim, inner = c["x"], c["dim"], c["inner"]
-        position = positions(c["length"], rank, c["world_size"], c["layout"], x.device)
+        position = Order.of_call(c).positions(rank, x.device)
         padding = (position < c["front"]) | (position >= c["length"] - c["back"])
         shape = [1] * x.dim()
         shape[dim] = x.shape[dim]
@@ -99,33 +91,42 @@ class _Scale(torch.autograd.Function):
         return grads[0] * ctx.scale, None
 
 
-def _padded(call: Mapping[str, Any]) -> int:
-    """Return the tokens of all ranks, padding included: with that length, padding slots are tokens like others."""
-    return int(call["world_size"]) * local_length(call["length"], call["world_size"], call["layout"])
+def _padded(order: Order) -> int:
+    """Return the tokens of all ranks, padding included."""
+    return order.world_size * order.local_length
+
+
+def _slots(whole: torch.Tensor, at: Sharded, order: Order) -> list[torch.Tensor]:
+    """Return what each rank holds of a tensor that has a value for padding slots too."""
+    whole = factors(whole, at, _padded(order))
+    held = (order.positions(rank, whole.device) for rank in range(order.world_size))
+    return [whole.index_select(at.dim + 1, index).flatten(at.dim, at.dim + 2) for index in held]
 
 
 def _move(calls: Calls) -> Ranks:
     c = calls[0]
-    at, length, padded = Sharded(c["dim"], c["inner"]), c["length"], _padded(c)
-    whole = factors(join([c["x"] for c in calls], at, length, c["layout"]), at, length)
-    source = c["sign"] * torch.arange(padded, device=whole.device) + c["offset"]
+    at, length, order = Sharded(c["dim"], c["inner"]), c["length"], Order.of_call(c)
+    whole = factors(join([c["x"] for c in calls], at, order), at, length)
+    target = torch.arange(_padded(order), device=whole.device)
+    source = c["sign"] * target + c["offset"]
     if c["wrap"]:
         source = source % length
-    outside = (source < 0) | (source >= length) | (torch.arange(padded, device=whole.device) >= length)
+    outside = (source < 0) | (source >= length) | (target >= length)
     moved = whole.index_select(at.dim + 1, source.clamp(0, length - 1))
     moved = moved.masked_fill(outside.view(-1, *[1] * (whole.dim() - at.dim - 2)), c["fill"])
-    return split(moved.flatten(at.dim, at.dim + 2), at, padded, c["layout"], len(calls))
+    return _slots(moved.flatten(at.dim, at.dim + 2), at, order)
 
 
 def _halo(calls: Calls) -> Ranks:
     c = calls[0]
     at, length, layout, world_size = Sharded(c["dim"]), c["length"], c["layout"], c["world_size"]
-    whole = factors(join([c["x"] for c in calls], at, length, layout), at, length)
+    order = Order.of(length, world_size, layout)
+    whole = factors(join([c["x"] for c in calls], at, order), at, length)
 
     def zeros(count: int) -> torch.Tensor:
         return whole.new_zeros(*whole.shape[: at.dim + 1], count, *whole.shape[at.dim + 2 :])
 
-    wide = torch.cat([zeros(c["before"]), whole, zeros(_padded(c) - length + c["after"])], at.dim + 1)
+    wide = torch.cat([zeros(c["before"]), whole, zeros(_padded(order) - length + c["after"])], at.dim + 1)
     results = []
     for rank in range(world_size):
         size = chunk_length(length, world_size, layout)
@@ -140,39 +141,41 @@ def _pick(calls: Calls) -> Ranks:
     for rank, c in enumerate(calls):
         at = Sharded(c["dim"])
         alone = [c["x"] if other == rank else torch.zeros_like(c["x"]) for other in range(len(calls))]
-        whole = factors(join(alone, at, c["length"], c["layout"]), at, c["length"])
+        whole = factors(join(alone, at, Order.of_call(c)), at, c["length"])
         results.append(whole.narrow(at.dim + 1, c["start"], c["count"]).flatten(at.dim, at.dim + 2))
     return results
 
 
 def _put(calls: Calls) -> Ranks:
     results = []
-    padded = _padded(calls[0])
+    order = Order.of_call(calls[0])
+    padded = _padded(order)
     for rank, c in enumerate(calls):
         at, start = Sharded(c["dim"]), c["start"]
-        whole = factors(join([c["x"] for c in calls], at, padded, c["layout"]), at, padded)
+        parts = torch.cat([factors(c["x"], at, order.local_length) for c in calls], at.dim + 1)
+        held = torch.cat([order.positions(r, parts.device) for r in range(len(calls))])
+        whole = parts.index_select(at.dim + 1, held.argsort())
         count = c["values"].shape[at.dim] // whole.shape[at.dim]
         front = whole.narrow(at.dim + 1, 0, start)
         back = whole.narrow(at.dim + 1, start + count, padded - start - count)
         put = torch.cat([front, factors(c["values"], at, count), back], at.dim + 1).flatten(at.dim, at.dim + 2)
-        results.append(split(put, at, padded, c["layout"], len(calls))[rank])
+        results.append(_slots(put, at, order)[rank])
     return results
 
 
 def _local_slots(calls: Calls) -> Ranks:
     results = []
+    order = Order.of_call(calls[0])
     for rank, c in enumerate(calls):
-        held = positions(c["length"], rank, c["world_size"], c["layout"], c["index"].device)
-        slots = held.new_full((_padded(c),), -1)
+        held = order.positions(rank, c["index"].device)
+        slots = held.new_full((_padded(order),), -1)
         slots[held] = torch.arange(len(held), device=held.device)
         results.append(slots[: c["length"]][c["index"]])
     return results
 
 
 def _positions(calls: Calls) -> Ranks:
-    return [
-        positions(c["length"], rank, c["world_size"], c["layout"], c["like"].device) for rank, c in enumerate(calls)
-    ]
+    return [Order.of_call(c).positions(rank, c["like"].device) for rank, c in enumerate(calls)]
 
 
 def _chunk_indices(calls: Calls) -> Ranks:
@@ -188,14 +191,14 @@ def _stack_ranks(calls: Calls) -> Ranks:
 
 def _attention(calls: Calls) -> Ranks:
     c = calls[0]
-    length, layout, at = c["length"], c["layout"], Sharded(2)
-    q, k, v = (join([c[name] for c in calls], at, length, layout) for name in "qkv")
+    order, at = Order.of_call(c), Sharded(2)
+    q, k, v = (join([c[name] for c in calls], at, order) for name in "qkv")
     mask = c["mask"]
     exchanges_heads = any(name in c["target"] for name in ("ulysses", "usp"))
     if mask is not None and mask.shape[-2] != 1 and not exchanges_heads:  # the others hold their query rows
-        mask = join([c["mask"] for c in calls], Sharded(mask.dim() - 2), length, layout)
+        mask = join([c["mask"] for c in calls], Sharded(mask.dim() - 2), order)
     out = reference_attention(q, k, v, mask, c)
-    return [(part, None) for part in split(out, at, length, layout, len(calls))]
+    return [(part, None) for part in split(out, at, order)]
 
 
 def reference_attention(
@@ -253,7 +256,7 @@ def _shared_seed(calls: Calls) -> Ranks:
 
 def _dropout(calls: Calls) -> Ranks:
     c, at = calls[0], Sharded(calls[0]["dim"], calls[0]["inner"])
-    whole = torch.empty_like(c["x"]) if at.dim < 0 else join([c["x"] for c in calls], at, c["length"], c["layout"])
+    whole = torch.empty_like(c["x"]) if at.dim < 0 else join([c["x"] for c in calls], at, Order.of_call(c))
     index = torch.arange(whole.numel(), device=whole.device).view(whole.shape)
     kept = is_kept(c["seed"], c["site"], index, c["p"])
     return [c["x"] * mask / (1 - c["p"]) for c, mask in zip(calls, _of_ranks(kept, at, c, len(calls)), strict=True)]
@@ -261,7 +264,7 @@ def _dropout(calls: Calls) -> Ranks:
 
 def _draw_kept(calls: Calls) -> Ranks:
     c, at = calls[0], Sharded(calls[0]["dim"], calls[0]["inner"], calls[0]["front"], calls[0]["back"])
-    x = c["x"] if at.dim < 0 else join([c["x"] for c in calls], at, c["length"], c["layout"])
+    x = c["x"] if at.dim < 0 else join([c["x"] for c in calls], at, Order.of_call(c))
     if c["of_features"]:
         x = x[(slice(None), slice(None), *[slice(1)] * (x.dim() - 2))]
     like = torch.empty([x.shape[d] for d in c["order"]], dtype=x.dtype, device=x.device)
@@ -276,7 +279,7 @@ def _of_ranks(kept: torch.Tensor, at: Sharded, c: Mapping[str, Any], world_size:
         return [kept] * world_size
     pads = [0, 0] * (kept.dim() - at.dim - 1) + [at.front * at.inner, at.back * at.inner]
     whole = torch.nn.functional.pad(kept, pads) if at.front or at.back else kept
-    return split(whole, at, c["length"], c["layout"], world_size)
+    return split(whole, at, Order.of_call(c))
 
 
 COLLECTIVES: dict[Any, Callable[[Calls], Ranks]] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cpcompile.errors import ConfigError
-from cpcompile.layout import LAYOUTS
+from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
 from cpcompile.runtime.kernels import NAMES
 from cpcompile.runtime.transport import TRANSPORTS
 
@@ -15,7 +15,7 @@ STRATEGIES = ("ulysses", "ring", "gather", "halo", "usp")
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "strategy": ("auto", *STRATEGIES),
-    "balancer": ("auto", *LAYOUTS),
+    "balancer": ("auto", *LAYOUTS, *DOCUMENT_LAYOUTS),
     "kernel": ("auto", *NAMES),
     "transport": TRANSPORTS,
     "inner": INNER_COMPILERS,
@@ -33,7 +33,9 @@ class Config:
         strategy: how attention is computed: `ulysses` (all-to-all to heads), `ring` (KV blocks travel), `gather` (KV gathered,
             local query rows), `halo` (only the neighbours' tokens within a sliding window), `usp` (heads exchanged along one axis
             of a pair, ring along the other) or `auto` (the cheapest by the printed cost model, one for each attention).
-        balancer: which tokens each rank holds: `contiguous`, `zig_zag` (equal causal work) or `auto`.
+        balancer: which tokens each rank holds: `contiguous`, `zig_zag` (equal causal work for one document), `balanced` or
+            `zig_zag_by_document` (equal work for packed documents: they follow the documents of each batch, see
+            `cpcompile.balance`) or `auto`.
         kernel: what computes a block of attention: `auto` (the fastest that can), or one name, for every attention of the model;
             where that one cannot compute an attention, compilation ends with its line and the reason.
         heads_per_message: how many key heads `gather` and `halo` gather at once, so that some are computed while the next arrive,

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cpcompile.layout import LAYOUTS
+from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
 from cpcompile.runtime.heads import rounds
 from cpcompile.runtime.problem import Problem, keys_sent, pairs, pieces_of, sampled, sent_by_ranks
 from cpcompile.runtime.schedule import Band, Piece, Visible
@@ -127,7 +127,8 @@ def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
     work = compute_seconds(site, problem, strategy)
     inner, ranks = problem.inner(strategy), sent_by_ranks(problem, strategy)
     if site.has_documents:
-        work *= (UNEVEN if inner < axis.world_size else 1) * (SMALL if inner > 1 else 1)
+        is_uneven = inner < axis.world_size and layout not in DOCUMENT_LAYOUTS
+        work *= (UNEVEN if is_uneven else 1) * (SMALL if inner > 1 else 1)
     keys = max(r.forward_keys + r.backward_keys for r in ranks)
     swapped = max(r.forward_swap + r.backward_swap for r in ranks)
     total = work
@@ -190,9 +191,15 @@ class Choice:
     estimates: dict[tuple[str, str], float]
 
 
-def choose(sites: list[Attention], strategy: str, balancer: str, axis: Ranks) -> Choice:
-    """Choose what costs least among what was asked for; `auto` leaves all open. One layout serves all attentions."""
-    layouts = LAYOUTS if balancer == "auto" else (balancer,)
+def choose(
+    sites: list[Attention], strategy: str, balancer: str, axis: Ranks, *, follows_documents: bool = True
+) -> Choice:
+    """Choose what costs least among what was asked for; `auto` leaves all open. One layout serves all attentions.
+
+    Layouts that follow documents are for those who have some, and only `auto` with `follows_documents` takes one by itself.
+    """
+    follows = follows_documents and any(site.has_documents for site in sites)
+    layouts = (balancer,) if balancer != "auto" else ("balanced", *LAYOUTS) if follows else LAYOUTS
     best: tuple[float, Choice] | None = None
     estimates: dict[tuple[str, str], float] = {}
     for layout in layouts:

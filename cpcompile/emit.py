@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile import _torch
 from cpcompile.annotation import annotate, annotation
@@ -25,6 +26,14 @@ def emit(before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any)
     keep_source(node, before)
     node.meta["val"] = fake_result(target, *fx.map_arg((args, kwargs), value_of))
     return node
+
+
+def emit_bounds(before: fx.Node, documents: fx.Node) -> fx.Node:
+    """Insert where documents begin, before a node. The host waits for it, so that a checkpoint does not compute it again."""
+    bounds = emit(before, torch.ops.cpcompile.document_bounds.default, documents)
+    bounds.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    bounds.meta.pop("ac_graph_id", None)
+    return bounds
 
 
 def keep_source(node: fx.Node, source: fx.Node) -> None:

@@ -33,6 +33,10 @@ class NoRule(CPError):
     """An operator whose operands cannot stay sharded."""
 
 
+class NoChunks(NoRule):
+    """An operator needs equal chunks of tokens, and the layout follows the documents."""
+
+
 class VerificationError(CPError):
     """The transformed program does not compute what the original computes."""
 

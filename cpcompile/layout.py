@@ -6,6 +6,9 @@ on 2 ranks, with the causal work of each:
 
     contiguous   rank 0: 0 1 2 3 (10 pairs)   rank 1: 4 5 6 7 (26 pairs)
     zig_zag      rank 0: 0 1 6 7 (18 pairs)   rank 1: 2 3 4 5 (18 pairs)
+
+These are known when a model is compiled. The others follow the documents of each batch: how many slots a rank has is known
+then, and which tokens are in them when the batch is there, see `order.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +16,13 @@ from __future__ import annotations
 import torch
 
 LAYOUTS = ("contiguous", "zig_zag")
+DOCUMENT_LAYOUTS = ("zig_zag_by_document", "balanced")
 
 
 def num_chunks(world_size: int, layout: str) -> int:
     """Return into how many equal, globally ordered chunks the padded sequence is cut."""
+    if layout in DOCUMENT_LAYOUTS:
+        raise ValueError(f"the layout {layout!r} has no equal chunks: its runs follow the documents of a batch")
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
     return 2 * world_size if layout == "zig_zag" else world_size
@@ -30,6 +36,8 @@ def chunk_length(length: int, world_size: int, layout: str) -> int:
 
 def local_length(length: int, world_size: int, layout: str) -> int:
     """Return the token slots of one rank, padding included. Works on symbolic lengths."""
+    if layout in DOCUMENT_LAYOUTS:
+        return (length + world_size - 1) // world_size
     return chunk_length(length, world_size, layout) * (num_chunks(world_size, layout) // world_size)
 
 

@@ -10,9 +10,11 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from cpcompile.collectives import COLLECTIVES, Calls, Ranks, join
+from cpcompile.order import Order
 from cpcompile.placement import Full, Partial, Placement, Sharded
 
 
@@ -21,6 +23,7 @@ class Lockstep:
 
     def __init__(self, gm: fx.GraphModule, world_size: int) -> None:
         self.gm, self.world_size = gm, world_size
+        self.bounds: dict[fx.Node, torch.Tensor] = {}  # where documents begin, as far as the graph has run
 
     def run(self, *inputs: Any) -> list[Any]:
         """Return the outputs of each rank, given the inputs that every rank has."""
@@ -42,6 +45,8 @@ class Lockstep:
                 values[node] = [operator.attrgetter(node.target)(self.gm)] * self.world_size
             else:
                 values[node] = self._step(node, values)
+            if node.target is torch.ops.cpcompile.document_bounds.default:
+                self.bounds[node] = values[node][0]
             yield node, values[node]
             for operand in node.all_input_nodes:
                 if last_use[operand] is node:
@@ -72,11 +77,11 @@ class Lockstep:
         return all(value is values[operand][0] for operand in node.all_input_nodes for value in values[operand])
 
 
-def whole_value(values: Ranks, placement: Placement, length: int, layout: str) -> Any:
+def whole_value(values: Ranks, placement: Placement, order: Order) -> Any:
     """Return the value that the ranks hold together."""
     match placement:
         case Sharded():
-            return join(values, placement, length, layout)
+            return join(values, placement, order)
         case Partial():
             return sum(values[1:], values[0])
         case Full():

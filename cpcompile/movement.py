@@ -17,8 +17,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call, is_tensor, value_of
 from cpcompile.emit import emit_copy, fake_result, keep_source
-from cpcompile.errors import NoRule, where
-from cpcompile.layout import num_chunks
+from cpcompile.errors import NoChunks, NoRule, where
+from cpcompile.layout import DOCUMENT_LAYOUTS, num_chunks
 from cpcompile.placement import FULL, Full, Sharded
 from cpcompile.plan import Lengths, Plan
 
@@ -58,7 +58,7 @@ class Movement:
                 raise NoRule(f"{UNKNOWN_OUTSIDE}.\n\n{where(node)}")
             lengths = self.lengths(at)
             with self.gm.graph.inserting_after(node):
-                arguments = (node, at.dim, at.inner, lengths.total, *self.plan.axis_arguments)
+                arguments = (node, at.dim, at.inner, lengths.total, *lengths.axis(self.plan))
                 whole = emit_copy(self.gm.graph, cp.gather_tokens.default, arguments, node, Full(at))
             annotate(whole, reason=reason)
             self._gathered[node] = whole if at.covers_all else self._cut(whole, at, lengths)
@@ -98,7 +98,8 @@ class Movement:
             fill = 0.0 if at.outside is None else at.outside
             with self.gm.graph.inserting_after(node):
                 places = (at.dim, at.inner, 1, at.front - to.front, False, fill)
-                arguments = (node, *places, self.lengths(at).total, *self.plan.axis_arguments)
+                lengths = self.lengths(at)
+                arguments = (node, *places, lengths.total, *lengths.axis(self.plan))
                 self._moved[node, to] = emit_copy(self.gm.graph, cp.move_tokens.default, arguments, node, to)
         return self._moved[node, to]
 
@@ -109,7 +110,7 @@ class Movement:
             return operand
         with self.gm.graph.inserting_before(before):
             front, back = max(at.front, 0), max(at.back, 0)
-            arguments = (operand, at.dim, at.inner, value, front, back, lengths.total, *self.plan.axis_arguments)
+            arguments = (operand, at.dim, at.inner, value, front, back, lengths.total, *lengths.axis(self.plan))
             return emit_copy(self.gm.graph, cp.fill_padding.default, arguments, operand, at)
 
     def shard(self, node: fx.Node, at: Sharded) -> fx.Node:
@@ -119,14 +120,19 @@ class Movement:
         with self._behind(node):
             whole = node if at.covers_all else self._extend(node, at)
         with self._behind(whole):
-            arguments = (whole, at.dim, at.inner, self.lengths(at).total, *self.plan.axis_arguments)
+            lengths = self.lengths(at)
+            arguments = (whole, at.dim, at.inner, lengths.total, *lengths.axis(self.plan))
             return emit_copy(self.gm.graph, cp.shard_tokens.default, arguments, node, at)
 
     def _behind(self, node: fx.Node) -> AbstractContextManager[Any]:
         """Return the insertion point for what reads `node`, as early as it can be."""
         if node.op == "placeholder":
             return self.gm.graph.inserting_before(self._first_call())
-        return self.gm.graph.inserting_after(node)
+        return self.gm.graph.inserting_after(max([node, *self._bounds()]))
+
+    def _bounds(self) -> list[fx.Node]:
+        """Return the nodes of the documents that the layout follows."""
+        return [lengths.bounds for lengths in Lengths.all_of(self.gm) if lengths.bounds is not None]
 
     def _extend(self, node: fx.Node, at: Sharded) -> fx.Node:
         """Return `node` with the tokens that its range leaves out filled in, so that it has one element for each token."""
@@ -141,7 +147,7 @@ class Movement:
     def _first_call(self) -> fx.Node:
         """Return the node behind the placeholders and the lengths."""
         nodes = [lengths.local for lengths in Lengths.all_of(self.gm) if isinstance(lengths.local, fx.Node)]
-        placeholders = [*self.gm.graph.find_nodes(op="placeholder"), *nodes]
+        placeholders = [*self.gm.graph.find_nodes(op="placeholder"), *nodes, *self._bounds()]
         last: fx.Node = max(placeholders).next
         return last
 
@@ -154,9 +160,23 @@ class Writer:
         self._movement = movement
         lengths = movement.lengths(at)
         self.length, self.local = lengths.total, lengths.local
-        plan = movement.plan
-        self.chunks = num_chunks(plan.world_size, plan.layout) // plan.world_size
-        self.axis = plan.axis_arguments
+        self.axis = lengths.axis(movement.plan)
+        self.has_padding = movement.plan.has_padding(lengths.value)
+
+    @property
+    def chunks(self) -> int:
+        """The number of globally ordered chunks that a rank holds.
+
+        Raises:
+            NoChunks: the layout has none.
+        """
+        layout, world_size, *_ = self.axis
+        if layout in DOCUMENT_LAYOUTS:
+            raise NoChunks(
+                f"{self.call.target} runs along the tokens in equal chunks, which the layout {layout} does not have: its runs "
+                f"follow the documents.\n\n{where(self.call.node)}\n\nUse balancer='zig_zag' or 'contiguous'."
+            )
+        return num_chunks(world_size, layout) // world_size
 
     def insert(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call before the operator; its recorded value is what one rank holds."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from cpcompile.layout import chunk_length, local_length, num_chunks
+from cpcompile.annotation import annotation
+from cpcompile.layout import DOCUMENT_LAYOUTS, local_length, num_chunks
 from cpcompile.placement import Sharded
 
 
@@ -52,23 +53,29 @@ class Plan:
     inner_group: str = ""
     outer_group: str = ""
 
-    @property
-    def axis_arguments(self) -> tuple[str, int, str]:
-        """The last arguments of every operator that knows the layout: layout, world size, group."""
-        return self.layout, self.world_size, self.group
-
     def has_padding(self, length: Any) -> bool:
         """Tell whether some rank may hold padding slots; a symbolic length may need them."""
-        return not isinstance(length, int) or length % num_chunks(self.world_size, self.layout) != 0
+        if not isinstance(length, int):
+            return True
+        return local_length(length, self.world_size, self.layout) * self.world_size != length
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """The number of tokens and of local slots, as values (possibly symbolic) and as graph arguments (nodes or ints)."""
+    """The number of tokens and of local slots, as values (possibly symbolic) and as graph arguments (nodes or ints).
+
+    `bounds` is the node of the documents that the layout follows, if there are any.
+    """
 
     value: Any
     total: fx.Node | int
     local: fx.Node | int
+    bounds: fx.Node | None = None
+
+    def axis(self, plan: Plan) -> tuple[Any, ...]:
+        """Return the last arguments of every operator that knows the layout, behind the number of tokens."""
+        axis = plan.layout, plan.world_size, plan.group
+        return axis if self.bounds is None else (*axis, self.bounds)
 
     @classmethod
     def of(cls, gm: fx.GraphModule, sequence: int = 0) -> Lengths:
@@ -97,7 +104,9 @@ class Lengths:
         if plan.num_tokens:
             slots = local_length(plan.num_tokens, plan.world_size, plan.layout)
             lengths[0] = cls(plan.num_tokens, plan.num_tokens, slots)
-        gm.meta["cpcompile_lengths"] = tuple(lengths.values())
+        of_layout = [node for node in gm.graph.nodes if annotation(node).is_of_layout]
+        by_size = {str(node.meta["val"].shape[1] - 1): node for node in of_layout}
+        gm.meta["cpcompile_lengths"] = tuple(replace(x, bounds=by_size.get(str(x.value))) for x in lengths.values())
         return sequences
 
     @classmethod
@@ -106,11 +115,12 @@ class Lengths:
         if isinstance(value, int):
             return cls(value, value, local_length(value, plan.world_size, plan.layout))
         last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
-        chunks = num_chunks(plan.world_size, plan.layout)
+        follows = plan.layout in DOCUMENT_LAYOUTS
+        chunks = plan.world_size if follows else num_chunks(plan.world_size, plan.layout)
         with gm.graph.inserting_after(last):
             total = gm.graph.call_function(torch.ops.aten.sym_size.int, (tokens, dim))
         added = _after(gm, total, operator.add, (total, chunks - 1), value + (chunks - 1))
-        chunk = _after(gm, added, operator.floordiv, (added, chunks), chunk_length(value, plan.world_size, plan.layout))
+        chunk = _after(gm, added, operator.floordiv, (added, chunks), (value + (chunks - 1)) // chunks)
         slots = local_length(value, plan.world_size, plan.layout)
         local = _after(gm, chunk, operator.mul, (chunk, chunks // plan.world_size), slots)
         total.meta["val"] = value

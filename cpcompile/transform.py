@@ -6,7 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from torch import fx
 
 from cpcompile.annotation import annotate, annotation
 from cpcompile.attention_cases import refuse_unable_kernel
-from cpcompile.call import is_tensor
+from cpcompile.call import Call, is_tensor
 from cpcompile.config import Config
 from cpcompile.cost import Choice, Ranks, choose
-from cpcompile.errors import CPError, InputError, where
+from cpcompile.errors import CPError, InputError, NoChunks, where
 from cpcompile.mesh import Axis
 from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies, find_attention
+from cpcompile.patterns.nodes import value_numbers
 from cpcompile.plan import Plan, sequences_of
 from cpcompile.sites import (
     ATTENTION_LIKE,
@@ -83,9 +84,8 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
     num_tokens = tokens_of_attention(captured) if not token_dims else 0
     ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)
     sites = [attention_site(node, config.kernel) for node in attention_nodes(captured)]
-    choice = choose(sites, config.strategy, config.balancer, ranks)
+    choice = choose(sites, config.strategy, config.balancer, ranks, follows_documents=can_follow(captured))
     warn_of_other_strategies(captured, choice, config.strategy)
-    run_pass(captured, choose_strategies, changes, times, strategies=choice.strategies, kernel=config.kernel)
     plan = Plan(
         world_size=axis.world_size,
         group=axis.group,
@@ -103,8 +103,14 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
         inner_group=axis.inner_group,
         outer_group=axis.outer_group,
     )
-    for sharding in SHARDING:
-        run_pass(captured, sharding, changes, times, plan=plan)
+    try:
+        shard(captured, choice, plan, changes, times)
+    except NoChunks:
+        if config.balancer != "auto":
+            raise
+        choice = choose(sites, config.strategy, config.balancer, ranks, follows_documents=False)
+        captured, plan = copy.deepcopy(analysed), replace(plan, layout=choice.layout)
+        shard(captured, choice, plan, changes, times)
     captured.graph.eliminate_dead_code()
     captured.recompile()
     warn_of_rows(captured, config.strategy)
@@ -112,6 +118,20 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
         refuse_unable_kernel(rewritten_attentions(captured), config.kernel)
     check_legal(captured, config.strict)
     return Transformed(original, analysed, captured, plan, sequences_of(captured, plan), choice, changes, times)
+
+
+def can_follow(gm: fx.GraphModule) -> bool:
+    """Tell whether all attentions that see documents see the same, for each number of tokens."""
+    numbers, found = value_numbers(gm.graph), dict[str, int]()
+    documents = [x for node in attention_nodes(gm) if (x := Call.of(node)["documents"]) is not None]
+    return all(found.setdefault(str(x.meta["val"].shape[-1]), numbers[x]) == numbers[x] for x in documents)
+
+
+def shard(gm: fx.GraphModule, choice: Choice, plan: Plan, changes: dict[str, int], times: dict[str, float]) -> None:
+    """Go from one device to the ranks of an axis."""
+    run_pass(gm, choose_strategies, changes, times, strategies=choice.strategies, kernel=plan.kernel)
+    for sharding in SHARDING:
+        run_pass(gm, sharding, changes, times, plan=plan)
 
 
 def run_pass(

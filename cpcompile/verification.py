@@ -23,8 +23,10 @@ from cpcompile.dynamo import by_name, compile_whole, token_length
 from cpcompile.errors import VerificationError, where
 from cpcompile.lockstep import Lockstep, whole_value
 from cpcompile.mesh import Axis
+from cpcompile.order import Order
 from cpcompile.passes.finish_outputs import output_placements
 from cpcompile.placement import FULL, Full, Sharded
+from cpcompile.plan import Lengths
 from cpcompile.transform import Transformed, transform
 from cpcompile.widen import Widen, widen_graph
 from cpcompile.writes.aliases import written_arguments
@@ -271,14 +273,15 @@ class LockstepBackend:
 
     def _run(self, *inputs: Any) -> tuple[Any, ...]:
         assert self.transformed is not None
-        graph, layout = self.transformed.graph, self.transformed.plan.layout
+        graph = self.transformed.graph
         self.inputs = inputs
-        outputs = Lockstep(graph, self.axis.world_size).run(*inputs)
-        lengths = sequence_lengths(self.transformed, inputs)
+        lockstep = Lockstep(graph, self.axis.world_size)
+        outputs = lockstep.run(*inputs)
+        orders = orders_of(self.transformed, inputs, lockstep)
         joined = []
         for placement, *values in zip(output_placements(graph), *outputs, strict=True):
             if isinstance(placement, Sharded):
-                joined.append(whole_value(values, placement, lengths[placement.sequence], layout))
+                joined.append(whole_value(values, placement, orders[placement.sequence]))
             elif isinstance(placement, Full) and values[0].is_floating_point():
                 # Every rank back-propagates its own copy; the value is the first rank's.
                 joined.append(values[0] + sum(value - value.detach() for value in values[1:]))
@@ -291,6 +294,14 @@ class LockstepBackend:
     def scalars(self, loss: torch.Tensor) -> list[torch.Tensor]:
         """Return what each rank returned as the scalar output `loss`."""
         return next((values for values in self._scalars if torch.equal(values[0], loss)), [])
+
+
+def orders_of(transformed: Transformed, inputs: Sequence[Any], lockstep: Lockstep) -> list[Order]:
+    """Return which tokens each rank holds of each sequence of these flat inputs, which the ranks have started to run."""
+    plan, all_lengths = transformed.plan, Lengths.all_of(transformed.graph)
+    bounds = [None if x.bounds is None else lockstep.bounds.get(x.bounds) for x in all_lengths]
+    lengths = sequence_lengths(transformed, inputs)
+    return [Order.of(n, plan.world_size, plan.layout, found) for n, found in zip(lengths, bounds, strict=True)]
 
 
 def sequence_lengths(transformed: Transformed, inputs: Sequence[Any]) -> list[int]:
@@ -336,11 +347,11 @@ def first_difference(
             values[n.name] = kept(result)
             return result
 
-    lengths = sequence_lengths(transformed, inputs)
+    lockstep = Lockstep(transformed.graph, world_size)
     with torch.no_grad(), seeded(model), filled_memory():
         Recorder(transformed.original).run(*map(kept, inputs))
     with torch.no_grad(), seeded(model), filled_memory():
-        for node, ranks in Lockstep(transformed.graph, world_size).steps(*map(kept, inputs)):
+        for node, ranks in lockstep.steps(*map(kept, inputs)):
             known = annotation(node)
             expected = values.get(known.origin)
             if not isinstance(expected, torch.Tensor) or isinstance(known.placement, tuple):
@@ -350,8 +361,8 @@ def first_difference(
             at = known.placement
             if isinstance(at, Sharded) and at.reaches_outside:
                 continue
-            length = lengths[at.sequence] if isinstance(at, Sharded) else 0
-            found = whole_value(ranks, at or FULL, length, transformed.plan.layout)
+            sequence = at.sequence if isinstance(at, Sharded) else 0
+            found = whole_value(ranks, at or FULL, orders_of(transformed, inputs, lockstep)[sequence])
             error = value_error(found, expected)
             if error > tolerance:
                 return Difference(known.origin, error, where(node).strip())

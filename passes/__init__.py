@@ -7,6 +7,7 @@ from cpcompile.passes.choose_strategies import choose_strategies
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.find_token_local import find_token_local
 from cpcompile.passes.finish_outputs import finish_outputs
+from cpcompile.passes.follow_documents import follow_documents
 from cpcompile.passes.functionalise_writes import functionalise_writes
 from cpcompile.passes.lift_masks import lift_masks
 from cpcompile.passes.open_flex_attention import open_flex_attention
@@ -21,7 +22,7 @@ from cpcompile.passes.rewrite_reductions import rewrite_reductions
 ANALYSIS = (functionalise_writes, open_products, open_flex_attention, open_varlen_attention, find_attention, lift_masks)
 
 # From one device to the ranks of an axis; each takes the plan.
-SHARDING = (find_token_local, place_tokens, rewrite_dropout, rewrite_attention, rewrite_reductions, finish_outputs)
+SHARDING = (find_token_local, follow_documents, place_tokens, rewrite_dropout, rewrite_attention, rewrite_reductions, finish_outputs)
 
 __all__ = [
     "ANALYSIS",
@@ -30,6 +31,7 @@ __all__ = [
     "find_attention",
     "find_token_local",
     "finish_outputs",
+    "follow_documents",
     "functionalise_writes",
     "lift_masks",
     "open_flex_attention",

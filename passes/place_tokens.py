@@ -16,7 +16,7 @@ from torch import fx
 
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call, is_tensor, value_of
-from cpcompile.errors import NoRule, where
+from cpcompile.errors import NoChunks, NoRule, where
 from cpcompile.movement import Movement, Writer
 from cpcompile.placement import FULL, Full, Partial, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
@@ -148,6 +148,8 @@ class Placer:
                     raise
                 call = Call.of(node)
                 self._localise_call(node, call, self._push(call, sharded_operands(call)))
+        except NoChunks:
+            raise
         except NoRule as error:
             if self.plan.strict:
                 raise

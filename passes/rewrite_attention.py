@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call
-from cpcompile.emit import emit
+from cpcompile.emit import emit_bounds
 from cpcompile.errors import ConfigError, where
 from cpcompile.patterns.nodes import value_numbers
 from cpcompile.placement import Sharded
@@ -59,13 +58,11 @@ def insert_bounds(gm: fx.GraphModule, sites: list[fx.Node]) -> dict[fx.Node, fx.
     users = {Call.of(site)["documents"]: site for site in reversed(sites)}  # the first attention that takes them
     users.pop(None, None)
     numbers = value_numbers(gm.graph) if users else {}
-    found: dict[int, fx.Node] = {}
+    of_layout = [lengths.bounds for lengths in Lengths.all_of(gm) if lengths.bounds is not None]
+    found = {numbers[bounds.all_input_nodes[0]]: bounds for bounds in of_layout} if users else {}
     for documents, site in reversed(users.items()):
         if numbers[documents] not in found:
-            bounds = emit(site, cp.document_bounds.default, documents)
-            bounds.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-            bounds.meta.pop("ac_graph_id", None)
-            found[numbers[documents]] = bounds
+            found[numbers[documents]] = emit_bounds(site, documents)
     return {documents: found[numbers[documents]] for documents in users}
 
 
@@ -80,8 +77,9 @@ def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan)
     has_rows = call["mask"] is not None and isinstance(placement_of(call["mask"]), Sharded)
     strategy = "gather" if has_rows and known.strategy in EXCHANGE_HEADS else known.strategy
     refuse_unable(call, strategy, plan)
-    terms, _ = call.rebound({"kernel_name": plan.kernel, "bounds": bounds})
-    axis = axis_arguments(OPERATORS[strategy], plan, Lengths.of(gm, at.sequence).total)
+    lengths = Lengths.of(gm, at.sequence)
+    terms, _ = call.rebound({"kernel_name": plan.kernel, "bounds": bounds or lengths.bounds})
+    axis = axis_arguments(OPERATORS[strategy], plan, lengths.total)
     with gm.graph.inserting_before(node):
         collective = gm.graph.call_function(OPERATORS[strategy], terms, axis)
         out = gm.graph.call_function(operator.getitem, (collective, 0))

@@ -20,9 +20,10 @@ class Balanced(Balancer):
 
     rank 0: 0 1 2 5 (12 pairs)   rank 1: 3 4 | 6 7 (12 pairs)
 
-    A rank is full with `rounds` chunks, so that tokens are equal within one chunk, and no document is padded. `rounds` is
-    doubled from 1 until the busiest rank has at most `tolerance` more work than the mean; where none gets there, the most even
-    is taken. One round is `Contiguous`, two of one long document are `ZigZag`: as few and long runs as the work allows.
+    A rank is full with `rounds` chunks, which fill its slots, so that no document is padded: what P does not divide is missing
+    at the end of the sequence. `rounds` is doubled from 1 until the busiest rank has at most `tolerance` more work than the
+    mean; where none gets there, the most even is taken. One round is `Contiguous`, two of one long document are `ZigZag`: as few
+    and long runs as the work allows.
 
     Ours. The rule is Graham's longest processing time first, with the limit of balanced k-partitioning (Babel, Kellerer and
     Kotov 1998); torch's per-block (PTRR) balancer sorts blocks of a given size and deals them back and forth.
@@ -61,18 +62,34 @@ def _candidates(documents: Documents, world_size: int) -> Iterator[Sharding]:
 
 
 def _deal(documents: Documents, world_size: int, rounds: int) -> Sharding:
-    chunks = rounds * world_size
-    cuts = torch.arange(chunks + 1) * documents.length // chunks
+    chunks, slots = rounds * world_size, -(-documents.length // world_size)
+    cuts = torch.arange(chunks + 1) * (slots * world_size) // chunks
+    is_long = cuts.diff() > slots // rounds  # by one token: a rank holds so many of either that they fill its slots
+    cuts = cuts.clamp(max=documents.length)
     areas = documents.area_until(cuts).diff()
-    area_of, rank_of, num_held = areas.tolist(), [0] * chunks, [0] * world_size
-    lightest = [(0, rank) for rank in range(world_size)]  # a heap; ranks that are full leave it
+    room = {length: [num] * world_size for length, num in ((True, slots % rounds), (False, rounds - slots % rounds))}
+    lightest = {
+        length: [(0, rank) for rank in range(world_size)] for length in room
+    }  # heaps, also of what was true before
+    work_of, rank_of, area_of, kind_of = [0] * world_size, [0] * chunks, areas.tolist(), is_long.tolist()
     for chunk in areas.argsort(descending=True, stable=True).tolist():
-        area, rank = heapq.heappop(lightest)
+        kind = kind_of[chunk]
+        rank = _pop_lightest(lightest[kind], work_of, room[kind])
         rank_of[chunk] = rank
-        num_held[rank] += 1
-        if num_held[rank] < rounds:
-            heapq.heappush(lightest, (area + area_of[chunk], rank))
-    return Sharding.of(cuts.diff(), _in_order(torch.tensor(rank_of), world_size), world_size)
+        room[kind][rank] -= 1
+        work_of[rank] += area_of[chunk]
+        for length, heap in lightest.items():
+            if room[length][rank]:
+                heapq.heappush(heap, (work_of[rank], rank))
+    return Sharding.of(cuts.diff(), _in_order(torch.tensor(rank_of), world_size), world_size, slots)
+
+
+def _pop_lightest(heap: list[tuple[int, int]], work_of: list[int], room: list[int]) -> int:
+    """Return the rank with the least work that has room."""
+    while True:
+        area, rank = heapq.heappop(heap)
+        if area == work_of[rank] and room[rank]:
+            return rank
 
 
 def _in_order(ranks: Tensor, world_size: int) -> Tensor:

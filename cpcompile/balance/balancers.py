@@ -39,9 +39,17 @@ class Balancer(ABC):
             ConfigError: there is no rank.
             InputError: there is no token, or the boundaries do not go from 0 to `length` without going back.
         """
+        return self.shard_documents(Documents.of(length, cu_seqlens), world_size)
+
+    def shard_documents(self, documents: Documents, world_size: int) -> Sharding:
+        """Return which rank holds which token. All rows of a batch are sharded alike, for the work of them together.
+
+        Raises:
+            ConfigError: there is no rank.
+        """
         if world_size < 1:
             raise ConfigError(f"a sequence cannot be sharded over {world_size} ranks: pass at least one")
-        return self._shard(Documents.of(length, cu_seqlens), world_size)
+        return self._shard(documents, world_size)
 
     @abstractmethod
     def _shard(self, documents: Documents, world_size: int) -> Sharding: ...
@@ -99,11 +107,11 @@ class ZigZagByDocument(Balancer):
     """
 
     def _shard(self, documents: Documents, world_size: int) -> Sharding:
-        ends = torch.cat([documents.starts[1:], torch.tensor([documents.length])])
+        starts = documents.cuts
+        ends = torch.cat([starts[1:], torch.tensor([documents.length])])
         batch = max(1, BATCH // world_size)
         parts = [
-            _zig_zag_runs(documents.starts[i : i + batch], ends[i : i + batch], world_size)
-            for i in range(0, len(ends), batch)
+            _zig_zag_runs(starts[i : i + batch], ends[i : i + batch], world_size) for i in range(0, len(ends), batch)
         ]
         sizes, ranks = (torch.cat(part) for part in zip(*parts, strict=True))
         return Sharding.of(sizes, ranks, world_size, -(-documents.length // world_size))

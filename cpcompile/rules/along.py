@@ -83,7 +83,7 @@ def added_up(writer: Lowering, addend: fx.Node) -> fx.Node:
     if addend.meta["val"].dtype != torch.bool:
         return addend
     number = writer.insert(aten.to.dtype, addend, torch.uint8)
-    _, world_size, group = writer.axis
+    _, world_size, group, *_ = writer.axis
     return writer.insert(aten.to.dtype, writer.insert(cp.all_reduce.default, number, world_size, group), torch.bool)
 
 

@@ -95,10 +95,11 @@ def along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
     before = result.front + pads[i][0] - at.front
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
+        chunks = writer.chunks
         x = writer.insert(
             cp.halo_tokens.default, writer.call["input"], at.dim, before, reach - before, writer.length, *writer.axis
         )
-        return [by_chunk(writer, x, at.dim, others)]
+        return [by_chunk(writer, x, at.dim, others, chunks)]
 
     wanted = {name: at if name == "input" else FULL for name, _ in call.operands()}
     return Decision(wanted, (result,), padding={"input": 0.0}, lower=lower)
@@ -130,9 +131,9 @@ def cut_off(user: fx.Node, dim: int) -> tuple[int, int] | None:
     return sliced_off(call) if call.dim("dim", "self") == dim else None
 
 
-def by_chunk(writer: Lowering, x: fx.Node, dim: int, padding: list[int]) -> fx.Node:
+def by_chunk(writer: Lowering, x: fx.Node, dim: int, padding: list[int], chunks: int) -> fx.Node:
     """Return the convolution of extended chunks, which are as many more sequences of the batch."""
-    call, chunks = writer.call, writer.chunks
+    call = writer.call
     rank = len(padding)
     is_batched = len(call.shape("input")) == rank + 2
     if not is_batched:

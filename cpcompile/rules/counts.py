@@ -49,7 +49,7 @@ def added_in_bins(call: Call, operands: Mapping[str, Sharded], length: Any) -> D
         addend = writer.insert(call.target, *args, **kwargs)
         if is_sum:
             return [addend]
-        _, world_size, group = writer.axis
+        _, world_size, group, *_ = writer.axis
         total = writer.insert(cp.all_reduce.default, addend, world_size, group)
         return [writer.insert(aten.add.Tensor, whole, total)]
 

@@ -86,19 +86,18 @@ def masked(writer: Lowering, at: Sharded, x: fx.Node, value: float | int) -> fx.
 
 def every_slot_counts(writer: Lowering, at: Sharded) -> bool:
     """Tell whether every slot holds a token of the range, as far as is known when compiling."""
-    _, world_size, _ = writer.axis
-    return isinstance(writer.length, int) and writer.length % (writer.chunks * world_size) == 0 and at.covers_all
+    return not writer.has_padding and at.covers_all
 
 
 def all_reduce(writer: Lowering, x: fx.Node) -> fx.Node:
     """Return the sum over the ranks."""
-    _, world_size, group = writer.axis
+    _, world_size, group, *_ = writer.axis
     return writer.insert(cp.all_reduce.default, x, world_size, group)
 
 
 def stacked(writer: Lowering, x: fx.Node) -> fx.Node:
     """Return what each rank has, stacked in front."""
-    _, world_size, group = writer.axis
+    _, world_size, group, *_ = writer.axis
     return writer.insert(cp.stack_ranks.default, x, world_size, group)
 
 

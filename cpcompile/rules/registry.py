@@ -73,8 +73,12 @@ class Lowering(Protocol):
         """The number of globally ordered chunks that a rank holds."""
 
     @property
-    def axis(self) -> tuple[str, int, str]:
-        """The last arguments of every operator that knows the layout: layout, world size, group."""
+    def has_padding(self) -> bool:
+        """Whether some rank may hold padding slots, as far as is known when compiling."""
+
+    @property
+    def axis(self) -> tuple[Any, ...]:
+        """The last arguments of every operator that knows the layout: layout, world size, group, perhaps bounds."""
 
     def insert(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call before the operator; its recorded value is what one rank holds."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from cpcompile.layout import local_length, positions
+from cpcompile.layout import local_length
+from cpcompile.order import Order
 from cpcompile.runtime import comm
-from cpcompile.runtime.order import source_positions
 from cpcompile.runtime.tokens import factors
 
 Tensor = torch.Tensor
@@ -77,6 +77,7 @@ def dropout_tokens(
     layout: str,
     world_size: int,
     group: str,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """Return `x` with the elements that the seed drops set to 0 and the others scaled by `1 / (1 - p)`.
 
@@ -94,7 +95,8 @@ def dropout_tokens(
         return out
     rows, results = x.reshape(-1, width), out.view(-1, width)
     columns = torch.arange(width, device=x.device)
-    position = None if whole else positions(length, comm.rank_in(world_size, group), world_size, layout, x.device)
+    order = Order.of(length, world_size, layout, bounds)
+    position = None if whole else order.positions(comm.rank_in(world_size, group), x.device)
     step = max(_CHUNK.get(x.device.type, _CHUNK_OF_OTHERS) // width, 1)
     for begin in range(0, len(rows), step):
         end = min(begin + step, len(rows))
@@ -118,7 +120,7 @@ def _keep_seed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (seed,) = ctx.saved_tensors
-    return dropout_tokens(grad, seed, *ctx.settings), *(None,) * 9
+    return dropout_tokens(grad, seed, *ctx.settings), *(None,) * 10
 
 
 dropout_tokens.register_autograd(_dropout_backward, setup_context=_keep_seed)
@@ -139,6 +141,7 @@ def draw_kept(
     layout: str,
     world_size: int,
     group: str,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """Return which elements torch's own dropout of the whole tensor keeps, bool: this rank's tokens, or all if `dim` is -1.
 
@@ -164,7 +167,7 @@ def draw_kept(
     if front or back:
         pads = [0, 0] * (kept.dim() - dim - 2) + [front, back]
         kept = torch.nn.functional.pad(kept, pads, value=False)
-    index = source_positions(length, comm.rank_in(world_size, group), world_size, layout, x.device)
+    index = Order.of(length, world_size, layout, bounds).sources(comm.rank_in(world_size, group), x.device)
     return kept.index_select(dim + 1, index).flatten(dim, dim + 2).contiguous()
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from cpcompile.layout import chunk_length, local_length, rank_chunks
+from cpcompile.order import Order
 from cpcompile.runtime.moves import Route, exchange
-from cpcompile.runtime.schedule import Span, spans_of_ranks
+from cpcompile.runtime.schedule import Span
 from cpcompile.runtime.tokens import factors, resized
 
 
@@ -47,14 +48,15 @@ def move_tokens(
     layout: str,
     world_size: int,
     group: str,
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return local tokens of which position p is token `sign * p + offset` of `x`; `sign` is 1 or -1.
 
     With `wrap` that is taken modulo the length; without, positions whose token is outside the sequence are `fill`.
     Padding slots are `fill`.
     """
-    local = factors(x, dim, inner, local_length(length, world_size, layout))
-    spans = spans_of_ranks(length, world_size, layout)
+    order = Order.of(length, world_size, layout, bounds)
+    local, spans = factors(x, dim, inner, order.local_length), order.spans
     result = local.new_full(local.shape, fill)
     route = route_of(sign, offset, wrap, length)
     return exchange(local, result, dim + 1, spans, spans, route, group).flatten(dim, dim + 2)
@@ -73,6 +75,7 @@ def _(
     layout: str,
     world_size: int,
     group: str,
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -89,7 +92,7 @@ def halo_tokens(
     targets = [halo_spans(before, after, length, rank, world_size, layout) for rank in range(world_size)]
     slots = halo_length(before, after, length, world_size, layout)
     result = local.new_zeros(*local.shape[: dim + 1], slots, *local.shape[dim + 2 :])
-    sources = spans_of_ranks(length, world_size, layout)
+    sources = Order(length, world_size, layout).spans
     return exchange(local, result, dim + 1, sources, targets, Route(), group).flatten(dim, dim + 2)
 
 
@@ -110,7 +113,7 @@ def halo_tokens_backward(
     sources = [halo_spans(before, after, length, rank, world_size, layout) for rank in range(world_size)]
     slots = local_length(length, world_size, layout)
     result = grad.new_zeros(*grad.shape[: dim + 1], slots, *grad.shape[dim + 2 :])
-    targets = spans_of_ranks(length, world_size, layout)
+    targets = Order(length, world_size, layout).spans
     return exchange(grad, result, dim + 1, sources, targets, Route(), group, is_sum=True).flatten(dim, dim + 2)
 
 
@@ -128,7 +131,7 @@ def _keep_settings(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _move_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dim, inner, sign, offset, wrap, _, *axis = ctx.settings
-    return move_tokens(grad, dim, inner, sign, -sign * offset, wrap, 0.0, *axis), *(None,) * 10
+    return move_tokens(grad, dim, inner, sign, -sign * offset, wrap, 0.0, *axis), *(None,) * 11
 
 
 def _halo_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from cpcompile.runtime.terms import SCHEMA
+from cpcompile.runtime.terms import NAMES, SCHEMA
 
 Tensor = torch.Tensor
 TAGS = (torch.Tag.pt2_compliant_tag,)
-_NAMES = [argument.split("=")[0].split()[-1] for argument in SCHEMA.split(",")]
 _TENSORS = [i for i, argument in enumerate(SCHEMA.split(",")) if argument.strip().startswith("Tensor")]
-_SINKS = _NAMES.index("sinks")
+_SINKS = NAMES.index("sinks")
 
 
 def define(
@@ -62,7 +61,7 @@ def define(
     ) -> None:
         terms = inputs[3:]
         # torch leaves trailing arguments with their defaults out of what needs gradients, though not out of the inputs.
-        for argument, is_learned in zip(_NAMES, ctx.needs_input_grad[3:], strict=False):
+        for argument, is_learned in zip(NAMES, ctx.needs_input_grad[3:], strict=False):
             if argument != "sinks" and is_learned:
                 raise NotImplementedError(f"{name} has no gradient for a learned {argument}: detach it")
         ctx.num_terms, ctx.axis = len(terms), dict(keyword_only_inputs or {})

@@ -8,13 +8,13 @@ from functools import lru_cache
 
 import torch
 
+from cpcompile.order import Order
 from cpcompile.runtime.heads import Heads, heads_of
 from cpcompile.runtime.schedule import (
     Piece,
     Spans,
     Visible,
     by_position,
-    local_spans,
     needed,
     num_tokens,
     pieces,
@@ -53,7 +53,7 @@ class Problem:
 
     def spans(self, rank: int) -> Spans:
         """Return the tokens of a rank."""
-        return local_spans(self.length, rank, self.world_size, self.layout)
+        return Order(self.length, self.world_size, self.layout).spans[rank]
 
     def rows(self, strategy: str, outer: int) -> Spans:
         """Return the query rows that the ranks at `outer` compute, each for its heads."""

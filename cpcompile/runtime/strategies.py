@@ -7,6 +7,7 @@ rows. Rows of a mask are the local ones, except for strategies that exchange hea
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -14,15 +15,17 @@ from typing import Any
 import torch
 
 from cpcompile.layout import local_length
+from cpcompile.order import Order
 from cpcompile.runtime import gather, operators, ring, ulysses
 from cpcompile.runtime.heads import NUM_ROUNDS, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.partial import empty_result
 from cpcompile.runtime.post import Ring
-from cpcompile.runtime.schedule import Spans, spans_of_ranks
-from cpcompile.runtime.terms import Terms
+from cpcompile.runtime.schedule import Spans
+from cpcompile.runtime.terms import NAMES, Terms
 
 Tensor = torch.Tensor
+BOUNDS = NAMES.index("bounds")
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
@@ -37,6 +40,7 @@ class Axis:
         heads_per_message: how many key heads are gathered at once; 0: all.
         inner_size: how many ranks exchange heads; rank r is at (outer r // inner_size, inner r % inner_size).
         inner_group, outer_group: the process groups that this rank is in along both.
+        bounds: where documents begin, for a layout that follows them: an argument of the terms.
     """
 
     length: int
@@ -47,11 +51,22 @@ class Axis:
     inner_size: int = 0
     inner_group: str = ""
     outer_group: str = ""
+    bounds: Tensor | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[Any], axis: Mapping[str, Any]) -> Axis:
+        """Return the axis of an operator's arguments: the values of the terms, and its keyword arguments."""
+        return cls(**axis, bounds=values[BOUNDS] if len(values) > BOUNDS else None)
+
+    @property
+    def order(self) -> Order:
+        """The tokens of all ranks."""
+        return Order.of(self.length, self.world_size, self.layout, self.bounds)
 
     @property
     def spans(self) -> tuple[Spans, ...]:
         """The tokens of each rank."""
-        return spans_of_ranks(self.length, self.world_size, self.layout)
+        return self.order.spans
 
     @property
     def ring(self) -> Ring:
@@ -69,14 +84,15 @@ class Axis:
     def grid(self) -> ulysses.Grid:
         """The ranks as a grid."""
         size = self.inner_size
-        return _grid_of(self, Ring.of(self.inner_group, size), Ring.of(self.outer_group, self.world_size // size))
+        inner, outer = Ring.of(self.inner_group, size), Ring.of(self.outer_group, self.world_size // size)
+        return _grid_of(self.order, inner, outer, self.room)
 
 
 @lru_cache(maxsize=256)
-def _grid_of(axis: Axis, inner: Ring, outer: Ring) -> ulysses.Grid:
-    spans, size = axis.spans, axis.inner_size
-    rows = tuple(spans[start : start + size] for start in range(0, axis.world_size, size))
-    return ulysses.Grid(inner, outer, rows, axis.room)
+def _grid_of(order: Order, inner: Ring, outer: Ring, room: int) -> ulysses.Grid:
+    spans = order.spans
+    rows = tuple(spans[start : start + inner.size] for start in range(0, order.world_size, inner.size))
+    return ulysses.Grid(inner, outer, rows, room)
 
 
 def _results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
@@ -84,7 +100,7 @@ def _results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tupl
 
 
 def _ring(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
-    at = Axis(**axis)
+    at = Axis.of(values, axis)
     terms = Terms.of(q, k, values, at.length)
     ring.refuse_bias(terms)
     return ring.attend(q, k, v, terms, at.spans, at.ring)
@@ -93,19 +109,19 @@ def _ring(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[T
 def _ring_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: object, *values: Any, **axis: Any
 ) -> Gradients:
-    at = Axis(**axis)
+    at = Axis.of(values, axis)
     return ring.attend_backward(dout, q, k, v, out, lse, Terms.of(q, k, values, at.length), at.spans, at.ring)
 
 
 def _gather(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
-    at = Axis(**axis)
+    at = Axis.of(values, axis)
     return gather.attend(q, k, v, Terms.of(q, k, values, at.length), at.spans, at.ring, at.heads_per_message)
 
 
 def _gather_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: object, *values: Any, **axis: Any
 ) -> Gradients:
-    at = Axis(**axis)
+    at = Axis.of(values, axis)
     terms = Terms.of(q, k, values, at.length)
     return gather.attend_backward(dout, q, k, v, out, lse, terms, at.spans, at.ring, at.heads_per_message)
 
@@ -120,7 +136,7 @@ def _in_grid(terms: Terms, grid: ulysses.Grid) -> Terms:
 
 
 def _usp(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
-    at = Axis(**axis)
+    at = Axis.of(values, axis)
     terms = _in_grid(Terms.of(q, k, values, at.length), at.grid)
     if at.inner_size < at.world_size:
         ring.refuse_bias(terms)
@@ -140,7 +156,7 @@ def _usp_backward(
     *values: Any,
     **axis: Any,
 ) -> Gradients:
-    at = Axis(**axis)
+    at = Axis.of(values, axis)
     terms = _in_grid(Terms.of(q, k, values, at.length), at.grid)
     stored = [lse, *kept]
     each = [tuple(stored[i : i + NUM_KEPT]) for i in range(0, len(stored), NUM_KEPT) if stored[i].numel()]

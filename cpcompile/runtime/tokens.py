@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from cpcompile.layout import local_length, positions
+from cpcompile.layout import local_length
+from cpcompile.order import Order
 from cpcompile.runtime import comm
-from cpcompile.runtime.order import num_real, source_positions, to_rank_order, to_user_order
 
 
 def factors(x: torch.Tensor, dim: int, inner: int, tokens: int) -> torch.Tensor:
@@ -29,29 +29,51 @@ def resized(x: torch.Tensor, dim: int, old: int, new: int) -> torch.Tensor:
 
 @torch.library.custom_op("cpcompile::shard_tokens", mutates_args=())
 def shard_tokens(
-    x: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str
+    x: torch.Tensor,
+    dim: int,
+    inner: int,
+    length: int,
+    layout: str,
+    world_size: int,
+    group: str,
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return this rank's tokens of a whole tensor. Padding slots repeat the last token, so they are always finite."""
-    rank = comm.rank_in(world_size, group)
-    index = source_positions(length, rank, world_size, layout, x.device)
+    order = Order.of(length, world_size, layout, bounds)
+    index = order.sources(comm.rank_in(world_size, group), x.device)
     return factors(x, dim, inner, length).index_select(dim + 1, index).flatten(dim, dim + 2)
 
 
 @shard_tokens.register_fake
-def _(x: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    dim: int,
+    inner: int,
+    length: int,
+    layout: str,
+    world_size: int,
+    group: str,
+    bounds: torch.Tensor | None = None,
+) -> torch.Tensor:
     return resized(x, dim, length, local_length(length, world_size, layout))
 
 
 @torch.library.custom_op("cpcompile::shard_tokens_backward", mutates_args=())
 def shard_tokens_backward(
-    grad: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str
+    grad: torch.Tensor,
+    dim: int,
+    inner: int,
+    length: int,
+    layout: str,
+    world_size: int,
+    group: str,
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the gradient of the whole tensor: this rank's tokens, 0 elsewhere."""
-    rank = comm.rank_in(world_size, group)
-    grad = factors(grad, dim, inner, local_length(length, world_size, layout))
+    order, rank = Order.of(length, world_size, layout, bounds), comm.rank_in(world_size, group)
+    grad = factors(grad, dim, inner, order.local_length)
     whole = grad.new_zeros(*grad.shape[: dim + 1], length, *grad.shape[dim + 2 :])
-    index = source_positions(length, rank, world_size, layout, grad.device)
-    real = num_real(length, rank, world_size, layout)
+    index, real = order.sources(rank, grad.device), order.num_held(rank)
     whole.index_copy_(dim + 1, index[:real], grad.narrow(dim + 1, 0, real))
     # Padding slots all came from the last token. Summed apart, the result does not depend on the order of
     # atomic adds.
@@ -61,38 +83,82 @@ def shard_tokens_backward(
 
 
 @shard_tokens_backward.register_fake
-def _(grad: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str) -> torch.Tensor:
+def _(
+    grad: torch.Tensor,
+    dim: int,
+    inner: int,
+    length: int,
+    layout: str,
+    world_size: int,
+    group: str,
+    bounds: torch.Tensor | None = None,
+) -> torch.Tensor:
     return resized(grad, dim, local_length(length, world_size, layout), length)
 
 
 @torch.library.custom_op("cpcompile::gather_tokens", mutates_args=())
 def gather_tokens(
-    x: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str
+    x: torch.Tensor,
+    dim: int,
+    inner: int,
+    length: int,
+    layout: str,
+    world_size: int,
+    group: str,
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the whole tensor in the user's order, on every rank, without padding."""
-    local = factors(x, dim, inner, local_length(length, world_size, layout))
+    order = Order.of(length, world_size, layout, bounds)
+    local = factors(x, dim, inner, order.local_length)
     stacked = comm.all_gather(local, world_size, group).movedim(0, dim + 1).flatten(dim + 1, dim + 2)
-    return to_user_order(stacked, dim + 1, length, layout, world_size).flatten(dim, dim + 2)
+    return stacked.index_select(dim + 1, order.inverse(x.device)).flatten(dim, dim + 2)
 
 
 @gather_tokens.register_fake
-def _(x: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    dim: int,
+    inner: int,
+    length: int,
+    layout: str,
+    world_size: int,
+    group: str,
+    bounds: torch.Tensor | None = None,
+) -> torch.Tensor:
     return resized(x, dim, local_length(length, world_size, layout), length)
 
 
 @torch.library.custom_op("cpcompile::gather_tokens_backward", mutates_args=())
 def gather_tokens_backward(
-    grad: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str
+    grad: torch.Tensor,
+    dim: int,
+    inner: int,
+    length: int,
+    layout: str,
+    world_size: int,
+    group: str,
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return this rank's tokens of the sum over ranks of `grad`; padding slots get 0."""
+    order = Order.of(length, world_size, layout, bounds)
     whole = factors(grad, dim, inner, length)
-    ordered = to_rank_order(whole, dim + 1, length, layout, world_size)
-    stacked = torch.unflatten(ordered, dim + 1, (world_size, -1)).movedim(dim + 1, 0)
+    laid = whole.new_zeros(*whole.shape[: dim + 1], world_size * order.local_length, *whole.shape[dim + 2 :])
+    laid.index_copy_(dim + 1, order.inverse(grad.device), whole)
+    stacked = torch.unflatten(laid, dim + 1, (world_size, -1)).movedim(dim + 1, 0)
     return comm.reduce_scatter(stacked, world_size, group).flatten(dim, dim + 2).contiguous()
 
 
 @gather_tokens_backward.register_fake
-def _(grad: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str) -> torch.Tensor:
+def _(
+    grad: torch.Tensor,
+    dim: int,
+    inner: int,
+    length: int,
+    layout: str,
+    world_size: int,
+    group: str,
+    bounds: torch.Tensor | None = None,
+) -> torch.Tensor:
     return resized(grad, dim, length, local_length(length, world_size, layout))
 
 
@@ -108,9 +174,11 @@ def fill_padding(
     layout: str,
     world_size: int,
     group: str,
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return a copy of a local tensor with `value` in its padding slots and in the first `front` and last `back` tokens."""
-    position = positions(length, comm.rank_in(world_size, group), world_size, layout, x.device)
+    order = Order.of(length, world_size, layout, bounds)
+    position = order.positions(comm.rank_in(world_size, group), x.device)
     outside = (position < front) | (position >= length - back)
     filled = x.clone(memory_format=torch.contiguous_format)
     slots = factors(filled, dim, inner, len(position))
@@ -130,6 +198,7 @@ def _(
     layout: str,
     world_size: int,
     group: str,
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -139,16 +208,16 @@ def _keep_settings(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _shard_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return shard_tokens_backward(grad, *ctx.settings), *(None,) * 6
+    return shard_tokens_backward(grad, *ctx.settings), *(None,) * 7
 
 
 def _gather_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return gather_tokens_backward(grad, *ctx.settings), *(None,) * 6
+    return gather_tokens_backward(grad, *ctx.settings), *(None,) * 7
 
 
 def _fill_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dim, inner, _, *rest = ctx.settings
-    return fill_padding(grad, dim, inner, 0.0, *rest), *(None,) * 9
+    return fill_padding(grad, dim, inner, 0.0, *rest), *(None,) * 10
 
 
 shard_tokens.register_autograd(_shard_backward, setup_context=_keep_settings)

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from cpcompile.layout import local_length
+from cpcompile.order import Order
 from cpcompile.runtime import strategies  # noqa: F401  (registers the operators)
 from cpcompile.runtime.exchange import halo_spans, route_of
 from cpcompile.runtime.moves import Route, Spans, most_sent
 from cpcompile.runtime.problem import Problem, attention_bytes, problem_of
-from cpcompile.runtime.schedule import spans_of_ranks
 from cpcompile.runtime.terms import Terms
 
 Arguments = Mapping[str, Any]
@@ -62,14 +61,14 @@ def _stack_ranks(a: Arguments) -> Traffic:
 
 
 def _exchange(a: Arguments, targets: Sequence[Spans], route: Route) -> Traffic:
-    axis = a["length"], a["world_size"], a["layout"]
-    token = _bytes(a["x"]) // local_length(*axis)
-    sent, received = most_sent(spans_of_ranks(*axis), targets, route)
+    order = Order.of(a["length"], a["world_size"], a["layout"])
+    token = _bytes(a["x"]) // order.local_length
+    sent, received = most_sent(order.spans, targets, route)
     return Traffic(token * sent, token * received if a["x"].is_floating_point() else 0)
 
 
 def _move_tokens(a: Arguments) -> Traffic:
-    targets = spans_of_ranks(a["length"], a["world_size"], a["layout"])
+    targets = Order.of(a["length"], a["world_size"], a["layout"]).spans
     return _exchange(a, targets, route_of(a["sign"], a["offset"], a["wrap"], a["length"]))
 
 

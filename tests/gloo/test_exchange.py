@@ -99,7 +99,7 @@ def by_definition(family: str, layout: str, world_size: int) -> list[Found]:
         for calls in zip(*ranks, strict=True):
             operator = getattr(ops, calls[0][0]).default
             names = [argument.name for argument in operator._schema.arguments]
-            outs = COLLECTIVES[operator]([dict(zip(names, arguments, strict=True)) for _, arguments in calls])
+            outs = COLLECTIVES[operator]([dict(zip(names, arguments, strict=False)) for _, arguments in calls])
             operands = [leaves(arguments) for _, arguments in calls]
             grads = [torch.zeros_like(x) for xs in operands for x in xs]
             if outs[0].requires_grad:

@@ -24,7 +24,8 @@ from cpcompile.balance import (
 from cpcompile.balance.balanced import work
 from cpcompile.errors import ConfigError, InputError
 from cpcompile.layout import local_length, positions
-from cpcompile.runtime.schedule import Band, Segments, Visible, by_position, local_spans, needs
+from cpcompile.order import Order
+from cpcompile.runtime.schedule import Band, Segments, Visible, by_position, needs
 
 TIMELESS = settings(max_examples=50, deadline=None)
 EACH = pytest.mark.parametrize("name", BALANCERS)
@@ -110,7 +111,7 @@ def test_layouts_are_those_of_the_compiler(length: int, world_size: int, layout:
     sharding = BALANCERS[layout].shard(length, world_size)
     assert sharding.local_length == local_length(length, world_size, layout)
     for rank in range(world_size):
-        assert sharding.spans(rank) == by_position(local_spans(length, rank, world_size, layout))
+        assert sharding.spans(rank) == by_position(Order(length, world_size, layout).spans[rank])
         there = positions(length, rank, world_size, layout)
         assert held(sharding, rank) == there[there < length].tolist()
 

@@ -12,11 +12,12 @@ from torch._dynamo.testing import CompileCounter
 import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.call import Call
 from cpcompile.collectives import COLLECTIVES
+from cpcompile.order import Order
 from cpcompile.runtime import kernels
 from cpcompile.runtime.block import Block
 from cpcompile.runtime.heads import heads_of, storage
 from cpcompile.runtime.merge import merge_
-from cpcompile.runtime.schedule import Band, Piece, Segments, Span, Visible, local_spans, pieces, whole
+from cpcompile.runtime.schedule import Band, Piece, Segments, Span, Visible, pieces, whole
 
 ops = torch.ops.cpcompile
 STRATEGIES = ("ring", "gather", "halo", "ulysses", "usp")
@@ -81,7 +82,7 @@ def test_pieces_cover_what_is_visible_once(layout: str, starts: str, band: str) 
     visible = Visible(BANDS[band], Segments.of(STARTS[starts]) if STARTS[starts] else None)  # type: ignore[arg-type]
     covered = torch.zeros(len(rows_of_batch), length, length, dtype=torch.int64)
     for rank, source in itertools.product(range(world_size), repeat=2):
-        rows, columns = (local_spans(length, r, world_size, layout) for r in (rank, source))
+        rows, columns = (Order(length, world_size, layout).spans[r] for r in (rank, source))
         for piece in pieces(rows, columns, visible):
             q, k = slots(rows, piece.rows), slots(columns, piece.columns)
             covered[piece.batch or slice(None), q[:, None], k] += seen_in(piece).long()
@@ -106,13 +107,13 @@ CAUSAL = Visible(Band(None, 0))
 
 def test_zig_zag_computes_half_a_block_at_each_step() -> None:
     for rank, source in itertools.product(range(4), repeat=2):
-        (piece,) = pieces(local_spans(64, rank, 4, "zig_zag"), local_spans(64, source, 4, "zig_zag"), CAUSAL)
+        (piece,) = pieces(Order(64, 4, "zig_zag").spans[rank], Order(64, 4, "zig_zag").spans[source], CAUSAL)
         assert (piece.low, piece.high) == (None, 0 if rank == source else None)
         assert piece.high == 0 or piece.rows.size * piece.columns.size == 16 * 16 // 2
 
 
 def test_gathered_causal_rows_need_no_mask() -> None:
-    found = pieces(local_spans(31, 1, 4, "zig_zag"), whole(31), CAUSAL)
+    found = pieces(Order(31, 4, "zig_zag").spans[1], whole(31), CAUSAL)
     assert [(piece.rows.size, piece.columns.size, piece.high) for piece in found] == [
         (4, 4, None),
         (4, 4, 0),

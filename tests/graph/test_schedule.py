@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpcompile.layout import LAYOUTS
+from cpcompile.order import Order
 from cpcompile.runtime.schedule import (
     Band,
     Needs,
@@ -19,7 +20,6 @@ from cpcompile.runtime.schedule import (
     Spans,
     Visible,
     by_position,
-    local_spans,
     needs,
     packed,
     pieces,
@@ -89,7 +89,7 @@ def test_pieces_cover_what_is_visible_once(problem: tuple[int, int, str, Visible
     length, world_size, layout, visible = problem
     expected = seen(length, visible)
     covered = torch.zeros(expected.shape, dtype=torch.int64)
-    spans = tuple(local_spans(length, rank, world_size, layout) for rank in range(world_size))
+    spans = Order(length, world_size, layout).spans
     plan = needs(spans, visible)
     for rank, rows in enumerate(spans):
         for source in range(world_size):
@@ -105,7 +105,7 @@ def test_gathered_pieces_cover_what_is_visible_once(problem: tuple[int, int, str
     length, world_size, layout, visible = problem
     expected = seen(length, visible)
     covered = torch.zeros(expected.shape, dtype=torch.int64)
-    spans = tuple(local_spans(length, rank, world_size, layout) for rank in range(world_size))
+    spans = Order(length, world_size, layout).spans
     plan = needs(spans, visible)
     for rows, held in zip(spans, plan.held, strict=True):
         for piece in pieces(rows, held, visible):
@@ -117,7 +117,7 @@ def test_gathered_pieces_cover_what_is_visible_once(problem: tuple[int, int, str
 @given(problems())
 def test_what_is_held_is_what_is_needed(problem: tuple[int, int, str, Visible]) -> None:
     length, world_size, layout, visible = problem
-    spans = tuple(local_spans(length, rank, world_size, layout) for rank in range(world_size))
+    spans = Order(length, world_size, layout).spans
     plan = needs(spans, visible)
     for receiver in range(world_size):
         at = positions_of(plan.held[receiver])
@@ -132,7 +132,7 @@ def test_what_is_held_is_what_is_needed(problem: tuple[int, int, str, Visible]) 
 
 def needed_tokens(length: int, window: int, world_size: int = 4) -> int:
     """Return the most tokens that a rank fetches from the others."""
-    spans = tuple(local_spans(length, rank, world_size, "contiguous") for rank in range(world_size))
+    spans = Order(length, world_size, "contiguous").spans
     plan: Needs = needs(spans, Visible(Band(1 - window, 0)))
     return max(
         sum(s.size for source in range(world_size) if source != rank for s in plan.of[rank][source])
