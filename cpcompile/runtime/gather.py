@@ -31,7 +31,7 @@ class Heads:
     key: slice
     k: Tensor
     v: Tensor
-    transfers: tuple[Transfer, ...]
+    transfer: Transfer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class Gathered:
         arriving = self._fetch(*heads[0])
         for following in (*heads[1:], None):
             block = arriving
-            for transfer in block.transfers:
-                transfer.wait()
+            if block.transfer is not None:
+                block.transfer.wait()
             if following is not None:
                 arriving = self._fetch(*following)
             yield block
@@ -77,14 +77,14 @@ class Gathered:
         def parts(receiver: int, source: int) -> list[slice]:
             return runs(self.needs.of[receiver][source], own, self.k.shape[2])
 
-        transfers = []
+        transfer = None
         if self.needs.steps:
             posted = post(by_token(own, self.ring), self.ring, num_starts=len(self.needs.steps))
-            for step in self.needs.steps:
-                slots_of = self.needs.within[rank][self.ring.before(step)]
-                transfers.append(posted.start(step, [to[run.slots] for to in whole for run in slots_of], parts))
+            slots_of = [self.needs.within[rank][self.ring.before(step)] for step in self.needs.steps]
+            into = [[to[run.slots] for to in whole for run in runs_of] for runs_of in slots_of]
+            transfer = posted.start(self.needs.steps, into, parts)
         k, v = map(by_head, whole)
-        return Heads(query, key, k, v, tuple(transfers))
+        return Heads(query, key, k, v, transfer)
 
     def send_home(self, dk: Tensor, dv: Tensor, total: tuple[Gradient, Gradient]) -> None:
         """Add to `total` what all ranks found of this rank's keys; dk and dv are of what it gathered."""
@@ -101,14 +101,15 @@ class Gathered:
         token = sum(x.shape[0] * x.shape[1] * x.shape[3] for x in found)
         largest = token * max(num_tokens(held) for held in self.needs.held)
         posted = post(by_token(found, self.ring, largest), self.ring, num_starts=len(steps))
-        under_way = []
-        for step in steps:  # what was fetched from the rank `step` before goes back there
-            spans = self.needs.of[self.ring.after(step)][rank]
-            arrived = room(num_tokens(spans), found)
-            into = [x[span.slots] for x in arrived for span in packed(spans)]
-            under_way.append((posted.start(self.ring.size - step, into, parts), spans, arrived))
-        for transfer, spans, arrived in under_way:
-            transfer.wait()
+        # What was fetched from the rank `step` before goes back there.
+        sources = [self.needs.of[self.ring.after(step)][rank] for step in steps]
+        rooms = [room(num_tokens(spans), found) for spans in sources]
+        into = [
+            [x[span.slots] for x in arrived for span in packed(spans)]
+            for spans, arrived in zip(sources, rooms, strict=True)
+        ]
+        posted.start([self.ring.size - step for step in steps], into, parts).wait()
+        for spans, arrived in zip(sources, rooms, strict=True):
             for gradient, x in zip(total, map(by_head, arrived), strict=True):
                 for span, to in zip(packed(spans), spans, strict=True):
                     gradient.add(x[:, :, span.slots], to.slots)

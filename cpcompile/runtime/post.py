@@ -2,7 +2,7 @@
 
     message = new_message(numel, like, ring)
     posted = post(message, ring, num_starts=2)
-    transfer = posted.start(1, into, parts)     # from the rank 1 before this one; that 1 behind is served in the same beat
+    transfer = posted.start([1], [into], parts)     # from the rank 1 before this one; that 1 behind is served in the same beat
     ...                                         # compute
     transfer.wait()
 
@@ -37,13 +37,16 @@ class _Sent:
     message: Tensor
     ring: Ring
 
-    def start(self, step: int, into: Sequence[Tensor], parts: Parts) -> Transfer:
-        """Start receiving from rank - step into contiguous tensors, one for each part, and sending to rank + step."""
-        group, source, receiver = resolve_group(self.ring.group), self.ring.before(step), self.ring.after(step)
-        sent = [self.message[part] for part in parts(receiver, self.ring.rank)]
-        exchange = [dist.P2POp(dist.isend, x, group=group, group_peer=receiver) for x in sent]
-        exchange += [dist.P2POp(dist.irecv, x.view(-1), group=group, group_peer=source) for x in into]
-        return Transfer(tuple(dist.batch_isend_irecv(exchange)) if exchange else (), (self.message, *into))
+    def start(self, steps: Sequence[int], into: Sequence[Sequence[Tensor]], parts: Parts) -> Transfer:
+        """Start receiving from each rank - step into contiguous tensors, one for each part, and sending to rank + step."""
+        group, ring, exchange = resolve_group(self.ring.group), self.ring, []
+        for step, tensors in zip(steps, into, strict=True):
+            source, receiver = ring.before(step), ring.after(step)
+            sent = [self.message[part] for part in parts(receiver, ring.rank)]
+            exchange += [dist.P2POp(dist.isend, x, group=group, group_peer=receiver) for x in sent]
+            exchange += [dist.P2POp(dist.irecv, x.view(-1), group=group, group_peer=source) for x in tensors]
+        events = tuple(dist.batch_isend_irecv(exchange)) if exchange else ()
+        return Transfer(events, (self.message, *(x for tensors in into for x in tensors)))
 
 
 def new_message(numel: int, like: Tensor, ring: Ring, largest: int | None = None) -> Tensor:

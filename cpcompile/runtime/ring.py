@@ -78,7 +78,8 @@ class Blocks:
         """Start fetching what this rank needs at `step`."""
         columns = packed(self.needs(self.ring.rank, self.ring.before(step)))
         fetched = room(num_tokens(columns), (self.k, self.v))
-        transfer = posted.start(step, [x[span.slots] for x in fetched for span in columns], self._parts)
+        into = [x[span.slots] for x in fetched for span in columns]
+        transfer = posted.start([step], [into], self._parts)
         k, v = map(by_head, fetched)
         return Arriving(k, v, transfer)
 
@@ -170,7 +171,7 @@ class Homecoming:
         # What was fetched from the rank `step` before goes back there: round the ring the other way.
         largest = sum(x.numel() for x in like)
         posted = post(by_token([dk, dv], ring, largest), ring, num_starts=1)
-        self._transfer = posted.start(ring.size - step, arrived if self._spans else [], parts)
+        self._transfer = posted.start([ring.size - step], [arrived if self._spans else []], parts)
         self._dk, self._dv = map(by_head, arrived)
 
     def add_to(self, dk: Gradient, dv: Gradient) -> None:

@@ -167,23 +167,28 @@ class PostedHere:
     dtype: torch.dtype
     num_starts: int
 
-    def start(self, step: int, into: Sequence[Tensor], parts: Parts) -> Transfer:
-        """Start copying from rank - step into contiguous tensors, one for each part."""
-        assert self.num_starts > 0, "more steps than were told when the message was posted"
-        self.num_starts -= 1
+    def start(self, steps: Sequence[int], into: Sequence[Sequence[Tensor]], parts: Parts) -> Transfer:
+        """Start copying from each rank - step into contiguous tensors, one for each part."""
+        self.num_starts -= len(steps)
+        assert self.num_starts >= 0, "more steps than were told when the message was posted"
         ring, device, is_last = self.lane.ring, self.lane.device, self.num_starts == 0
-        source = ring.before(step)
-        message = self.memory.of(source).view(self.dtype)
-        runs = [message[part] for part in parts(ring.rank, source)]
+        pairs = []
+        for source, tensors in zip(map(ring.before, steps), into, strict=True):
+            runs = parts(ring.rank, source)
+            message = self.memory.of(source).view(self.dtype) if runs else None
+            for to, run in zip(tensors, runs, strict=True):
+                assert message is not None
+                pairs.append((to, message[run]))
         barrier = self.memory.barrier if is_last and device.is_capturing() else None
 
         def copy() -> None:
-            for to, run in zip(into, runs, strict=True):
+            for to, run in pairs:
                 to.view(-1).copy_(run)
             if barrier is not None:
                 barrier()
 
-        copied = device.aside(copy)
+        # Streams meet at a price, which steps without a byte do not pay.
+        events = (device.aside(copy),) if pairs or barrier else ()
         if is_last:
             self.lane.close(self.slot)
-        return Transfer((copied,), tuple(into))
+        return Transfer(events, tuple(to for to, _ in pairs))

@@ -61,8 +61,8 @@ class Transfer:
 class Posted(Protocol):
     """A message that the ranks of a ring fetch from each other."""
 
-    def start(self, step: int, into: Sequence[Tensor], parts: Parts) -> Transfer:
-        """Start fetching from rank - step into contiguous tensors, one for each part, and serve rank + step.
+    def start(self, steps: Sequence[int], into: Sequence[Sequence[Tensor]], parts: Parts) -> Transfer:
+        """Start fetching, at each step, from rank - step into contiguous tensors, one for each part, and serve rank + step.
 
         All ranks start the same steps in the same order, though some may have nothing to fetch. Every transfer is waited for.
         """

@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
 from cpcompile.runtime import ring as ring_attention
 from cpcompile.runtime.heads import Heads, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
-from cpcompile.runtime.messages import tokens_first
 from cpcompile.runtime.partial import empty_result
 from cpcompile.runtime.post import Ring
 from cpcompile.runtime.schedule import Spans, by_position, num_tokens, place
-from cpcompile.runtime.swap import Swap
+from cpcompile.runtime.swap import Swap, send_heads, send_tokens
 from cpcompile.runtime.terms import Terms
 
 Tensor = torch.Tensor
@@ -50,8 +49,16 @@ class Grid:
     def places(self) -> list[list[tuple[slice, slice]]]:
         """For the tokens of each inner rank, (its slots, the slots in the rows of its group)."""
         rows = self.rows[self.outer.rank]
-
-        return [[(span.slots, place(span, rows).slots) for span in spans] for spans in self.spans[self.outer.rank]]
+        found: list[list[tuple[slice, slice]]] = []
+        for spans in self.spans[self.outer.rank]:
+            found.append([])
+            for at in ((span.slots, place(span, rows).slots) for span in spans):
+                last = found[-1][-1] if found[-1] else None
+                if last and (last[0].stop, last[1].stop) == (at[0].start, at[1].start):
+                    at = slice(last[0].start, at[0].stop), slice(last[1].start, at[1].stop)
+                    found[-1].pop()
+                found[-1].append(at)
+        return found
 
     def rounds(self, q: Tensor, k: Tensor) -> list[list[Heads]]:
         """Return the heads of each inner rank, in rounds: some are exchanged while others are computed."""
@@ -69,66 +76,16 @@ def tokens_to_heads(
         stored: how many heads the results have room for; the rest is 0.
         grid: the ranks.
     """
-    inner = grid.inner
     held = num_tokens(grid.rows[grid.outer.rank])
-    own = of_rank[inner.rank]
     results = []
-    for x, heads, room in zip(tensors, own, stored, strict=True):
+    for x, heads, room in zip(tensors, of_rank[grid.inner.rank], stored, strict=True):
         # Tokens before heads, so that what one rank sends is one run of memory.
         results.append(x.new_empty(x.shape[0], grid.room, room, x.shape[3]).transpose(1, 2))
-        results[-1][:, heads.stop - heads.start :] = 0
-        results[-1][:, :, held:] = 0
-    sent = [
-        [
-            tokens_first(x[:, heads, slots])
-            for x, heads in zip(tensors, of_rank[to], strict=True)
-            for slots, _ in grid.places[inner.rank]
-        ]
-        for to in range(inner.size)
-    ]
-    received = [
-        [
-            tokens_first(x[:, : heads.stop - heads.start, slots])
-            for x, heads in zip(results, own, strict=True)
-            for _, slots in grid.places[source]
-        ]
-        for source in range(inner.size)
-    ]
-
-    def sizes(source: int, receiver: int) -> list[int]:
-        return _sizes(tensors, of_rank[receiver], grid.spans[grid.outer.rank][source])
-
-    return results, Swap(sent, received, sizes, tensors[0], inner)
-
-
-def heads_to_tokens(
-    tensors: Sequence[Tensor], of_rank: Sequence[Sequence[slice]], targets: Sequence[Sequence[Tensor]], grid: Grid
-) -> Swap:
-    """Start to turn all tokens of the group for this rank's heads into local tokens: the adjoint of `tokens_to_heads`.
-
-    Args:
-        tensors: `[B, own heads, tokens of the group, D]` each.
-        of_rank: for each inner rank the heads that it has of each tensor.
-        targets: for each inner rank, where its heads of the local tokens go, `[B, heads, local tokens, D]` each.
-        grid: the ranks.
-    """
-    inner = grid.inner
-    sent = [[tokens_first(x[:, :, slots]) for x in tensors for _, slots in grid.places[to]] for to in range(inner.size)]
-    received = [
-        [tokens_first(x[:, :, slots]) for x in targets[source] for slots, _ in grid.places[inner.rank]]
-        for source in range(inner.size)
-    ]
-
-    def sizes(source: int, receiver: int) -> list[int]:
-        return _sizes(tensors, of_rank[source], grid.spans[grid.outer.rank][receiver])
-
-    return Swap(sent, received, sizes, tensors[0], inner)
-
-
-def _sizes(tensors: Sequence[Tensor], heads: Sequence[slice], spans: Spans) -> list[int]:
-    """Return the elements of some heads of each tensor, for each span of tokens."""
-    widths = [(h.stop - h.start) * x.shape[0] * x.shape[3] for h, x in zip(heads, tensors, strict=True)]
-    return [width * span.size for width in widths for span in spans]
+        if heads.stop - heads.start < room:
+            results[-1][:, heads.stop - heads.start :] = 0
+        if held < grid.room:
+            results[-1][:, :, held:] = 0
+    return results, send_tokens(tensors, results, of_rank, grid.places, grid.inner)
 
 
 def _slices(heads: Heads) -> tuple[slice, slice, slice]:
@@ -167,7 +124,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: Terms, grid: Grid) -> tuple[T
         keys = _expand(k_own, index), _expand(v_own, index)
         out_own, lse = ring_attention.attend(q_own, *keys, terms.of_heads(own.start, own.stop), grid.rows, grid.outer)
         queries = [_slices(heads)[:1] for heads in ranks]
-        homes.append(heads_to_tokens([out_own], queries, [[out[:, heads]] for (heads,) in queries], grid))
+        homes.append(send_heads([out_own], [out], queries, grid.places, grid.inner))
         room = rooms[0] // len(each)
         q_all, k_all, v_all = tensors
         kept.append((_stored(lse, room), q_all, k_all, v_all, _stored(out_own, room)))
@@ -178,7 +135,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: Terms, grid: Grid) -> tuple[T
 
 def _clear_padding(x: Tensor, grid: Grid) -> None:
     """Set the slots without a token to 0; they come last."""
-    x[:, :, num_tokens(grid.spans[grid.outer.rank][grid.inner.rank]) :] = 0
+    count = num_tokens(grid.spans[grid.outer.rank][grid.inner.rank])
+    if count < x.shape[2]:
+        x[:, :, count:] = 0
 
 
 def attend_backward(
@@ -186,11 +145,12 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (dq, dk, dv, dsinks); the gradients of a key head that several ranks used are added here."""
     each = grid.rounds(q, k)
-    dq, dk, dv = (_blank(x, grid) for x in (q, k, v))
     dsinks = None if terms.sinks is None else torch.zeros_like(terms.sinks)
     is_shared = any(a.key_stop > b.key_start for a, b in pairwise(each[0]))
     homes: list[Swap] = []
-    of_keys: list[tuple[slice, Tensor, Tensor]] = []
+    # The gradients of a key head that several ranks read come from each, one behind the other.
+    num_keys = sum(heads.num_key for heads in each[0]) if is_shared else k.shape[1]
+    targets = [_blank(x, count, grid) for x, count in ((q, q.shape[1]), (k, num_keys), (v, num_keys))]
 
     def start(ranks: list[Heads]) -> tuple[list[Tensor], Swap]:
         return tokens_to_heads([dout], [_slices(h)[:1] for h in ranks], [ranks[grid.inner.rank].num_query], grid)
@@ -209,36 +169,40 @@ def attend_backward(
         dq_own, dk_own, dv_own, dsinks_own = ring_attention.attend_backward(
             dout_own, q_own, *keys, out_own, lse, of_heads, grid.rows, grid.outer
         )
-        grads, targets = [dq_own, _summed(dk_own, index, m), _summed(dv_own, index, m)], []
+        grads = [dq_own, _summed(dk_own, index, m), _summed(dv_own, index, m)]
         of_rank = [_slices(heads) for heads in ranks]
-        for query, key, value in of_rank:
-            # A key head that another rank adds to as well gets a tensor from each.
-            parts = [_blank(x[:, heads], grid) if is_shared else x[:, heads] for x, heads in ((dk, key), (dv, value))]
-            of_keys.append((key, parts[0], parts[1]))
-            targets.append([dq[:, query], *parts])
-        homes.append(heads_to_tokens(grads, of_rank, targets, grid))
+        if is_shared:
+            of_rank = [(query, key, key) for (query, *_), key in zip(of_rank, _apart(ranks), strict=True)]
+        homes.append(send_heads(grads, targets, of_rank, grid.places, grid.inner))
         if dsinks is not None and dsinks_own is not None:
             dsinks[own.start : own.stop] = dsinks_own
     for home in homes:
         home.finish()
+    dq, dk, dv = targets
     if is_shared:
-        dk = _added_up(k, [(heads, part) for heads, part, _ in of_keys])
-        dv = _added_up(v, [(heads, part) for heads, _, part in of_keys])
+        dk, dv = (_added_up(x, found, each[0]) for x, found in ((k, dk), (v, dv)))
     return dq, dk, dv, dsinks
 
 
-def _blank(x: Tensor, grid: Grid) -> Tensor:
-    """Return a tensor like `x` without values, 0 in slots without a token."""
-    blank = torch.empty_like(x)
+def _blank(like: Tensor, num_heads: int, grid: Grid) -> Tensor:
+    """Return a tensor of so many heads without values, 0 in slots without a token."""
+    shape = like.shape[0], like.shape[2], num_heads, like.shape[3]
+    blank = torch.empty_like(like) if num_heads == like.shape[1] else like.new_empty(shape).transpose(1, 2)
     _clear_padding(blank, grid)
     return blank
 
 
-def _added_up(like: Tensor, parts: Sequence[tuple[slice, Tensor]]) -> Tensor:
-    """Return the sum of gradients of some heads each."""
+def _apart(ranks: Sequence[Heads]) -> list[slice]:
+    """Return where the key heads of each rank are if none is shared."""
+    ends = accumulate((heads.num_key for heads in ranks), initial=0)
+    return [slice(start, stop) for start, stop in pairwise(ends)]
+
+
+def _added_up(like: Tensor, found: Tensor, ranks: Sequence[Heads]) -> Tensor:
+    """Return the sum of the gradients that the ranks found for their key heads."""
     total = torch.zeros_like(like, dtype=accumulation_dtype(like.dtype))
-    for heads, part in parts:
-        total[:, heads] += part
+    for heads, part in zip(ranks, _apart(ranks), strict=True):
+        total[:, heads.key_start : heads.key_stop] += found[:, part]
     return total.to(like.dtype)
 
 

@@ -110,14 +110,14 @@ def exchange(rank: Any, num_rounds: int, has_barriers: bool, is_hasty: bool, cap
             for step in range(1, ring.size):
                 part = slice(step, keys_size - 5)
                 into = torch.empty(part.stop - part.start, dtype=torch.float64)
-                fetching = keys.start(step, [into], lambda *_, part=part: [part])
+                fetching = keys.start([step], [[into]], lambda *_, part=part: [part])
                 index += 1
                 size = 500 + 10 * ring.rank
                 message = new_message(size, torch.empty(0, dtype=torch.float32), ring, 500 + 10 * ring.size)
                 between = post(message.copy_(values(ring.rank, index, size, torch.float32)), ring, 1)
                 source = ring.before(ring.size - step)
                 small = torch.empty(500 + 10 * source)
-                coming = between.start(ring.size - step, [small], lambda _, s: [slice(0, 500 + 10 * s)])
+                coming = between.start([ring.size - step], [[small]], lambda _, s: [slice(0, 500 + 10 * s)])
                 fetching.wait()
                 check(into, ring.before(step), keys_index, step)
                 coming.wait()
@@ -158,7 +158,9 @@ def capture_first(rank: Any) -> str:
         for numel in (4, 2**20):
             into = torch.empty(numel)
             try:
-                post(new_message(numel, like, ring), ring, 1).start(1, [into], lambda _, s, n=numel: [slice(n)]).wait()
+                post(new_message(numel, like, ring), ring, 1).start(
+                    [1], [[into]], lambda _, s, n=numel: [slice(n)]
+                ).wait()
             except RuntimeError as error:
                 return str(error)
             device.captures = True
@@ -209,7 +211,7 @@ def choose(rank: Any, wanted: list[str], hosts: list[str], broken: int | None) -
             ring = Ring.of(rank.group, rank.world_size)
             for _ in range(2):
                 message, into = new_message(4, torch.empty(0), ring), torch.empty(4)
-                post(message.fill_(1), ring, 1).start(1, [into], lambda *_: [slice(4)]).wait()
+                post(message.fill_(1), ring, 1).start([1], [[into]], lambda *_: [slice(4)]).wait()
             return transport_of(rank.group), lines
     except ValueError as error:
         return str(error), lines

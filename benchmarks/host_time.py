@@ -1,0 +1,257 @@
+"""Host time: what launching one context-parallel attention, forward and backward, costs the process that launches it.
+
+No kernel computes and no byte travels: the one kernel returns empty tensors, all ranks read memory of this process, and
+tensors are a 64th of the sequence with heads of 2. What is left is the host: schedule, views, copies to launch, autograd.
+
+    python benchmarks/host_time.py --out benchmarks/results/host_time.json
+    python benchmarks/host_time.py --cases ring/2 --profile
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import platform
+import pstats
+import statistics
+import subprocess
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attention_cases import DOCUMENT_SETS, HEADS, KV_HEADS
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import cpcompile.runtime
+from cpcompile.runtime import kernels, partial, schedule, transport
+from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel
+from cpcompile.runtime.symmetric import Lane
+from cpcompile.runtime.transfer import Ring
+
+Tensor = torch.Tensor
+SCALE = 64  # a document is as long a part of the sequence as in the measurements of attention itself
+LENGTH = 65536 // SCALE
+HEAD_DIM = 2
+INNER = 4  # ranks of USP that exchange heads
+WARM_UP = 5
+counts: Counter[str] = Counter()
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the table; `documents` names a set of `attention_cases`, '' is one causal sequence."""
+
+    strategy: str
+    world_size: int
+    documents: str = ""
+
+    @property
+    def name(self) -> str:
+        """How `--cases` calls it."""
+        return "/".join((self.strategy, str(self.world_size), *filter(None, (self.documents,))))
+
+    @property
+    def layout(self) -> str:
+        """The layout that the strategy is fastest with."""
+        return "contiguous" if self.strategy == "ulysses" else "zig_zag"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was measured, of the slowest rank; counts are of forward and backward together."""
+
+    name: str
+    rank: int
+    host_ms: float
+    forward_ms: float
+    kernel_calls: int
+    merges: int
+    copies_beside: int
+
+
+SETTINGS = tuple(
+    Setting(strategy, world_size, documents)
+    for strategy in ("ring", "gather", "ulysses", "usp")
+    for world_size in (2, 8)
+    for documents in ("", "random_16")
+    if strategy != "usp" or world_size == 8
+)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, block: object) -> tuple[Tensor, Tensor]:
+    """Return results as kernels of FlashAttention lay them, without computing them."""
+    counts["kernel"] += 1
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients, without computing them."""
+    counts["kernel"] += 1
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _no_limits(case: Case) -> str:
+    return ""
+
+
+class Here:
+    """Memory and streams of a rank whose neighbours are the rank itself."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def memory(self, num_bytes: int, group: str) -> Here:
+        """Take memory that stands for that of all ranks."""
+        self._bytes = torch.zeros(num_bytes, dtype=torch.uint8)
+        return self
+
+    def of(self, rank: int) -> Tensor:
+        """Return it."""
+        return self._bytes
+
+    def barrier(self) -> None:
+        """Wait for nobody."""
+
+    def aside(self, work: Callable[[], None]) -> Here:
+        """Work at once."""
+        counts["aside"] += 1
+        work()
+        return self
+
+    def wait(self) -> None:
+        """Be done."""
+
+    def is_capturing(self) -> bool:
+        """No graph is captured."""
+        return False
+
+
+def without_devices() -> None:
+    """Take the kernels, the merges and the bytes out of the runtime."""
+
+    def merge(*_: Tensor) -> None:
+        counts["merge"] += 1
+
+    kernels.KERNELS = (Kernel("none", forward, backward, _no_limits, FEATURES),)
+    partial.merge_ = partial.add_ = merge  # type: ignore[assignment]
+    schedule.MAX_GROUPED //= SCALE
+
+
+@contextmanager
+def as_rank(rank: int, world_size: int) -> Iterator[tuple[str, ...]]:
+    """Be a rank of a job whose other ranks do not exist; yield the names of its group and of its inner and outer ones."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        inner = min(INNER, world_size)
+        ranks = torch.arange(world_size).view(-1, inner)
+        parts = [dist.new_group(group) for group in (*ranks.tolist(), *ranks.t().tolist()) if rank in group]
+        groups = [dist.distributed_c10d._get_default_group(), *parts]
+        for group in groups:
+            lane = Lane(Ring(group.group_name, group.size(), dist.get_rank(group)), Here())
+            key = group.group_name, torch.device("cpu")
+            transport._chosen[key] = transport._Choice(weakref.ref(group), lane)
+        yield tuple(group.group_name for group in groups)
+    finally:
+        transport._chosen.clear()
+        dist.destroy_process_group()
+
+
+def step_of(setting: Setting, groups: tuple[str, ...]) -> tuple[Callable[[], Tensor], Callable[[Tensor], object]]:
+    """Return the forward and the backward of one attention, as graphs call them."""
+    size, (group, *parts) = setting.world_size, groups
+    axis: dict[str, Any] = {"length": LENGTH, "layout": setting.layout, "world_size": size, "group": group}
+    if setting.strategy == "usp":
+        axis |= {"inner_size": INNER, "inner_group": parts[0], "outer_group": parts[1]}
+    documents = bounds = None
+    if setting.documents:
+        starts = torch.tensor(DOCUMENT_SETS[setting.documents][:-1]) * LENGTH // DOCUMENT_SETS[setting.documents][-1]
+        documents = torch.bucketize(torch.arange(LENGTH), starts, right=True)[None]
+        bounds = cpcompile.runtime.document_bounds(documents)
+    q, k, v, dout = (
+        torch.randn(1, LENGTH // size, heads, HEAD_DIM, dtype=torch.bfloat16).transpose(1, 2)
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    terms = None, documents, None, HEAD_DIM**-0.5, True, 0, 0.0, 0.0, -1, bounds
+    operator = getattr(torch.ops.cpcompile, f"{setting.strategy}_attention").default
+    return lambda: operator(*leaves, *terms, **axis)[0], lambda out: torch.autograd.grad(out, leaves, dout)
+
+
+def measure(setting: Setting, rank: int, repeats: int) -> Row:
+    """Return what one rank needs; seconds are those of the process, so that a busy machine measures the same."""
+    with as_rank(rank, setting.world_size) as groups:
+        run, differentiate = step_of(setting, groups)
+        for _ in range(WARM_UP):
+            differentiate(run())
+        counts.clear()
+        differentiate(run())
+        seen = Counter(counts)
+        times = []
+        for _ in range(repeats):
+            began = time.process_time()
+            out = run()
+            middle = time.process_time()
+            differentiate(out)
+            times.append((time.process_time() - began, middle - began))
+    both, forward = (1e3 * statistics.median(x) for x in zip(*times, strict=True))
+    return Row(setting.name, rank, round(both, 3), round(forward, 3), seen["kernel"], seen["merge"], seen["aside"])
+
+
+def profile(setting: Setting, rank: int, repeats: int) -> None:
+    """Print where the time of a rank goes."""
+    with as_rank(rank, setting.world_size) as groups:
+        run, differentiate = step_of(setting, groups)
+        for _ in range(WARM_UP):
+            differentiate(run())
+        profiler = cProfile.Profile()
+        profiler.enable()
+        for _ in range(repeats):
+            differentiate(run())
+        profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
+
+
+def main() -> None:
+    """Measure, print a table, and write what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", help="strategy/ranks or strategy/ranks/documents; default: all")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--profile", action="store_true", help="print where the time of the last rank goes instead")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    without_devices()
+    rows = []
+    for setting in (s for s in SETTINGS if not args.cases or s.name in args.cases):
+        if args.profile:
+            profile(setting, setting.world_size - 1, args.repeats)
+            continue
+        row = max((measure(setting, rank, args.repeats) for rank in range(setting.world_size)), key=lambda r: r.host_ms)
+        rows.append(row)
+        print(
+            f"{row.name:24} {row.host_ms:7.2f} ms (forward {row.forward_ms:5.2f}), rank {row.rank}: "
+            f"{row.kernel_calls} kernels, {row.merges} merges, {row.copies_beside} copies beside",
+            flush=True,
+        )
+    if args.out:
+        about = {
+            "device": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+            "length": LENGTH,
+            "repeats": args.repeats,
+        }
+        args.out.write_text(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
