@@ -25,7 +25,9 @@ class Graph(str, Enum):
     after = "after"
 
 
-Strategy = Annotated[str, typer.Option(help="How attention is computed: auto, ulysses, ring, gather, halo or usp.")]
+Strategy = Annotated[
+    str, typer.Option(help="How attention is computed: auto, ulysses, ring, gather, halo, usp or latent.")
+]
 Kernel = Annotated[
     str, typer.Option(help="What computes a block of attention: auto, cudnn, flash, triton, flex, math, ...")
 ]

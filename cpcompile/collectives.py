@@ -201,6 +201,17 @@ def _attention(calls: Calls) -> Ranks:
     return [(part, None) for part in split(out, at, order)]
 
 
+def _latent_attention(calls: Calls) -> Ranks:
+    """Each rank has keys of all tokens, made by itself."""
+    c = calls[0]
+    order, at, mask = Order.of_call(c), Sharded(2), c["mask"]
+    q = join([c["q"] for c in calls], at, order)
+    if mask is not None and mask.shape[-2] != 1:
+        mask = join([c["mask"] for c in calls], Sharded(mask.dim() - 2), order)
+    outs = [reference_attention(q, own["k"], own["v"], mask, own) for own in calls]
+    return [(split(out, at, order)[rank], None) for rank, out in enumerate(outs)]
+
+
 def reference_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, c: Mapping[str, Any]
 ) -> torch.Tensor:
@@ -299,6 +310,7 @@ COLLECTIVES: dict[Any, Callable[[Calls], Ranks]] = {
     cp.shared_seed.default: _shared_seed,
     cp.dropout_tokens.default: _dropout,
     cp.draw_kept.default: _draw_kept,
+    cp.latent_attention.default: _latent_attention,
     **{
         getattr(cp, f"{strategy}_attention").default: _attention
         for strategy in ("ring", "gather", "halo", "ulysses", "usp")

@@ -32,6 +32,10 @@ FULL_KEYS, FORWARD_SLOPE, BACKWARD_SLOPE = 8192, 0.1, 0.16
 # Bytes a second and direction; between hosts those of a 400 Gb/s card for each GPU.
 BYTES = {"symmetric": 350e9, "p2p": 250e9, "network": 45e9, "cpu": 2e9}
 RANKS_OF_HOST = 8  # that NVLink connects; messages of more ranks take the network
+# A latent: dense products, and passes over memory, of an H100 in bf16; not measured here, but the usual share of its peaks.
+PRODUCTS, MEMORY = {"gpu": 600e12, "cpu": 100e9}, {"gpu": 2.5e12, "cpu": 10e9}
+# Each rank holds whole keys and values of a layer, and twice to three times that of their gradients: `auto` takes no more bytes.
+MOST_HELD = 4 * 2**30
 SLOWDOWN = 0.1  # of kernels while messages are sent that take SMs; symmetric memory takes none
 LATENCY = 25e-6  # seconds of an exchange: launches and barriers
 # Documents: the work of the slowest rank over the mean, where each computes rows; where each computes heads, the kernel of a
@@ -41,7 +45,23 @@ UNEVEN, SMALL = 1.3, 1.6
 # Of strategies within this factor of the cheapest, the first of these is taken: the one that sends least, then those whose work
 # does not depend on the mask.
 CLOSE = 1.03
-PREFERENCE = ("halo", "ulysses", "usp", "ring", "gather")
+PREFERENCE = ("halo", "ulysses", "usp", "ring", "gather", "latent")
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """Keys and values that are computed from a narrower value, in numbers for each token of the batch.
+
+    Attributes:
+        latent_bytes, key_bytes: of the value, and of keys and values.
+        flops: what computes these from that.
+        messages: into how many values it is split.
+    """
+
+    latent_bytes: int
+    key_bytes: int
+    flops: int
+    messages: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +82,7 @@ class Attention:
     lookahead: int = -1
     has_documents: bool = False
     kernel: str = "cudnn"
+    latent: Expansion | None = None
 
     @property
     def has_window(self) -> bool:
@@ -81,8 +102,15 @@ class Attention:
             "gather": True,
             "halo": self.has_window,
             "usp": axis.inner_size > 0 and not (self.is_additive and is_ring),
+            "latent": self.latent is not None,
         }
         return tuple(name for name in PREFERENCE if allowed[name])
+
+    def fits(self, strategy: str) -> bool:
+        """Tell whether a strategy may be taken without being asked for: a latent that is clearly narrower, of keys that fit."""
+        if strategy != "latent" or self.latent is None:
+            return True
+        return 2 * self.latent.latent_bytes < self.latent.key_bytes <= MOST_HELD // self.tokens
 
     def problem(self, axis: Ranks, layout: str) -> Problem:
         """Return the attention on ranks, as numbers."""
@@ -125,10 +153,13 @@ def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
     """Return the estimated seconds of one attention, forward and backward, on the slowest rank."""
     problem = site.problem(axis, layout)
     work = compute_seconds(site, problem, strategy)
-    inner, ranks = problem.inner(strategy), sent_by_ranks(problem, strategy)
+    inner = problem.inner(strategy)
     if site.has_documents:
         is_uneven = inner < axis.world_size and layout not in DOCUMENT_LAYOUTS
         work *= (UNEVEN if is_uneven else 1) * (SMALL if inner > 1 else 1)
+    if strategy == "latent":
+        return work + expansion_seconds(site, axis)
+    ranks = sent_by_ranks(problem, strategy)
     keys = max(r.forward_keys + r.backward_keys for r in ranks)
     swapped = max(r.forward_swap + r.backward_swap for r in ranks)
     total = work
@@ -158,6 +189,22 @@ def compute_seconds(site: Attention, problem: Problem, strategy: str) -> float:
         return per_pair * count * (1 / forward + 2.5 / backward) if count else 0.0  # five products against two
 
     return max(sum(map(of, pieces_of(problem, strategy, at))) for at in sampled(problem.world_size // inner))
+
+
+def expansion_seconds(site: Attention, axis: Ranks) -> float:
+    """Return the seconds by which a latent costs more than the work of the attention; nothing of it is hidden.
+
+    Keys and values of all tokens are computed in forward and again in backward, whose two products take twice as long; other
+    strategies do this once, for the tokens of a rank. Each time they are written and read.
+    """
+    assert site.latent is not None
+    device, num_ranks = "gpu" if is_gpu(site) else "cpu", axis.world_size
+    products = site.latent.flops * (4 - 3 / num_ranks) / PRODUCTS[device]
+    memory = site.latent.key_bytes * 2 * (3 - 2 / num_ranks) / MEMORY[device]
+    kind = link(site, axis, num_ranks)
+    sent = 2 * site.latent.latent_bytes * (num_ranks - 1) / num_ranks
+    travel = sent / BYTES["p2p" if kind == "symmetric" else kind]
+    return site.tokens * (products + memory + travel) + 2 * site.latent.messages * LATENCY
 
 
 def link(site: Attention, axis: Ranks, num_ranks: int) -> str:
@@ -205,7 +252,8 @@ def choose(
     for layout in layouts:
         chosen, total = [], 0.0
         for site in sites:
-            allowed = [s for s in site.strategies(axis) if strategy in ("auto", s)] or ["gather"]
+            allowed = [s for s in site.strategies(axis) if strategy == s or (strategy == "auto" and site.fits(s))]
+            allowed = allowed or ["gather"]
             costs = {name: seconds(site, name, layout, axis) for name in allowed}
             least = min(costs.values())
             name = next(name for name in allowed if costs[name] <= CLOSE * least)

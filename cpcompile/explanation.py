@@ -355,6 +355,7 @@ def attention_sites(transformed: Transformed) -> list[Site]:
         is_local = made is not None and isinstance(annotation(made).placement, Sharded)
         kernels = () if made is None else chosen_kernels(made, plan.kernel)
         numbers = numbers_of(made, transformed) if made is not None and strategy else NOTHING
+        of_latent = latent_traffic(node, transformed)
         sites.append(
             Site(
                 module=module_path(node),
@@ -367,8 +368,8 @@ def attention_sites(transformed: Transformed) -> list[Site]:
                 layout=plan.layout,
                 kernels=tuple(dict.fromkeys(chosen.name for chosen in kernels)),
                 reasons=tuple(dict.fromkeys(reason for chosen in kernels for reason in chosen.reasons)),
-                forward_bytes=numbers.sent.forward,
-                backward_bytes=numbers.sent.backward,
+                forward_bytes=numbers.sent.forward + of_latent.forward,
+                backward_bytes=numbers.sent.backward + of_latent.backward,
                 pairs=numbers.pairs,
                 kept_bytes=numbers.memory.kept,
                 received_bytes=numbers.memory.received,
@@ -395,6 +396,14 @@ def numbers_of(node: fx.Node, transformed: Transformed) -> Numbers:
     problem = attention_problem(sized(Call.of(node)))
     pairs = tuple(work_of(problem, strategy, rank) for rank in range(plan.world_size))
     return Numbers(traffic_of(node, transformed), pairs, memory_of(problem, strategy, plan.heads_per_message))
+
+
+def latent_traffic(attention: fx.Node, transformed: Transformed) -> Traffic:
+    """Return what one rank sends for the values that an attention's keys and values are computed from."""
+    marks = transformed.graph.graph.find_nodes(op="call_function", target=cp.whole_tokens.default)
+    sources = [mark.args[0] for mark in marks if annotation(mark).site == attention.name]
+    sent = [traffic_of(node, transformed) for node in sources if node.target is cp.gather_tokens.default]
+    return Traffic(sum(t.forward for t in sent), sum(t.backward for t in sent))
 
 
 def how_alone(is_local: bool) -> str:

@@ -20,6 +20,7 @@ from cpcompile.cost import Choice, Ranks, choose
 from cpcompile.errors import CPError, InputError, NoChunks, where
 from cpcompile.mesh import Axis
 from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies, find_attention
+from cpcompile.patterns.latent import expansion_of
 from cpcompile.patterns.nodes import value_numbers
 from cpcompile.plan import Plan, sequences_of
 from cpcompile.sites import (
@@ -83,7 +84,9 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
     analysed = copy.deepcopy(captured)
     num_tokens = tokens_of_attention(captured) if not token_dims else 0
     ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)
-    sites = [attention_site(node, config.kernel) for node in attention_nodes(captured)]
+    sites = [
+        replace(attention_site(node, config.kernel), latent=expansion_of(node)) for node in attention_nodes(captured)
+    ]
     choice = choose(sites, config.strategy, config.balancer, ranks, follows_documents=can_follow(captured))
     warn_of_other_strategies(captured, choice, config.strategy)
     plan = Plan(
@@ -159,6 +162,8 @@ def warn_of_other_strategies(gm: fx.GraphModule, choice: Choice, asked: str) -> 
     reason = f"their additive mask may hide every key of a row, and {asked} cannot keep such rows exact"
     if asked == "halo":
         reason = "they have no sliding window, so that their rows see more than the tokens of neighbours"
+    if asked == "latent":
+        reason = "nothing narrower than their keys and values determines these token by token"
     warn_of_gathers(others, asked, reason)
 
 

@@ -9,6 +9,7 @@ from cpcompile.passes.find_token_local import find_token_local
 from cpcompile.passes.finish_outputs import finish_outputs
 from cpcompile.passes.follow_documents import follow_documents
 from cpcompile.passes.functionalise_writes import functionalise_writes
+from cpcompile.passes.gather_latents import gather_latents
 from cpcompile.passes.lift_masks import lift_masks
 from cpcompile.passes.open_flex_attention import open_flex_attention
 from cpcompile.passes.open_products import open_products
@@ -22,7 +23,16 @@ from cpcompile.passes.rewrite_reductions import rewrite_reductions
 ANALYSIS = (functionalise_writes, open_products, open_flex_attention, open_varlen_attention, find_attention, lift_masks)
 
 # From one device to the ranks of an axis; each takes the plan.
-SHARDING = (find_token_local, follow_documents, place_tokens, rewrite_dropout, rewrite_attention, rewrite_reductions, finish_outputs)
+SHARDING = (
+    find_token_local,
+    follow_documents,
+    gather_latents,
+    place_tokens,
+    rewrite_dropout,
+    rewrite_attention,
+    rewrite_reductions,
+    finish_outputs,
+)
 
 __all__ = [
     "ANALYSIS",
@@ -33,6 +43,7 @@ __all__ = [
     "finish_outputs",
     "follow_documents",
     "functionalise_writes",
+    "gather_latents",
     "lift_masks",
     "open_flex_attention",
     "open_products",

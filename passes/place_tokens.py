@@ -313,7 +313,8 @@ class Placer:
             case Full(), Sharded():
                 return self.localise(operand, wanted)
             case Sharded(), Full() if may_gather:
-                return self.movement.gather(operand, f"{call.target}: its {name} is needed whole")
+                reason = annotation(call.node).reason or f"{call.target}: its {name} is needed whole"
+                return self.movement.gather(operand, reason)
             case _ if have == wanted:
                 return operand
         operands = {n: placement_of(o) for n, o in call.operands()}

@@ -29,6 +29,7 @@ OPERATORS = {
     "halo": cp.halo_attention.default,
     "ulysses": cp.ulysses_attention.default,
     "usp": cp.usp_attention.default,
+    "latent": cp.latent_attention.default,
 }
 
 # These want a dense mask whole, the others the rows of their own queries.
@@ -42,11 +43,20 @@ def rewrite_attention(gm: fx.GraphModule, *, plan: Plan) -> int:
         ConfigError: an attention cannot be computed by its strategy.
     """
     nodes = gm.graph.find_nodes(op="call_function", target=cp.attention.default)
-    sites = [node for node in nodes if isinstance(placement_of(Call.of(node)["k"]), Sharded)]
+    sites = [node for node in nodes if is_along_one_sequence(node)]
     bounds = insert_bounds(gm, sites)
     for node in sites:
         lower(gm, node, bounds.get(Call.of(node)["documents"]), plan)
     return len(sites)
+
+
+def is_along_one_sequence(node: fx.Node) -> bool:
+    """Tell whether an attention is one of local rows that needs other tokens' keys, or has them from a latent."""
+    call = Call.of(node)
+    placements = [placement_of(call[name]) for name in ("q", "k")]
+    if annotation(node).strategy == "latent" and isinstance(placements[0], Sharded):
+        return str(call.shape("q")[2]) == str(call.shape("k")[2])
+    return isinstance(placements[1], Sharded)
 
 
 def insert_bounds(gm: fx.GraphModule, sites: list[fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -75,7 +85,9 @@ def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan)
     call, known, at = Call.of(node), annotation(node), placement_of(node)
     assert isinstance(at, Sharded)
     has_rows = call["mask"] is not None and isinstance(placement_of(call["mask"]), Sharded)
-    strategy = "gather" if has_rows and known.strategy in EXCHANGE_HEADS else known.strategy
+    is_sharded = isinstance(placement_of(call["k"]), Sharded)
+    needs_gather = is_sharded if known.strategy == "latent" else has_rows and known.strategy in EXCHANGE_HEADS
+    strategy = "gather" if needs_gather else known.strategy
     refuse_unable(call, strategy, plan)
     lengths = Lengths.of(gm, at.sequence)
     terms, _ = call.rebound({"kernel_name": plan.kernel, "bounds": bounds or lengths.bounds})

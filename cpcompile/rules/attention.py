@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,11 +40,14 @@ class AttentionRule:
             raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
         sizes = {str(call.shape(name)[2]) for name in ("q", "k", "v")}
         if len(sizes) == 1 and len({at.sequence for at in given.values()}) == 1:
-            return self._along_one_sequence(call, next(iter(given.values())), is_sharded="mask" in operands)
+            return self._along_one_sequence(call, next(iter(given.values())), given.keys(), "mask" in operands)
         return self._across(call, operands)
 
-    def _along_one_sequence(self, call: Call, at: Sharded, is_sharded: bool) -> Decision:
-        wanted: dict[str, Placement] = dict.fromkeys(("q", "k", "v"), at)
+    def _along_one_sequence(self, call: Call, at: Sharded, given: Set[str], is_sharded: bool) -> Decision:
+        # Keys and values of a latent that was gathered are whole already.
+        is_expanded = annotation(call.node).strategy == "latent" and given == {"q"}
+        keys: Placement = FULL if is_expanded else at
+        wanted: dict[str, Placement] = {"q": at, "k": keys, "v": keys}
         vectors = {name for name in WHOLE if call[name] is not None}
         if call["mask"] is not None:
             rows = replace(at, dim=len(call.shape("mask")) - 2)

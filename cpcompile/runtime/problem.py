@@ -82,7 +82,7 @@ def sampled(count: int) -> Sequence[int]:
 def pieces_of(problem: Problem, strategy: str, outer: int) -> tuple[Piece, ...]:
     """Return the rectangles that a rank at `outer` computes."""
     rows, count = problem.rows(strategy, outer), problem.world_size // problem.inner(strategy)
-    if strategy in ("gather", "halo") or count == 1:
+    if strategy in ("gather", "halo", "latent") or count == 1:
         return pieces(rows, whole(problem.length), problem.visible)
     columns = [problem.rows(strategy, source) for source in range(count)]
     return tuple(piece for spans in columns for piece in pieces(rows, spans, problem.visible))
@@ -205,7 +205,7 @@ def memory_of(problem: Problem, strategy: str, heads_per_message: int = 0) -> Me
 
     Every strategy keeps local q, k, v and out. Those that exchange heads keep them by heads too, and compute from these; a ring
     holds the block that it computes and the one that arrives; `gather` holds all keys that its rows see, of as many heads as a
-    message has.
+    message has; `latent` holds the keys of all tokens, of all heads, and keeps none.
     """
     inner, size = problem.inner(strategy), problem.itemsize
     query = problem.batch * problem.heads * (problem.head_dim + problem.value_dim)
@@ -216,6 +216,9 @@ def memory_of(problem: Problem, strategy: str, heads_per_message: int = 0) -> Me
     count = problem.world_size // inner
     if count == 1:
         return Memory(kept, 0)
+    if strategy == "latent":
+        keys = slots * size * problem.kv_heads * problem.key_width
+        return Memory(kept - keys, problem.length * size * problem.kv_heads * problem.key_width)
     width = size * problem.key_width * max(map(num_keys, problem.heads_of(strategy)))
     if strategy in ("gather", "halo"):
         fetched = max(ring.fetched for ring in keys_sent(problem, strategy).values())

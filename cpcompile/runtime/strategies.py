@@ -1,8 +1,8 @@
 """Strategies: the attention operators of a rewritten graph, one for each way in which ranks share the work.
 
-All take local q, k and v `[B, heads, local tokens, D]`, padding slots included, and return (out, lse, *kept) of the local
-rows. Rows of a mask are the local ones, except for strategies that exchange heads, which take it whole; all else in
-`Terms` is of the whole sequence.
+All take local q, k and v `[B, heads, local tokens, D]`, padding slots included (`latent` takes whole k and v), and return
+(out, lse, *kept) of the local rows. Rows of a mask are the local ones, except for strategies that exchange heads, which take it
+whole; all else in `Terms` is of the whole sequence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from cpcompile.layout import local_length
 from cpcompile.order import Order
-from cpcompile.runtime import gather, operators, ring, ulysses
+from cpcompile.runtime import gather, latent, operators, ring, ulysses
 from cpcompile.runtime.heads import NUM_ROUNDS, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.partial import empty_result
@@ -126,6 +126,19 @@ def _gather_backward(
     return gather.attend_backward(dout, q, k, v, out, lse, terms, at.spans, at.ring, at.heads_per_message)
 
 
+def _latent(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
+    at = Axis.of(values, axis)
+    return latent.attend(q, k, v, Terms.of(q, k, values, at.length), at.spans[at.ring.rank])
+
+
+def _latent_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: object, *values: Any, **axis: Any
+) -> Gradients:
+    at = Axis.of(values, axis)
+    terms = Terms.of(q, k, values, at.length)
+    return latent.attend_backward(dout, q, k, v, out, lse, terms, at.spans[at.ring.rank])
+
+
 def _in_grid(terms: Terms, grid: ulysses.Grid) -> Terms:
     """Return the terms with the rows of the mask that the inner ranks of this one hold."""
     mask = terms.mask
@@ -207,5 +220,7 @@ operators.define("ring_attention", _ring, _ring_backward, _results, num_kept=0, 
 operators.define("gather_attention", _gather, _gather_backward, _results, num_kept=0, axis=MESSAGES)
 # The same with a name of its own: only the tokens within reach of a window travel.
 operators.define("halo_attention", _gather, _gather_backward, _results, num_kept=0, axis=MESSAGES)
+# Its k and v are whole, in the user's order.
+operators.define("latent_attention", _latent, _latent_backward, _results, num_kept=0, axis=AXIS)
 operators.define("ulysses_attention", _ulysses, _ulysses_backward, _ulysses_results, num_kept=_KEPT, axis=AXIS)
 operators.define("usp_attention", _usp, _usp_backward, _usp_results, num_kept=_KEPT, axis=GRID)

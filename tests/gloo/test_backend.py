@@ -94,7 +94,8 @@ def wrong_options(rank: Any) -> None:
     assert text.startswith("unknown option 'strategi': the options are strategy, balancer,")
     text = refusal(ConfigError, compile_with(rank, model, strategy="rings"), **inputs)
     assert (
-        text == "strategy='rings' is not an option: choose one of 'auto', 'ulysses', 'ring', 'gather', 'halo', 'usp'."
+        text == "strategy='rings' is not an option: "
+        "choose one of 'auto', 'ulysses', 'ring', 'gather', 'halo', 'usp', 'latent'."
     )
     text = refusal(ConfigError, compile_with(rank, model, mesh=None), **inputs)
     assert text.startswith("mesh must be a DeviceMesh")

@@ -847,6 +847,11 @@ def loss_of_pairs(target: Any, s: int) -> Iterator[Case]:
         yield Case(target, (x(B, s, 3), x(s, 1)), {"reduction": 0})
 
 
+@cases(torch.ops.cpcompile.whole_tokens.default)
+def whole_tokens(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D),))
+
+
 @cases(torch.ops.cpcompile.attention.default)
 def attention(target: Any, s: int) -> Iterator[Case]:
     def call(strategy: str, **changes: Any) -> Case:

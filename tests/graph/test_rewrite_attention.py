@@ -21,7 +21,7 @@ from tests.graph.small_models import TinyLM, batch, before, count, planned
 cp = torch.ops.cpcompile
 
 
-@pytest.mark.parametrize("strategy", sorted(OPERATORS))
+@pytest.mark.parametrize("strategy", sorted(OPERATORS.keys() - {"latent"}))  # whose keys are whole: test_gather_latents
 def test_rewrites_each_attention_to_its_strategy(strategy: str) -> None:
     transformed = planned(TinyLM(), batch())
     gm = before(transformed, place_tokens)

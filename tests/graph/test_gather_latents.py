@@ -1,0 +1,312 @@
+"""A narrow value that determines keys and values travels in their place."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cpcompile
+from cpcompile.annotation import annotation, placement_of
+from cpcompile.call import Call
+from cpcompile.cost import MOST_HELD, Attention, Expansion, Ranks, choose, seconds
+from cpcompile.explanation import Explanation
+from cpcompile.layout import local_length
+from cpcompile.passes import find_token_local, gather_latents, place_tokens
+from cpcompile.patterns.latent import find_latent
+from cpcompile.placement import Full
+from cpcompile.sites import attention_nodes
+from tests.graph.small_models import TinyLM, batch, before, count, planned
+from tests.models import rotate
+
+cp = torch.ops.cpcompile
+HEADS, NOPE, ROPE, VALUE, RANK, WIDTH = 3, 4, 2, 5, 6, 8
+ITEM, BATCH = 4, 2
+
+
+class MLA(TinyLM):
+    """Multi-head latent attention as one writes it by hand; keys and values may also come from other users of the latent."""
+
+    rank = RANK
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(WIDTH, HEADS * (NOPE + ROPE))
+        self.down = nn.Linear(WIDTH, self.rank + ROPE)
+        self.norm = nn.LayerNorm(self.rank)
+        self.up = nn.Linear(self.rank, HEADS * (NOPE + VALUE), bias=False)
+        self.out = nn.Linear(HEADS * VALUE, WIDTH)
+
+    def compressed(self, x: Tensor) -> Tensor:
+        return self.down(x)
+
+    def expanded(self, latent: Tensor) -> Tensor:
+        return self.up(self.norm(latent))
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, q_rope = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).split([NOPE, ROPE], -1)
+        latent, k_rope = self.compressed(x).split([self.rank, ROPE], -1)
+        k, v = self.expanded(latent).unflatten(-1, (HEADS, -1)).transpose(1, 2).split([NOPE, VALUE], -1)
+        k_rope = rotate(k_rope[:, None]).expand(-1, HEADS, -1, -1)
+        y = F.scaled_dot_product_attention(
+            torch.cat([q, rotate(q_rope)], -1), torch.cat([k, k_rope], -1), v, is_causal=True
+        )
+        return self.out(y.transpose(1, 2).flatten(2)) + latent.sum(-1, keepdim=True)
+
+
+class Deep(MLA):
+    """Two layers, the second of which attends to what the first has made."""
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        x = x + self.attend(x)
+        return self.head(x + self.attend(x.tanh()))
+
+
+class Convolved(MLA):
+    """The latent mixes neighbours before keys and values are computed from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(RANK, RANK, 3, padding=2)
+
+    def expanded(self, latent: Tensor) -> Tensor:
+        return super().expanded(convolved(self.mix, latent))
+
+
+class Dropped(MLA):
+    """What a rank drops of a latent must be what the others drop of it."""
+
+    def expanded(self, latent: Tensor) -> Tensor:
+        return super().expanded(F.dropout(latent, 0.25))
+
+
+class Plain(TinyLM):
+    """Keys and values of one head, of a latent of so many numbers; hidden states are wider than either."""
+
+    def __init__(self, rank: int = 8) -> None:
+        super().__init__(width=24, heads=3)
+        self.q, self.down, self.up = nn.Linear(24, 24), nn.Linear(24, rank), nn.Linear(rank, 16)
+
+    def expanded(self, latent: Tensor) -> Tensor:
+        return self.up(latent)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (3, 8)).transpose(1, 2)
+        k, v = self.expanded(self.down(x)).unflatten(-1, (2, 1, 8)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+class MixedKeys(Plain):
+    """Keys and values of neighbours are mixed, which the latent comes before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(16, 16, 3, padding=2)
+
+    def expanded(self, latent: Tensor) -> Tensor:
+        return convolved(self.mix, super().expanded(latent))
+
+
+def convolved(mix: nn.Conv1d, x: Tensor) -> Tensor:
+    return mix(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+
+
+def gathered(explanation: Explanation) -> dict[str, tuple[int, int]]:
+    return {c.operator: (c.forward_bytes, c.backward_bytes) for c in explanation.collectives}
+
+
+def test_gathers_the_latent_and_computes_keys_of_all_tokens() -> None:
+    transformed = planned(MLA(), batch(), strategy="latent")
+    gm = before(transformed, find_token_local)
+    assert gather_latents(gm, plan=transformed.plan) == 1
+    gm.graph.lint()
+    (mark,) = gm.graph.find_nodes(op="call_function", target=cp.whole_tokens.default)
+    assert mark.meta["val"].shape == (BATCH, 8, RANK + ROPE)
+    place_tokens(gm, plan=transformed.plan)
+    (attention,) = attention_nodes(gm)
+    assert all(isinstance(placement_of(Call.of(attention)[name]), Full) for name in "kv")
+    assert mark.args[0].target is cp.gather_tokens.default
+
+
+def test_leaves_other_strategies_alone() -> None:
+    transformed = planned(MLA(), batch(), strategy="ring")
+    gm = before(transformed)
+    text = gm.graph.python_code("self").src
+    assert gather_latents(gm, plan=transformed.plan) == 0
+    assert gm.graph.python_code("self").src == text
+
+
+def test_second_run_changes_nothing() -> None:
+    transformed = planned(MLA(), batch(), strategy="latent")
+    gm = before(transformed, gather_latents)
+    text = gm.graph.python_code("self").src
+    assert gather_latents(gm, plan=transformed.plan) == 0
+    assert gm.graph.python_code("self").src == text
+
+
+def check(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> cpcompile.Verification:
+    torch._dynamo.reset()
+    result = cpcompile.verify(model, inputs, dtype=torch.float64, strategy="latent", **options)
+    assert result.ok, result
+    assert max(result.loss_error, result.worst_gradient[1]) < 1e-10
+    return result
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zig_zag"])
+@pytest.mark.parametrize(("world_size", "length"), [(1, 7), (2, 11), (3, 16), (4, 13), (8, 21)])
+def test_keeps_numerics(world_size: int, length: int, layout: str) -> None:
+    result = check(Deep(), batch(length), world_size=world_size, balancer=layout)
+    assert result.transformed.changes["gather_latents"] == 2
+    assert count(result.transformed.graph, cp.latent_attention.default) == 2
+
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "moe_intermediate_size": 20, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "use_cache": False, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 12, "kv_lora_rank": 6,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def deepseek(version: str) -> nn.Module:
+    """Return a tiny DeepSeek of transformers, one dense layer and one with experts."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"Deepseek{version}Config")(**SIZES)
+    make = getattr(transformers, f"Deepseek{version}ForCausalLM")
+    model = make._from_config(config, attn_implementation="sdpa", experts_implementation="batched_mm")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.isfinite().all() or not parameter.any():
+                parameter.normal_(std=0.02)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def tokens(length: int) -> dict[str, Tensor]:
+    ids = torch.randint(1, 61, (BATCH, length), generator=torch.Generator().manual_seed(length))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+@pytest.mark.parametrize(
+    ("version", "world_size", "layout"), [("V3", 3, "zig_zag"), ("V3", 2, "contiguous"), ("V2", 4, "zig_zag")]
+)
+def test_deepseek_keeps_numerics(version: str, world_size: int, layout: str) -> None:
+    result = check(deepseek(version), tokens(19), world_size=world_size, balancer=layout)
+    assert result.transformed.changes["gather_latents"] == 2
+
+
+@pytest.mark.parametrize(("version", "layout"), [("V3", "zig_zag"), ("V2", "contiguous")])
+def test_deepseek_sends_its_latent(version: str, layout: str) -> None:
+    explanation = cpcompile.explain(deepseek(version), tokens(19), world_size=4, balancer=layout, strategy="latent")
+    width = BATCH * (SIZES["kv_lora_rank"] + SIZES["qk_rope_head_dim"]) * ITEM  # type: ignore[operator]
+    sent = 3 * local_length(19, 4, layout) * width
+    assert [(s.strategy, s.forward_bytes, s.backward_bytes) for s in explanation.sites] == [("latent", sent, sent)] * 2
+    assert gathered(explanation)["cp.gather_tokens"] == (2 * sent, 2 * sent)
+    text = str(explanation)
+    assert "keys and values of model.layers.0.self_attn are computed from it" in text
+    torch._dynamo.reset()
+    other = cpcompile.explain(deepseek(version), tokens(19), world_size=4, balancer=layout, strategy="gather")
+    assert other.sites[0].forward_bytes > 3 * sent
+
+
+def test_the_residual_stream_is_no_latent_of_narrow_keys() -> None:
+    """Two key heads of 4 are narrower than the 24 numbers that they come from, and their own copies for more heads are wider."""
+    from tests.models import llama
+
+    model = llama(num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=1)
+    with pytest.warns(UserWarning, match="use gather in place of latent: nothing narrower than their keys and values"):
+        explanation = cpcompile.explain(model, tokens(16), world_size=2, strategy="latent")
+    assert explanation.sites[0].strategy == "gather"
+
+
+NEAR_MISSES = {
+    "mixed after": (MixedKeys, False),
+    "as wide": (lambda: Plain(16), False),
+    "wider": (lambda: Plain(20), False),
+    "narrower": (lambda: Plain(15), True),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_stay_as_they_are(name: str) -> None:
+    make, is_latent = NEAR_MISSES[name]
+    transformed = planned(make(), batch(), strategy="ring")
+    (node,) = attention_nodes(transformed.analysed)
+    assert (find_latent(node) is not None) == is_latent
+
+
+def test_a_latent_that_mixes_neighbours_travels_when_it_is_mixed() -> None:
+    result = check(Convolved(), batch(11), world_size=3)
+    marks = result.transformed.graph.graph.find_nodes(op="call_function", target=cp.whole_tokens.default)
+    assert torch.ops.aten.layer_norm.default in {annotated.args[0].args[0].target for annotated in marks}
+    assert result.transformed.changes["gather_latents"] == 1
+
+
+def test_what_was_dropped_travels() -> None:
+    transformed = planned(Dropped(), batch(), strategy="ring")
+    latent = find_latent(*attention_nodes(transformed.analysed))
+    assert latent is not None
+    assert torch.ops.aten.dropout.default not in {node.target for node in latent.expansion}
+
+
+def test_of_equal_cuts_the_one_with_fewest_messages_and_least_work_travels() -> None:
+    transformed = planned(MLA(), batch(), strategy="ring")
+    (node,) = attention_nodes(transformed.analysed)
+    latent = find_latent(node)
+    assert latent is not None
+    assert [value.target for value in latent.cut] == [torch.ops.aten.linear.default]
+    assert {value.target for value in latent.expansion} >= {
+        torch.ops.aten.layer_norm.default,
+        torch.ops.aten.cat.default,
+    }
+    keys = BATCH * HEADS * (NOPE + ROPE + VALUE) * ITEM
+    flops = 2 * BATCH * RANK * HEADS * (NOPE + VALUE)
+    assert latent.numbers == Expansion(BATCH * (RANK + ROPE) * ITEM, keys, flops, 1)
+
+
+def test_other_users_of_the_latent_keep_their_tokens() -> None:
+    graph = planned(MLA(), batch(), strategy="latent").graph
+    (mark,) = graph.graph.find_nodes(op="call_function", target=cp.whole_tokens.default)
+    gather = mark.args[0]
+    assert isinstance(gather, torch.fx.Node)
+    others = [user for user in gather.args[0].users if user is not gather]  # type: ignore[union-attr]
+    assert others
+    assert all(not isinstance(annotation(user).placement, Full) for user in others)
+
+
+# DeepSeek-V3: 128 heads of 128 + 64 and 128, a latent of 512 + 64, in bf16.
+SITE = Attention(1, 128, 128, 8192, 192, 128, 2, "cuda", True, 0, False)
+LATENT = Expansion(2 * 576, 2 * 128 * 320, 2 * 512 * 128 * 256)
+
+
+def test_costs_less_than_sending_keys_and_more_than_exchanging_heads() -> None:
+    site = replace(SITE, tokens=32768, latent=LATENT)
+    for ranks, factor in ((Ranks(16), 0.25), (Ranks(8), 1.0)):
+        latent, gather, ulysses = (seconds(site, name, "zig_zag", ranks) for name in ("latent", "gather", "ulysses"))
+        assert ulysses < latent < factor * gather
+        assert choose([site], "auto", "zig_zag", ranks).strategies == ("ulysses",)
+
+
+def test_auto_weighs_the_work_that_the_latent_repeats() -> None:
+    """Of little work, it is the cheapest; of much, it is taken where it is asked for."""
+    site = replace(SITE, tokens=32768, latent=LATENT, value_dim=SITE.value_dim)
+    for factor, is_cheapest in ((0, True), (40, False)):
+        changed = replace(site, latent=replace(LATENT, flops=factor * LATENT.flops, key_bytes=LATENT.key_bytes // 2))
+        assert (choose([changed], "auto", "zig_zag", Ranks(16)).strategies == ("latent",)) == is_cheapest
+        assert choose([changed], "latent", "zig_zag", Ranks(16)).strategies == ("latent",)
+
+
+def test_auto_does_not_take_it_for_keys_that_fill_the_memory() -> None:
+    for tokens, axis in itertools.product((2**16, 2**18), (Ranks(16), Ranks(64))):
+        site = replace(SITE, tokens=tokens, latent=LATENT)
+        assert site.tokens * LATENT.key_bytes > MOST_HELD
+        assert choose([site], "auto", "zig_zag", axis).strategies != ("latent",)
+        assert choose([site], "latent", "zig_zag", axis).strategies == ("latent",)
