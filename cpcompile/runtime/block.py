@@ -93,6 +93,12 @@ class Block:
         return self.high == 0 and self.low is None
 
     @property
+    def is_of_numbers(self) -> bool:
+        """Whether there is no tensor in it: equal ones are the same block."""
+        tensors = (self.mask, self.documents, self.key_padding, self.prefix, self.slopes, self.dropout)
+        return all(x is None for x in tensors)
+
+    @property
     def hides_more(self) -> bool:
         """Whether tensors, not only the band, decide what is visible."""
         return any(x is not None for x in (self.mask, self.documents, self.key_padding, self.prefix))

@@ -249,13 +249,18 @@ def use(monkeypatch: pytest.MonkeyPatch, *others: Kernel) -> None:
     table = (*others, cpu.KERNEL, math_kernel.KERNEL)
     monkeypatch.setattr(kernels, "KERNELS", table)
     monkeypatch.setattr(kernels, "NAMES", tuple(kernel.name for kernel in table))
+    forget_choices()
+
+
+def forget_choices() -> None:
     kernels.choose.cache_clear()
+    kernels.known_calls.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _forget_choices() -> Any:
     yield
-    kernels.choose.cache_clear()
+    forget_choices()
 
 
 def diagonal(q: Tensor, k: Tensor, left: int, right: int) -> tuple[int | None, int | None]:
@@ -523,7 +528,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cudnn, "_version", lambda: 91900)
     for module in (own, flash, flash_package):
         monkeypatch.setattr(module, "is_installed", lambda name: name == "triton")
-    kernels.choose.cache_clear()
+    forget_choices()
 
 
 HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64

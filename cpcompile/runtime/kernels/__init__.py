@@ -11,13 +11,14 @@ over *all* keys of an attention, so the gradients of blocks add up and nothing i
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from cpcompile.runtime.block import Block
 from cpcompile.runtime.kernels import adapt, cpu, cudnn, efficient, flash, flash_package, flex, math, own
-from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel, KernelError
+from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel, KernelError, features
 from cpcompile.runtime.merge import accumulation_dtype
 
 __all__ = [
@@ -110,31 +111,71 @@ def explain(case: Case, kernel: str = "auto") -> str:
     return f"{how} ({'; '.join(choice.reasons)})" if choice.reasons else how
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, block: Block, kernel: str) -> tuple[list[adapt.Part], str]:
-    """Return what to compute call by call, nothing where nothing is visible, and the kernel to ask for."""
-    rows, columns = q.shape[2], k.shape[2]
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a kernel: for some rows and columns of a block, with head dims of its own."""
+
+    part: adapt.Part
+    kernel: Kernel
+    dims: tuple[int, int]
+    is_whole: bool
+    needs_dense_mask: bool
+
+    def block(self, q: Tensor, k: Tensor) -> Block:
+        """Return the block as the kernel takes it."""
+        block = self.part.block
+        return block.with_dense_mask(q.shape[2], k.shape[2], q.device) if self.needs_dense_mask else block
+
+
+def _calls(q: Tensor, k: Tensor, v: Tensor, block: Block, kernel: str) -> tuple[Call, ...]:
+    """Return what to compute call by call, nothing where nothing is visible."""
     if q.numel() == 0 or k.numel() == 0:
         # The CPU kernel divides by the number of keys; no kernel promises anything for empty operands.
-        return [], kernel
+        return ()
     if torch.are_deterministic_algorithms_enabled() and not block.is_deterministic:
         block = replace(block, is_deterministic=True)
+    plan = known_calls if block.is_of_numbers else known_calls.__wrapped__
+    return plan(block, kernel, q.shape[2], k.shape[2], q.device.type, q.dtype, q.shape[3], v.shape[3])
+
+
+@functools.lru_cache(maxsize=4096)
+def known_calls(
+    block: Block,
+    kernel: str,
+    rows: int,
+    columns: int,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+) -> tuple[Call, ...]:
+    """Return what to compute call by call, planned once for all layers and steps that compute the same block."""
+
+    def case_of(block: Block) -> Case:
+        return Case(device, dtype, head_dim, value_dim, features(block))
+
+    parts, kernel = _parts(block, rows, columns, kernel, case_of)
+    found = []
+    for part in parts:
+        case = case_of(part.block)
+        chosen = choose(case, kernel).kernel
+        is_whole, is_dense = part.is_whole(rows, columns), chosen.needs_dense_mask(case)
+        found.append(Call(part, chosen, chosen.dims(case), is_whole, is_dense))
+    return tuple(found)
+
+
+def _parts(
+    block: Block, rows: int, columns: int, kernel: str, case_of: Callable[[Block], Case]
+) -> tuple[list[adapt.Part], str]:
+    """Return the parts of a block that kernels take, and the kernel to ask for."""
     if len(block.lengths) < 2:
         block = replace(block, lengths=()) if block.lengths else block
         part = adapt.trim(block, rows, columns)
         return ([] if part.is_empty else adapt.by_reach(part)), kernel
-    chosen = choose(Case.of(q, v, block), kernel).kernel
+    chosen = choose(case_of(block), kernel).kernel
     if "lengths" in chosen.takes and adapt.sees_diagonal(block):
         return [adapt.Part(slice(0, rows), slice(0, columns), block)], kernel
     return adapt.documents(block), chosen.name
-
-
-def _prepare(q: Tensor, k: Tensor, v: Tensor, block: Block, kernel: str) -> tuple[Kernel, tuple[int, int], Block]:
-    """Return the kernel for a part, the head dims that it wants, and the block as it takes it."""
-    case = Case.of(q, v, block)
-    chosen = choose(case, kernel).kernel
-    if chosen.needs_dense_mask(case):
-        block = block.with_dense_mask(q.shape[2], k.shape[2], q.device)
-    return chosen, chosen.dims(case), block
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block: Block, kernel: str = "auto") -> tuple[Tensor, Tensor]:
@@ -143,22 +184,22 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block: Block, kernel: str = "auto")
     Raises:
         KernelError: there is no such kernel, or it cannot compute the block.
     """
-    parts, kernel = _parts(q, k, v, block, kernel)
-    if len(parts) == 1 and parts[0].is_whole(q.shape[2], k.shape[2]):
-        return _forward(q, k, v, parts[0].block, kernel)
+    calls = _calls(q, k, v, block, kernel)
+    if len(calls) == 1 and calls[0].is_whole:
+        return _forward(q, k, v, calls[0])
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
-    for part in parts:
-        i, j = part.rows, part.columns
-        out[:, :, i], lse[:, :, i] = _forward(q[:, :, i], k[:, :, j], v[:, :, j], part.block, kernel)
+    for call in calls:
+        i, j = call.part.rows, call.part.columns
+        out[:, :, i], lse[:, :, i] = _forward(q[:, :, i], k[:, :, j], v[:, :, j], call)
     return out, lse
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, block: Block, kernel: str) -> tuple[Tensor, Tensor]:
-    chosen, (head_dim, value_dim), block = _prepare(q, k, v, block, kernel)
+def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    (head_dim, value_dim), block = call.dims, call.block(q, k)
     q, k, wide_v = adapt.with_dim(q, head_dim), adapt.with_dim(k, head_dim), adapt.with_dim(v, value_dim)
-    out, lse = chosen.forward(q, k, wide_v, block)
-    return out[..., : v.shape[3]], lse
+    out, lse = call.kernel.forward(q, k, wide_v, block)
+    return adapt.without_dim(out, v.shape[3]), lse
 
 
 def backward(
@@ -169,14 +210,14 @@ def backward(
     Raises:
         KernelError: there is no such kernel, or it cannot compute the block.
     """
-    parts, kernel = _parts(q, k, v, block, kernel)
-    if len(parts) == 1 and parts[0].is_whole(q.shape[2], k.shape[2]):
-        return _backward(dout, q, k, v, out, lse, parts[0].block, kernel)
+    calls = _calls(q, k, v, block, kernel)
+    if len(calls) == 1 and calls[0].is_whole:
+        return _backward(dout, q, k, v, out, lse, calls[0])
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-    for part in parts:
-        i, j = part.rows, part.columns
+    for call in calls:
+        i, j = call.part.rows, call.part.columns
         dq[:, :, i], part_dk, part_dv = _backward(
-            dout[:, :, i], q[:, :, i], k[:, :, j], v[:, :, j], out[:, :, i], lse[:, :, i], part.block, kernel
+            dout[:, :, i], q[:, :, i], k[:, :, j], v[:, :, j], out[:, :, i], lse[:, :, i], call
         )
         dk[:, :, j] += part_dk
         dv[:, :, j] += part_dv
@@ -184,10 +225,14 @@ def backward(
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, kernel: str
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen, (head_dim, value_dim), block = _prepare(q, k, v, block, kernel)
-    wide_q, wide_k = (adapt.with_dim(x, head_dim) for x in (q, k))
-    dout, wide_v, out = (adapt.with_dim(x, value_dim) for x in (dout, v, out))
-    dq, dk, dv = chosen.backward(dout, wide_q, wide_k, wide_v, out, lse, block)
-    return dq[..., : q.shape[3]], dk[..., : k.shape[3]], dv[..., : v.shape[3]]
+    (head_dim, value_dim), block = call.dims, call.block(q, k)
+    wide_q, wide_k = adapt.with_dim(q, head_dim), adapt.with_dim(k, head_dim)
+    dout, wide_v, out = adapt.with_dim(dout, value_dim), adapt.with_dim(v, value_dim), adapt.with_dim(out, value_dim)
+    dq, dk, dv = call.kernel.backward(dout, wide_q, wide_k, wide_v, out, lse, block)
+    return (
+        adapt.without_dim(dq, q.shape[3]),
+        adapt.without_dim(dk, k.shape[3]),
+        adapt.without_dim(dv, v.shape[3]),
+    )

@@ -123,3 +123,8 @@ def sees_diagonal(block: Block) -> bool:
 def with_dim(x: Tensor, size: int) -> Tensor:
     """Return `x` with zeros behind its last dim up to `size`: they change no product of two vectors."""
     return x if x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))
+
+
+def without_dim(x: Tensor, size: int) -> Tensor:
+    """Return `x` without what `with_dim` put behind its last dim."""
+    return x if x.shape[-1] == size else x[..., :size]

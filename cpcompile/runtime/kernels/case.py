@@ -55,10 +55,11 @@ class Case:
     @classmethod
     def of(cls, q: Tensor, v: Tensor, block: Block) -> Case:
         """Describe a block: q `[B, H, Sq, D]`, v `[B, K, Skv, Dv]`."""
-        return cls(q.device.type, q.dtype, int(q.shape[-1]), int(v.shape[-1]), _features(block))
+        return cls(q.device.type, q.dtype, int(q.shape[-1]), int(v.shape[-1]), features(block))
 
 
-def _features(block: Block) -> frozenset[str]:
+def features(block: Block) -> frozenset[str]:
+    """Return what a block has beyond plain attention of all rows to all columns."""
     has = {
         "causal": block.is_causal_square,
         "band": block.has_band and not block.is_causal_square,
