@@ -31,39 +31,51 @@ def arithmetic(
 ) -> Expression:
     """Apply a binary operator to the leaves of both operands."""
     dtype = result_of(call).dtype
-    if not dtype.is_floating_point and dtype not in INDEX_DTYPES:
-        raise Unreadable
 
     def leaf(a: Value, b: Value) -> Value:
         if isinstance(a, Affine) and isinstance(b, Affine):
-            return integers(a, b)
+            return within(integers(a, b), dtype)
         assert isinstance(a, Number) and isinstance(b, Number)
         return rounded(floats(a.value, b.value), dtype)
 
     return map_leaves(leaf, *(as_value(convert(operand, dtype)) for operand in operands(reader, call)))
 
 
+def within(value: Affine, dtype: torch.dtype) -> Affine:
+    """Return an integer that does not wrap around in `dtype`: a narrow one must be a constant."""
+    if dtype in INDEX_DTYPES or (
+        not value.terms and torch.iinfo(dtype).min <= value.constant <= torch.iinfo(dtype).max
+    ):
+        return value
+    raise Unreadable
+
+
+def factor_of(call: Call) -> int:
+    """Return what the second operand of a sum is multiplied with."""
+    factor = call["alpha"]
+    if not isinstance(factor, int) or (factor != 1 and result_of(call).dtype not in INDEX_DTYPES):
+        raise Unreadable
+    return factor
+
+
 @reads(aten.add.Tensor, aten.add.Scalar)
 def add(reader: Reader, call: Call) -> Expression:
-    if call["alpha"] != 1:
-        raise Unreadable
+    factor = factor_of(call)
     if result_of(call).dtype is torch.bool:
         return either(*booleans(reader, call))
-    return arithmetic(reader, call, lambda a, b: a + b, lambda a, b: a + b)
+    return arithmetic(reader, call, lambda a, b: a + b * factor, lambda a, b: a + b)
 
 
 @reads(aten.sub.Tensor, aten.sub.Scalar)
 def sub(reader: Reader, call: Call) -> Expression:
-    if call["alpha"] != 1:
-        raise Unreadable
-    return arithmetic(reader, call, lambda a, b: a - b, lambda a, b: a - b)
+    factor = factor_of(call)
+    return arithmetic(reader, call, lambda a, b: a - b * factor, lambda a, b: a - b)
 
 
 @reads(aten.rsub.Tensor, aten.rsub.Scalar)
 def rsub(reader: Reader, call: Call) -> Expression:
-    if call["alpha"] != 1:
-        raise Unreadable
-    return arithmetic(reader, call, lambda a, b: b - a, lambda a, b: b - a)
+    factor = factor_of(call)
+    return arithmetic(reader, call, lambda a, b: b - a * factor, lambda a, b: b - a)
 
 
 @reads(aten.mul.Tensor, aten.mul.Scalar)

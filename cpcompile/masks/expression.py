@@ -7,6 +7,7 @@ simplify, so two spellings of one mask end as one expression. A coordinate along
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -188,7 +189,13 @@ def is_natural(value: Affine) -> bool:
 
 
 def compare(kind: str, value: Affine) -> Boolean:
-    """Return the comparison of `value` with 0, as a constant where it is one."""
+    """Return the comparison of `value` with 0, in lowest terms, as a constant where it is one."""
+    divisor = math.gcd(*(factor for _, factor in value.terms))
+    if divisor > 1 and not any(isinstance(atom, Scaled) or is_float(atom) for atom, _ in value.terms):
+        if kind != "le" and value.constant % divisor:
+            return FALSE if kind == "eq" else TRUE
+        terms = frozenset((atom, factor // divisor) for atom, factor in value.terms)
+        value = Affine(-(-value.constant // divisor), terms)
     low, high = least(value), least(-value)
     match kind:
         case "le":
@@ -205,6 +212,11 @@ def compare(kind: str, value: Affine) -> Boolean:
     return Compare(kind, value)
 
 
+def is_float(atom: Atom) -> bool:
+    """Tell whether an atom is a floating-point element."""
+    return isinstance(atom, Load) and bool(atom.node.meta["val"].dtype.is_floating_point)
+
+
 def sort_key(value: Affine) -> tuple[Any, ...]:
     """Return a key that picks one of a value and its negative."""
     return (sorted((str(atom), c) for atom, c in value.terms), value.constant)
@@ -217,9 +229,31 @@ def both(*parts: Boolean) -> Boolean:
         if part == FALSE:
             return FALSE
         flat |= part.parts if isinstance(part, All) else {part}
-    if any(negated(part) in flat for part in flat):
+    flat = tightest(flat)
+    if FALSE in flat or any(negated(part) in flat for part in flat):
         return FALSE
     return next(iter(flat)) if len(flat) == 1 else All(frozenset(flat))
+
+
+def tightest(parts: set[Boolean]) -> set[Boolean]:
+    """Return a conjunction without bounds that others imply; two bounds that meet, or a bound without its end, are one part."""
+    bounds: dict[frozenset[tuple[Atom, int]], int] = {}
+    rest: set[Boolean] = set()
+    for part in parts:
+        if isinstance(part, Compare) and part.kind == "le":
+            value = part.value
+            bounds[value.terms] = max(value.constant, bounds.get(value.terms, value.constant))
+        else:
+            rest.add(part)
+    for part in [part for part in rest if isinstance(part, Compare) and part.kind == "ne"]:
+        for value in (part.value, -part.value):
+            if bounds.get(value.terms) == value.constant:
+                bounds[value.terms] += 1
+                rest.discard(part)
+    found = {terms: Affine(constant, terms) for terms, constant in bounds.items()}
+    meeting = [value for value in found.values() if found.get((-value).terms) == -value]
+    rest |= {compare("eq", value) for value in meeting}
+    return rest | {compare("le", value) for value in found.values() if value not in meeting}
 
 
 def either(*parts: Boolean) -> Boolean:
@@ -255,7 +289,14 @@ def choice(condition: Boolean, yes: Value, no: Value) -> Value:
     yes, no = as_value(given(condition, yes)), as_value(given(negated(condition), no))
     if condition == TRUE or yes == no:
         return yes
-    return no if condition == FALSE else Choice(condition, yes, no)
+    if condition == FALSE:
+        return no
+    if isinstance(yes, Choice) and no in (yes.yes, yes.no):
+        inner = yes.condition if no == yes.no else negated(yes.condition)
+        return choice(both(condition, inner), yes.yes if no == yes.no else yes.no, no)
+    if isinstance(no, Choice) and yes in (no.yes, no.no):
+        return choice(negated(condition), no, yes)
+    return Choice(condition, yes, no)
 
 
 def choose(condition: Boolean, yes: Expression, no: Expression) -> Expression:
@@ -269,6 +310,11 @@ def choose(condition: Boolean, yes: Expression, no: Expression) -> Expression:
 
 def given(condition: Boolean, value: Expression) -> Expression:
     """Return the expression where the condition holds: one like `index < 1` says that a coordinate is 0."""
+    if isinstance(value, Choice):
+        if value.condition in (condition, negated(condition)):
+            return given(condition, value.yes if value.condition == condition else value.no)
+        yes, no = as_value(given(condition, value.yes)), as_value(given(condition, value.no))
+        value = value if (yes, no) == (value.yes, value.no) else choice(value.condition, yes, no)
     match condition:
         case Compare("le", Affine(0, terms)) if len(terms) == 1:
             ((atom, coefficient),) = terms

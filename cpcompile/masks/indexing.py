@@ -9,9 +9,9 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.call import Call, value_of
-from cpcompile.masks.expression import Affine, Expression, coordinate, is_natural, shifted, substitute
+from cpcompile.masks.expression import ONE, Affine, Expression, coordinate, is_natural, shifted, substitute
 from cpcompile.masks.operands import INDEX_DTYPES, number_of, result_of
-from cpcompile.masks.read import Reader, Unreadable, is_size_one, reads, size_of
+from cpcompile.masks.read import Reader, Unreadable, is_size_one, reads, reads_item, size_of
 
 aten = torch.ops.aten
 
@@ -47,16 +47,57 @@ def expand(reader: Reader, call: Call) -> Expression:
     return reader.operand(call["self"], result_of(call).dim())
 
 
-@reads(aten.permute.default, aten.transpose.int, aten.t.default)
+@reads(
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.numpy_T.default,
+    aten.mT.default,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+)
 def permute(reader: Reader, call: Call) -> Expression:
+    """The order of dims is that of the strides' numbers: what the operator does to a tensor of that rank."""
     rank = result_of(call).dim()
-    order = list(range(rank))
-    if "dims" in call:
-        order = [dim % rank for dim in call["dims"]]
-    elif rank > 1:
-        first, second = (call.dim("dim0", "self"), call.dim("dim1", "self")) if "dim0" in call else (0, 1)
-        order[first], order[second] = second, first
+    numbered = torch.empty([1] * rank).as_strided([1] * rank, list(range(rank)))
+    others = [call[name] for name in list(call.arguments)[1:]]
+    order = call.target(numbered, *others).stride()
     return substitute(reader.operand(call["self"]), {old: coordinate(new) for new, old in enumerate(order)})
+
+
+@reads_item(aten.meshgrid.default, aten.meshgrid.indexing)
+def meshgrid(reader: Reader, call: Call, index: int) -> Expression:
+    """Each result grows along a dim of its own; with `xy` the first two change places."""
+    dim = 1 - index if call.arguments.get("indexing") == "xy" and index < 2 < 1 + len(call["tensors"]) else index
+    return substitute(reader.operand(call["tensors"][index]), {0: coordinate(dim)})
+
+
+@reads(aten.repeat.default, aten.tile.default)
+def repeat(reader: Reader, call: Call) -> Expression:
+    """Repeated are only dims of size 1, and those that are new."""
+    source, result = value_of(call["self"]), result_of(call)
+    new = result.dim() - source.dim()
+    for size, now in zip(source.shape, result.shape[new:], strict=True):
+        if not is_size_one(size) and not statically_known_true(size == now):
+            raise Unreadable
+    return shifted(reader.operand(call["self"]), new)
+
+
+@reads(aten.repeat_interleave.self_int)
+def repeat_interleave(reader: Reader, call: Call) -> Expression:
+    """Repeated is a dim of size 1."""
+    if call["dim"] is None or not is_size_one(call.shape("self")[call.dim("dim", "self")]):
+        raise Unreadable
+    return reader.operand(call["self"])
+
+
+@reads(aten.flip.default)
+def flip(reader: Reader, call: Call) -> Expression:
+    dims = [dim % result_of(call).dim() for dim in call["dims"]]
+    moves = {dim: size_of(call.shape("self")[dim]) - coordinate(dim) - ONE for dim in dims}
+    return substitute(reader.operand(call["self"]), moves)
 
 
 @reads(aten.slice.Tensor)

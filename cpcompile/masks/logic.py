@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cpcompile.call import Call
+from cpcompile.call import Call, value_of
 from cpcompile.masks.expression import (
     COMPARISONS,
     FALSE,
@@ -82,7 +82,9 @@ def disjunction(reader: Reader, call: Call) -> Expression:
     return either(*booleans(reader, call))
 
 
-@reads(aten.__xor__.Tensor, aten.bitwise_xor.Tensor, aten.logical_xor.default)
+@reads(
+    aten.__xor__.Tensor, aten.bitwise_xor.Tensor, aten.logical_xor.default, aten.__xor__.Scalar, aten.bitwise_xor.Scalar
+)
 def exclusive(reader: Reader, call: Call) -> Expression:
     a, b = booleans(reader, call)
     return either(both(a, negated(b)), both(negated(a), b))
@@ -107,6 +109,19 @@ def masked_fill(reader: Reader, call: Call) -> Expression:
     result = result_of(call)
     rest, condition, fill = (reader.operand(call[name], result.dim()) for name in ("self", "mask", "value"))
     return choose(as_boolean(condition), convert(fill, result.dtype), rest)
+
+
+@reads(aten.index_put.default)
+def put(reader: Reader, call: Call) -> Expression:
+    """`x[condition] = value`, of one value for all places."""
+    result = result_of(call)
+    condition, *others = call["indices"]
+    if others or call["accumulate"] or value_of(condition).dtype is not torch.bool:
+        raise Unreadable
+    if value_of(condition).dim() != result.dim() or value_of(call["values"]).numel() != 1:
+        raise Unreadable
+    fill = convert(reader.operand(call["values"]), result.dtype)
+    return choose(as_boolean(reader.operand(condition)), fill, reader.operand(call["self"]))
 
 
 @reads(aten.tril.default, aten.triu.default)

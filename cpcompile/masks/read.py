@@ -7,7 +7,8 @@ The rules are entered in `RULES` by the family modules, which `cpcompile.masks` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,9 +22,14 @@ from cpcompile.masks.expression import (
     TRUE,
     ZERO,
     Affine,
+    All,
+    Any_,
+    Choice,
+    Compare,
     Expression,
     Load,
     Number,
+    Quotient,
     Size,
     Truth,
     affine,
@@ -38,7 +44,10 @@ class Unreadable(Exception):
 
 
 Rule = Callable[["Reader", Call], Expression]
+ItemRule = Callable[["Reader", Call, int], Expression]
 RULES: dict[Any, Rule] = {}
+# The rules of operators with several results, for one of them.
+ITEM_RULES: dict[Any, ItemRule] = {}
 
 
 def reads(*targets: Any) -> Callable[[Rule], Rule]:
@@ -48,6 +57,18 @@ def reads(*targets: Any) -> Callable[[Rule], Rule]:
         for target in targets:
             assert target not in RULES, target
             RULES[target] = rule
+        return rule
+
+    return register
+
+
+def reads_item(*targets: Any) -> Callable[[ItemRule], ItemRule]:
+    """Register the rule for one result of these operators."""
+
+    def register(rule: ItemRule) -> ItemRule:
+        for target in targets:
+            assert target not in ITEM_RULES, target
+            ITEM_RULES[target] = rule
         return rule
 
     return register
@@ -86,6 +107,8 @@ class Reader:
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """Return the tensors that the rule for `node` reads."""
+        if node.target is operator.getitem and node.args[0].target in ITEM_RULES:  # type: ignore[union-attr]
+            return [n for n in node.args[0].all_input_nodes if is_tensor(n)]  # type: ignore[union-attr]
         return [n for n in node.all_input_nodes if is_tensor(n)] if node.target in RULES else []
 
     def evaluate(self, node: fx.Node) -> Expression | None:
@@ -98,7 +121,11 @@ class Reader:
             if node.op == "get_attr":
                 return pinned(attribute(self.gm, node), tensor)
             if rule is not None:
-                return pinned(rule(self, Call.of(node)), tensor)
+                value = pinned(rule(self, Call.of(node)), tensor)
+                return pinned(loaded(node, tensor), tensor) if is_of_vectors(value, tensor) else value
+            if node.target is operator.getitem and node.args[0].target in ITEM_RULES:  # type: ignore[union-attr]
+                call = Call.of(node.args[0])  # type: ignore[arg-type]
+                return pinned(ITEM_RULES[call.target](self, call, node.args[1]), tensor)  # type: ignore[arg-type]
         except Unreadable:
             pass
         return pinned(loaded(node, tensor), tensor) if is_index(tensor) else None
@@ -111,6 +138,47 @@ class Reader:
                 raise Unreadable
             return value if rank is None else shifted(value, rank - value_of(argument).dim())
         return scalar(argument)
+
+
+def is_of_vectors(value: Expression, tensor: torch.Tensor) -> bool:
+    """Tell whether an integer of each token is chosen from others: it is one value more, not a mask that they make."""
+    if not isinstance(value, Choice):
+        return False
+    found = list(loads(value))
+    own = [ZERO if is_size_one(size) else coordinate(dim) for dim, size in enumerate(tensor.shape)]
+    is_own = all(list(load.indices) == own and value_of(load.node).shape == tensor.shape for load in found)
+    return is_own and any(any(isinstance(atom, Load) for atom, _ in leaf.terms) for leaf in leaves(value))
+
+
+def leaves(value: Expression) -> Iterator[Affine]:
+    """Yield the integers that a value may be."""
+    match value:
+        case Affine():
+            yield value
+        case Choice(_, yes, no):
+            yield from leaves(yes)
+            yield from leaves(no)
+
+
+def loads(value: Expression) -> Iterator[Load]:
+    """Yield the loads in an expression."""
+    match value:
+        case Affine(_, terms):
+            for atom, _ in terms:
+                if isinstance(atom, Load):
+                    yield atom
+                elif isinstance(atom, Quotient):
+                    yield from loads(atom.value)
+        case Compare(_, number):
+            yield from loads(number)
+        case Truth(load):
+            yield load
+        case All(parts) | Any_(parts):
+            for part in parts:
+                yield from loads(part)
+        case Choice(condition, yes, no):
+            for member in (condition, yes, no):
+                yield from loads(member)
 
 
 def loaded(node: fx.Node, tensor: torch.Tensor) -> Expression:

@@ -45,9 +45,10 @@ from cpcompile.masks.expression import (
     is_boolean,
     negated,
     rewrite,
+    sort_key,
     substitute,
 )
-from cpcompile.masks.read import Reader
+from cpcompile.masks.read import Reader, loads
 
 BATCH, HEAD, QUERY, KEY = (coordinate(dim) for dim in range(4))
 
@@ -67,7 +68,7 @@ class Mask:
     ahead: int | None = None
     prefix: Affine | None = None
     window: int = 0
-    documents: frozenset[Load | Quotient] = frozenset()
+    documents: frozenset[Affine] = frozenset()
     key_padding: frozenset[Compare | Truth] = frozenset()
 
     @property
@@ -147,33 +148,28 @@ def is_load_per_batch(load: Load) -> bool:
     )
 
 
-def same_id(number: Affine) -> Load | Quotient | None:
+def same_id(number: Affine) -> Affine | None:
     """Return the id at the query of `id[b, query] - id[b, key]`, or None."""
-    for atom, _ in number.terms:
-        if isinstance(atom, Load | Quotient) and is_id(atom):
-            of_key = substitute(affine(atom), {2: KEY})
-            assert isinstance(of_key, Affine)
-            if affine(atom) - of_key in (number, -number):
-                return atom
+    terms = frozenset((atom, factor) for atom, factor in number.terms if is_of_token(atom))
+    found = [Affine(0, terms), Affine(0, terms) * -1]
+    for of_query in found:
+        of_key = substitute(of_query, {2: KEY})
+        assert isinstance(of_key, Affine)
+        if terms and of_query - of_key in (number, -number):
+            return max(found, key=sort_key)
     return None
 
 
-def is_id(atom: Load | Quotient) -> bool:
+def is_of_token(atom: Atom) -> bool:
     """Tell whether an atom is one integer for each token, here the query."""
     if isinstance(atom, Load):
         return is_per_token(atom, QUERY)
-    return all(
-        part == next(iter(QUERY.terms))[0]
-        or (isinstance(part, Load) and (is_per_token(part, QUERY) or is_load_per_batch(part)))
-        for part, _ in atom.value.terms
-    )
-
-
-def loads(number: Affine) -> Iterator[Load]:
-    """Yield the loads in an integer."""
-    for atom, _ in number.terms:
-        if isinstance(atom, Load):
-            yield atom
+    if isinstance(atom, Quotient):
+        parts = [part for part, _ in atom.value.terms]
+        return any(is_of_token(part) for part in parts) and all(
+            is_of_token(part) or (isinstance(part, Load) and is_load_per_batch(part)) for part in parts
+        )
+    return affine(atom) == QUERY
 
 
 def all_loads(mask: Mask) -> Iterator[Load]:
@@ -182,8 +178,8 @@ def all_loads(mask: Mask) -> Iterator[Load]:
         load = key_load(part)
         assert load is not None
         yield load
-    for atom in mask.documents:
-        yield from loads(atom.value) if isinstance(atom, Quotient) else [atom]
+    for number in mask.documents:
+        yield from loads(number)
     yield from loads(mask.prefix) if mask.prefix is not None else []
 
 
@@ -223,11 +219,11 @@ def with_positions(value: Boolean, reader: Reader) -> Boolean:
     """
     for part in conjuncts(value):
         documents = same_id(part.value) if isinstance(part, Compare) and part.kind == "eq" else None
-        position = counted_position(documents, reader) if isinstance(documents, Load) else None
+        position = counted_position(documents, reader) if documents is not None else None
         if position is not None:
             # Chunks of positions stay: they are ids as they are.
             parts = conjuncts(value)
-            chunks = {part for part in parts if isinstance(part, Compare) and isinstance(same_id(part.value), Quotient)}
+            chunks = {part for part in parts if isinstance(part, Compare) and is_chunk(same_id(part.value))}
             value = both(*(as_boolean(rewrite(part, places_for(position))) for part in parts - chunks), *chunks)
     return value
 
@@ -242,8 +238,16 @@ def places_for(position: Load) -> Any:
     return place
 
 
-def counted_position(documents: Load, reader: Reader) -> Load | None:
-    """Return the position of which `documents` counts the jumps, at the indices of `documents`, or None."""
+def is_chunk(number: Affine | None) -> bool:
+    """Tell whether an id is made of quotients."""
+    return number is not None and any(isinstance(atom, Quotient) for atom, _ in number.terms)
+
+
+def counted_position(number: Affine, reader: Reader) -> Load | None:
+    """Return the position of which the id `number` counts the jumps, at the indices of the id, or None."""
+    documents = next(iter(number.terms))[0]
+    if len(number.terms) != 1 or not isinstance(documents, Load):
+        return None
     node = documents.node
     if node.target is not torch.ops.aten.cumsum.default:
         return None

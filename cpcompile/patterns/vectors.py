@@ -40,10 +40,10 @@ def key_predicate(before: fx.Node, part: Compare | Truth) -> fx.Node:
     return emit(before, target, node, -sign * part.value.constant)
 
 
-def document_ids(call: Call, documents: Collection[Load | Quotient]) -> fx.Node:
+def document_ids(call: Call, documents: Collection[Affine]) -> fx.Node:
     """Return one id of each token, `[B|1, S]`, equal where all ids are, and that which the attention was given before."""
     ids: list[fx.Node] = [] if call["documents"] is None else [call["documents"]]
-    ids += [one_id(call, atom) for atom in sorted(documents, key=str)]
+    ids += [integers(call, number) for number in sorted(documents, key=str)]
     result, size = ids[0], size_of(call.node, call["k"], 2)
     for other in ids[1:]:
         # Ranks among the ids of a sequence are below its length, so that no two pairs of them meet.
@@ -52,20 +52,14 @@ def document_ids(call: Call, documents: Collection[Load | Quotient]) -> fx.Node:
     return result
 
 
-def one_id(call: Call, atom: Load | Quotient) -> fx.Node:
-    """Return the id of each token, `[B|1, S]`."""
-    if isinstance(atom, Load):
-        return rows_of(call.node, atom.node)
-    value = integers(call, atom.value)
-    return emit(call.node, aten.div.Tensor_mode, value, atom.divisor, rounding_mode="floor")
-
-
 def integers(call: Call, value: Affine) -> fx.Node:
     """Return an integer of each token, `[B|1, S]`."""
     before, result = call.node, None
     for atom, factor in sorted(value.terms, key=str):
         if isinstance(atom, Coordinate):
             term = coordinate(before, call["k"], 2, [1, -1])
+        elif isinstance(atom, Quotient):
+            term = emit(before, aten.div.Tensor_mode, integers(call, atom.value), atom.divisor, rounding_mode="floor")
         else:
             assert isinstance(atom, Load)
             is_per_batch = is_load_per_batch(atom)
