@@ -85,6 +85,7 @@ class ParallelForward:
         self.config, self.axis = config, axis
         self.length = 0  # tokens of the last call
         self.layout = ""  # chosen when the model is first called
+        self.bounds: dict[int, torch.Tensor] = {}  # where documents began in the last call, by the number of tokens
         self.__wrapped__ = forward  # `inspect.signature(model.forward)` stays that of the model
         self.sync = gradient_sync(config, axis)
         self._compiled = compile_whole(forward, self._backend, config)
@@ -93,7 +94,7 @@ class ParallelForward:
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         # The first graph chooses the layout for all: `unshard` must know it whichever graph ran last.
         config = replace(self.config, balancer=self.layout or self.config.balancer)
-        compiled = Compiled(gm, example_inputs, config, self.sync)
+        compiled = Compiled(gm, example_inputs, config, self.sync, bounds=self.bounds)
         self.layout = compiled.transformed.plan.layout
         return compiled
 
@@ -119,6 +120,8 @@ class ParallelForward:
 def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, length: int | None = None) -> torch.Tensor:
     """Return the whole of a sequence-shaped output, in the user's token order, on every rank. Collective; differentiable.
 
+    Where the layout follows documents, they are those of the last call.
+
     Every rank is expected to compute the same from it and to call backward, as with `outputs="full"`: each
     back-propagates its share, so that the gradients are those of one device.
 
@@ -137,14 +140,14 @@ def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, lengt
             "pass the dim of the tokens, and length= if this is not an output of the last call."
         )
     share = torch.ops.cpcompile.scale_gradient(tensor, 1 / forward.axis.world_size)
-    out: torch.Tensor = torch.ops.cpcompile.gather_tokens(
-        share, at, 1, whole, forward.layout, forward.axis.world_size, forward.axis.group
-    )
+    out: torch.Tensor = torch.ops.cpcompile.gather_tokens(share, at, 1, *_axis(forward, whole))
     return out
 
 
 def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, padding: float | None = None) -> torch.Tensor:
     """Return this rank's tokens of a whole tensor (labels, weights), in the order of the model's local outputs. Differentiable.
+
+    Where the layout follows documents, they are those of the last call, so that it has to be one on the same batch.
 
     Where the length does not divide, the last slots of some ranks are padding: they repeat the last token, or
     hold `padding`. A loss of one's own sums over the tokens of the rank and divides by the whole count; the
@@ -161,9 +164,15 @@ def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, padding
         padding: what padding slots hold, e.g. the label that a loss ignores.
     """
     forward, at = _called(model), dim % tensor.dim()
-    axis = (tensor.shape[at], forward.layout, forward.axis.world_size, forward.axis.group)
+    axis = _axis(forward, tensor.shape[at])
     out: torch.Tensor = torch.ops.cpcompile.shard_tokens(tensor, at, 1, *axis)
     return out if padding is None else torch.ops.cpcompile.fill_padding(out, at, 1, padding, 0, 0, *axis)
+
+
+def _axis(forward: ParallelForward, length: int) -> tuple[Any, ...]:
+    """Return the last arguments of the operators on tokens, as in the last call of the model."""
+    bounds = (forward.bounds[length],) if length in forward.bounds else ()
+    return length, forward.layout, forward.axis.world_size, forward.axis.group, *bounds
 
 
 def _called(model: torch.nn.Module) -> ParallelForward:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from cpcompile.capture import break_text, placeholders
-from cpcompile.compile import compile_inner, input_names, transform_dynamo_graph
+from cpcompile.compile import bounds_of, compile_inner, input_names, transform_dynamo_graph
 from cpcompile.config import Config
 from cpcompile.errors import TORCH, ConfigError, GraphBreakError, InputError
 from cpcompile.grad_sync import GradientSync
@@ -86,7 +86,10 @@ def gradient_sync(config: Config, axis: Axis) -> GradientSync:
 
 
 class Compiled:
-    """One transformed and compiled graph; called with the flat inputs that Dynamo passes."""
+    """One transformed and compiled graph; called with the flat inputs that Dynamo passes.
+
+    `bounds` gets, for each number of tokens, where documents began in the last call, if the layout follows them.
+    """
 
     def __init__(
         self,
@@ -95,12 +98,15 @@ class Compiled:
         config: Config,
         sync: GradientSync,
         check_inputs: str = "never",
+        bounds: dict[int, torch.Tensor] | None = None,
     ) -> None:
         axis = sync.axis
         check_devices(example_inputs, axis)
         self.transformed: Transformed = transform_dynamo_graph(gm, example_inputs, config=config, axis=axis)
         self._drawing = drawing_devices(self.transformed.graph) if config.check_inputs != "never" else set()
         self._checks_always = config.check_inputs == "always"
+        self._num_bounds = len(bounds_of(self.transformed))
+        self._bounds = {} if bounds is None else bounds
         self._run = compile_inner(self.transformed, example_inputs, config.inner)
         self._summed = [i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config)]
         self._sync = sync
@@ -122,7 +128,11 @@ class Compiled:
         if self._sync.axis.world_size > 1 and self._summed and torch.is_grad_enabled():
             for i, tensor in zip(self._summed, self._sync([inputs[i] for i in self._summed]), strict=True):
                 given[i] = tensor
-        return self._run(*given)
+        results = self._run(*given)
+        if not self._num_bounds:
+            return results
+        self._bounds.update({x.shape[1] - 1: x for x in results[-self._num_bounds :]})
+        return results[: -self._num_bounds]
 
 
 def has_summed_gradient(value: Any, config: Config) -> bool:

@@ -12,6 +12,7 @@ from cpcompile import _torch
 from cpcompile.capture import capture, placeholders
 from cpcompile.config import Config
 from cpcompile.mesh import Axis
+from cpcompile.plan import Lengths
 from cpcompile.transform import Transformed, transform
 
 _ARGUMENT = re.compile(r"\['?(\w+)'?\]")
@@ -41,9 +42,20 @@ def transform_dynamo_graph(
     return transform(captured, config=config, axis=axis, inputs=input_names(captured))
 
 
+def bounds_of(transformed: Transformed) -> list[fx.Node]:
+    """Return the nodes of the documents that the layout follows, in the order of the sequences."""
+    return [lengths.bounds for lengths in Lengths.all_of(transformed.graph) if lengths.bounds is not None]
+
+
 def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
-    """Compile the transformed graph with the inner compiler."""
+    """Compile the transformed graph with the inner compiler.
+
+    Behind its own outputs it returns where the documents begin that the layout follows: `bounds_of` tells how many such there are.
+    """
     graph = transformed.graph
+    (output,) = graph.graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *bounds_of(transformed)),)
+    graph.recompile()
     for node in graph.graph.nodes:
         # Values are those of the whole model; what runs here is local.
         if node.op != "placeholder":

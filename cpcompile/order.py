@@ -40,7 +40,7 @@ class Order:
     @classmethod
     def of_call(cls, arguments: Mapping[str, Any]) -> Order:
         """Return the order of an operator with these arguments."""
-        return cls.of(*(arguments[name] for name in ("length", "world_size", "layout")), arguments.get("bounds"))
+        return cls.of(arguments["length"], arguments["world_size"], arguments["layout"], arguments.get("bounds"))
 
     @property
     def local_length(self) -> int:
