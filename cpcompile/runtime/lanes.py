@@ -1,6 +1,7 @@
 """Lanes: kernels that do not depend on each other run side by side, so that one fills what the end of another leaves idle.
 
-The documents of a packed batch are such kernels: each alone leaves many multiprocessors idle at its end.
+The documents of a packed batch are such kernels, and the rectangles of a ring: each alone leaves many multiprocessors idle at its
+end.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ class Lanes:
     """Work that is computed beside the current stream, and whose results are taken on it, in order."""
 
     def __init__(self, device: torch.device, num_items: int) -> None:
-        """Expect `num_items` pieces of work at once; fewer than lanes, or work on a CPU, run where they are submitted."""
+        """Expect `num_items` pieces of work; a single one, or work on a CPU, runs where it is submitted."""
         self._device = device
-        self._is_direct = device.type != "cuda" or num_items < NUM_LANES
+        self._is_direct = device.type != "cuda" or num_items < 2
         # What a lane computes from must live until the current stream has waited for it: `compute` holds it.
         self._started: deque[tuple[Callable[[], Tensors], Tensors, torch.cuda.Event, Callable[[Tensors], None]]] = (
             deque()
