@@ -18,8 +18,9 @@ from tests.models import error
 
 SCALE = 0.3
 B, H, K = 2, 4, 2
-# Attention rounds the weights and its results once each, and dq, dk, dv also their products.
-LIMITS = {dtype: 4 * torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)} | {torch.float32: 2e-6}
+# Attention rounds the weights and its results once each, and dq, dk, dv also their products. In float32 the formula itself is
+# off by up to 2.5e-6 where head dims are wide: scores are large there, and their rounding is in the exponent.
+LIMITS = {dtype: 4 * torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)} | {torch.float32: 4e-6}
 
 
 def bools(*shape: int) -> Tensor:

@@ -18,6 +18,8 @@ from tests.models import error
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # torch says so once in each process that forbids waiting.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
 ]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Each feature in a block that is large enough for blocks of columns that are seen wholly.
@@ -109,8 +111,8 @@ def test_same_bits(name: str) -> None:
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """Forbid what waits for the device."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
