@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, RandomSampler
 
 from cpcompile.errors import ConfigError
@@ -64,20 +65,21 @@ def _prepare_data_loader(original: Callable[..., Any]) -> Callable[..., Any]:
                 "dispatch_batches=True gives each rank a part of a batch, but the ranks of a 'cp' group need the same one: "
                 "leave it out."
             )
-        _share_shuffle(dataloader, device, mesh)
+        _share_shuffle(dataloader, device)
         # Left out, accelerate would dispatch the batches of iterable datasets.
         return original(dataloader, device, *args, **(kwargs | {"dispatch_batches": False}))
 
     return prepare_data_loader
 
 
-def _share_shuffle(dataloader: DataLoader[Any], device: Any, mesh: Any) -> None:
+def _share_shuffle(dataloader: DataLoader[Any], device: Any) -> None:
     """Let all ranks shuffle alike: where there is one group, accelerate leaves each to its own random numbers."""
     samplers = (dataloader.sampler, getattr(dataloader.batch_sampler, "sampler", None))
     for sampler in samplers:
         if isinstance(sampler, RandomSampler) and sampler.generator is None:
-            group = mesh["cp"].get_group()
-            seed = shared_seed(torch.device(device or "cpu"), mesh["cp"].size(), group.group_name)
+            world = dist.group.WORLD
+            assert world is not None
+            seed = shared_seed(torch.device(device or "cpu"), dist.get_world_size(), world.group_name)
             sampler.generator = torch.Generator()
             sampler.generator.manual_seed(int(seed))
 
