@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import cpcompile.runtime  # noqa: F401  registers the operators
-from cpcompile.layout import LAYOUTS, local_length, positions
+from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
+from cpcompile.order import Order
 from cpcompile.runtime.dropout import is_kept
 
+ALL_LAYOUTS = (*LAYOUTS, *DOCUMENT_LAYOUTS)
 NAMES = ("out", "dq", "dk", "dv", "dsinks")
 BATCH, HEAD_DIM, VALUE_DIM, SCALE, DROPOUT = 2, 8, 4, 0.3, 0.3
 
@@ -45,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bounds_full": {"documents": "sorted", "bounds": True, "is_causal": False, "length": 64},
     "bounds_window": {"documents": "sorted", "bounds": True, "window": 5, "length": 64},
     "bounds_of_one_token": {"documents": "single", "bounds": True},
+    "bounds_of_a_giant": {"documents": "giant", "bounds": True, "length": 97},
     "bounds_of_chunks": {"documents": "chunks", "bounds": True, "heads": (9, 3)},
     "left_padding": {"key_padding": True},
     "padding_full": {"key_padding": True, "is_causal": False, "heads": (9, 3)},
@@ -90,6 +93,8 @@ def documents_of(kind: str, length: int) -> torch.Tensor:
             return torch.randint(0, 2, (BATCH, length))
         case "single":
             return torch.arange(length).expand(BATCH, length)
+        case "giant":
+            return torch.bucketize(torch.arange(length), torch.tensor([1, 2, 5, 68, 69, 71]), right=True)[None]
     return (torch.arange(length) // 6).expand(1, length)
 
 
@@ -187,12 +192,13 @@ def reference(name: str) -> tuple[torch.Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, leaves, x["dout"])
 
 
-def local(x: torch.Tensor, dim: int, rank: int, world_size: int, layout: str, length: int) -> torch.Tensor:
+def local(x: torch.Tensor, dim: int, rank: int, order: Order) -> torch.Tensor:
     """Return a rank's slots of `x`; padding slots hold 7, which no result may depend on."""
-    at = positions(length, rank, world_size, layout)
-    taken = x.index_select(dim, at.clamp(max=length - 1))
+    taken = x.index_select(dim, order.sources(rank))
     shape = [-1 if d == dim else 1 for d in range(x.dim())]
-    return taken if x.dtype == torch.bool else taken.masked_fill((at >= length).view(shape), 7.0)
+    return (
+        taken if x.dtype == torch.bool else taken.masked_fill((order.positions(rank) >= order.length).view(shape), 7.0)
+    )
 
 
 def axis_of(rank: Any, strategy: str, layout: str, length: int) -> dict[str, Any]:
@@ -211,13 +217,12 @@ def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any
     results = {}
     for name, case in cases.items():
         x = inputs_of(case)
-        q, k, v, dout = (
-            local(x[n], 2, rank.rank, rank.world_size, layout, x["length"]) for n in ("q", "k", "v", "dout")
-        )
+        order = Order.of(x["length"], rank.world_size, layout, x["bounds"])
+        q, k, v, dout = (local(x[n], 2, rank.rank, order) for n in ("q", "k", "v", "dout"))
         family = strategy.partition("_")[0]
         mask = x["mask"]
         if mask is not None and family not in ("ulysses", "usp") and mask.shape[2] > 1:
-            mask = local(mask, 2, rank.rank, rank.world_size, layout, x["length"])
+            mask = local(mask, 2, rank.rank, order)
         leaves = [t.requires_grad_() for t in (q, k, v, x["sinks"]) if t is not None]
         operator = getattr(torch.ops.cpcompile, f"{family}_attention")
         names = ("documents", "key_padding"), ("is_causal", "window", "softcap", "dropout", "lookahead", "bounds")
@@ -235,8 +240,9 @@ def check(
     ranks = pool.run(world_size, job, strategy, layout, cases)
     for name, case in cases.items():
         length = (PLAIN | case)["length"]
-        at = torch.cat([positions(length, rank, world_size, layout) for rank in range(world_size)])
-        assert len(at) == world_size * local_length(length, world_size, layout)
+        order = Order.of(length, world_size, layout, inputs_of(case)["bounds"])
+        at = torch.cat([order.positions(rank) for rank in range(world_size)])
+        assert len(at) == world_size * order.local_length
         for i, expected in enumerate(reference(name)):
             if NAMES[i] == "dsinks":
                 whole = sum(rank[name][i] for rank in ranks)
@@ -249,7 +255,7 @@ def check(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 @pytest.mark.parametrize("strategy", ["ring", "gather", "gather_1", "halo", "ulysses"])
 def test_equals_the_whole_attention(pool: Any, strategy: str, layout: str, world_size: int) -> None:
     check(pool, strategy, layout, world_size, CASES)
@@ -258,7 +264,7 @@ def test_equals_the_whole_attention(pool: Any, strategy: str, layout: str, world
 @pytest.mark.parametrize(
     ("world_size", "strategy"), [(2, "usp_2"), (3, "usp_1"), (4, "usp_2"), (4, "usp_4"), (4, "usp_1")]
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_usp_equals_the_whole_attention(pool: Any, strategy: str, layout: str, world_size: int) -> None:
     check(pool, strategy, layout, world_size, CASES)
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 import cpcompile
 from tests.models import batch, error, errors, gradients, loss_of, make
+from tests.packing import MIXES, PackedLM, packed_batch
 
 EXACT, LENGTHS = 1e-6, (31, 64, 97)  # transformers' models cast to float32 themselves
 
@@ -56,3 +58,51 @@ def test_packed_sequences(pool: Any, name: str, inner: str, strategy: str, world
         assert max(found.values()) < EXACT, found
         assert num_graphs == 1, "one graph serves all lengths"
         assert searches[1:] == [1, 1], "all layers share one search; the first step traces as well"
+
+
+def trained_mixes(rank: Any, strategy: str, layout: str, batch_size: int) -> dict[str, float]:
+    """Return the errors of loss, gradients and joined logits for every mix of documents."""
+    torch._dynamo.reset()
+    model, alone = packed_lm(), packed_lm()
+    options: dict[str, Any] = {"inner": "eager", "strategy": strategy, "balancer": layout}
+    if strategy == "usp":
+        grid = init_device_mesh("cpu", (rank.world_size // 2, 2), mesh_dim_names=("ring", "heads"))
+        cpcompile.apply(model, grid, axis=("ring", "heads"), **options)
+    else:
+        cpcompile.apply(model, rank.mesh(), **options)
+    found: dict[str, float] = {}
+    for mix in MIXES:
+        inputs = packed_batch(mix, batch_size)
+        output, expected = model(**inputs), alone(**inputs)
+        output["loss"].backward()
+        expected["loss"].backward()
+        found[f"{mix} loss"] = error(output["loss"], expected["loss"])
+        found[f"{mix} logits"] = error(cpcompile.unshard(output["logits"], model), expected["logits"])
+        again = cpcompile.unshard(cpcompile.shard(expected["logits"], model), model)
+        found[f"{mix} there and back"] = error(again, expected["logits"])
+        found |= {f"{mix} {key}": x for key, x in errors(gradients(model), gradients(alone)).items()}
+    return found
+
+
+def packed_lm() -> PackedLM:
+    torch.manual_seed(0)
+    return PackedLM().double()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout", "world_size", "batch_size"),
+    [
+        ("ring", "balanced", 2, 1),
+        ("gather", "balanced", 4, 3),
+        ("ulysses", "balanced", 2, 3),
+        ("usp", "balanced", 4, 1),
+        ("ring", "zig_zag_by_document", 4, 3),
+        ("gather", "zig_zag_by_document", 2, 1),
+        ("ulysses", "zig_zag_by_document", 4, 1),
+        ("ring", "zig_zag", 4, 1),
+        ("gather", "contiguous", 4, 1),
+    ],
+)
+def test_mixes_of_documents(pool: Any, strategy: str, layout: str, world_size: int, batch_size: int) -> None:
+    for found in pool.run(world_size, trained_mixes, strategy, layout, batch_size):
+        assert max(found.values()) < 1e-12, {key: x for key, x in found.items() if x >= 1e-12}
