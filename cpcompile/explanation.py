@@ -20,7 +20,7 @@ from cpcompile.config import Config
 from cpcompile.cost import BYTES, CPU, FLASH2, RATES
 from cpcompile.dynamo import by_name, compile_whole, token_length
 from cpcompile.errors import module_path, source_place
-from cpcompile.layout import local_length
+from cpcompile.layout import DOCUMENT_LAYOUTS, local_length
 from cpcompile.listing import input_name, listing, operator_name
 from cpcompile.mesh import Axis
 from cpcompile.passes.lift_masks import describe
@@ -136,10 +136,15 @@ class Explanation:
     def __str__(self) -> str:
         named = ", ".join(f"{name} (dim {dim})" for name, dim in self.token_inputs.items())
         inputs = named or "the attentions, which no input holds"
+        follows = self.layout in DOCUMENT_LAYOUTS
         grid = f" ({self.world_size // self.inner_size} x {self.inner_size})" if self.inner_size else ""
         lines = [
             f"{self.tokens} tokens on {self.world_size} ranks{grid}, {self.local_tokens} slots each, layout {self.layout}; "
             f"tokens of {inputs}",
+            *(
+                ["the layout follows the documents of each batch; what is said of work here is that of one document"]
+                * follows
+            ),
             "",
             f"{len(self.sites)} attention(s): the work of the busiest rank over the mean, bytes that it sends in a step",
             *table(
