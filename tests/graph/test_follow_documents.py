@@ -1,0 +1,121 @@
+"""Layouts that follow documents: what is hoisted, shared and refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cpcompile
+from cpcompile.errors import ConfigError, NoChunks
+from tests.packing import PackedLM, packed_batch
+
+cp = torch.ops.cpcompile
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def graph_of(model: nn.Module, balancer: str, **inputs: Tensor) -> Any:
+    from cpcompile.config import Config
+    from cpcompile.explanation import plan_for
+
+    given = inputs or packed_batch("off_edges", 1)
+    config = Config(balancer=balancer, strategy="ring", dynamic=False)
+    return plan_for(model, given, world_size=2, config=config).graph
+
+
+def test_bounds_are_found_once_and_before_tokens_are_sharded() -> None:
+    nodes = list(graph_of(PackedLM(), "balanced").graph.nodes)
+    (bounds,) = [node for node in nodes if node.target is cp.document_bounds.default]
+    shards = [node for node in nodes if node.target is cp.shard_tokens.default]
+    attentions = [node for node in nodes if node.target is cp.ring_attention.default]
+    assert shards and attentions and all(bounds in node.all_input_nodes for node in shards + attentions)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zig_zag"])
+def test_other_layouts_do_not_depend_on_documents(layout: str) -> None:
+    for node in graph_of(PackedLM(), layout).graph.nodes:
+        is_of_tokens = node.target in (cp.shard_tokens.default, cp.gather_tokens.default, cp.move_tokens.default)
+        assert not (is_of_tokens and any(x.target is cp.document_bounds.default for x in node.all_input_nodes))
+
+
+def test_without_documents_the_sequence_is_one() -> None:
+    found = cpcompile.verify(
+        small("NanoGPT"), small_batch(), world_size=3, balancer="balanced", strategy="ring", dtype=torch.float64
+    )
+    found.raise_if_wrong()
+    assert not found.transformed.graph.graph.find_nodes(op="call_function", target=cp.document_bounds.default)
+
+
+def small(name: str) -> nn.Module:
+    import tests.models
+
+    torch.manual_seed(0)
+    return getattr(tests.models, name)()
+
+
+def small_batch() -> dict[str, Tensor]:
+    return {"idx": torch.randint(61, (2, 29)), "targets": torch.randint(61, (2, 29))}
+
+
+class Convolving(PackedLM):
+    """A convolution along the tokens in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(61, 61, 4, padding=3, groups=61)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        result = super().forward(input_ids, labels, position_ids)
+        logits = self.convolution(result["logits"].transpose(1, 2))[..., : input_ids.shape[1]]
+        return {"loss": result["loss"] + logits.pow(2).mean()}
+
+
+def test_chunks_are_refused_with_the_line() -> None:
+    with pytest.raises(NoChunks, match=r"(?s)equal chunks.*convolution\(.*Use balancer='zig_zag' or 'contiguous'"):
+        cpcompile.explain(Convolving(), packed_batch("off_edges", 1), world_size=2, balancer="balanced")
+
+
+def test_auto_takes_a_layout_with_chunks() -> None:
+    with torch.device("meta"):
+        model = Convolving()
+        inputs = {name: torch.zeros(1, 1 << 16, dtype=torch.long) for name in ("input_ids", "labels", "position_ids")}
+    assert cpcompile.explain(model, inputs, world_size=8).layout in ("contiguous", "zig_zag")
+
+
+class TwoKinds(PackedLM):
+    """A second attention that sees other documents."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        result = super().forward(input_ids, labels, position_ids)
+        halves = torch.arange(input_ids.shape[1]) // 8
+        x = result["logits"][:, None]
+        y = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=halves[:, None] == halves)
+        return {"loss": result["loss"] + y.pow(2).mean()}
+
+
+def test_two_kinds_of_documents_are_refused_with_the_line() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)not those of the attentions before it.*scaled_dot_product_attention"):
+        cpcompile.explain(TwoKinds(), packed_batch("off_edges", 1), world_size=2, balancer="balanced")
+
+
+class Routed(PackedLM):
+    """Documents that hidden states decide."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        documents = (self.head(self.embed(input_ids)).sum(-1) > 0).cumsum(1)
+        x = self.embed(input_ids)[:, None]
+        mask = (documents[:, None, :, None] == documents[:, None, None, :]) & torch.ones(
+            x.shape[2], x.shape[2]
+        ).tril().bool()
+        return {"loss": nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask).pow(2).mean()}
+
+
+def test_documents_of_hidden_states_are_refused_with_the_line() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)computed from hidden states.*scaled_dot_product_attention"):
+        cpcompile.explain(Routed(), packed_batch("off_edges", 1), world_size=2, balancer="balanced")
