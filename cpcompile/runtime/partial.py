@@ -10,7 +10,7 @@ from cpcompile.runtime import kernels, merge
 from cpcompile.runtime.kernels import triton_merge
 from cpcompile.runtime.lanes import Lanes
 from cpcompile.runtime.merge import accumulation_dtype
-from cpcompile.runtime.schedule import Piece, Span
+from cpcompile.runtime.schedule import Piece
 from cpcompile.runtime.terms import Terms
 
 Tensor = torch.Tensor
@@ -36,13 +36,15 @@ def add_(total: Tensor, x: Tensor) -> None:
 
 
 class _Covered:
-    """Which slots of each row of the batch have a value: a few runs, so that asking costs the host nothing."""
+    """Which slots have a value, in a few runs for all rows of the batch, or for each once a piece is of some of them."""
 
     def __init__(self, batch: int, num_slots: int) -> None:
-        self._runs: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
-        self._num_slots = num_slots
+        self._batch, self._num_slots = batch, num_slots
+        self._runs: list[list[tuple[int, int]]] = [[]]
 
     def _of(self, batch: slice | None) -> list[list[tuple[int, int]]]:
+        if batch is not None and len(self._runs) < self._batch:
+            self._runs = [list(self._runs[0]) for _ in range(self._batch)]
         return self._runs if batch is None else self._runs[batch]
 
     def meets(self, batch: slice | None, slots: slice) -> bool:
@@ -51,19 +53,24 @@ class _Covered:
 
     def add(self, batch: slice | None, slots: slice) -> None:
         """Note that these slots have a value."""
+        own = (slots.start, slots.stop)
         for runs in self._of(batch):
-            own = (slots.start, slots.stop)
-            met = [run for run in runs if run[0] <= own[1] and own[0] <= run[1]]
-            joined = min(run[0] for run in (own, *met)), max(run[1] for run in (own, *met))
-            runs[:] = sorted([joined, *(run for run in runs if run not in met)])
+            if not runs or runs[-1][1] < own[0]:  # pieces come in order, mostly
+                runs.append(own)
+            elif runs[-1][1] == own[0]:
+                runs[-1] = (runs[-1][0], own[1])
+            else:
+                met = [run for run in runs if run[0] <= own[1] and own[0] <= run[1]]
+                joined = min(run[0] for run in (own, *met)), max(run[1] for run in (own, *met))
+                runs[:] = sorted([joined, *(run for run in runs if run not in met)])
 
-    def fill(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (row of the batch, start, stop) of all slots without a value, which then have one."""
+    def fill(self) -> Iterator[tuple[slice, slice]]:
+        """Yield (rows of the batch, slots) of all without a value, which then have one."""
         for index, runs in enumerate(self._runs):
-            end = 0
+            end, rows = 0, slice(None) if len(self._runs) == 1 else slice(index, index + 1)
             for start, stop in [*runs, (self._num_slots, self._num_slots)]:
                 if end < start:
-                    yield index, end, start
+                    yield rows, slice(end, start)
                 end = stop
             runs[:] = [(0, self._num_slots)]
 
@@ -85,7 +92,6 @@ class _Rows:
 
     def add(self, piece: Tensors, batch: slice | None, slots: slice, join: Callable[..., None]) -> None:
         """Put a piece into these rows, by `join(*held, *piece)` where they hold something."""
-        rows = slice(None) if batch is None else batch
         if not self._held:
             if piece[0].shape == self._shape:
                 self._held = piece
@@ -96,17 +102,17 @@ class _Rows:
             self._fill()
             if self._is_wide and self._held[0].dtype != accumulation_dtype(self._held[0].dtype):
                 self._held = self._held[0].to(accumulation_dtype(self._held[0].dtype)), *self._held[1:]
-            join(*(x[rows, :, slots] for x in self._held), *piece)
+            join(*(_part(x, batch, slots) for x in self._held), *piece)
         else:
             for to, x in zip(self._held, piece, strict=True):
-                to[rows, :, slots] = x
+                _part(to, batch, slots).copy_(x)
             self._covered.add(batch, slots)
 
     def _fill(self) -> None:
         """Give `nothing` to the rows without a piece."""
-        for index, start, stop in self._covered.fill():
+        for rows, slots in self._covered.fill():
             for x, value in zip(self._held, self._nothing, strict=True):
-                x[index, :, start:stop] = value
+                _part(x, rows, slots).fill_(value)
 
     def finish(self) -> Tensors:
         """Return the tensors; rows without a piece hold `nothing`."""
@@ -120,15 +126,18 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _part(x: Tensor, piece: Piece, span: Span) -> Tensor:
-    return (x if piece.batch is None else x[piece.batch])[:, :, span.slots]
+def _part(x: Tensor, batch: slice | None, slots: slice) -> Tensor:
+    """Return some slots of some rows of the batch."""
+    size = slots.stop - slots.start
+    x = x if batch is None else x[batch]
+    return x if size == x.shape[2] else x.narrow(2, slots.start, size)
 
 
 class Result:
     """Attention so far: `out` `[B, H, S, Dv]` and `lse` `[B, H, S]`."""
 
     def __init__(self, q: Tensor, v: Tensor, num_blocks: int, num_pieces: int) -> None:
-        """Expect `num_blocks` blocks of keys, of at most `num_pieces` pieces each."""
+        """Expect `num_blocks` blocks of keys, of `num_pieces` pieces in all."""
         self._q, self._v = q, v
         shape = torch.Size((*q.shape[:3], v.shape[3]))
         self._rows = _Rows(lambda: empty_result(q, v), shape, (0.0, -torch.inf), is_wide=num_blocks > 2)
@@ -139,12 +148,12 @@ class Result:
         q, k, v = _dense(q), _dense(k), _dense(v)
 
         def start(piece: Piece) -> None:
-            at = (q, piece.rows), (k, piece.columns), (v, piece.columns)
-            q_, k_, v_ = (_part(x, piece, span) for x, span in at)
+            rows, columns = piece.rows.slots, piece.columns.slots
+            q_, k_, v_ = (_part(x, piece.batch, at) for x, at in ((q, rows), (k, columns), (v, columns)))
             block = terms.block(piece, q.device)
             self._lanes.submit(
                 lambda: kernels.forward(q_, k_, v_, block, terms.kernel),
-                lambda found: self._rows.add(found, piece.batch, piece.rows.slots, merge_),
+                lambda found: self._rows.add(found, piece.batch, rows, merge_),
             )
 
         for piece in pieces:
@@ -194,13 +203,14 @@ def add_gradients(
     dout, q, k, v, out = (_dense(x) for x in (dout, q, k, v, out))
 
     def start(piece: Piece) -> int:
-        dout_, q_, out_, lse_ = (_part(x, piece, piece.rows) for x in (dout, q, out, lse))
-        k_, v_ = (_part(x, piece, piece.columns) for x in (k, v))
+        rows, columns = piece.rows.slots, piece.columns.slots
+        dout_, q_, out_, lse_ = (_part(x, piece.batch, rows) for x in (dout, q, out, lse))
+        k_, v_ = (_part(x, piece.batch, columns) for x in (k, v))
         block = terms.block(piece, q.device)
 
         def take(found: Tensors) -> None:
-            for gradient, x, span in zip((dq, dk, dv), found, (piece.rows, piece.columns, piece.columns), strict=True):
-                gradient.add(x, span.slots, piece.batch)
+            for gradient, x, slots in zip((dq, dk, dv), found, (rows, columns, columns), strict=True):
+                gradient.add(x, slots, piece.batch)
 
         return lanes.submit(lambda: kernels.backward(dout_, q_, k_, v_, out_, lse_, block, terms.kernel), take)
 

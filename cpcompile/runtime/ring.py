@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -17,74 +16,62 @@ from cpcompile.runtime.lanes import Lanes
 from cpcompile.runtime.messages import by_head, by_token, room, runs
 from cpcompile.runtime.partial import Gradient, Result, add_gradients
 from cpcompile.runtime.post import Posted, Ring, Transfer, post
-from cpcompile.runtime.schedule import Needs, Piece, Span, Spans, needs, num_tokens, packed
+from cpcompile.runtime.schedule import Needs, Span, Spans, Visit, needs, num_tokens, packed, visits
 from cpcompile.runtime.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.terms import Terms
 
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Blocks:
-    """Keys and values of the ranks of a ring. `spans`: the tokens of each rank, in the slots of k and v."""
+    """Keys and values of the ranks of a ring. `needs` says which tokens travel, `visits` what this rank computes with them."""
 
     k: Tensor
     v: Tensor
-    spans: tuple[Spans, ...]
-    terms: Terms
+    needs: Needs
+    visits: tuple[Visit, ...]
     ring: Ring
 
-    @cached_property
-    def _plan(self) -> Needs:
-        return needs(self.spans, self.terms.visible)
-
-    def needs(self, receiver: int, source: int) -> Spans:
-        """Return which tokens of `source` the rows of `receiver` see."""
-        return self._plan.of[receiver][source]
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, spans: tuple[Spans, ...], terms: Terms, ring: Ring) -> Blocks:
+        """Return the blocks of a ring; `spans` are the tokens of each rank, in the slots of k and v."""
+        return cls(k, v, needs(spans, terms.visible), visits(spans, terms.visible, ring.rank), ring)
 
     @property
-    def steps(self) -> tuple[int, ...]:
-        """The steps, after the first with the own block, at which some rank sees something of the other's."""
-        return self._plan.steps
+    def num_pieces(self) -> int:
+        """How many rectangles this rank computes."""
+        return sum(len(visit.pieces) for visit in self.visits)
 
-    def pieces(self, step: int) -> tuple[Piece, ...]:
-        """Return the rectangles that this rank computes at a step; columns are in the slots of what is fetched."""
-        rank, source = self.ring.rank, self.ring.before(step)
-        columns = packed(self.needs(rank, source)) if step else self.spans[rank]
-        return self.terms.pieces(self.spans[rank], columns)
-
-    @property
-    def most_pieces(self) -> int:
-        """How many rectangles this rank computes in one block, at most."""
-        return max(len(self.pieces(step)) for step in (0, *self.steps))
-
-    def __iter__(self) -> Iterator[tuple[tuple[Piece, ...], Tensor, Tensor]]:
-        """Yield (pieces, k, v) of each block that some rank sees, the own first; the next is on its way meanwhile."""
-        posted = self.post() if self.steps else None
-        arriving = [self.start(posted, step) for step in self.steps[:1]] if posted else []
-        yield self.pieces(0), self.k, self.v
-        for step, following in zip(self.steps, (*self.steps[1:], 0), strict=True) if posted else ():
-            block = arriving.pop()
+    def __iter__(self) -> Iterator[tuple[Visit, Tensor, Tensor]]:
+        """Yield (visit, k, v) of each block that some rank sees, the own first; the next is on its way meanwhile."""
+        own, *others = self.visits
+        posted = self.post() if others else None
+        arriving = self.start(posted, others[0]) if posted else None
+        yield own, self.k, self.v
+        for number, visit in enumerate(others, 1):
+            block = arriving
+            assert posted and block
             block.transfer.wait()
-            if following and posted:
-                arriving.append(self.start(posted, following))
-            yield self.pieces(step), block.k, block.v
+            if number < len(others):
+                arriving = self.start(posted, others[number])
+            yield visit, block.k, block.v
 
     def post(self) -> Posted:
         """Let the others fetch keys and values."""
-        return post(by_token([self.k, self.v], self.ring), self.ring, num_starts=len(self.steps))
+        return post(by_token([self.k, self.v], self.ring), self.ring, num_starts=len(self.visits) - 1)
 
-    def start(self, posted: Posted, step: int) -> Arriving:
-        """Start fetching what this rank needs at `step`."""
-        columns = packed(self.needs(self.ring.rank, self.ring.before(step)))
-        fetched = room(num_tokens(columns), (self.k, self.v))
+    def start(self, posted: Posted, visit: Visit) -> Arriving:
+        """Start fetching what this rank needs."""
+        fetched = room(visit.num_columns, (self.k, self.v))
+        columns = packed(self.needs.runs[self.ring.rank][self.ring.before(visit.step)])
         into = [x[span.slots] for x in fetched for span in columns]
-        transfer = posted.start([step], [into], self._parts)
+        transfer = posted.start([visit.step], [into], self._parts)
         k, v = map(by_head, fetched)
         return Arriving(k, v, transfer)
 
     def _parts(self, receiver: int, source: int) -> list[slice]:
-        return runs(self.needs(receiver, source), (self.k, self.v), self.k.shape[2])
+        return runs(self.needs.runs[receiver][source], (self.k, self.v), self.k.shape[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +93,10 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, terms: Terms, spans: tuple[Spans, ...], ring: Ring
 ) -> tuple[Tensor, Tensor]:
     """Return (out, lse) of the local rows over all keys. `spans`: the tokens of each rank, in slots by position."""
-    blocks = Blocks(k, v, spans, terms, ring)
-    result = Result(q, v, 1 + len(blocks.steps), blocks.most_pieces)
-    for pieces, k_, v_ in blocks:
-        result.add(q, k_, v_, pieces, terms)
+    blocks = Blocks.of(k, v, spans, terms, ring)
+    result = Result(q, v, len(blocks.visits), blocks.num_pieces)
+    for visit, k_, v_ in blocks:
+        result.add(q, k_, v_, visit.pieces, terms)
     return with_sinks(*result.finish(), terms.sinks)
 
 
@@ -125,8 +112,8 @@ def attend_backward(
     ring: Ring,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (dq, dk, dv, dsinks). The gradients of a block go home while the next one is computed."""
-    blocks = Blocks(k, v, spans, terms, ring)
-    num_blocks, lanes = 1 + len(blocks.steps), Lanes(q.device, blocks.most_pieces)
+    blocks = Blocks.of(k, v, spans, terms, ring)
+    num_blocks, lanes = len(blocks.visits), Lanes(q.device, blocks.num_pieces)
     dq, dk, dv = (Gradient(x, num_blocks) for x in (q, k, v))
     computing: list[tuple[int, int, Gradient, Gradient]] = []
     on_their_way: list[Homecoming] = []
@@ -140,13 +127,13 @@ def attend_backward(
             on_their_way.pop().add_to(dk, dv)
         on_their_way.append(homecoming)
 
-    for step, (pieces, k_, v_) in zip((0, *blocks.steps), blocks, strict=True):
-        own = (dk, dv) if step == 0 else (Gradient(k_, 1), Gradient(v_, 1))
-        number = add_gradients(dq, *own, (dout, q, k_, v_, out, lse), pieces, terms, lanes)
+    for visit, k_, v_ in blocks:
+        own = (Gradient(k_, 1), Gradient(v_, 1)) if visit.step else (dk, dv)
+        number = add_gradients(dq, *own, (dout, q, k_, v_, out, lse), visit.pieces, terms, lanes)
         if len(computing) > 0:
             send_home()
-        if step:
-            computing.append((number, step, *own))
+        if visit.step:
+            computing.append((number, visit.step, *own))
     if computing:
         send_home()
     lanes.flush()
@@ -161,11 +148,11 @@ class Homecoming:
     def __init__(self, dk: Tensor, dv: Tensor, blocks: Blocks, step: int) -> None:
         """Send the gradients of what this rank fetched at `step`."""
         ring, like = blocks.ring, (blocks.k, blocks.v)
-        self._spans = blocks.needs(ring.after(step), ring.rank)
+        self._spans = blocks.needs.runs[ring.after(step)][ring.rank]
         arrived = room(num_tokens(self._spans), like)
 
         def parts(receiver: int, source: int) -> list[slice]:
-            size = num_tokens(blocks.needs(source, receiver))
+            size = num_tokens(blocks.needs.runs[source][receiver])
             return runs([Span(0, 0, size)] if size else [], like, size)
 
         # What was fetched from the rank `step` before goes back there: round the ring the other way.

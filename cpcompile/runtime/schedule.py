@@ -103,6 +103,18 @@ def needed(parts: Sequence[Piece], columns: Sequence[Span]) -> tuple[Span, ...]:
     return tuple(found)
 
 
+def joined(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Return runs of neighbouring slots as one; each has the position of its first token."""
+    found: list[Span] = []
+    for span in spans:
+        last = found[-1] if found else None
+        if last is not None and last.slots.stop == span.slot:
+            found[-1] = replace(last, size=last.size + span.size)
+        else:
+            found.append(span)
+    return tuple(found)
+
+
 def packed(spans: Sequence[Span]) -> tuple[Span, ...]:
     """Return the same tokens in consecutive slots from 0."""
     ends, slot = [], 0
@@ -133,12 +145,14 @@ class Needs:
         of: for each receiver and source some runs of the source's tokens, in the slots of the source.
         held: for each receiver all that it needs, in the order of positions.
         within: for each receiver and source where the runs of `of` are in what the receiver holds.
+        runs: as `of`, neighbouring slots in one run.
         steps: those at which some rank needs something of the rank that many before it.
     """
 
     of: tuple[tuple[Spans, ...], ...]
     held: tuple[Spans, ...]
     within: tuple[tuple[Spans, ...], ...]
+    runs: tuple[tuple[Spans, ...], ...]
     steps: tuple[int, ...]
 
 
@@ -150,7 +164,31 @@ def needs(spans: tuple[Spans, ...], visible: Visible) -> Needs:
     steps = tuple(t for t in ranks if t and any(of[r][(r - t) % len(spans)] for r in ranks))
     held = tuple(by_position([span for runs in of[r] for span in runs]) for r in ranks)
     within = tuple(tuple(tuple(place(span, held[r]) for span in of[r][s]) for s in ranks) for r in ranks)
-    return Needs(of, held, within, steps)
+    runs = tuple(tuple(map(joined, of_receiver)) for of_receiver in of)
+    return Needs(of, held, within, runs, steps)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Visit:
+    """What a rank of a ring computes with the keys of the rank `step` before it.
+
+    `num_columns` tokens are fetched; the columns of `pieces` are in the slots of these.
+    """
+
+    step: int
+    num_columns: int
+    pieces: tuple[Piece, ...]
+
+
+@lru_cache(maxsize=256)
+def visits(spans: tuple[Spans, ...], visible: Visible, rank: int) -> tuple[Visit, ...]:
+    """Return what a rank computes: with its own keys, and at each step at which some rank sees something of another's."""
+    plan, found = needs(spans, visible), []
+    for step in (0, *plan.steps):
+        source = (rank - step) % len(spans)
+        columns = packed(plan.of[rank][source]) if step else spans[rank]
+        found.append(Visit(step, num_tokens(columns), pieces(spans[rank], columns, visible)))
+    return tuple(found)
 
 
 def place(span: Span, held: Spans) -> Span:
