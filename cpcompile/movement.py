@@ -170,7 +170,7 @@ class Writer:
         Raises:
             NoChunks: the layout has none.
         """
-        layout, world_size, *_ = self.axis
+        layout, world_size = str(self.axis[0]), int(self.axis[1])
         if layout in DOCUMENT_LAYOUTS:
             raise NoChunks(
                 f"{self.call.target} runs along the tokens in equal chunks, which the layout {layout} does not have: its runs "

@@ -154,12 +154,12 @@ class Rewriter:
         return self._emit(node, aten.mul.Tensor, self._emit(node, aten.mul.Tensor, x, 1 / (1 - p)), kept)
 
     def _axis(self, node: fx.Node) -> tuple[Any, ...]:
-        """Return dim, inner, front, back, length, layout, world size and group; dim -1 for a whole value."""
+        """Return dim, inner, front, back, length, layout, world size, group and perhaps bounds; dim -1 for a whole value."""
         at = placement_of(node)
         if not isinstance(at, Sharded):
-            return -1, 1, 0, 0, 1, *self.plan.axis_arguments
-        total = Lengths.of(self.gm, at.sequence).total
-        return at.dim, at.inner, at.front, at.back, total, *self.plan.axis_arguments
+            return -1, 1, 0, 0, 1, self.plan.layout, self.plan.world_size, self.plan.group
+        lengths = Lengths.of(self.gm, at.sequence)
+        return at.dim, at.inner, at.front, at.back, lengths.total, *lengths.axis(self.plan)
 
     def _emit(self, node: fx.Node, target: Any, *arguments: Any) -> fx.Node:
         """Insert a call that holds a part of what `node` computes."""
