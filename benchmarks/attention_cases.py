@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from cpcompile.balance import Balanced
+
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
 # ring-flash-attn's benchmark/benchmark_varlen_kvpacked_func.py (of 8192 tokens) and test/test_llama3_flash_attn_varlen_func.py.
@@ -140,6 +142,9 @@ def local_tokens(problem: Problem, layout: str) -> torch.Tensor:
         return whole[rank::world_size]
     if layout == "contiguous":
         return whole.chunk(world_size)[rank]
+    if layout == "balanced":
+        sharding = Balanced().shard(problem.length, world_size, list(problem.bounds))
+        return sharding.order().view(world_size, -1)[rank].to(problem.device)  # lengths of 2^n leave no padding
     documents = problem.documents if layout == "zig_zag_by_document" else [(0, problem.length)]
     chunks = [whole[start:end].chunk(2 * world_size) for start, end in documents]
     return torch.cat([part for chunk in chunks for part in (chunk[rank], chunk[2 * world_size - 1 - rank])])

@@ -197,7 +197,8 @@ def plot(result: Row, path: Path) -> None:
             )
         if "limit_ms" in rows[0]:
             axes.axvline(rows[0]["limit_ms"], color="black", linewidth=0.8, linestyle=":")
-        axes.set_yticks(list(places), [label(row) for row in rows], fontsize=7)
+        names = [label(row) + (f", {row['layout']}" if row["system"] == "cpcompile" else "") for row in rows]
+        axes.set_yticks(list(places), names, fontsize=7)
         axes.set_xlim(0, max(whole) * 1.25)
         axes.set_title(f"{case}: ms, forward dark", fontsize=9)
     figure.suptitle(
