@@ -31,7 +31,7 @@ from attention_cases import DOCUMENT_SETS, HEADS, KV_HEADS
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import cpcompile.runtime
-from cpcompile.runtime import kernels, partial, schedule, transport
+from cpcompile.runtime import kernels, partial, transport
 from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel
 from cpcompile.runtime.symmetric import Lane
 from cpcompile.runtime.transfer import Ring
@@ -142,7 +142,6 @@ def without_devices() -> None:
 
     kernels.KERNELS = (Kernel("none", forward, backward, _no_limits, FEATURES),)
     partial.merge_ = partial.add_ = merge  # type: ignore[assignment]
-    schedule.MAX_GROUPED //= SCALE
 
 
 @contextmanager

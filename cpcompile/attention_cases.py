@@ -70,7 +70,9 @@ def cases_of(node: fx.Node) -> tuple[Case, ...]:
         block = terms.block(piece, torch.device("meta"))
         part = adapt.trim(block, piece.rows.size, piece.columns.size)
         if not part.is_empty:
-            found.append(replace(Case.of(q, v, part.block), device=device))
+            case = Case.of(q, v, part.block)
+            varied = {"varied"} if has_bounds else set()
+            found.append(replace(case, device=device, features=case.features | varied))
         if (
             not part.is_empty
             and has_bounds

@@ -66,6 +66,7 @@ class Block:
         distance: position of row 0 minus position of column 0.
         dropout: which weights are dropped.
         is_deterministic: the same bits at each run.
+        is_varied: its sizes follow the documents of a batch, so that few blocks have been seen before.
     """
 
     scale: float
@@ -81,6 +82,7 @@ class Block:
     distance: int = 0
     dropout: Dropout | None = None
     is_deterministic: bool = False
+    is_varied: bool = False
 
     @property
     def has_band(self) -> bool:

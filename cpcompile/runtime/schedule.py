@@ -18,8 +18,6 @@ from cpcompile.spans import Span as Span
 from cpcompile.spans import Spans as Spans
 from cpcompile.spans import Starts as Starts
 
-MAX_GROUPED = 2048  # tokens; longer documents keep a call of their own, in which dense kernels are faster
-
 
 @dataclass(frozen=True, slots=True)
 class Band:
@@ -44,6 +42,11 @@ class Visible:
     segments: Segments | None = None
     has_prefix: bool = False
     is_joined: bool = True
+
+    @property
+    def is_varied(self) -> bool:
+        """Whether sizes of rectangles follow the documents of a batch."""
+        return self.segments is not None and any(len(starts) > 1 for starts in self.segments.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,17 +271,17 @@ def _group(found: list[Piece]) -> list[Piece]:
 
 
 def _grouped(a: Piece, b: Piece) -> Piece | None:
-    """Return two neighbouring squares as one piece, or None when one is too long."""
-    lengths = (a.lengths or (a.rows.size,)), (b.rows.size,)
+    """Return two neighbouring squares as one piece, or None where they are none."""
     follows = a.rows.slots.stop == b.rows.slot and a.columns.slots.stop == b.columns.slot
     are_squares = all(x.rows.positions == x.columns.positions and x.rows.size for x in (a, b))
-    sizes = max(lengths[0]), b.rows.size
-    if not follows or not are_squares or max(sizes) > MAX_GROUPED:
+    if not follows or not are_squares:
         return None
     # Both squares have one band; a bound that a short document does not feel is None.
     low, high = (x if x is not None else y for x, y in ((a.low, b.low), (a.high, b.high)))
     rows, columns = (replace(x, size=x.size + b.rows.size) for x in (a.rows, a.columns))
-    return replace(a, rows=rows, columns=columns, low=low, high=high, lengths=lengths[0] + lengths[1])
+    return replace(
+        a, rows=rows, columns=columns, low=low, high=high, lengths=(*(a.lengths or (a.rows.size,)), b.rows.size)
+    )
 
 
 def _join(found: list[Piece]) -> list[Piece]:

@@ -128,8 +128,9 @@ class Terms:
             key_padding=None if padding is None else padding[:, columns.positions],
             prefix=None if prefix is None or piece.high is None else prefix - columns.position,
             slopes=self.slopes,
-            distance=rows.position - columns.position,
+            distance=0 if self.slopes is None else rows.position - columns.position,
             dropout=self._dropout_of(piece),
+            is_varied=self.visible.is_varied,
         )
 
     def _dropout_of(self, piece: Piece) -> Dropout | None:

@@ -542,6 +542,7 @@ CHOICES = [
     (case("cuda", HALF, 256, 256, "causal"), "flash"),
     (case("cuda", HALF, 128, 128, "band"), "triton"),
     (case("cuda", HALF, 128, 128, "causal", "lengths"), "triton"),
+    (case("cuda", HALF, 128, 128, "causal", "varied"), "triton"),
     (case("cuda", HALF, 128, 128, "causal", "deterministic"), "triton"),
     (case("cuda", HALF, 128, 128, "causal", "documents"), "triton"),
     (case("cuda", HALF, 128, 128, "mask"), "triton"),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from itertools import pairwise
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +22,7 @@ from cpcompile.runtime.schedule import (
     needs,
     packed,
     pieces,
+    whole,
 )
 
 BANDS = st.one_of(
@@ -126,6 +126,12 @@ def test_what_is_held_is_what_is_needed(problem: tuple[int, int, str, Visible]) 
             owned = positions_of(spans[source])
             for own, there in zip(plan.of[receiver][source], plan.within[receiver][source], strict=True):
                 assert torch.equal(owned[own.slots], at[there.slots])
+            slots, joined = (
+                [slot for run in found[receiver][source] for slot in range(run.slots.start, run.slots.stop)]
+                for found in (plan.of, plan.runs)
+            )
+            assert slots == joined
+            assert all(a.slots.stop < b.slot for a, b in pairwise(plan.runs[receiver][source]))
     sent = {t for t in range(1, world_size) for r in range(world_size) if plan.of[r][(r - t) % world_size]}
     assert plan.steps == tuple(sorted(sent))
 
@@ -145,12 +151,15 @@ def test_a_window_needs_as_many_tokens_as_it_is_wide() -> None:
     assert needed_tokens(4096, 100) == 99
 
 
-def test_short_documents_are_one_piece_and_long_ones_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpcompile.runtime.schedule.MAX_GROUPED", 8)
-    (all_of,) = [(Span(0, 0, 40),)]
+def test_documents_are_one_piece() -> None:
     visible = Visible(Band(None, 0), Segments.of(((0, 3, 4, 9, 30),)))
-    found = pieces(all_of, all_of, replace(visible))
-    assert [(piece.rows.size, piece.lengths) for piece in found] == [(9, (3, 1, 5)), (21, ()), (10, ())]
+    (piece,) = pieces(whole(40), whole(40), visible)
+    assert (piece.rows, piece.lengths) == (Span(0, 0, 40), (3, 1, 5, 21, 10))
+
+
+def test_only_several_documents_vary() -> None:
+    assert [Visible(Band(), Segments.of(rows)).is_varied for rows in (((0,), (0, 4)), ((0,), (0,)))] == [True, False]
+    assert not Visible(Band()).is_varied
 
 
 def test_a_document_before_the_diagonal_is_one_rectangle() -> None:

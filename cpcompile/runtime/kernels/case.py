@@ -18,7 +18,7 @@ FLOATS = (*HALF, torch.float32)
 
 # What hides keys, and so can be put into one bool mask of all rows and columns.
 HIDING = frozenset(("causal", "band", "mask", "documents", "key_padding", "prefix"))
-FEATURES = HIDING | frozenset(("lengths", "bias", "alibi", "softcap", "dropout", "deterministic"))
+FEATURES = HIDING | frozenset(("lengths", "varied", "bias", "alibi", "softcap", "dropout", "deterministic"))
 
 _WORDS = {
     "causal": "causal mask",
@@ -64,6 +64,7 @@ def features(block: Block) -> frozenset[str]:
         "causal": block.is_causal_square,
         "band": block.has_band and not block.is_causal_square,
         "lengths": len(block.lengths) > 1,
+        "varied": block.is_varied,
         "mask": block.mask is not None and block.mask.dtype == torch.bool,
         "bias": block.mask is not None and block.mask.dtype != torch.bool,
         "documents": block.documents is not None,
@@ -90,7 +91,7 @@ class Kernel:
         forward, backward: as `cpcompile.runtime.kernels` describes them, for what the others allow.
         limits: why it cannot take a case, features in `takes` aside; '' when it can.
         takes: the features that it computes itself. With "mask", everything in `HIDING` reaches it as a bool mask;
-            without "lengths" it is called for each document.
+            without "lengths" it is called for each document. "varied" says nothing of what is computed: `limits` may read it.
         dims: the head dims of q and v that it is to get instead of those of the case; the rest is filled with zeros.
     """
 
@@ -104,7 +105,7 @@ class Kernel:
     def refuses(self, case: Case) -> str:
         """Return why this kernel cannot compute a case, or ''."""
         reason = self.limits(case)
-        missing = case.features - self.takes - {"lengths"}
+        missing = case.features - self.takes - {"lengths", "varied"}
         if "mask" in self.takes:
             missing -= HIDING
         return reason or (
