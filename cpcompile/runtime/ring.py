@@ -16,7 +16,7 @@ from cpcompile.runtime.lanes import Lanes
 from cpcompile.runtime.messages import by_head, by_token, room, runs
 from cpcompile.runtime.partial import Gradient, Result, add_gradients
 from cpcompile.runtime.post import Posted, Ring, Transfer, post
-from cpcompile.runtime.schedule import Needs, Span, Spans, Visit, needs, num_tokens, packed, visits
+from cpcompile.runtime.schedule import Needs, Span, Spans, Visit, needs, num_tokens, visits
 from cpcompile.runtime.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.terms import Terms
 
@@ -64,8 +64,8 @@ class Blocks:
     def start(self, posted: Posted, visit: Visit) -> Arriving:
         """Start fetching what this rank needs."""
         fetched = room(visit.num_columns, (self.k, self.v))
-        columns = packed(self.needs.runs[self.ring.rank][self.ring.before(visit.step)])
-        into = [x[span.slots] for x in fetched for span in columns]
+        laid = self.needs.laid[self.ring.rank][self.ring.before(visit.step)]
+        into = [x[span.slots] for x in fetched for span in laid]
         transfer = posted.start([visit.step], [into], self._parts)
         k, v = map(by_head, fetched)
         return Arriving(k, v, transfer)
@@ -148,22 +148,23 @@ class Homecoming:
     def __init__(self, dk: Tensor, dv: Tensor, blocks: Blocks, step: int) -> None:
         """Send the gradients of what this rank fetched at `step`."""
         ring, like = blocks.ring, (blocks.k, blocks.v)
-        self._spans = blocks.needs.runs[ring.after(step)][ring.rank]
-        arrived = room(num_tokens(self._spans), like)
+        given, needs = ring.after(step), blocks.needs
+        self._runs, self._laid = needs.runs[given][ring.rank], needs.laid[given][ring.rank]
+        arrived = room(num_tokens(self._runs), like)
 
         def parts(receiver: int, source: int) -> list[slice]:
-            size = num_tokens(blocks.needs.runs[source][receiver])
+            size = num_tokens(needs.runs[source][receiver])
             return runs([Span(0, 0, size)] if size else [], like, size)
 
         # What was fetched from the rank `step` before goes back there: round the ring the other way.
         largest = sum(x.numel() for x in like)
         posted = post(by_token([dk, dv], ring, largest), ring, num_starts=1)
-        self._transfer = posted.start([ring.size - step], [arrived if self._spans else []], parts)
+        self._transfer = posted.start([ring.size - step], [arrived if self._runs else []], parts)
         self._dk, self._dv = map(by_head, arrived)
 
     def add_to(self, dk: Gradient, dv: Gradient) -> None:
         """Add what came home to the gradients of the own block."""
         self._transfer.wait()
         for gradient, x in ((dk, self._dk), (dv, self._dv)):
-            for span, to in zip(packed(self._spans), self._spans, strict=True):
-                gradient.add(x[:, :, span.slots], to.slots)
+            for run, at in zip(self._runs, self._laid, strict=True):
+                gradient.add(x[:, :, at.slots], run.slots)

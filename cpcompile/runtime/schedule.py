@@ -7,7 +7,7 @@ and an earlier run of columns are joined by one document at most, so that off th
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -94,16 +94,19 @@ def by_position(spans: Sequence[Span]) -> tuple[Span, ...]:
 
 
 def needed(parts: Sequence[Piece], columns: Sequence[Span]) -> tuple[Span, ...]:
-    """Return which tokens of `columns` some piece reads: one run of each span."""
-    found = []
-    for span in columns:
-        seen = [p.columns.slots for p in parts]
-        inside = [(max(s.start, span.slot), min(s.stop, span.slots.stop)) for s in seen]
-        inside = [(start, stop) for start, stop in inside if start < stop]
-        if inside:
-            start, stop = min(a for a, _ in inside), max(b for _, b in inside)
-            found.append(Span(start, span.position + start - span.slot, stop - start))
-    return tuple(found)
+    """Return which tokens of `columns`, which are in the order of their slots, some piece reads: one run of each span."""
+    seen: dict[int, tuple[int, int]] = {}
+    for part in parts:
+        read = part.columns.slots
+        for index in range(bisect_right(columns, read.start, key=lambda span: span.slot) - 1, len(columns)):
+            span = columns[index].slots
+            start, stop = max(read.start, span.start), min(read.stop, span.stop)
+            if start >= stop:
+                break
+            first, last = seen.get(index, (start, stop))
+            seen[index] = min(first, start), max(last, stop)
+    found = ((columns[index], *seen[index]) for index in sorted(seen))
+    return tuple(Span(start, span.position + start - span.slot, stop - start) for span, start, stop in found)
 
 
 def joined(spans: Sequence[Span]) -> tuple[Span, ...]:
@@ -149,6 +152,7 @@ class Needs:
         held: for each receiver all that it needs, in the order of positions.
         within: for each receiver and source where the runs of `of` are in what the receiver holds.
         runs: as `of`, neighbouring slots in one run.
+        laid: where these are when they lie one after the other.
         steps: those at which some rank needs something of the rank that many before it.
     """
 
@@ -156,6 +160,7 @@ class Needs:
     held: tuple[Spans, ...]
     within: tuple[tuple[Spans, ...], ...]
     runs: tuple[tuple[Spans, ...], ...]
+    laid: tuple[tuple[Spans, ...], ...]
     steps: tuple[int, ...]
 
 
@@ -168,7 +173,8 @@ def needs(spans: tuple[Spans, ...], visible: Visible) -> Needs:
     held = tuple(by_position([span for runs in of[r] for span in runs]) for r in ranks)
     within = tuple(tuple(tuple(place(span, held[r]) for span in of[r][s]) for s in ranks) for r in ranks)
     runs = tuple(tuple(map(joined, of_receiver)) for of_receiver in of)
-    return Needs(of, held, within, runs, steps)
+    laid = tuple(tuple(map(packed, of_receiver)) for of_receiver in runs)
+    return Needs(of, held, within, runs, laid, steps)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,7 +202,8 @@ def visits(spans: tuple[Spans, ...], visible: Visible, rank: int) -> tuple[Visit
 
 def place(span: Span, held: Spans) -> Span:
     """Return the same tokens in the slots of `held`."""
-    (run,) = [h for h in held if h.position <= span.position < h.end]
+    run = held[bisect_right(held, span.position, key=lambda h: h.position) - 1]
+    assert run.position <= span.position < run.end
     return run.between(span.position, span.end)
 
 
@@ -210,7 +217,7 @@ def _pieces_of(rows: Spans, columns: Spans, visible: Visible, starts: Starts | N
         return [Piece(square, replace(square, slot=columns[0].slot), high=0)]
     found: list[Piece] = []
     for row in rows:
-        for column in columns:
+        for column in _within_reach(row, columns, starts):
             for r, c in _rectangles(row, column, starts):
                 found += _cut(r, c, band, visible.has_prefix)
     return _join(_group(found) if starts is not None else found) if is_joined else found
@@ -221,14 +228,26 @@ def _are_dense(spans: Sequence[Span]) -> bool:
     return all(a.slots.stop == b.slot for a, b in pairwise(spans))
 
 
+def _within_reach(row: Span, columns: Spans, starts: Starts | None) -> Spans:
+    """Return the columns that hold some token of the documents of the rows."""
+    if starts is None:
+        return columns
+    first = starts[bisect_right(starts, row.position) - 1]
+    following = bisect_right(starts, row.end - 1)
+    begin = bisect_right(columns, first, key=lambda span: span.end)
+    if following == len(starts):
+        return columns[begin:]
+    return columns[begin : bisect_left(columns, starts[following], key=lambda span: span.position)]
+
+
 def _rectangles(row: Span, column: Span, starts: Starts | None) -> Iterator[tuple[Span, Span]]:
     """Yield the parts of a rectangle within one document each."""
     if starts is None:
         yield row, column
         return
-    ends = (*starts[1:], max(row.end, column.end))
     for index in range(bisect_right(starts, max(row.position, column.position)) - 1, len(starts)):
-        r, c = (span.between(starts[index], ends[index]) for span in (row, column))
+        end = starts[index + 1] if index + 1 < len(starts) else max(row.end, column.end)
+        r, c = (span.between(starts[index], end) for span in (row, column))
         if not r.size or not c.size:
             return
         yield r, c

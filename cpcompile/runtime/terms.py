@@ -79,8 +79,7 @@ class Terms:
         mask = terms.mask
         if mask is not None and mask.dim() < 4:
             mask = mask[(None,) * (4 - mask.dim())]
-        terms = replace(terms, mask=mask, num_heads=q.shape[1], length=length)
-        return replace(terms, visible=terms._visible())
+        return replace(terms, mask=mask, num_heads=q.shape[1], length=length, visible=terms._visible())
 
     def of_heads(self, start: int, stop: int) -> Terms:
         """Return the terms of the query heads [start, stop)."""
