@@ -26,8 +26,9 @@ RATES = {
 }
 FLASH2 = (330e12, 300e12)  # and all others that run on GPUs
 CPU = (100e9, 100e9)  # fp32 on a few cores
-# A kernel reaches its rate when a row sees so many keys, as in a causal square of 16k; with half as many it is 7 and 11% slower.
-FULL_KEYS, FORWARD_SLOPE, BACKWARD_SLOPE = 8192, 0.1, 0.16
+# A kernel reaches its rate when a row sees so many keys, as in a causal square of 16k; with half as many it is 7 and 11% slower
+# alone, and half of that where blocks run side by side.
+FULL_KEYS, FORWARD_SLOPE, BACKWARD_SLOPE = 8192, 0.05, 0.08
 
 # Bytes a second and direction; between hosts those of a 400 Gb/s card for each GPU.
 BYTES = {"symmetric": 350e9, "p2p": 250e9, "network": 45e9, "cpu": 2e9}
@@ -36,6 +37,7 @@ RANKS_OF_HOST = 8  # that NVLink connects; messages of more ranks take the netwo
 PRODUCTS, MEMORY = {"gpu": 600e12, "cpu": 100e9}, {"gpu": 2.5e12, "cpu": 10e9}
 # Each rank holds whole keys and values of a layer, and twice to three times that of their gradients: `auto` takes no more bytes.
 MOST_HELD = 4 * 2**30
+LAYING = 300e9  # bytes a second at which heads are laid into messages and out of them, which nothing hides
 SLOWDOWN = 0.1  # of kernels while messages are sent that take SMs; symmetric memory takes none
 LATENCY = 25e-6  # seconds of an exchange: launches and barriers
 # Documents: the work of the slowest rank over the mean, where each computes rows; where each computes heads, the kernel of a
@@ -172,6 +174,7 @@ def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
     if swapped:
         count = 4 * len(rounds(inner, site.heads, site.kv_heads))
         total += _exposed(swapped, count, 4, work, link(site, axis, inner))
+        total += swapped / LAYING if is_gpu(site) else 0.0
     return total
 
 
