@@ -26,7 +26,7 @@ class Graph(str, Enum):
 
 
 Strategy = Annotated[
-    str, typer.Option(help="How attention is computed: auto, ulysses, ring, gather, halo, usp or latent.")
+    str, typer.Option(help="How attention is computed: auto, ulysses, ring, gather, halo, usp, latent or latent_heads.")
 ]
 Kernel = Annotated[
     str, typer.Option(help="What computes a block of attention: auto, cudnn, flash, triton, flex, math, ...")

@@ -212,6 +212,15 @@ def _latent_attention(calls: Calls) -> Ranks:
     return [(split(out, at, order)[rank], None) for rank, out in enumerate(outs)]
 
 
+def _latent_heads_attention(calls: Calls) -> Ranks:
+    """Each rank has keys of all tokens for its own heads, made by itself."""
+    c = calls[0]
+    order, at = Order.of_call(c), Sharded(2)
+    k, v = (torch.cat([own[name] for own in calls], 1) for name in "kv")
+    out = reference_attention(join([own["q"] for own in calls], at, order), k, v, c["mask"], c)
+    return [(part, None) for part in split(out, at, order)]
+
+
 def reference_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, c: Mapping[str, Any]
 ) -> torch.Tensor:
@@ -311,6 +320,7 @@ COLLECTIVES: dict[Any, Callable[[Calls], Ranks]] = {
     cp.dropout_tokens.default: _dropout,
     cp.draw_kept.default: _draw_kept,
     cp.latent_attention.default: _latent_attention,
+    cp.latent_heads_attention.default: _latent_heads_attention,
     **{
         getattr(cp, f"{strategy}_attention").default: _attention
         for strategy in ("ring", "gather", "halo", "ulysses", "usp")

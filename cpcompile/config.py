@@ -11,7 +11,7 @@ from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
 from cpcompile.runtime.kernels import NAMES
 from cpcompile.runtime.transport import TRANSPORTS
 
-STRATEGIES = ("ulysses", "ring", "gather", "halo", "usp", "latent")
+STRATEGIES = ("ulysses", "ring", "gather", "halo", "usp", "latent", "latent_heads")
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "strategy": ("auto", *STRATEGIES),
@@ -33,8 +33,8 @@ class Config:
         strategy: how attention is computed: `ulysses` (all-to-all to heads), `ring` (KV blocks travel), `gather` (KV gathered,
             local query rows), `halo` (only the neighbours' tokens within a sliding window), `usp` (heads exchanged along one axis
             of a pair, ring along the other), `latent` (what keys and values are computed from is gathered where it is narrower,
-            and every rank computes them for all tokens) or `auto` (the cheapest by the printed cost model, one for each
-            attention).
+            and every rank computes them for all tokens), `latent_heads` (the same, for its own heads; queries and outputs
+            are exchanged as in `ulysses`) or `auto` (the cheapest by the printed cost model, one for each attention).
         balancer: which tokens each rank holds: `contiguous`, `zig_zag` (equal causal work for one document), `balanced` or
             `zig_zag_by_document` (equal work for packed documents: they follow the documents of each batch, see
             `cpcompile.balance`) or `auto`.

@@ -47,7 +47,7 @@ UNEVEN, SMALL = 1.3, 1.6
 # Of strategies within this factor of the cheapest, the first of these is taken: the one that sends least, then those whose work
 # does not depend on the mask.
 CLOSE = 1.03
-PREFERENCE = ("halo", "ulysses", "usp", "ring", "gather", "latent")
+PREFERENCE = ("halo", "ulysses", "usp", "ring", "gather", "latent_heads", "latent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,14 @@ class Expansion:
         latent_bytes, key_bytes: of the value, and of keys and values.
         flops: what computes these from that.
         messages: into how many values it is split.
+        by_heads: some heads of them can be computed without the others.
     """
 
     latent_bytes: int
     key_bytes: int
     flops: int
     messages: int = 1
+    by_heads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +107,18 @@ class Attention:
             "halo": self.has_window,
             "usp": axis.inner_size > 0 and not (self.is_additive and is_ring),
             "latent": self.latent is not None,
+            "latent_heads": self.latent is not None
+            and self.latent.by_heads
+            and self.heads % axis.world_size == self.kv_heads % axis.world_size == 0,
         }
         return tuple(name for name in PREFERENCE if allowed[name])
 
-    def fits(self, strategy: str) -> bool:
+    def fits(self, strategy: str, axis: Ranks) -> bool:
         """Tell whether a strategy may be taken without being asked for: a latent that is clearly narrower, of keys that fit."""
-        if strategy != "latent" or self.latent is None:
+        if self.latent is None or not strategy.startswith("latent"):
             return True
-        return 2 * self.latent.latent_bytes < self.latent.key_bytes <= MOST_HELD // self.tokens
+        held = self.latent.key_bytes * self.tokens // (axis.world_size if strategy == "latent_heads" else 1)
+        return 2 * self.latent.latent_bytes < self.latent.key_bytes and held <= MOST_HELD
 
     def problem(self, axis: Ranks, layout: str) -> Problem:
         """Return the attention on ranks, as numbers."""
@@ -159,8 +165,10 @@ def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
     if site.has_documents:
         is_uneven = inner < axis.world_size and layout not in DOCUMENT_LAYOUTS
         work *= (UNEVEN if is_uneven else 1) * (SMALL if inner > 1 else 1)
+    if strategy.startswith("latent"):
+        work += expansion_seconds(site, axis, parts=inner)
     if strategy == "latent":
-        return work + expansion_seconds(site, axis)
+        return work
     ranks = sent_by_ranks(problem, strategy)
     keys = max(r.forward_keys + r.backward_keys for r in ranks)
     swapped = max(r.forward_swap + r.backward_swap for r in ranks)
@@ -194,16 +202,16 @@ def compute_seconds(site: Attention, problem: Problem, strategy: str) -> float:
     return max(sum(map(of, pieces_of(problem, strategy, at))) for at in sampled(problem.world_size // inner))
 
 
-def expansion_seconds(site: Attention, axis: Ranks) -> float:
+def expansion_seconds(site: Attention, axis: Ranks, parts: int = 1) -> float:
     """Return the seconds by which a latent costs more than the work of the attention; nothing of it is hidden.
 
     Keys and values of all tokens are computed in forward and again in backward, whose two products take twice as long; other
-    strategies do this once, for the tokens of a rank. Each time they are written and read.
+    strategies do this once, for the tokens of a rank. Each time they are written and read. `parts`: how many ranks share it.
     """
     assert site.latent is not None
     device, num_ranks = "gpu" if is_gpu(site) else "cpu", axis.world_size
-    products = site.latent.flops * (4 - 3 / num_ranks) / PRODUCTS[device]
-    memory = site.latent.key_bytes * 2 * (3 - 2 / num_ranks) / MEMORY[device]
+    products = site.latent.flops * (4 / parts - 3 / num_ranks) / PRODUCTS[device]
+    memory = site.latent.key_bytes * 2 * (3 / parts - 2 / num_ranks) / MEMORY[device]
     kind = link(site, axis, num_ranks)
     sent = 2 * site.latent.latent_bytes * (num_ranks - 1) / num_ranks
     travel = sent / BYTES["p2p" if kind == "symmetric" else kind]
@@ -255,7 +263,7 @@ def choose(
     for layout in layouts:
         chosen, total = [], 0.0
         for site in sites:
-            allowed = [s for s in site.strategies(axis) if strategy == s or (strategy == "auto" and site.fits(s))]
+            allowed = [s for s in site.strategies(axis) if strategy == s or (strategy == "auto" and site.fits(s, axis))]
             allowed = allowed or ["gather"]
             costs = {name: seconds(site, name, layout, axis) for name in allowed}
             least = min(costs.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -399,6 +399,8 @@ def numbers_of(node: fx.Node, transformed: Transformed) -> Numbers:
     """Return the numbers of a collective attention."""
     plan, strategy = transformed.plan, strategy_of(node)
     problem = attention_problem(sized(Call.of(node)))
+    if strategy == "latent_heads":  # the operator has the key heads of one rank
+        problem = replace(problem, kv_heads=problem.kv_heads * plan.world_size)
     pairs = tuple(work_of(problem, strategy, rank) for rank in range(plan.world_size))
     return Numbers(traffic_of(node, transformed), pairs, memory_of(problem, strategy, plan.heads_per_message))
 
@@ -421,6 +423,8 @@ def sharded_inputs(gm: fx.GraphModule) -> list[ShardedInput]:
     found = []
     for node in gm.graph.find_nodes(op="call_function", target=cp.shard_tokens.default):
         source = node.args[0]
+        if annotation(node).is_local:
+            continue  # the heads of a weight
         shape = tuple(size_hint(n) for n in source.meta["val"].shape) if is_tensor(source) else ()
         name = input_name(source) if source.op == "placeholder" else f"{operator_name(source)} ({source.name})"
         found.append(ShardedInput(name, shape, node.args[1], source_place(node) or "input"))

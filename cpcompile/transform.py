@@ -20,7 +20,7 @@ from cpcompile.cost import Choice, Ranks, choose
 from cpcompile.errors import CPError, InputError, NoChunks, where
 from cpcompile.mesh import Axis
 from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies, find_attention
-from cpcompile.patterns.latent import expansion_of
+from cpcompile.patterns.latent_heads import expansion_of
 from cpcompile.patterns.nodes import value_numbers
 from cpcompile.plan import Plan, sequences_of
 from cpcompile.sites import (
@@ -85,7 +85,8 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
     num_tokens = tokens_of_attention(captured) if not token_dims else 0
     ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)
     sites = [
-        replace(attention_site(node, config.kernel), latent=expansion_of(node)) for node in attention_nodes(captured)
+        replace(attention_site(node, config.kernel), latent=expansion_of(node, token_dims))
+        for node in attention_nodes(captured)
     ]
     choice = choose(sites, config.strategy, config.balancer, ranks, follows_documents=can_follow(captured))
     warn_of_other_strategies(captured, choice, config.strategy)
@@ -164,6 +165,8 @@ def warn_of_other_strategies(gm: fx.GraphModule, choice: Choice, asked: str) -> 
         reason = "they have no sliding window, so that their rows see more than the tokens of neighbours"
     if asked == "latent":
         reason = "nothing narrower than their keys and values determines these token by token"
+    if asked == "latent_heads":
+        reason = "no latent determines their keys and values head by head, or the ranks do not divide their heads"
     warn_of_gathers(others, asked, reason)
 
 

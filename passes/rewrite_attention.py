@@ -30,9 +30,11 @@ OPERATORS = {
     "ulysses": cp.ulysses_attention.default,
     "usp": cp.usp_attention.default,
     "latent": cp.latent_attention.default,
+    "latent_heads": cp.latent_heads_attention.default,
 }
 
 # These want a dense mask whole, the others the rows of their own queries.
+LATENT = ("latent", "latent_heads")
 EXCHANGE_HEADS = ("ulysses", "usp")
 
 
@@ -54,8 +56,13 @@ def is_along_one_sequence(node: fx.Node) -> bool:
     """Tell whether an attention is one of local rows that needs other tokens' keys, or has them from a latent."""
     call = Call.of(node)
     placements = [placement_of(call[name]) for name in ("q", "k")]
-    if annotation(node).strategy == "latent" and isinstance(placements[0], Sharded):
+    if annotation(node).strategy in LATENT and isinstance(placements[0], Sharded):
         return str(call.shape("q")[2]) == str(call.shape("k")[2])
+    if annotation(node).strategy == "latent_heads":
+        raise ConfigError(
+            f"strategy='latent_heads' cannot compute this attention: its queries are not sharded.\n\n{where(node)}\n\n"
+            "Use strategy='latent' or 'gather'."
+        )
     return isinstance(placements[1], Sharded)
 
 
@@ -86,7 +93,7 @@ def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan)
     assert isinstance(at, Sharded)
     has_rows = call["mask"] is not None and isinstance(placement_of(call["mask"]), Sharded)
     is_sharded = isinstance(placement_of(call["k"]), Sharded)
-    needs_gather = is_sharded if known.strategy == "latent" else has_rows and known.strategy in EXCHANGE_HEADS
+    needs_gather = is_sharded if known.strategy in LATENT else has_rows and known.strategy in EXCHANGE_HEADS
     strategy = "gather" if needs_gather else known.strategy
     refuse_unable(call, strategy, plan)
     lengths = Lengths.of(gm, at.sequence)

@@ -10,6 +10,7 @@ those.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
@@ -48,12 +49,17 @@ class Latent:
     numbers: Expansion
 
 
-def find_latent(attention: fx.Node) -> Latent | None:
-    """Return the latent of an attention, or None where nothing narrower than its keys and values determines them."""
+def find_latent(attention: fx.Node, token_inputs: Collection[str] = ()) -> Latent | None:
+    """Return the latent of an attention, or None where nothing narrower than its keys and values determines them.
+
+    `token_inputs` are the placeholders that hold tokens; without any, the model makes its tokens itself.
+    """
     call = Call.of(attention)
     if str(call.shape("q")[2]) != str(call.shape("k")[2]):
         return None
-    walk = Walk(attention)
+    walk = Walk(attention, token_inputs)
+    if call["q"] not in walk.sharded:
+        return None
     keys = list(dict.fromkeys((call["k"], call["v"])))
     width = sum(walk.width(node) for node in keys)
     narrow = walk.cut(keys)
@@ -69,12 +75,6 @@ def find_latent(attention: fx.Node) -> Latent | None:
     return Latent(narrow, expansion, numbers)
 
 
-def expansion_of(attention: fx.Node) -> Expansion | None:
-    """Return what the cost of an attention's latent depends on, if it has one."""
-    latent = find_latent(attention)
-    return None if latent is None else latent.numbers
-
-
 class Walk:
     """What the keys and values of one attention are computed from, up to where tokens mix.
 
@@ -84,10 +84,10 @@ class Walk:
         operands: for each of them, the values that its tokens come from; None where it cannot be computed by token.
     """
 
-    def __init__(self, attention: fx.Node) -> None:
+    def __init__(self, attention: fx.Node, token_inputs: Collection[str]) -> None:
         call = Call.of(attention)
         self.length = call.shape("k")[2]
-        self.sharded = sharded_values(attention)
+        self.sharded = sharded_values(attention, token_inputs)
         self.placements: dict[fx.Node, Sharded] = {}
         self.operands: dict[fx.Node, dict[fx.Node, Sharded] | None] = {}
         pending = [(call["k"], KEYS), (call["v"], KEYS)]
@@ -165,13 +165,17 @@ class Walk:
         return tuple(sorted(found))
 
 
-def sharded_values(attention: fx.Node) -> set[fx.Node]:
-    """Return the values before an attention that may be sharded: those that products come before."""
+def sharded_values(attention: fx.Node, token_inputs: Collection[str]) -> set[fx.Node]:
+    """Return the values before an attention that may be sharded: those of tokens that products come before."""
     found: set[fx.Node] = set()
+    of_tokens = {node for node in attention.graph.find_nodes(op="placeholder") if node.name in token_inputs}
     for node in attention.graph.nodes:
         if node is attention:
             break
-        if node.target in HEAVY or any(operand in found for operand in node.all_input_nodes):
+        if any(operand in of_tokens for operand in node.all_input_nodes):
+            of_tokens.add(node)
+        is_first = node.target in HEAVY and (node in of_tokens or not token_inputs)
+        if is_first or any(operand in found for operand in node.all_input_nodes):
             found.add(node)
     return found
 

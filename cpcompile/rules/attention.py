@@ -45,7 +45,7 @@ class AttentionRule:
 
     def _along_one_sequence(self, call: Call, at: Sharded, given: Set[str], is_sharded: bool) -> Decision:
         # Keys and values of a latent that was gathered are whole already.
-        is_expanded = annotation(call.node).strategy == "latent" and given == {"q"}
+        is_expanded = annotation(call.node).strategy in ("latent", "latent_heads") and given == {"q"}
         keys: Placement = FULL if is_expanded else at
         wanted: dict[str, Placement] = {"q": at, "k": keys, "v": keys}
         vectors = {name for name in WHOLE if call[name] is not None}

@@ -49,7 +49,7 @@ class Problem:
 
     def inner(self, strategy: str) -> int:
         """Return how many ranks exchange heads: ring is a grid of one inner rank, Ulysses of one outer rank."""
-        return {"ulysses": self.world_size, "usp": self.inner_size}.get(strategy, 1)
+        return {"ulysses": self.world_size, "latent_heads": self.world_size, "usp": self.inner_size}.get(strategy, 1)
 
     def spans(self, rank: int) -> Spans:
         """Return the tokens of a rank."""
@@ -160,7 +160,8 @@ def sent_by_ranks(problem: Problem, strategy: str) -> tuple[Sent, ...]:
     inner, heads, size = problem.inner(strategy), problem.heads_of(strategy), problem.itemsize
     ranks = []
     for outer, ring in keys_sent(problem, strategy).items():
-        swapped = _exchanged(problem, heads, [num_tokens(problem.spans(outer * inner + i)) for i in range(inner)])
+        tokens = [num_tokens(problem.spans(outer * inner + i)) for i in range(inner)]
+        swapped = _exchanged(problem, heads, tokens, has_keys=strategy != "latent_heads")
         for own, (forward, backward) in zip(heads, swapped, strict=True):
             width = size * problem.key_width * num_keys(own)
             ranks.append(Sent(size * forward, size * backward, ring.sent * width, (ring.sent + ring.fetched) * width))
@@ -178,9 +179,12 @@ def num_keys(heads: Heads) -> int:
     return heads.num_query if heads.key_index() else heads.num_key
 
 
-def _exchanged(problem: Problem, heads: Sequence[Heads], tokens: Sequence[int]) -> list[tuple[int, int]]:
+def _exchanged(
+    problem: Problem, heads: Sequence[Heads], tokens: Sequence[int], has_keys: bool = True
+) -> list[tuple[int, int]]:
     """Return the elements that each inner rank sends of its `tokens` and heads to the other inner ranks."""
-    given = [problem.batch * h.num_query * problem.head_dim + problem.key_width * h.num_key for h in heads]
+    keys = problem.key_width if has_keys else 0
+    given = [problem.batch * h.num_query * problem.head_dim + keys * h.num_key for h in heads]
     results = [problem.batch * h.num_query * problem.value_dim for h in heads]
     return [
         (
@@ -205,7 +209,7 @@ def memory_of(problem: Problem, strategy: str, heads_per_message: int = 0) -> Me
 
     Every strategy keeps local q, k, v and out. Those that exchange heads keep them by heads too, and compute from these; a ring
     holds the block that it computes and the one that arrives; `gather` holds all keys that its rows see, of as many heads as a
-    message has; `latent` holds the keys of all tokens, of all heads, and keeps none.
+    message has; `latent` holds the keys of all tokens, `latent_heads` those of its heads, and neither keeps them.
     """
     inner, size = problem.inner(strategy), problem.itemsize
     query = problem.batch * problem.heads * (problem.head_dim + problem.value_dim)
@@ -214,11 +218,11 @@ def memory_of(problem: Problem, strategy: str, heads_per_message: int = 0) -> Me
     slots = max(num_tokens(problem.spans(rank)) for rank in sampled(problem.world_size))
     kept = slots * (token + statistics) * (2 if inner > 1 else 1)
     count = problem.world_size // inner
+    if strategy in ("latent", "latent_heads"):
+        keys = size * problem.kv_heads * problem.key_width
+        return Memory(kept - (2 if inner > 1 else 1) * slots * keys, problem.length * keys // inner)
     if count == 1:
         return Memory(kept, 0)
-    if strategy == "latent":
-        keys = slots * size * problem.kv_heads * problem.key_width
-        return Memory(kept - keys, problem.length * size * problem.kv_heads * problem.key_width)
     width = size * problem.key_width * max(map(num_keys, problem.heads_of(strategy)))
     if strategy in ("gather", "halo"):
         fetched = max(ring.fetched for ring in keys_sent(problem, strategy).values())

@@ -1,8 +1,8 @@
 """Strategies: the attention operators of a rewritten graph, one for each way in which ranks share the work.
 
-All take local q, k and v `[B, heads, local tokens, D]`, padding slots included (`latent` takes whole k and v), and return
-(out, lse, *kept) of the local rows. Rows of a mask are the local ones, except for strategies that exchange heads, which take it
-whole; all else in `Terms` is of the whole sequence.
+All take local q, k and v `[B, heads, local tokens, D]`, padding slots included, and return (out, lse, *kept) of the local
+rows; `latent` takes k and v of all tokens, `latent_heads` those of this rank's heads. Rows of a mask are the local ones, except
+for strategies that exchange heads, which take it whole; all else in `Terms` is of the whole sequence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from cpcompile.layout import local_length
 from cpcompile.order import Order
-from cpcompile.runtime import gather, latent, operators, ring, ulysses
+from cpcompile.runtime import gather, latent, latent_heads, operators, ring, ulysses
 from cpcompile.runtime.heads import NUM_ROUNDS, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.partial import empty_result
@@ -139,6 +139,40 @@ def _latent_backward(
     return latent.attend_backward(dout, q, k, v, out, lse, terms, at.spans[at.ring.rank])
 
 
+def _latent_heads(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
+    at = Axis.of(values, _as_grid(axis))
+    out, kept = latent_heads.attend(q, k, v, Terms.of(q, k, values, at.length), at.grid)
+    none = [q.new_empty(0) for _ in range(3 * (NUM_ROUNDS - len(kept)))]
+    return out, *(x for each in kept for x in each), *none
+
+
+def _latent_heads_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kept: list[Tensor],
+    *values: Any,
+    **axis: Any,
+) -> Gradients:
+    at = Axis.of(values, _as_grid(axis))
+    stored = [lse, *kept]
+    each = [(stored[i], stored[i + 1], stored[i + 2]) for i in range(0, len(stored), 3) if stored[i].numel()]
+    return latent_heads.attend_backward(dout, q, k, v, each, Terms.of(q, k, values, at.length), at.grid)
+
+
+def _latent_heads_results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
+    each, results = latent_heads.rounds_of(q, k, axis["world_size"]), [empty_result(q, v)[0]]
+    for ranks in each:
+        shape = q.shape[0], axis["length"], ranks[0].num_query
+        q_own = q.new_empty(*shape, q.shape[3]).transpose(1, 2)
+        out_own, lse = empty_result(q_own, v)
+        results += [lse, q_own, out_own]
+    return *results, *(q.new_empty(0) for _ in range(3 * (NUM_ROUNDS - len(each))))
+
+
 def _in_grid(terms: Terms, grid: ulysses.Grid) -> Terms:
     """Return the terms with the rows of the mask that the inner ranks of this one hold."""
     mask = terms.mask
@@ -222,5 +256,9 @@ operators.define("gather_attention", _gather, _gather_backward, _results, num_ke
 operators.define("halo_attention", _gather, _gather_backward, _results, num_kept=0, axis=MESSAGES)
 # Its k and v are whole, in the user's order.
 operators.define("latent_attention", _latent, _latent_backward, _results, num_kept=0, axis=AXIS)
+# Its k and v are of all tokens too, and of this rank's heads.
+operators.define(
+    "latent_heads_attention", _latent_heads, _latent_heads_backward, _latent_heads_results, num_kept=5, axis=AXIS
+)
 operators.define("ulysses_attention", _ulysses, _ulysses_backward, _ulysses_results, num_kept=_KEPT, axis=AXIS)
 operators.define("usp_attention", _usp, _usp_backward, _usp_results, num_kept=_KEPT, axis=GRID)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,11 @@ def _attention(strategy: str) -> Callable[[Arguments], Traffic]:
     return lambda a: Traffic(*attention_bytes(attention_problem(a), strategy))
 
 
+def _latent_heads(a: Arguments) -> Traffic:
+    problem = attention_problem(a)
+    return Traffic(*attention_bytes(replace(problem, kv_heads=problem.kv_heads * a["world_size"]), "latent_heads"))
+
+
 def attention_problem(a: Arguments) -> Problem:
     """Return an attention operator's arguments as a problem. Where documents begin is not read: they hide nothing here."""
     given = [None if name == "bounds" else a[name] for name in TERMS]
@@ -98,6 +103,7 @@ _COUNTS: dict[str, Callable[[Arguments], Traffic]] = {
     "move_tokens": _move_tokens,
     "halo_tokens": _halo_tokens,
     "stack_ranks": _stack_ranks,
+    "latent_heads_attention": _latent_heads,
     "shared_seed": lambda a: Traffic(torch.int64.itemsize, 0),
     **{f"{strategy}_attention": _attention(strategy) for strategy in ("ring", "gather", "halo", "ulysses", "usp")},
 }

@@ -19,6 +19,7 @@ from cpcompile.explanation import Explanation
 from cpcompile.layout import local_length
 from cpcompile.passes import find_token_local, gather_latents, place_tokens
 from cpcompile.patterns.latent import find_latent
+from cpcompile.patterns.latent_heads import expansion_of
 from cpcompile.placement import Full
 from cpcompile.sites import attention_nodes
 from tests.graph.small_models import TinyLM, batch, before, count, planned
@@ -32,15 +33,15 @@ ITEM, BATCH = 4, 2
 class MLA(TinyLM):
     """Multi-head latent attention as one writes it by hand; keys and values may also come from other users of the latent."""
 
-    rank = RANK
+    rank, num_heads = RANK, HEADS
 
     def __init__(self) -> None:
         super().__init__()
-        self.q = nn.Linear(WIDTH, HEADS * (NOPE + ROPE))
+        self.q = nn.Linear(WIDTH, self.num_heads * (NOPE + ROPE))
         self.down = nn.Linear(WIDTH, self.rank + ROPE)
         self.norm = nn.LayerNorm(self.rank)
-        self.up = nn.Linear(self.rank, HEADS * (NOPE + VALUE), bias=False)
-        self.out = nn.Linear(HEADS * VALUE, WIDTH)
+        self.up = nn.Linear(self.rank, self.num_heads * (NOPE + VALUE), bias=False)
+        self.out = nn.Linear(self.num_heads * VALUE, WIDTH)
 
     def compressed(self, x: Tensor) -> Tensor:
         return self.down(x)
@@ -49,10 +50,10 @@ class MLA(TinyLM):
         return self.up(self.norm(latent))
 
     def attend(self, x: Tensor) -> Tensor:
-        q, q_rope = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).split([NOPE, ROPE], -1)
+        q, q_rope = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).split([NOPE, ROPE], -1)
         latent, k_rope = self.compressed(x).split([self.rank, ROPE], -1)
-        k, v = self.expanded(latent).unflatten(-1, (HEADS, -1)).transpose(1, 2).split([NOPE, VALUE], -1)
-        k_rope = rotate(k_rope[:, None]).expand(-1, HEADS, -1, -1)
+        k, v = self.expanded(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).split([NOPE, VALUE], -1)
+        k_rope = rotate(k_rope[:, None]).expand(-1, self.num_heads, -1, -1)
         y = F.scaled_dot_product_attention(
             torch.cat([q, rotate(q_rope)], -1), torch.cat([k, k_rope], -1), v, is_causal=True
         )
@@ -66,6 +67,12 @@ class Deep(MLA):
         x = self.embedding(input_ids)
         x = x + self.attend(x)
         return self.head(x + self.attend(x.tanh()))
+
+
+class Eight(Deep):
+    """Heads for more ranks."""
+
+    num_heads = 8
 
 
 class Convolved(MLA):
@@ -151,9 +158,11 @@ def test_second_run_changes_nothing() -> None:
     assert gm.graph.python_code("self").src == text
 
 
-def check(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> cpcompile.Verification:
+def check(
+    model: nn.Module, inputs: dict[str, Tensor], strategy: str = "latent", **options: Any
+) -> cpcompile.Verification:
     torch._dynamo.reset()
-    result = cpcompile.verify(model, inputs, dtype=torch.float64, strategy="latent", **options)
+    result = cpcompile.verify(model, inputs, dtype=torch.float64, strategy=strategy, **options)
     assert result.ok, result
     assert max(result.loss_error, result.worst_gradient[1]) < 1e-10
     return result
@@ -165,6 +174,20 @@ def test_keeps_numerics(world_size: int, length: int, layout: str) -> None:
     result = check(Deep(), batch(length), world_size=world_size, balancer=layout)
     assert result.transformed.changes["gather_latents"] == 2
     assert count(result.transformed.graph, cp.latent_attention.default) == 2
+
+
+@pytest.mark.parametrize(
+    ("world_size", "length", "layout"),
+    [(1, 7, "zig_zag"), (2, 11, "contiguous"), (3, 16, "zig_zag"), (4, 13, "contiguous"), (8, 21, "zig_zag")],
+)
+def test_own_heads_keep_numerics(world_size: int, length: int, layout: str) -> None:
+    model = Deep() if world_size == 3 else Eight()
+    result = check(model, batch(length), "latent_heads", world_size=world_size, balancer=layout)
+    graph = result.transformed.graph
+    assert count(graph, cp.latent_heads_attention.default) == 2
+    products = [node for node in graph.graph.nodes if node.target is torch.ops.aten.linear.default]
+    widths = [node.meta["val"].shape[-1] for node in products]
+    assert widths.count(model.num_heads // world_size * (NOPE + VALUE)) == 2
 
 
 SIZES = {
@@ -203,6 +226,12 @@ def test_deepseek_keeps_numerics(version: str, world_size: int, layout: str) -> 
     assert result.transformed.changes["gather_latents"] == 2
 
 
+@pytest.mark.parametrize(("version", "world_size"), [("V3", 4), ("V2", 2)])
+def test_own_heads_of_deepseek_keep_numerics(version: str, world_size: int) -> None:
+    result = check(deepseek(version), tokens(19), "latent_heads", world_size=world_size)
+    assert count(result.transformed.graph, cp.latent_heads_attention.default) == 2
+
+
 @pytest.mark.parametrize(("version", "layout"), [("V3", "zig_zag"), ("V2", "contiguous")])
 def test_deepseek_sends_its_latent(version: str, layout: str) -> None:
     explanation = cpcompile.explain(deepseek(version), tokens(19), world_size=4, balancer=layout, strategy="latent")
@@ -215,6 +244,45 @@ def test_deepseek_sends_its_latent(version: str, layout: str) -> None:
     torch._dynamo.reset()
     other = cpcompile.explain(deepseek(version), tokens(19), world_size=4, balancer=layout, strategy="gather")
     assert other.sites[0].forward_bytes > 3 * sent
+
+
+def test_own_heads_send_the_latent_queries_and_outputs() -> None:
+    explanation = cpcompile.explain(deepseek("V3"), tokens(16), world_size=4, strategy="latent_heads")
+    (latent, query, value), heads = (10, 12, 6), 4
+    assert latent == SIZES["kv_lora_rank"] + SIZES["qk_rope_head_dim"]  # type: ignore[operator]
+    local, others = 4, 12
+    unit = BATCH * ITEM
+    forward = unit * (3 * local * latent + local * (heads - 1) * query + others * value)
+    backward = unit * (3 * local * latent + local * (heads - 1) * value + others * query)
+    assert [(s.strategy, s.forward_bytes, s.backward_bytes) for s in explanation.sites] == [
+        ("latent_heads", forward, backward)
+    ] * 2
+    site = explanation.sites[0]
+    assert site.received_bytes == unit * 16 * (query + value)  # keys and values of one head
+    assert not any("weight" in value.value for value in explanation.inputs)
+
+
+def test_heads_that_ranks_do_not_divide_are_gathered() -> None:
+    with pytest.warns(UserWarning, match="use gather in place of latent_heads: no latent determines their keys"):
+        transformed = planned(MLA(), batch(), strategy="latent_heads")
+    assert transformed.choice.strategies == ("gather",)
+
+
+class Mixed(MLA):
+    """Each head's keys and values have to do with all other heads."""
+
+    def expanded(self, latent: Tensor) -> Tensor:
+        x = super().expanded(latent).unflatten(-1, (self.num_heads, -1))
+        return (x * x.mean(-2, keepdim=True)).flatten(-2)
+
+
+def test_heads_that_depend_on_each_other_are_not_computed_apart() -> None:
+    transformed = planned(Mixed(), batch(), world_size=3, strategy="ring")
+    found = [expansion_of(node, transformed.plan.token_dims) for node in attention_nodes(transformed.analysed)]
+    transformed = planned(MLA(), batch(), world_size=3, strategy="ring")
+    found += [expansion_of(node, transformed.plan.token_dims) for node in attention_nodes(transformed.analysed)]
+    assert [expansion is not None and expansion.by_heads for expansion in found] == [False, True]
+    assert found[0] is not None
 
 
 def test_the_residual_stream_is_no_latent_of_narrow_keys() -> None:
@@ -293,6 +361,17 @@ def test_costs_less_than_sending_keys_and_more_than_exchanging_heads() -> None:
         latent, gather, ulysses = (seconds(site, name, "zig_zag", ranks) for name in ("latent", "gather", "ulysses"))
         assert ulysses < latent < factor * gather
         assert choose([site], "auto", "zig_zag", ranks).strategies == ("ulysses",)
+
+
+def test_own_heads_cost_least_between_hosts() -> None:
+    site, ranks = replace(SITE, tokens=32768, latent=replace(LATENT, by_heads=True)), Ranks(16)
+    costs = {name: seconds(site, name, "zig_zag", ranks) for name in site.strategies(ranks)}
+    assert min(costs, key=costs.__getitem__) == "latent_heads"
+    assert choose([site], "auto", "zig_zag", ranks).strategies == ("latent_heads",)
+    assert choose([site], "auto", "zig_zag", Ranks(8)).strategies == (
+        "ulysses",
+    )  # as fast there, and without repeated work
+    assert "latent_heads" not in site.strategies(Ranks(24))
 
 
 def test_auto_weighs_the_work_that_the_latent_repeats() -> None:
