@@ -569,7 +569,7 @@ class Numbers(torch.utils.data.IterableDataset[torch.Tensor]):
         return iter(torch.arange(1, 33).view(8, 4))
 
 
-def prepared(rank: Any) -> tuple[list[Any], list[Any], float]:
+def prepared(rank: Any, cp_size: int) -> tuple[list[Any], list[Any], float]:
     """Return the batches of one epoch, shuffled and iterated, and how far gradients are from those of one device."""
     places = {"RANK": rank.rank, "LOCAL_RANK": rank.rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in places.items()})
@@ -578,23 +578,25 @@ def prepared(rank: Any) -> tuple[list[Any], list[Any], float]:
     from accelerate.state import AcceleratorState, GradientState
 
     try:
-        accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig(dp_shard_size=2, cp_size=2))
-        torch.manual_seed(rank.rank)  # random numbers differ, batches must not
+        accelerator = Accelerator(
+            cpu=True, parallelism_config=ParallelismConfig(dp_shard_size=4 // cp_size, cp_size=cp_size)
+        )
         loaders = [
             torch.utils.data.DataLoader(list(torch.arange(1, 33).view(8, 4)), batch_size=2, shuffle=True),
             torch.utils.data.DataLoader(Numbers(), batch_size=2),
         ]
         case = Case("mistral", length=4)
         alone, inner = case.model("sdpa"), case.model("sdpa")
+        torch.manual_seed(rank.rank)  # random numbers differ, batches must not
         model, _, *loaders = accelerator.prepare(inner, torch.optim.SGD(inner.parameters()), *loaders)
         shuffled, iterated = ([batch.tolist() for batch in loader] for loader in loaders)
         ids = torch.tensor(iterated[0])
-        with SequenceParallelContextManager([inner], 2, 1, RingAttnFunc.BATCH_ZIGZAG, None, False), Widen():
+        with SequenceParallelContextManager([inner], cp_size, 1, RingAttnFunc.BATCH_ZIGZAG, None, False), Widen():
             accelerator.backward(model(input_ids=ids, labels=ids).loss)
         with Widen():
-            for first in (1, 9):  # the batches of both groups
-                each = torch.arange(first, first + 8).view(2, 4)
-                (alone(input_ids=each, labels=each).loss / 2).backward()
+            for group in range(4 // cp_size):
+                each = torch.arange(8 * group + 1, 8 * group + 9).view(2, 4)  # its first batch
+                (alone(input_ids=each, labels=each).loss * cp_size / 4).backward()
         pairs = zip(gradients(inner), gradients(alone), strict=True)
         return shuffled, iterated, max(distance(x, y) for x, y in pairs)
     finally:
@@ -603,12 +605,14 @@ def prepared(rank: Any) -> tuple[list[Any], list[Any], float]:
         GradientState._reset_state()
 
 
-def test_accelerate_prepares_data_and_model(pool: Any) -> None:
-    found = pool.run(4, prepared, timeout=100)
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_accelerate_prepares_data_and_model(pool: Any, cp_size: int) -> None:
+    found = pool.run(4, prepared, cp_size, timeout=100)
     for kind in (0, 1):
-        first, second = found[0][kind], found[2][kind]
-        assert [ranks[kind] for ranks in found] == [first, first, second, second]
-        assert sorted(row for batch in first + second for row in batch) == torch.arange(1, 33).view(8, 4).tolist()
+        of_groups = [found[rank][kind] for rank in range(0, 4, cp_size)]
+        assert [ranks[kind] for ranks in found] == [batches for batches in of_groups for _ in range(cp_size)]
+        rows = [row for batches in of_groups for batch in batches for row in batch]
+        assert sorted(rows) == torch.arange(1, 33).view(8, 4).tolist()
     assert max(ranks[2] for ranks in found) < LARGEST
 
 

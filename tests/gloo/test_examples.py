@@ -1,0 +1,45 @@
+"""Every script under examples/ runs as its documentation says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ELSEWHERE = {"ring_flash_attn_names.py"}  # run by test_compat_ring_flash_attn.py
+# Arguments, and what is printed; scripts exit with 1 where the ranks differ from one device.
+RUNS = {
+    "axolotl_names.py": [
+        (
+            "--ranks 2",
+            r"2 ranks, 2 to a sequence of 63 tokens .*\n +ranks: (\d\.\d+ ?)+\none device: (\d\.\d+ ?)+\nlosses differ",
+        )
+    ],
+    "olmo_core_names.py": [
+        ("", r"zig_zag: 3 ranks of 26 tokens.*\n +llama3: 3 ranks of 21 tokens.* gradients by \d\.\de-")
+    ],
+    "loss_curves.py": [("--help", "--ranks")],  # trains a language model, for minutes
+}
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a script as from a shell, in which no process group is known."""
+    environment = {name: x for name, x in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=200, env=environment)
+
+
+@pytest.mark.parametrize(("script", "index"), [(script, i) for script, runs in RUNS.items() for i in range(len(runs))])
+def test_script(script: str, index: int) -> None:
+    arguments, printed = RUNS[script][index]
+    done = run([str(EXAMPLES / script), *arguments.split()])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(printed, re.sub(r"\x1b\[[\d;]*m", "", done.stdout)), done.stdout
+
+
+def test_all_scripts_are_run() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == RUNS.keys() | ELSEWHERE
