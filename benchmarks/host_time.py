@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
+import os
 import platform
 import pstats
 import statistics
@@ -24,6 +25,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would speak of each start
 
 import torch
 import torch.distributed as dist
@@ -66,7 +69,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What was measured, of the slowest rank; counts are of forward and backward together."""
+    """What was measured, of the slowest rank; counts are of forward and backward together.
+
+    Attributes:
+        host_ms, forward_ms: median over repeats, of forward and backward and of forward alone.
+        kernel_calls, merges: blocks that kernels compute, and partial results that are merged or added.
+        copies: copies and fills, those that fetch from other ranks included.
+        beside: barriers and batches of copies on the side stream.
+    """
 
     name: str
     rank: int
@@ -74,7 +84,8 @@ class Row:
     forward_ms: float
     kernel_calls: int
     merges: int
-    copies_beside: int
+    copies: int
+    beside: int
 
 
 SETTINGS = tuple(
@@ -191,7 +202,9 @@ def measure(setting: Setting, rank: int, repeats: int) -> Row:
         for _ in range(WARM_UP):
             differentiate(run())
         counts.clear()
-        differentiate(run())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            differentiate(run())
+        copies = sum(event.name in ("aten::copy_", "aten::fill_", "aten::cat") for event in profiler.events())
         seen = Counter(counts)
         times = []
         for _ in range(repeats):
@@ -201,7 +214,8 @@ def measure(setting: Setting, rank: int, repeats: int) -> Row:
             differentiate(out)
             times.append((time.process_time() - began, middle - began))
     both, forward = (1e3 * statistics.median(x) for x in zip(*times, strict=True))
-    return Row(setting.name, rank, round(both, 3), round(forward, 3), seen["kernel"], seen["merge"], seen["aside"])
+    calls, merges, beside = (seen[name] for name in ("kernel", "merge", "aside"))
+    return Row(setting.name, rank, round(both, 3), round(forward, 3), calls, merges, copies, beside)
 
 
 def profile(setting: Setting, rank: int, repeats: int) -> None:
@@ -237,7 +251,7 @@ def main() -> None:
         rows.append(row)
         print(
             f"{row.name:24} {row.host_ms:7.2f} ms (forward {row.forward_ms:5.2f}), rank {row.rank}: "
-            f"{row.kernel_calls} kernels, {row.merges} merges, {row.copies_beside} copies beside",
+            f"{row.kernel_calls} kernels, {row.merges} merges, {row.copies} copies, {row.beside} beside",
             flush=True,
         )
     if args.out:

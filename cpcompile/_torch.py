@@ -208,10 +208,13 @@ class SymmetricMemory:
         # Not `symmetric_memory.empty`: its pool would keep what is given back.
         self._own = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
         self._handle = symmetric_memory.rendezvous(self._own, group)  # type: ignore[arg-type]
+        self._of: dict[int, torch.Tensor] = {}
 
     def of(self, rank: int) -> torch.Tensor:
         """Return the bytes of a rank, by its number in the group."""
-        return self._handle.get_buffer(rank, (self._own.numel(),), torch.uint8)
+        if rank not in self._of:
+            self._of[rank] = self._handle.get_buffer(rank, (self._own.numel(),), torch.uint8)
+        return self._of[rank]
 
     def barrier(self) -> None:
         """Make the current stream wait until those of all ranks are here."""

@@ -14,12 +14,17 @@ Tensor = torch.Tensor
 
 def by_token(tensors: Sequence[Tensor], ring: Ring, largest: int | None = None) -> Tensor:
     """Lay tensors `[B, K, tokens, D]` end to end in a message, each as `[tokens, B, K, D]`; `largest`: see `new_message`."""
-    sizes = [x.numel() for x in tensors]
-    message = new_message(sum(sizes), tensors[0], ring, largest)
-    for part, x in zip(torch.split(message, sizes), tensors, strict=True):
-        by_tokens = tokens_first(x)
-        part.view(by_tokens.shape).copy_(by_tokens)
+    message, start = new_message(sum(x.numel() for x in tensors), tensors[0], ring, largest), 0
+    for x in tensors:
+        start = lay(tokens_first(x), message, start)
     return message
+
+
+def lay(x: Tensor, message: Tensor, start: int) -> int:
+    """Copy a tensor into a message and return where the next one begins."""
+    end = start + x.numel()
+    message[start:end].view(x.shape).copy_(x)
+    return end
 
 
 def runs(spans: Iterable[Span], tensors: Sequence[Tensor], num_slots: int) -> list[slice]:

@@ -184,10 +184,11 @@ def _in_grid(terms: Terms, grid: ulysses.Grid) -> Terms:
 
 def _usp(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
     at = Axis.of(values, axis)
-    terms = _in_grid(Terms.of(q, k, values, at.length), at.grid)
+    grid = at.grid
+    terms = _in_grid(Terms.of(q, k, values, at.length), grid)
     if at.inner_size < at.world_size:
         ring.refuse_bias(terms)
-    out, kept = ulysses.attend(q, k, v, terms, at.grid)
+    out, kept = ulysses.attend(q, k, v, terms, grid)
     none = [q.new_empty(0) for _ in range(NUM_KEPT * (NUM_ROUNDS - len(kept)))]
     return out, *(x for each in kept for x in each), *none
 
@@ -204,10 +205,11 @@ def _usp_backward(
     **axis: Any,
 ) -> Gradients:
     at = Axis.of(values, axis)
-    terms = _in_grid(Terms.of(q, k, values, at.length), at.grid)
+    grid = at.grid
+    terms = _in_grid(Terms.of(q, k, values, at.length), grid)
     stored = [lse, *kept]
     each = [tuple(stored[i : i + NUM_KEPT]) for i in range(0, len(stored), NUM_KEPT) if stored[i].numel()]
-    return ulysses.attend_backward(dout, q, k, v, each, terms, at.grid)  # type: ignore[arg-type]
+    return ulysses.attend_backward(dout, q, k, v, each, terms, grid)  # type: ignore[arg-type]
 
 
 def _usp_results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:

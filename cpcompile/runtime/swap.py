@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from cpcompile.runtime.messages import tokens_first
+from cpcompile.runtime.messages import lay, tokens_first
 from cpcompile.runtime.post import Parts, Ring, Transfer, new_message, post
 
 Tensor = torch.Tensor
@@ -58,11 +58,11 @@ def send_tokens(
             start += counts[source] * sum(widths[rank][index] for rank in ranks if rank != source)
         return found
 
-    def lay(message: Tensor) -> None:
+    def lay_all(message: Tensor) -> None:
         start = 0
         for index, x in enumerate(tensors):
             for group in _evenly_apart([of_rank[rank][index] for rank in others]):
-                start = _lay(_by_rank(x, group, counts[ring.rank]), message, start)
+                start = lay(_by_rank(x, group, counts[ring.rank]), message, start)
 
     into: list[list[Tensor]] = [[] for _ in ranks]
     staged: list[tuple[Tensor, Tensor]] = []
@@ -77,7 +77,7 @@ def send_tokens(
         for slots, place in places[ring.rank]:
             mine[place] = tokens_first(x[:, heads, slots])
     totals = [count * sum(sum(widths[rank]) for rank in ranks if rank != source) for source, count in enumerate(counts)]
-    return _start(tensors[0], totals, lay, into, parts, staged, ring)
+    return _start(tensors[0], totals, lay_all, into, parts, staged, ring)
 
 
 def send_heads(
@@ -104,11 +104,11 @@ def send_heads(
             start += (sum(counts) - counts[source]) * width
         return found
 
-    def lay(message: Tensor) -> None:
+    def lay_all(message: Tensor) -> None:
         start = 0
         for x in tensors:
             for run in _gaps([place for _, place in own], sum(counts)):
-                start = _lay(tokens_first(x[:, :, run]), message, start)
+                start = lay(tokens_first(x[:, :, run]), message, start)
 
     into: list[list[Tensor]] = [[] for _ in range(ring.size)]
     staged: list[tuple[Tensor, Tensor]] = []
@@ -127,13 +127,13 @@ def send_heads(
         for slots, place in own:
             target[:, of_rank[ring.rank][index], slots] = x[:, :, place]
     totals = [(sum(counts) - count) * sum(of_source) for count, of_source in zip(counts, widths, strict=True)]
-    return _start(tensors[0], totals, lay, into, parts, staged, ring)
+    return _start(tensors[0], totals, lay_all, into, parts, staged, ring)
 
 
 def _start(
     like: Tensor,
     totals: Sequence[int],
-    lay: Callable[[Tensor], None],
+    lay_all: Callable[[Tensor], None],
     into: Sequence[Sequence[Tensor]],
     parts: Parts,
     staged: Sequence[tuple[Tensor, Tensor]],
@@ -143,7 +143,7 @@ def _start(
     if ring.size == 1:
         return Swap(None, staged)
     message = new_message(totals[ring.rank], like, ring, max(totals))
-    lay(message)
+    lay_all(message)
     steps = range(1, ring.size)
     posted = post(message, ring, num_starts=len(steps))
     return Swap(posted.start(steps, [into[ring.before(step)] for step in steps], parts), staged)
@@ -200,10 +200,3 @@ def _by_rank(x: Tensor, heads: Sequence[slice], count: int) -> Tensor:
     first, distance = heads[0], heads[1].start - heads[0].start if len(heads) > 1 else 1
     some = x[:, first.start : heads[-1].stop, :count]
     return some.unfold(1, _size(first), distance).permute(1, 2, 0, 4, 3)
-
-
-def _lay(x: Tensor, message: Tensor, start: int) -> int:
-    """Copy a tensor into a message and return where the next one begins."""
-    end = start + x.numel()
-    message[start:end].view(x.shape).copy_(x)
-    return end

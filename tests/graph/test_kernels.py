@@ -567,6 +567,14 @@ def test_choice(case: Case, name: str) -> None:
     assert kernels.choose(case, name).kernel.name == name
 
 
+def test_a_block_is_planned_once_and_one_with_tensors_each_time() -> None:
+    q, block = normal(1, 2, 4, 8), Block(SCALE, high=0)
+    for _ in range(3):
+        kernels.forward(q, q, q, block)
+        kernels.forward(q, q, q, replace(block, key_padding=torch.ones(1, 4, dtype=torch.bool)))
+    assert kernels.known_calls.cache_info()[:2] == (2, 1)
+
+
 @pytest.mark.usefixtures("hopper")
 def test_choice_says_why() -> None:
     choice = kernels.choose(case("cuda", HALF, 136, 136, "documents", "causal", "softcap"))
