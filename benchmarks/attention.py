@@ -26,6 +26,8 @@ from attention_rank import Item, Row, run_rank, systems_of
 
 def plan(options: argparse.Namespace) -> list[Item]:
     """Return (case, system) of every row in the order of measuring; what may hang comes last."""
+    if options.plan:
+        return [(case, key) for case, key in json.loads(options.plan.read_text())]
     items: list[tuple[bool, str, str]] = []
     for case in CASES:
         if options.cases and not any(name in case.name for name in options.cases):
@@ -38,6 +40,8 @@ def plan(options: argparse.Namespace) -> list[Item]:
 
 def traces_of(options: argparse.Namespace, items: list[Item]) -> list[Item]:
     """Return the rows to trace: to count what they send, or to profile them."""
+    if options.plan:
+        return []
     counted = [x for x in items if x[1].startswith("cpcompile/") and not x[0].startswith("causal")]
     asked = [x for x in items if any(pattern in "/".join(x) for pattern in options.profile)]
     return list(dict.fromkeys(counted + asked))
@@ -220,6 +224,7 @@ def main() -> None:
     parser.add_argument(
         "--systems", nargs="*", default=[], help="parts of system/strategy/layout/kernel; all by default"
     )
+    parser.add_argument("--plan", type=Path, help="JSON with the rows to measure, in this order: [[case, key], ...]")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sets", type=int, default=2, help="sets of random inputs that the repeats go around")
     parser.add_argument(

@@ -60,6 +60,17 @@ CASES = (
 )
 
 
+def case_of(name: str, world_size: int) -> Case:
+    """Return the case of a name."""
+    return next(case for case in (*CASES, *growing(world_size)) if case.name == name)
+
+
+def growing(world_size: int) -> tuple[Case, ...]:
+    """Return the cases of 8192 tokens a GPU, as ring-flash-attn measures; scaling.py measures these."""
+    length = 8192 * world_size
+    return Case("causal_8k_a_gpu", "causal", length), Case("packed_8k_a_gpu", "packed", length, documents="rfa_five")
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A case at one size, as one rank sees it."""

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from attention_cases import HEAD_DIM, HEADS, KV_HEADS, Case, Problem
 from attention_systems import Autograd, Runner, System
 
+from cpcompile import cost
+
 OURS = {  # strategies and layouts for each kind of problem
     "causal": (("ring", "zig_zag"), ("gather", "zig_zag"), ("ulysses", "contiguous")),
     "packed": (
@@ -37,12 +39,12 @@ def own_systems(case: Case, world_size: int) -> list[System]:
     kernel = case.kernel or "auto"
     found = [our_system(*plan, kernel) for plan in OURS[case.kind]]
     if world_size >= 4 and case.kind != "window":
-        found.append(our_system("usp", "zig_zag", kernel))
+        found.append(our_system(f"usp {world_size // 2}x2", "zig_zag", kernel))
     return found
 
 
 def our_system(strategy: str, layout: str, kernel: str) -> System:
-    """Return one of this project's strategies."""
+    """Return one of this project's strategies; `usp 2x4` is a ring of 2 places, at each of which 4 ranks exchange heads."""
 
     @contextmanager
     def open_(problem: Problem) -> Iterator[Runner]:
@@ -55,6 +57,7 @@ def our_system(strategy: str, layout: str, kernel: str) -> System:
 
 def ours(strategy: str, q: Any, k: Any, v: Any, *, problem: Problem, layout: str, kernel: str, documents: Any) -> Any:
     """Return out `BLHD` of local q, k and v; the only place that calls the operators."""
+    strategy, _, shape = strategy.partition(" ")
     operator = getattr(torch.ops.cpcompile, f"{strategy}_attention").default
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     values = {
@@ -76,7 +79,7 @@ def ours(strategy: str, q: Any, k: Any, v: Any, *, problem: Problem, layout: str
         "group": problem.mesh.get_group().group_name,
     }
     if strategy == "usp":
-        grid = usp_grid(problem.device.type, problem.world_size)
+        grid = usp_grid(problem.device.type, shape)
         values["inner_size"] = grid["inner"].size()
         values["inner_group"], values["outer_group"] = (grid[x].get_group().group_name for x in ("inner", "outer"))
     names = [argument.name for argument in operator._schema.arguments]
@@ -87,9 +90,10 @@ def ours(strategy: str, q: Any, k: Any, v: Any, *, problem: Problem, layout: str
 
 
 @functools.cache
-def usp_grid(device: str, world_size: int) -> dist.DeviceMesh:
-    """Return the ranks as a grid: two neighbours exchange heads, the pairs are a ring."""
-    return dist.init_device_mesh(device, (world_size // 2, 2), mesh_dim_names=("outer", "inner"))
+def usp_grid(device: str, shape: str) -> dist.DeviceMesh:
+    """Return the ranks as a grid, '2x4': neighbours exchange heads (inner, 4), their groups are a ring (outer, 2)."""
+    outer, inner = map(int, shape.split("x"))
+    return dist.init_device_mesh(device, (outer, inner), mesh_dim_names=("outer", "inner"))
 
 
 def documents_of(problem: Problem) -> torch.Tensor | None:
@@ -107,24 +111,13 @@ def starts_of(problem: Problem) -> torch.Tensor | None:
 
 def pick(problem: Problem, kernel: str) -> tuple[str, str]:
     """Return the strategy and the layout that `auto` chooses for a model of such attentions."""
-    from cpcompile import cost
-
-    sizes = (1, HEADS, KV_HEADS, problem.length, HEAD_DIM, HEAD_DIM, problem.dtype.itemsize)
-    site = cost.Attention(
-        *sizes,
-        problem.device.type,
-        True,
-        problem.window,
-        False,
-        has_documents=problem.is_packed,
-        kernel=pick_kernel(problem, kernel),
-    )
+    site = site_of(problem.length, problem.window, problem.is_packed, kernel, problem.device.type)
     choice = cost.choose([site], "auto", "auto", cost.Ranks(problem.world_size))
     return choice.strategies[0], choice.layout
 
 
-def pick_kernel(problem: Problem, kernel: str) -> str:
-    """Return the kernel that most of such an attention runs on, or the one that the case is about."""
-    if kernel:
-        return OUR_KERNELS["cuda"][kernel]
-    return "triton" if problem.window else "cudnn"
+def site_of(length: int, window: int, is_packed: bool, kernel: str, device: str) -> cost.Attention:
+    """Return what the cost model sees of a case: bfloat16, causal, on the kernel that computes most of it."""
+    kernel = OUR_KERNELS["cuda"][kernel] if kernel else "triton" if window else "cudnn"
+    sizes = (1, HEADS, KV_HEADS, length, HEAD_DIM, HEAD_DIM, 2)
+    return cost.Attention(*sizes, device, True, window, False, has_documents=is_packed, kernel=kernel)

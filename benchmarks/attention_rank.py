@@ -9,13 +9,14 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_cases import CASES, HEAD_DIM, HEADS, KV_HEADS, Case, Problem
+from attention_cases import HEAD_DIM, HEADS, KV_HEADS, Case, Problem, case_of
 from attention_limits import limits
 from attention_own import our_system, own_systems, pick
 from attention_reference import Reference
@@ -41,9 +42,12 @@ def systems_of(case: Case, device: str, world_size: int) -> list[System]:
     return found
 
 
-def case_of(name: str) -> Case:
-    """Return the case of a name."""
-    return next(case for case in CASES if case.name == name)
+def system_of(case: Case, key: str, device: str) -> System:
+    """Return the system of a key, whether or not `systems_of` lists it."""
+    name, *parts = key.split("/", 3)
+    if name == "cpcompile":
+        return our_system(*parts)
+    return next(system for system in (*limits(case.kind, device), *peers(case.kind)) if system.key == key)
 
 
 class Rank:
@@ -95,6 +99,7 @@ class Rank:
         """Return a row."""
         problem = Problem.of(case, self.options.scale, self.mesh)
         row: Row = {"case": case.name, "key": system.key, "group": self.group, **describe(problem, system)}
+        begin = time.monotonic()
         measured, failure = self.guarded(lambda: self.time(problem, system))
         if not failure:
             row |= measured
@@ -102,6 +107,7 @@ class Rank:
             row["error"], failure = self.guarded(lambda: self.error(problem, system))
         if failure:
             row["failure"] = failure
+        row["seconds"] = round(time.monotonic() - begin, 2)  # of measuring this row
         return row
 
     def time(self, problem: Problem, system: System) -> Row:
@@ -155,7 +161,7 @@ class Rank:
         """Measure rows, then trace some: a profiler that ran once may slow down what follows."""
         self.write({"environment": environment(self.options)})
         for name in dict.fromkeys(name for name, _ in items):
-            case = case_of(name)
+            case = case_of(name, self.options.ranks)
             picked, failure = self.guarded(lambda case=case: pick(self.problem(case), case.kernel))
             self.write({"pick": name, "choice": picked, "failure": failure})
         for item in items:
@@ -174,9 +180,8 @@ class Rank:
 
     def found(self, item: Item) -> tuple[Case, System]:
         """Return the case and the system of an item."""
-        case = case_of(item[0])
-        systems = systems_of(case, self.options.device, self.options.ranks)
-        return case, next(system for system in systems if system.key == item[1])
+        case = case_of(item[0], self.options.ranks)
+        return case, system_of(case, item[1], self.options.device)
 
     def problem(self, case: Case) -> Problem:
         """Return the problem of a case."""

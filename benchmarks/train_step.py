@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--strategy", nargs="+", default=["ring", "ulysses"])
+    parser.add_argument("--strategy", nargs="*", default=["ring", "ulysses"])
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--dynamic", action="store_true", help="one graph for all lengths")
     parser.add_argument("--steps", type=int, default=5)
