@@ -23,6 +23,8 @@ import torch
 from attention_cases import CASES
 from attention_rank import Item, Row, run_rank, systems_of
 
+START = 60.0  # seconds that a group may take besides, until it has imported everything
+
 
 def plan(options: argparse.Namespace) -> list[Item]:
     """Return (case, system) of every row in the order of measuring; what may hang comes last."""
@@ -109,7 +111,7 @@ class Watch:
                 ended = "finished"
             elif any(codes):
                 ended = f"a process ended with exit code {next(filter(None, codes))}"
-            elif time.monotonic() - progress > self.options.patience:
+            elif time.monotonic() - progress > self.options.patience + (0 if position else START):
                 ended = f"nothing happened for {self.options.patience} s"
             elif self.seconds_left() < 0:
                 ended = "the time budget was spent"

@@ -205,7 +205,21 @@ def compared(result: Row) -> list[str]:
     for name, values in sorted(ratios.items()):
         cells = [str(len(values)), *(f"{f(values):.3f}" for f in (min, statistics.median, max))]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    return [*lines, "", *rates(result)]
+
+
+def rates(result: Row) -> list[str]:
+    """Return the rates of the kernels alone, of which the model has a constant and a slope for short rows."""
+    lines = ["**Kernels alone, TFLOP/s**", "", "| case | tokens | kernel | forward | backward |", "|---" * 5 + "|"]
+    for row in result["rows"]:
+        if row["layout"] == "whole" and "total_ms" in row:
+            forward = 4 * result["head_dim"] * result["heads"] * row["area"] * row["length"] ** 2 / 1e9
+            cells = [TITLES[row["case"]], row["length"], row["kernel"], f"{forward / row['forward_ms']:.0f}"]
+            lines.append(f"| {' | '.join(map(str, cells))} | {2.5 * forward / row['backward_ms']:.0f} |")
+    known = ", ".join(
+        f"{name} {a / 1e12:.0f} and {b / 1e12:.0f}" for name, (a, b) in result["constants"]["RATES"].items()
+    )
+    return [*lines, "", f"The model has, forward and backward: {known}.", ""]
 
 
 def compared_cell(row: Row) -> str:

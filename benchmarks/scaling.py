@@ -12,6 +12,7 @@ Every row is written when it is there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -85,6 +86,7 @@ class Process:
 
     def __init__(self, job: Job, gpus: range, folder: Path, budget: float, options: argparse.Namespace) -> None:
         self.job, self.begin, self.budget, self.position = job, time.monotonic(), budget, 0
+        self.known: Row = {"rows": []}
         stem = folder / f"{job.kind}_{job.ranks}"
         self.out, self.log, order = stem.with_suffix(".json"), stem.with_suffix(".log"), stem.with_suffix(".plan")
         device = ["--device", options.device, "--ranks", str(job.ranks)]
@@ -135,7 +137,9 @@ class Process:
         """Return what it has measured so far."""
         found: Row = {"kind": self.job.kind, "ranks": self.job.ranks, "seconds": round(time.monotonic() - self.begin)}
         if self.job.kind == "attention":
-            return found | {"result": json.loads(self.out.read_text()) if self.out.exists() else {"rows": []}}
+            with contextlib.suppress(OSError, json.JSONDecodeError):  # not there yet, or being written
+                self.known = json.loads(self.out.read_text())
+            return found | {"result": self.known}
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith('{"strategy"')]
         return found | {"rows": [json.loads(line) for line in lines]}
 
