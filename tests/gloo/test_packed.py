@@ -23,12 +23,13 @@ def packed(model: torch.nn.Module, length: int) -> dict[str, Any]:
     return batch(model, length) | {"position_ids": positions, "use_cache": False}
 
 
-def trained(rank: Any, name: str, inner: str, strategy: str) -> tuple[dict[str, float], int, list[int]]:
+def trained(rank: Any, name: str, inner: str, strategy: str, layout: str) -> tuple[dict[str, float], int, list[int]]:
     """Return the errors at all lengths, how many graphs there are, and how often documents were searched in each step."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, alone = make(name), make(name)
-    model = cpcompile.apply(model, rank.mesh(), inner=inner, strategy=strategy, balancer="zig_zag")
+    model.gradient_checkpointing_enable()
+    model = cpcompile.apply(model, rank.mesh(), inner=inner, strategy=strategy, balancer=layout)
     found: dict[str, float] = {}
     searches = []
     for length in LENGTHS:
@@ -44,17 +45,17 @@ def trained(rank: Any, name: str, inner: str, strategy: str) -> tuple[dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("name", "inner", "strategy", "world_size"),
+    ("name", "inner", "strategy", "layout", "world_size"),
     [
-        ("llama", "eager", "gather", 3),
-        ("llama", "aot_eager", "ring", 2),
-        ("llama", "inductor", "ring", 2),
-        pytest.param("llama", "inductor", "ulysses", 2, marks=pytest.mark.slow),
-        pytest.param("gemma2", "inductor", "gather", 2, marks=pytest.mark.slow),
+        ("llama", "eager", "gather", "zig_zag", 3),
+        ("llama", "aot_eager", "ring", "balanced", 2),
+        ("llama", "inductor", "ring", "balanced", 2),
+        pytest.param("llama", "inductor", "ulysses", "zig_zag", 2, marks=pytest.mark.slow),
+        pytest.param("gemma2", "inductor", "gather", "balanced", 2, marks=pytest.mark.slow),
     ],
 )
-def test_packed_sequences(pool: Any, name: str, inner: str, strategy: str, world_size: int) -> None:
-    for found, num_graphs, searches in pool.run(world_size, trained, name, inner, strategy, timeout=300):
+def test_packed_sequences(pool: Any, name: str, inner: str, strategy: str, layout: str, world_size: int) -> None:
+    for found, num_graphs, searches in pool.run(world_size, trained, name, inner, strategy, layout, timeout=300):
         assert max(found.values()) < EXACT, found
         assert num_graphs == 1, "one graph serves all lengths"
         assert searches[1:] == [1, 1], "all layers share one search; the first step traces as well"
