@@ -24,6 +24,7 @@ class Annotation:
         reason: what a gathered value is needed for.
         region: the token-local region that the node is a part of.
         is_of_layout: these are the bounds of the documents that the layout follows.
+        is_table: its rows are read by positions in documents, so that every rank needs them all.
         is_local: the recorded value is what one rank holds; elsewhere it is the whole.
     """
 
@@ -34,6 +35,7 @@ class Annotation:
     reason: str = ""
     region: str = ""
     is_of_layout: bool = False
+    is_table: bool = False
     is_local: bool = False
 
 

@@ -109,7 +109,7 @@ class ParallelForward:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        named = by_name(self.__wrapped__, kwargs, *args)
+        named = by_name(self.__wrapped__, kwargs, *args, beside=self.config.told_by)
         if not self._is_checked:
             check_same_inputs({name: x for name, x in named.items() if isinstance(x, torch.Tensor)}, self.axis)
             self._is_checked = self.config.check_inputs == "first"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from cpcompile.documents import Source
 from cpcompile.errors import ConfigError
 from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
 from cpcompile.runtime.kernels import NAMES
@@ -62,6 +63,11 @@ class Config:
             be decorated with `cpcompile.token_local`. A false declaration gives wrong results, which `verify` finds.
         strict: refuse a model in which hidden states would have to be gathered (True), or gather them around every
             operator that has no better rule and compute it whole on every rank (False), which `explain` lists.
+        documents: what tells the documents of a packed row apart, for a model that does not keep them apart itself: `eos:2` (the
+            id of the token that ends one), `positions` (`position_ids` that restart), `cu_seqlens` (`cu_seq_lens_q`), or one of
+            `positions`, `ids`, `cu_seqlens` with the name of an input, `ids:document_ids`. Each document is computed as if it
+            were alone: attention sees it only, and its places count from 0. '' leaves the model as it is.
+        mask_labels: losses ignore labels of another document than that of the token that predicts them; needs `documents`.
         dynamic: one compiled graph for all lengths (True), or one for each length (False).
     """
 
@@ -79,6 +85,8 @@ class Config:
     token_local: Sequence[str] = ()
     strict: bool = True
     dynamic: bool = True
+    documents: str = ""
+    mask_labels: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -89,8 +97,19 @@ class Config:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
             )
+        if self.documents:
+            Source.of(self.documents)
+        elif self.mask_labels:
+            raise ConfigError(
+                "mask_labels=True needs to know the documents: say what tells them apart, documents='eos:2'."
+            )
         if isinstance(self.token_local, str):
             raise ConfigError(f"token_local={self.token_local!r} is one string: give a list of paths or class names.")
+
+    @property
+    def told_by(self) -> str:
+        """The input that tells documents apart, or ''."""
+        return Source.of(self.documents).name if self.documents else ""
 
     def check_axis(self, inner_size: int) -> None:
         """Check that the axis is a pair where the strategy needs one; `inner_size` is 0 for a single axis.

@@ -17,10 +17,15 @@ from cpcompile.errors import ConfigError, CPError, GraphBreakError
 from cpcompile.tokens import KNOWN
 
 
-def by_name(forward: Callable[..., Any], kwargs: Mapping[str, Any], *args: Any) -> dict[str, Any]:
-    """Return all arguments of a call of `forward` by name, so that messages and options can name them."""
+def by_name(forward: Callable[..., Any], kwargs: Mapping[str, Any], *args: Any, beside: str = "") -> dict[str, Any]:
+    """Return all arguments of a call of `forward` by name, so that messages and options can name them.
+
+    One that is called `beside` is for us, if `forward` does not take it.
+    """
     signature = inspect.signature(forward)
-    named = dict(signature.bind(*args, **kwargs).arguments)
+    own = {beside: kwargs[beside]} if beside in kwargs and not takes(signature, beside) else {}
+    bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in own})
+    named = dict(bound.arguments) | own
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
@@ -30,6 +35,28 @@ def by_name(forward: Callable[..., Any], kwargs: Mapping[str, Any], *args: Any) 
         ):
             raise ConfigError(f"pass the arguments of the model by name: {parameter.name} is positional only.")
     return named
+
+
+def takes(signature: inspect.Signature, name: str) -> bool:
+    """Tell whether a function has a parameter of that name, or takes any."""
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def reading(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return `forward`, called by names, as one that reads the input `name`, so that its graph has it, even if it takes none."""
+    is_taken = takes(inspect.signature(forward), name)
+
+    def call(**named: Any) -> Any:
+        told = named.get(name)
+        if told is not None:
+            torch.ops.aten.alias(told)
+            for x in named.values():
+                if isinstance(x, torch.Tensor) and x.dim() == told.dim() == 2 and x.shape[1] == told.shape[1]:
+                    told = x  # the comparison tells Dynamo that both dims are the same
+        return forward(**{key: value for key, value in named.items() if is_taken or key != name})
+
+    return call
 
 
 def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: bool) -> int | None:
@@ -58,7 +85,8 @@ def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: boo
 def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], config: Config) -> Callable[..., Any]:
     """Return `function` compiled as one graph by `backend`; errors come out as ours, with the user's line."""
     # Not dynamic=True, which would make every size a symbol: `token_length` marks those that may change.
-    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=None if config.dynamic else False)
+    whole = reading(function, config.told_by) if config.told_by else function
+    compiled = torch.compile(whole, backend=backend, fullgraph=True, dynamic=None if config.dynamic else False)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         install_recorders(getattr(function, "__self__", None), kwargs)

@@ -19,7 +19,7 @@ from cpcompile.config import Config
 from cpcompile.cost import Choice, Ranks, choose
 from cpcompile.errors import CPError, InputError, NoChunks, where
 from cpcompile.mesh import Axis
-from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies, find_attention
+from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies, find_attention, separate_documents
 from cpcompile.patterns.latent_heads import expansion_of
 from cpcompile.patterns.nodes import value_numbers
 from cpcompile.plan import Plan, sequences_of
@@ -81,6 +81,14 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
     for analysis in ANALYSIS:
         options = {"exact_dropout": config.exact_dropout} if analysis is find_attention else {}
         run_pass(captured, analysis, changes, times, **options)
+    if config.documents:
+        told = {
+            "source": config.documents,
+            "masks_labels": config.mask_labels,
+            "token_local": tuple(config.token_local),
+        }
+        run_pass(captured, separate_documents, changes, times, token_dims=token_dims, inputs=inputs, **told)
+        original = copy.deepcopy(captured)
     analysed = copy.deepcopy(captured)
     num_tokens = tokens_of_attention(captured) if not token_dims else 0
     ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)
@@ -148,7 +156,7 @@ def run_pass(
     """Run one pass with the chores around it: lint, recompile, counts and times; dead code while no pass keeps nodes."""
     start = time.perf_counter()
     changes[function.__name__] = function(gm, **config)
-    if function in ANALYSIS:
+    if function in ANALYSIS or function is separate_documents:
         gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()

@@ -125,7 +125,8 @@ def verify(
 ) -> Verification:
     """Run `model` untouched, and as `world_size` ranks in lockstep, and compare loss and every gradient.
 
-    Needs no processes and no GPU. The model's gradients are left as they were.
+    Needs no processes and no GPU. The model's gradients are left as they were. With `documents`, the model is not untouched: the
+    program of one device in which documents are separated is what the ranks are compared with.
 
     Args:
         model: the single-device model, on any device.
@@ -155,11 +156,20 @@ def verify(
     objective = objective or default_objective
     is_wide = dtype == torch.float64
     with Widen() if is_wide else contextlib.nullcontext(), seeded(model):
-        reference_loss, reference = run_and_differentiate(model, model.forward, inputs, objective)
+        if config.documents:
+            whole = compile_whole(model.forward, OneDevice(config, is_wide), config)
+            named = by_name(model.forward, inputs, beside=config.told_by)
+            reference_loss, reference = run_and_differentiate(model, whole, named, objective, config)
+        else:
+            reference_loss, reference = run_and_differentiate(model, model.forward, inputs, objective)
     ranks = LockstepBackend(config, axis, is_wide)
     with seeded(model):
         loss, gradients = run_and_differentiate(
-            model, compile_whole(model.forward, ranks, config), by_name(model.forward, inputs), objective, config
+            model,
+            compile_whole(model.forward, ranks, config),
+            by_name(model.forward, inputs, beside=config.told_by),
+            objective,
+            config,
         )
     assert ranks.transformed is not None
     error = max(relative(value, reference_loss) for value in (loss, *ranks.scalars(loss)))
@@ -294,6 +304,20 @@ class LockstepBackend:
     def scalars(self, loss: torch.Tensor) -> list[torch.Tensor]:
         """Return what each rank returned as the scalar output `loss`."""
         return next((values for values in self._scalars if torch.equal(values[0], loss)), [])
+
+
+class OneDevice:
+    """A Dynamo backend that runs the program of one device in which documents are separated, as the option `documents` says."""
+
+    def __init__(self, config: Config, is_wide: bool) -> None:
+        self.config, self.is_wide = config, is_wide
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured = capture(gm, example_inputs)
+        if self.is_wide:
+            widen_graph(captured)
+        axis, names = Axis.in_process(1), input_names(captured)
+        return transform(captured, config=self.config, axis=axis, inputs=names).original
 
 
 def orders_of(transformed: Transformed, inputs: Sequence[Any], lockstep: Lockstep) -> list[Order]:

@@ -18,6 +18,7 @@ from cpcompile.passes.place_tokens import place_tokens
 from cpcompile.passes.rewrite_attention import rewrite_attention
 from cpcompile.passes.rewrite_dropout import rewrite_dropout
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
+from cpcompile.passes.separate_documents import separate_documents
 
 # Still a single-device program: these only say what the attentions are.
 ANALYSIS = (functionalise_writes, open_products, open_flex_attention, open_varlen_attention, find_attention, lift_masks)
@@ -52,4 +53,5 @@ __all__ = [
     "rewrite_attention",
     "rewrite_dropout",
     "rewrite_reductions",
+    "separate_documents",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
@@ -43,7 +43,11 @@ def key_predicate(before: fx.Node, part: Compare | Truth) -> fx.Node:
 def document_ids(call: Call, documents: Collection[Affine]) -> fx.Node:
     """Return one id of each token, `[B|1, S]`, equal where all ids are, and that which the attention was given before."""
     ids: list[fx.Node] = [] if call["documents"] is None else [call["documents"]]
-    ids += [integers(call, number) for number in sorted(documents, key=str)]
+    return joined_ids(call, ids + [integers(call, number) for number in sorted(documents, key=str)])
+
+
+def joined_ids(call: Call, ids: Sequence[fx.Node]) -> fx.Node:
+    """Return one id of each token, `[B|1, S]`, equal where all of `ids` are."""
     result, size = ids[0], size_of(call.node, call["k"], 2)
     for other in ids[1:]:
         # Ranks among the ids of a sequence are below its length, so that no two pairs of them meet.

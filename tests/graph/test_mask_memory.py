@@ -11,7 +11,10 @@ import pytest
 
 pytest.importorskip("transformers")
 # Dynamo traces torch's own indexing inside of mask_mods so.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
+]
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "mask_memory.py"
 LENGTH, RANKS = 512, 4
