@@ -92,10 +92,10 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
     analysed = copy.deepcopy(captured)
     num_tokens = tokens_of_attention(captured) if not token_dims else 0
     ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)
-    sites = [
-        replace(attention_site(node, config.kernel), latent=expansion_of(node, token_dims))
-        for node in attention_nodes(captured)
-    ]
+    sites = [attention_site(node, config.kernel) for node in attention_nodes(captured)]
+    if config.strategy in ("auto", "latent", "latent_heads"):
+        found = [expansion_of(node, token_dims) for node in attention_nodes(captured)]
+        sites = [replace(site, latent=latent) for site, latent in zip(sites, found, strict=True)]
     choice = choose(sites, config.strategy, config.balancer, ranks, follows_documents=can_follow(captured))
     warn_of_other_strategies(captured, choice, config.strategy)
     plan = Plan(

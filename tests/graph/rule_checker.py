@@ -20,6 +20,7 @@ from cpcompile.call import Call
 from cpcompile.errors import NoRule
 from cpcompile.layout import local_length
 from cpcompile.lockstep import Lockstep, whole_value
+from cpcompile.order import Order
 from cpcompile.passes.place_tokens import Placer
 from cpcompile.passes.rewrite_attention import rewrite_attention
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
@@ -52,6 +53,11 @@ class Setting:
     length: int
     world_size: int
     layout: str
+
+    @property
+    def order(self) -> Order:
+        """The tokens of all ranks."""
+        return Order.of(self.length, self.world_size, self.layout)
 
 
 def is_member_list(argument: object) -> bool:
@@ -173,7 +179,7 @@ class Program:
         results = Lockstep(self.gm, self.setting.world_size).run(*leaves)
         whole = self.run_whole(whole_leaves)
         found = [
-            whole_value([rank[i] for rank in results], placement, self.setting.length, self.setting.layout)
+            whole_value([rank[i] for rank in results], placement, self.setting.order)
             for i, placement in enumerate(placements)
         ]
         for value, expected in zip(found, whole, strict=False):
