@@ -51,7 +51,7 @@ def test_every_row_of_ours_has_a_prediction_and_every_case_its_limit_and_pick(pl
         own = [item for item in items if item.key.startswith("cpcompile/")]
         for item in own:
             found = plan.prediction(item.case, ranks, item.key)
-            assert 0 < found["predicted_ms"]
+            assert found["predicted_ms"] > 0
             assert 30 < found["predicted_percent"] < 110, (ranks, item)
         for case in plan.cases_of(ranks):
             keys = [item.key for item in items if item.case == case.name]
