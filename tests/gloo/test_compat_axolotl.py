@@ -133,6 +133,11 @@ CASES = FUNCTIONS | {
     "one_key_head": Case(
         "qwen2", settings=(("num_key_value_heads", 1),), function=RingAttnFunc.VARLEN_LLAMA3, stride=4
     ),
+    "both_sides": Case(rows=2, settings=(("is_causal", False),), function=RingAttnFunc.BATCH_STRIPE),
+    "both_sides_of_documents": Case("mistral", documents=PACKED, settings=(("is_causal", False),)),
+    "both_sides_padded": Case(
+        rows=2, hidden=(0, 5), settings=(("is_causal", False),), function=RingAttnFunc.VARLEN_LLAMA3
+    ),
     "three_heads": Case("qwen2", settings=(("num_attention_heads", 3), ("num_key_value_heads", 3))),
 }
 
@@ -634,3 +639,22 @@ def test_accelerate_is_put_back() -> None:
     assert all(now is not was for now, was in zip(patched(), before, strict=True))
     axolotl.unpatch_accelerate()
     assert patched() == before
+
+
+def with_fsdp(rank: Any) -> float:
+    """Return how far the gradients that FSDP2 averages over the ranks are from those of one device."""
+    from torch.distributed.fsdp import fully_shard
+
+    case = Case("gpt_oss", documents=PACKED, implementation="eager")
+    expected, model = one_device(case), case.model("eager")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=rank.mesh("dp_shard_cp"))
+    fully_shard(model, mesh=rank.mesh("dp_shard_cp"))
+    with shared(rank, case, model):
+        loss, grads = on_ranks(model, case)
+    pairs = zip((x.full_tensor() for x in grads), expected[1], strict=True)
+    return max(distance(loss, expected[0]), *(distance(x, y) for x, y in pairs))
+
+
+def test_fsdp_averages_gradients(pool: Any) -> None:
+    assert max(pool.run(2, with_fsdp, timeout=100)) < LARGEST
