@@ -35,7 +35,9 @@ HeadsPerMessage = Annotated[int, typer.Option(min=0, help="Key heads that gather
 InnerSize = Annotated[
     int, typer.Option(min=0, help="How many of the ranks exchange heads in usp; 0: they are no grid.")
 ]
-Balancer = Annotated[str, typer.Option(help="Which tokens each rank holds: auto, contiguous, zig_zag, zig_zag_by_document or balanced.")]
+Balancer = Annotated[
+    str, typer.Option(help="Which tokens each rank holds: auto, contiguous, zig_zag, balanced, zig_zag_by_document.")
+]
 ExactDropout = Annotated[bool, typer.Option("--exact-dropout", help="Dropout draws what one device draws.")]
 Inner = Annotated[str, typer.Option(help="What compiles the graph: auto, inductor, aot_eager or eager.")]
 Target = Annotated[

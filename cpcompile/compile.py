@@ -50,7 +50,8 @@ def bounds_of(transformed: Transformed) -> list[fx.Node]:
 def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
     """Compile the transformed graph with the inner compiler.
 
-    Behind its own outputs it returns where the documents begin that the layout follows: `bounds_of` tells how many such there are.
+    Behind its own outputs it returns where the documents begin that the layout follows; `bounds_of` tells how many such there
+    are.
     """
     graph = transformed.graph
     (output,) = graph.graph.find_nodes(op="output")
