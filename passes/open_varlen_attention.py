@@ -4,7 +4,8 @@ before  out = torch_attn._varlen_attn(q, k, v, cu_seq, cu_seq, 512, 512, True, N
 after   documents = aten.searchsorted(cu_seq, aten.arange(T), right=True)[None]
         out = cpcompile.attention(q', k', v', None, documents, None, 0.125, True, 0, 0.0)      # q': [1, H, T, D]
 
-Tokens behind the last sequence have no defined output; they are a document of their own.
+Tokens behind the last sequence have no defined output; they are a document of their own. Where `cu_seq_k` is another tensor than
+`cu_seq_q`, the device checks that both say the same: collators make two tensors of one list.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ from cpcompile.patterns.formula import coordinate
 from cpcompile.patterns.nodes import erase_with_users, is_used
 
 aten = torch.ops.aten
+
+OTHER_KEYS = (
+    "varlen_attn: cu_seq_k is not cu_seq_q, so that the keys of a sequence are not its own tokens, which cannot be sharded: pass "
+    "the same lengths for both, or use scaled_dot_product_attention with a mask."
+)
 
 # The others, which differ from one version of torch to the next, are of caches.
 _KNOWN = {
@@ -49,8 +55,9 @@ def open_varlen_attention(gm: fx.GraphModule) -> int:
 
 def why_not(call: Call) -> str:
     """Return why a call is not an attention of tokens over the same tokens, or ''."""
-    if call["cu_seq_k"] is not call["cu_seq_q"]:
-        return "cu_seq_k is not cu_seq_q, so that the keys are not those of the queries' tokens"
+    is_same = call["cu_seq_k"] is call["cu_seq_q"] or str(call.shape("query")[0]) == str(call.shape("key")[0])
+    if not is_same:
+        return "there are other keys than queries, so that they are not of the same tokens"
     unknown = [name for name, given in call.arguments.items() if name not in _KNOWN and given is not None]
     if unknown:
         return f"{', '.join(unknown)}: attention over a cache cannot be sharded"
@@ -68,7 +75,12 @@ def write_operator(call: Call) -> None:
     is_causal = call["is_causal"] or right == 0
     settings = (float(scale), is_causal, left + 1, 0.0, 0.0, -1 if is_causal else right)
     attention = torch.ops.cpcompile.attention.default
-    out = emit(node, attention, q, k, v, None, documents(node, call["query"], call["cu_seq_q"]), None, *settings)
+    ids = documents(node, call["query"], call["cu_seq_q"])
+    if call["cu_seq_k"] is not call["cu_seq_q"]:
+        others = documents(node, call["query"], call["cu_seq_k"])
+        is_same = emit(node, aten.all.default, emit(node, aten.eq.Tensor, ids, others))
+        emit(node, aten._assert_async.msg, is_same, OTHER_KEYS)
+    out = emit(node, attention, q, k, v, None, ids, None, *settings)
     out = emit(node, aten.squeeze.dim, emit(node, aten.transpose.int, out, 1, 2), 0)
     for item in list(node.users):
         assert item.target is operator.getitem, item.format_node()

@@ -16,6 +16,7 @@ from torch import fx
 
 from cpcompile.call import Call, value_of
 from cpcompile.documents import Source
+from cpcompile.emit import emit
 from cpcompile.errors import InputError
 from cpcompile.patterns.boundaries import Boundaries, emit_boundaries
 from cpcompile.patterns.labels import mask_labels
@@ -98,6 +99,7 @@ class Separation(TokenWalk):
 
     boundaries: Boundaries
     tables: dict[tuple[fx.Node, int, int], fx.Node] = field(default_factory=dict)
+    vectors: dict[fx.Node, fx.Node] = field(default_factory=dict)
     joined: dict[fx.Node, fx.Node] = field(default_factory=dict)
     count: int = 0
 
@@ -146,10 +148,12 @@ class Separation(TokenWalk):
         node: fx.Node = call[name]
         if node in self.at and (name == "documents" or self.at[node] != MIXED):
             return node
-        found = at_positions(node, 1, self.boundaries.positions, 2) if node not in self.at else None
-        if found is None or not is_prefix(node, 1, self.length):
+        if node in self.at or value_of(node).shape[0] != 1 or not is_prefix(node, 1, self.length):
             raise self.refusal(call.node, f"its {name} depend on places in the row in a way that is not known")
-        return found
+        if node not in self.vectors:
+            row = emit(call.node, torch.ops.aten.select.int, node, 0, 0)
+            self.vectors[node] = emit(call.node, torch.ops.aten.index.Tensor, row, [self.boundaries.positions])
+        return self.vectors[node]
 
     def cross(self, region: Region) -> None:
         """Find the tokens of what a token-local region computes."""

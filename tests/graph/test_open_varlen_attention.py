@@ -33,10 +33,15 @@ class Captured(Exception):
 
 
 def traced(
-    length: bool = False, num_key_heads: int = H, other: Tensor | None = None, trained: bool = True, **options: Any
+    length: bool = False,
+    num_key_heads: int = H,
+    num_keys: int = T,
+    other: Tensor | None = None,
+    trained: bool = True,
+    **options: Any,
 ) -> fx.GraphModule:
     """Return the captured graph of a varlen attention over q, k, v and cu_seqlens."""
-    shapes = [(T, H, D), (T, num_key_heads, D), (T, num_key_heads, D)]
+    shapes = [(T, H, D), (num_keys, num_key_heads, D), (num_keys, num_key_heads, D)]
     q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=trained) for shape in shapes)
 
     def function(q: Tensor, k: Tensor, v: Tensor, cu_seq: Tensor, *others: Tensor) -> Any:
@@ -151,9 +156,27 @@ def test_a_model_of_packed_sequences_is_exact_on_three_ranks() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
 
 
+def test_equal_lengths_of_keys_are_the_same_and_others_end_the_step() -> None:
+    gm, call = opened(other=CU_SEQ.clone(), window_size=(-1, 0))
+    assert describe(call) == "causal, documents"
+    inputs = [torch.randn(T, H, D, dtype=torch.float64) for _ in range(3)]
+    wanted = sequence_by_sequence(*inputs, -1, 0, None)
+
+    def run(lengths_of_keys: Tensor) -> Tensor:
+        rest = iter(inputs)
+        others = {"l_cu_seq_": CU_SEQ, "l_others_0_": lengths_of_keys}
+        names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        out: Tensor = gm(*(others[name] if name in others else next(rest) for name in names))[0]
+        return out
+
+    torch.testing.assert_close(run(CU_SEQ.clone()), wanted)
+    with pytest.raises(RuntimeError, match="cu_seq_k is not cu_seq_q"):
+        run(torch.cat([CU_SEQ[:1], CU_SEQ[1:-1] + 1, CU_SEQ[-1:]]))
+
+
 def test_other_keys_are_refused() -> None:
-    with pytest.raises(NoRule, match="cu_seq_k is not cu_seq_q") as error:
-        open_varlen_attention(traced(other=CU_SEQ.clone()))
+    with pytest.raises(NoRule, match="there are other keys than queries") as error:
+        open_varlen_attention(traced(num_keys=T + 1, other=torch.cat([CU_SEQ[:-1], CU_SEQ[-1:] + 1])))
     assert "varlen_attn(q, k, v, cu_seq" in str(error.value)
     assert "test_open_varlen_attention.py:" in str(error.value)
 

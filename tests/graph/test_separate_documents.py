@@ -161,3 +161,131 @@ def test_one_search_for_documents_serves_all_layers() -> None:
     assert len(sites) == 2 and len({site.args[4] for site in sites}) == 1
     assert sites[0].args[4].meta["val"].dtype == torch.int32
     assert found.transformed.changes["separate_documents"] == 2
+
+
+class LM(nn.Module):
+    """A causal attention and something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.qkv = nn.Embedding(models.VOCABULARY, 8), nn.Linear(8, 24)
+        self.convolution, self.head = nn.Conv1d(8, 8, 3, padding=2), nn.Linear(8, models.VOCABULARY)
+
+    def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        return x + out.transpose(1, 2).flatten(2)
+
+    def more(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        return x
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.more(self.attend(self.embedding(input_ids)), input_ids)
+        logits = self.head(x)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), "logits": logits}
+
+
+def index(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], device=x.device)
+
+
+def chunked(m: LM, x: Tensor, ids: Tensor) -> Tensor:
+    i = index(x)
+    return m.attend(x, (i[:, None] >= i) & (i[:, None] // 4 == i // 4))
+
+
+def windowed(m: LM, x: Tensor, ids: Tensor) -> Tensor:
+    i = index(x)
+    return m.attend(x, (i[:, None] >= i) & (i[:, None] - i < 3) & (ids != 9)[:, None, None, :])
+
+
+ALLOWED = {
+    "nothing": lambda m, x, ids: x,
+    "chunks count from each document": chunked,
+    "a window and padding": windowed,
+    "a table of places": lambda m, x, ids: x * (index(x)[None, :, None] + 1.0).log(),
+    "places that are counted": lambda m, x, ids: x + torch.ones_like(index(x)).cumsum(0)[:, None] * 0.1,
+    "places cut from a longer table": lambda m, x, ids: x + torch.arange(64.0, dtype=x.dtype)[: x.shape[1], None].sin(),
+    "another embedding of tokens": lambda m, x, ids: x + m.embedding((ids + 1) % 61),
+    "statistics that nobody reads": lambda m, x, ids: (x.mean(), x)[1],
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_is_computed_token_by_token_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LM, "more", ALLOWED[name])
+    model, inputs = LM().double(), batch_of("rotary", KEPT)
+    found = in_lockstep(model, inputs, 2, documents=f"eos:{EOS}", mask_labels=True)
+    assert_same(found, alone(model, inputs, KEPT, masked=True))
+
+
+def prefixed(m: LM, x: Tensor, ids: Tensor) -> Tensor:
+    i = index(x)
+    return m.attend(x, (i[:, None] >= i) | (i < 3))
+
+
+def far(m: LM, x: Tensor, ids: Tensor) -> Tensor:
+    i = index(x)
+    return m.attend(x, (i[:, None] >= i) & (i[:, None] <= 2 * i + 5))
+
+
+REFUSED = {
+    "a convolution": (lambda m, x, ids: x + m.convolution(x.mT)[..., : x.shape[1]].mT, "cannot keep documents apart"),
+    "the token before": (lambda m, x, ids: x + F.pad(x, (0, 0, 1, -1)), "cannot keep documents apart"),
+    "the next token's id": (lambda m, x, ids: x + m.embedding(F.pad(ids, (0, 1))[:, 1:]), "numbers of other tokens"),
+    "a running sum": (lambda m, x, ids: x + x.cumsum(1), "mixes the tokens"),
+    "a mean of the row": (lambda m, x, ids: x + x.mean(1, keepdim=True), "pools all tokens"),
+    "a mean of the batch": (lambda m, x, ids: x + x.mean((0, 1)), "depends on the tokens of other documents"),
+    "the length": (lambda m, x, ids: x / x.shape[1], "length of the row"),
+    "places over the length": (lambda m, x, ids: x * (index(x) / x.shape[1])[:, None], "in a way that is not known"),
+    "places from the end": (lambda m, x, ids: x * index(x).flip(0)[:, None], "in a way that is not known"),
+    "a softmax of places": (lambda m, x, ids: x * index(x).double().softmax(0)[:, None], "in a way that is not known"),
+    "a prefix": (prefixed, "it has a prefix"),
+    "a mask that is not recognised": (far, "its mask is not recognised"),
+    "positions of inputs": (lambda m, x, ids: x + m.embedding((ids != 0).cumsum(1) % 61), "depends on the tokens"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_mixes_documents_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    more, reason = REFUSED[name]
+    monkeypatch.setattr(LM, "more", more)
+    with pytest.raises(cpcompile.NoRule, match=reason) as error:
+        in_lockstep(LM().double(), batch_of("rotary", KEPT), 2, documents=f"eos:{EOS}")
+    assert "test_separate_documents.py:" in str(error.value) and "Leave documents=''" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["eos", "eos:x", "eos:-1", "tokens:2", "ids", "ids:a b", "positions:1"])
+def test_options_that_say_nothing(text: str) -> None:
+    with pytest.raises(cpcompile.ConfigError, match="does not say what tells documents apart"):
+        Config(documents=text)
+
+
+def test_options_that_do_not_fit() -> None:
+    with pytest.raises(cpcompile.ConfigError, match="needs to know the documents"):
+        Config(mask_labels=True)
+    model, inputs = LM().double(), batch_of("rotary", KEPT)
+    with pytest.raises(cpcompile.InputError, match="leave dynamic=True"):
+        in_lockstep(model, inputs, 2, documents="eos:7", dynamic=False)
+    with pytest.raises(cpcompile.InputError, match="was not called with document_ids"):
+        in_lockstep(model, inputs, 2, documents="ids:document_ids")
+
+
+class Unmaskable(LM):
+    """Its loss knows no label to ignore."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        scores = self.head(self.attend(self.embedding(input_ids))).log_softmax(-1)
+        picked = scores[:, :-1].gather(-1, input_ids[:, 1:, None]) if scores.shape[1] > 1 else scores
+        return {"loss": -picked.mean(), "logits": scores}
+
+
+def test_labels_that_no_loss_can_ignore() -> None:
+    model, inputs = Unmaskable().double(), batch_of("rotary", KEPT)
+    with pytest.raises(cpcompile.NoRule, match="no loss with an ignore_index was found"):
+        in_lockstep(model, inputs, 2, documents="eos:7", mask_labels=True)
+    loss, _ = in_lockstep(model, inputs, 2, documents="eos:7")
+    torch.testing.assert_close(loss, alone(model, inputs, KEPT, masked=False)[0], rtol=1e-10, atol=0)
