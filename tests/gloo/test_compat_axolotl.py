@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -577,7 +578,8 @@ class Numbers(torch.utils.data.IterableDataset[torch.Tensor]):
 def prepared(rank: Any, cp_size: int) -> tuple[list[Any], list[Any], float]:
     """Return the batches of one epoch, shuffled and iterated, and how far gradients are from those of one device."""
     places = {"RANK": rank.rank, "LOCAL_RANK": rank.rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4, "OMP_NUM_THREADS": 1}
-    os.environ.update({name: str(value) for name, value in places.items()})
+    environment = mock.patch.dict(os.environ, {name: str(value) for name, value in places.items()})
+    environment.start()
     axolotl.patch_accelerate()
     from accelerate import Accelerator, ParallelismConfig
     from accelerate.state import AcceleratorState, GradientState
@@ -608,6 +610,7 @@ def prepared(rank: Any, cp_size: int) -> tuple[list[Any], list[Any], float]:
         axolotl.unpatch_accelerate()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        environment.stop()
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])
