@@ -39,7 +39,9 @@ def follow_documents(gm: fx.GraphModule, *, plan: Plan) -> int:
             continue
         first, _ = firsts.setdefault(str(documents.meta["val"].shape[-1]), (documents, site))
         if numbers[first] != numbers[documents]:
-            raise refusal(plan, site, "its documents are not those of the attentions before it, and it can follow one kind")
+            raise refusal(
+                plan, site, "its documents are not those of the attentions before it, and it can follow one kind"
+            )
     for documents, site in firsts.values():
         hoist(gm, documents, site, plan)
         with gm.graph.inserting_after(documents):

@@ -29,7 +29,9 @@ class PackedLM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.norm = nn.Embedding(VOCABULARY, WIDTH), nn.LayerNorm(WIDTH)
-        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(WIDTH, 64), nn.Linear(WIDTH, WIDTH)]) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(
+            nn.ModuleList([nn.Linear(WIDTH, 64), nn.Linear(WIDTH, WIDTH)]) for _ in range(LAYERS)
+        )
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
@@ -50,7 +52,10 @@ class PackedLM(nn.Module):
             x = x + out(y.transpose(1, 2).flatten(2)).tanh()
         logits = self.head(self.norm(x))
         shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        return {"loss": F.cross_entropy(logits.flatten(0, 1), shifted.flatten(), ignore_index=IGNORED), "logits": logits}
+        return {
+            "loss": F.cross_entropy(logits.flatten(0, 1), shifted.flatten(), ignore_index=IGNORED),
+            "logits": logits,
+        }
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

@@ -87,5 +87,3 @@ def test_auto_follows_documents_where_that_pays() -> None:
         model = PackedLM()
         inputs = {name: torch.zeros(1, 1 << 16, dtype=torch.long) for name in ("input_ids", "labels", "position_ids")}
     assert cpcompile.explain(model, inputs, world_size=8).layout == "balanced"
-
-
