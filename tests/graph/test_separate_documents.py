@@ -242,6 +242,10 @@ REFUSED = {
     "the length": (lambda m, x, ids: x / x.shape[1], "length of the row"),
     "places over the length": (lambda m, x, ids: x * (index(x) / x.shape[1])[:, None], "in a way that is not known"),
     "places from the end": (lambda m, x, ids: x * index(x).flip(0)[:, None], "in a way that is not known"),
+    "places less the length": (
+        lambda m, x, ids: x * torch.arange(-x.shape[1], 0)[:, None],
+        "in a way that is not known",
+    ),
     "a softmax of places": (lambda m, x, ids: x * index(x).double().softmax(0)[:, None], "in a way that is not known"),
     "a prefix": (prefixed, "it has a prefix"),
     "a mask that is not recognised": (far, "its mask is not recognised"),
