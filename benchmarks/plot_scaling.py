@@ -29,10 +29,8 @@ TITLES = {
     "window_4k_of_64k": "64k tokens, window of 4k",
 }
 COLORS = {"ring": "tab:blue", "ulysses": "tab:green", "gather": "tab:cyan", "halo": "tab:purple", "usp": "tab:olive"}
-PUBLISHED = {
-    "causal": 90,
-    "packed": 58,
-}  # percent of its kernel that ring-flash-attn's README has for 8 GPUs; packed to 76
+PEER_COLORS = {"torch": "tab:brown", "ringmaster": "tab:orange", "yunchang": "black"}
+PUBLISHED = {"causal": "90%", "packed": "58 to 76%"}  # of its kernel, by its README, on 8 GPUs
 # Percent of the limit at 8 GPUs, and the strategies that it is asked of; training in percent of weak scaling.
 TARGETS = {"causal": (95, ("ring", "usp")), "packed": (85, ("ring", "gather", "usp", "ulysses"))}
 TRAIN_TARGET = 90
@@ -89,7 +87,7 @@ def measured(result: Row) -> list[str]:
     for case, rows in ordered([row for row in result["rows"] if "percent_of_limit" in row]).items():
         whole = {row["ranks"]: row for row in rows if row["layout"] == "whole"}
         limits = ", ".join(
-            f"{row['limit_ms']:.2f} ms on {count} ({row['limit_kernel']})" for count, row in whole.items()
+            f"{row['limit_ms']:.2f} ms on {count} ({row['limit_kernel']})" for count, row in sorted(whole.items())
         )
         lines += [f"**{TITLES[case]}**; limit {limits}", ""]
         lines += grid([row for row in rows if row["layout"] != "whole"], measured_cell)
@@ -149,7 +147,7 @@ def train_table(result: Row) -> list[str]:
 def auto_table(result: Row) -> list[str]:
     """Return what `auto` picks, beside the best row."""
     lines = ["**What `auto` picks**", "", "| case | GPUs | picked | ms | best | ms | within 5% |", "|---" * 7 + "|"]
-    for row in result["auto"]:
+    for row in sorted(result["auto"], key=lambda row: row["ranks"]):
         verdict = {True: "yes", False: "no", None: "not measured"}[row.get("is_within_5_percent")]
         cells = [row["case"], row["ranks"], row["pick"], row.get("ms", ""), row.get("best", ""), row.get("best_ms", "")]
         lines.append(f"| {' | '.join(map(str, cells))} | {verdict} |")
@@ -257,7 +255,8 @@ def draw_case(axes: Any, case: str, rows: list[Row], value: str) -> None:
     for name in dict.fromkeys(label(row) for row in rows):
         found = sorted((row for row in rows if label(row) == name), key=lambda row: row["ranks"])
         own = found[0]["system"] == "cpcompile"
-        style = {"color": COLORS.get(found[0]["strategy"].split()[0]) if own else None, "linewidth": 2 if own else 1}
+        peer = PEER_COLORS.get(name.split()[0], "tab:red") if "llama3" not in name else "tab:pink"
+        style = {"color": COLORS.get(found[0]["strategy"].split()[0]) if own else peer, "linewidth": 2 if own else 1}
         style |= {"linestyle": "-" if own and found[0]["layout"] != "contiguous" else "--" if own else ":"}
         style |= {"marker": "s" if found[0]["layout"] == "balanced" else "o", "markersize": 4, "label": name}
         (line,) = axes.plot([row["ranks"] for row in found], [row[value] for row in found], **style)

@@ -320,7 +320,8 @@ def predictions(options: argparse.Namespace) -> Row:
 
 def commit() -> str:
     """Return the commit of this checkout."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", HERE, "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip()
 
 
