@@ -137,6 +137,17 @@ def test_more_models(name: str) -> None:
     assert_same(found, alone(model, inputs, KEPT, masked=True))
 
 
+def test_experts_are_regions_of_tokens() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = MixtralForCausalLM(MixtralConfig(**models.SIZES | sizes, experts_implementation="batched_mm")).double()
+    inputs = batch_of("mixtral", KEPT)
+    found = in_lockstep(model, inputs, 2, documents=f"eos:{EOS}", mask_labels=True)
+    assert_same(found, alone(model, inputs, KEPT, masked=True))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "zig_zag", "balanced", "zig_zag_by_document"])
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 def test_layouts_and_strategies(layout: str, strategy: str) -> None:
@@ -202,7 +213,14 @@ def windowed(m: LM, x: Tensor, ids: Tensor) -> Tensor:
     return m.attend(x, (i[:, None] >= i) & (i[:, None] - i < 3) & (ids != 9)[:, None, None, :])
 
 
+def sloped(m: LM, x: Tensor, ids: Tensor) -> Tensor:
+    i = index(x)
+    bias = torch.tensor([0.5, 0.25], dtype=x.dtype)[:, None, None] * (i - i[:, None])
+    return m.attend(x, bias[None].masked_fill(i[:, None] < i, float("-inf")))
+
+
 ALLOWED = {
+    "ALiBi": sloped,
     "nothing": lambda m, x, ids: x,
     "chunks count from each document": chunked,
     "a window and padding": windowed,
