@@ -320,9 +320,9 @@ def predictions(options: argparse.Namespace) -> Row:
 
 def commit() -> str:
     """Return the commit of this checkout."""
-    command = ["git", "-C", HERE, "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+    return str(found.stdout.strip())
 
 
 def write(path: Path, text: str) -> None:
