@@ -13,6 +13,15 @@ from cpcompile import _torch
 from cpcompile.block_masks import unread_nodes
 from cpcompile.errors import TORCH, CPError, GraphBreakError, where
 
+OWN_REMEDY = (
+    "Write it with operators that torch differentiates, or make it a custom operator "
+    "(torch.library.custom_op with register_autograd) and register a rule for it (cpcompile.rules.rule)."
+)
+FLASH_REMEDY = (
+    "This is the package flash-attn: use attn_implementation='sdpa' (packed documents are read from position_ids, or from "
+    "cu_seq_lens_q with documents='cu_seqlens'). cpcompile runs its kernels itself, with kernel='flash_attn'."
+)
+
 _KEPT_INPUT_META = ("tensor_dict", "grapharg")
 
 
@@ -76,10 +85,10 @@ def refuse_own_gradients(gm: fx.GraphModule) -> None:
             if getattr(node.target, "__name__", "") == "autograd_function_apply" and any(
                 getattr(given.meta.get("example_value"), "requires_grad", False) for given in node.all_input_nodes
             ):
+                is_flash = "flash_attn" in (node.meta.get("stack_trace") or "")
                 raise CPError(
                     f"a torch.autograd.Function has a backward of its own, which cannot be sharded yet.\n\n{where(node)}\n\n"
-                    "Write it with operators that torch differentiates, or make it a custom operator "
-                    "(torch.library.custom_op with register_autograd) and register a rule for it (cpcompile.rules.rule)."
+                    + (FLASH_REMEDY if is_flash else OWN_REMEDY)
                 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,3 +93,43 @@ def test_documents_can_be_asked_for_by_them() -> None:
     assert attentions(found) == {"causal, documents"}
     whole = cpcompile.verify(model, collated(positions=True), world_size=2, dtype=torch.float64)
     torch.testing.assert_close(found.reference_loss, whole.reference_loss, rtol=1e-12, atol=0)
+
+
+PACKAGE = """
+import torch
+
+class Varlen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        return q + k + v
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad, grad
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k):
+    return Varlen.apply(q, k, v)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_the_functions_of_flash_attn_are_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn_interface.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module("flash_attn_interface")
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(models.VOCABULARY, 8)
+
+        def forward(self, input_ids: Tensor, cu_seq_lens_q: Tensor) -> Tensor:
+            x = self.embedding(input_ids)
+            return package.flash_attn_varlen_func(x, 2 * x, 3 * x, cu_seq_lens_q, cu_seq_lens_q).sum()
+
+    inputs = {"input_ids": torch.arange(12)[None], "cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32)}
+    with pytest.raises(cpcompile.CPError, match="attn_implementation='sdpa'") as error:
+        cpcompile.verify(Packed(), inputs, world_size=2)
+    assert "flash_attn_interface.py:" in str(error.value) and "documents='cu_seqlens'" in str(error.value)
