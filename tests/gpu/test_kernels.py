@@ -283,3 +283,28 @@ def test_ranks_in_lockstep(strategy: str, dtype: torch.dtype) -> None:
     cpcompile.verify(
         model, inputs, world_size=4, tolerance=limit, strategy=strategy, balancer="zig_zag"
     ).raise_if_wrong()
+
+
+def test_documents_of_a_batch_are_cut_into_sizes_that_recur() -> None:
+    """cuDNN plans for each shape, so that it computes squares of known sizes, and the Triton kernels what is left of them."""
+    lengths = (700, 3001, 90, 2560, 1000)
+    size = sum(lengths)
+    block = Block(SCALE, high=0, lengths=lengths, is_varied=True)
+    q, k, v, dout = (normal(1, heads, size, 128, seed=i) for i, heads in enumerate((H, K, K, H)))
+    half = [x.bfloat16() for x in (q, k, v, dout)]
+    out, lse = kernels.forward(*half[:3], block)
+    grads = kernels.backward(half[3], *half[:3], out, lse, block)
+    exact = [x.double() for x in half]
+    expected, expected_lse = kernels.forward(*exact[:3], block, "math")
+    expected_grads = kernels.backward(exact[3], *exact[:3], expected, expected_lse, block, "math")
+    for found, wanted in zip((out, *grads), (expected, *expected_grads), strict=True):
+        assert error(found.double(), wanted) < LIMITS[BF16]
+    calls = kernels.known_calls(block, "auto", size, size, "cuda", BF16, 128, 128)
+    assert [(c.kernel.name, c.part.rows.stop - c.part.rows.start) for c in calls] == [
+        ("triton", 700),
+        ("cudnn", 2560),
+        ("triton", 441),
+        ("triton", 90),
+        ("cudnn", 2560),
+        ("triton", 1000),
+    ]

@@ -531,6 +531,27 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_choices()
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "lengths", "high"),
+    [(21, 21, (), 0), (24, 24, (), 0), (8, 40, (), None), (21, 16, (), None), (7, 7, (), 0)]
+    + [(60, 60, (3, 21, 4, 5, 16, 11), 0), (60, 60, (3, 57), 0), (60, 60, (30, 30), None)],
+)
+def test_parts_of_known_sizes_are_the_block(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, lengths: tuple[int, ...], high: int | None
+) -> None:
+    monkeypatch.setattr(adapt, "LONG", 16)
+    monkeypatch.setattr(adapt, "STEP", 8)
+    block, cpu_ = Block(SCALE, high=high, lengths=lengths, is_varied=True), torch.device("cpu")
+    seen = torch.zeros(rows, columns, dtype=torch.long)
+    for part in adapt.of_known_sizes(adapt.Part(slice(0, rows), slice(0, columns), block)):
+        view = seen[part.rows, part.columns]
+        visible = part.block.visible(*view.shape, cpu_)
+        view += 1 if visible is None else visible[0, 0]
+        assert part.block.is_varied or not (part.block.lengths or any(size % 8 for size in view.shape))
+    whole = block.visible(rows, columns, cpu_)
+    assert torch.equal(seen, torch.ones_like(seen) if whole is None else whole[0, 0].long())
+
+
 HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 CHOICES = [
     (case("cuda"), "cudnn"),

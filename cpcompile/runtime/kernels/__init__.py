@@ -82,7 +82,7 @@ def choose(case: Case, kernel: str = "auto") -> Choice:
     reasons: list[str] = []
     if kernel == "auto":
         for candidate in _fastest_first(case):
-            reason = candidate.refuses(case)
+            reason = candidate.refuses(case) or candidate.avoids(case)
             if not reason:
                 return Choice(candidate, tuple(reasons))
             reasons.append(f"{candidate.name} {reason}")
@@ -154,11 +154,14 @@ def known_calls(
     def case_of(block: Block) -> Case:
         return Case(device, dtype, head_dim, value_dim, features(block))
 
-    parts, kernel = _parts(block, rows, columns, kernel, case_of)
+    parts, asked = _parts(block, rows, columns, kernel, case_of)
+    if kernel == "auto" and block.is_varied:
+        parts = [x for part in parts for x in _of_known_sizes(part, case_of)]
+        asked = "auto"
     found = []
     for part in parts:
         case = case_of(part.block)
-        chosen = choose(case, kernel).kernel
+        chosen = choose(case, asked).kernel
         is_whole, is_dense = part.is_whole(rows, columns), chosen.needs_dense_mask(case)
         found.append(Call(part, chosen, chosen.dims(case), is_whole, is_dense))
     return tuple(found)
@@ -176,6 +179,14 @@ def _parts(
     if "lengths" in chosen.takes and adapt.sees_diagonal(block):
         return [adapt.Part(slice(0, rows), slice(0, columns), block)], kernel
     return adapt.documents(block), chosen.name
+
+
+def _of_known_sizes(part: adapt.Part, case_of: Callable[[Block], Case]) -> list[adapt.Part]:
+    """Return a part as parts of sizes that recur and what is left of it, where another kernel is the fastest for these."""
+    parts = adapt.of_known_sizes(part)
+    known = [x.block for x in parts if not x.block.is_varied]
+    rest = choose(case_of(part.block)).kernel
+    return parts if any(choose(case_of(block)).kernel is not rest for block in known) else [part]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block: Block, kernel: str = "auto") -> tuple[Tensor, Tensor]:

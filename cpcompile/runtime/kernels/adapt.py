@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 
 from cpcompile.runtime.block import Block
 
 Tensor = torch.Tensor
+LONG, STEP = 2048, 512  # tokens of a document from which on it is worth while, and of which known sizes are multiples
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,43 @@ def documents(block: Block) -> list[Part]:
         if not part.is_empty:
             parts.append(Part(_moved(part.rows, start), _moved(part.columns, start), part.block))
         start += length
+    return parts
+
+
+def of_known_sizes(part: Part) -> list[Part]:
+    """Return the parts of a block that follows documents: of sizes that recur, which are not varied, and what is left.
+
+    A causal square is a smaller one, and a strip of rows below it. Documents too short for that stay together.
+    """
+    block, start = part.block, part.rows.start
+    if not block.lengths:
+        rows, columns = part.rows.stop - start, part.columns.stop - part.columns.start
+        if rows % STEP == 0 and columns % STEP == 0:
+            return [replace(part, block=replace(block, is_varied=False))]
+        return _square(part, rows) if block.is_causal_square and rows == columns >= LONG else [part]
+    if not block.is_causal_square:
+        return [part]
+    found: list[Part] = []
+    for is_long, group in groupby(block.lengths, lambda length: length >= LONG):
+        for lengths in ((x,) for x in group) if is_long else (tuple(group),):
+            own = slice(start - part.rows.start, start - part.rows.start + sum(lengths))
+            inner = replace(cut(block, own, own), lengths=lengths if len(lengths) > 1 else ())
+            at = slice(start, start + sum(lengths))
+            of_columns = _moved(own, part.columns.start)
+            alone = Part(at, of_columns, inner)
+            found += of_known_sizes(alone) if is_long else [alone]
+            start = at.stop
+    return found
+
+
+def _square(part: Part, rows: int) -> list[Part]:
+    main = rows // STEP * STEP
+    own, rest = slice(0, main), slice(main, rows)
+    parts = []
+    for of_rows, of_columns, is_varied in ((own, own, False), (rest, slice(0, rows), True)):
+        if of_rows.start < of_rows.stop:
+            block = replace(cut(part.block, of_rows, of_columns), is_varied=is_varied)
+            parts.append(Part(_moved(of_rows, part.rows.start), _moved(of_columns, part.columns.start), block))
     return parts
 
 

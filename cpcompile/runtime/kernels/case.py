@@ -79,6 +79,10 @@ def features(block: Block) -> frozenset[str]:
     return frozenset(name for name, is_there in has.items() if is_there)
 
 
+def _nothing(case: Case) -> str:
+    return ""
+
+
 def _dims_as_they_are(case: Case) -> tuple[int, int]:
     return case.head_dim, case.value_dim
 
@@ -91,8 +95,9 @@ class Kernel:
         forward, backward: as `cpcompile.runtime.kernels` describes them, for what the others allow.
         limits: why it cannot take a case, features in `takes` aside; '' when it can.
         takes: the features that it computes itself. With "mask", everything in `HIDING` reaches it as a bool mask;
-            without "lengths" it is called for each document. "varied" says nothing of what is computed: `limits` may read it.
+            without "lengths" it is called for each document. "varied" says nothing of what is computed.
         dims: the head dims of q and v that it is to get instead of those of the case; the rest is filled with zeros.
+        avoids: why `auto` leaves a case to others although this kernel can compute it; '' when it does not.
     """
 
     name: str
@@ -101,6 +106,7 @@ class Kernel:
     limits: Callable[[Case], str]
     takes: frozenset[str]
     dims: Callable[[Case], tuple[int, int]] = _dims_as_they_are
+    avoids: Callable[[Case], str] = _nothing
 
     def refuses(self, case: Case) -> str:
         """Return why this kernel cannot compute a case, or ''."""
