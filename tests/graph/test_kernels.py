@@ -533,8 +533,16 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "columns", "lengths", "high"),
-    [(21, 21, (), 0), (24, 24, (), 0), (8, 40, (), None), (21, 16, (), None), (7, 7, (), 0)]
-    + [(60, 60, (3, 21, 4, 5, 16, 11), 0), (60, 60, (3, 57), 0), (60, 60, (30, 30), None)],
+    [
+        (21, 21, (), 0),
+        (24, 24, (), 0),
+        (8, 40, (), None),
+        (21, 16, (), None),
+        (7, 7, (), 0),
+        (60, 60, (3, 21, 4, 5, 16, 11), 0),
+        (60, 60, (3, 57), 0),
+        (60, 60, (30, 30), None),
+    ],
 )
 def test_parts_of_known_sizes_are_the_block(
     monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, lengths: tuple[int, ...], high: int | None
