@@ -18,6 +18,8 @@ from cpcompile.spans import Span as Span
 from cpcompile.spans import Spans as Spans
 from cpcompile.spans import Starts as Starts
 
+LONG, STEP = 2048, 512  # tokens from which on sizes that recur are worth while, and of which they are multiples
+
 
 @dataclass(frozen=True, slots=True)
 class Band:
@@ -220,12 +222,25 @@ def _pieces_of(rows: Spans, columns: Spans, visible: Visible, starts: Starts | N
         for column in _within_reach(row, columns, starts):
             for r, c in _rectangles(row, column, starts):
                 found += _cut(r, c, band, visible.has_prefix)
-    return _join(_group(found) if starts is not None else found) if is_joined else found
+    if not is_joined:
+        return found
+    return _join(found) if starts is None else [x for piece in _join(_group(found)) for x in _of_known_width(piece)]
 
 
 def _are_dense(spans: Sequence[Span]) -> bool:
     """Tell whether the slots of the spans follow each other."""
     return all(a.slots.stop == b.slot for a, b in pairwise(spans))
+
+
+def _of_known_width(piece: Piece) -> Iterator[Piece]:
+    """Yield a long rectangle as one of a width that recurs from batch to batch, for which kernels have a plan, and the rest."""
+    width = piece.columns.size // STEP * STEP
+    if not piece.is_full or width == piece.columns.size or min(width, piece.rows.size) < LONG:
+        yield piece
+        return
+    middle = piece.columns.position + width
+    yield replace(piece, columns=piece.columns.between(piece.columns.position, middle))
+    yield replace(piece, columns=piece.columns.between(middle, piece.columns.end))
 
 
 def _within_reach(row: Span, columns: Spans, starts: Starts | None) -> Spans:

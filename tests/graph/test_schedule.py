@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpcompile.layout import LAYOUTS
+from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
 from cpcompile.order import Order
+from cpcompile.runtime import schedule
 from cpcompile.runtime.schedule import (
     Band,
     Needs,
@@ -22,6 +25,7 @@ from cpcompile.runtime.schedule import (
     needs,
     packed,
     pieces,
+    visits,
     whole,
 )
 
@@ -29,6 +33,22 @@ BANDS = st.one_of(
     st.builds(Band, st.one_of(st.none(), st.integers(-9, 0)), st.just(0)),
     st.builds(Band, st.one_of(st.none(), st.integers(-9, 0)), st.one_of(st.none(), st.integers(0, 7))),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_rectangles_are_long() -> Iterator[None]:
+    """Let rectangles of a few tokens be cut into widths that recur."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "LONG", 4)
+        patch.setattr(schedule, "STEP", 2)
+        forget()
+        yield
+    forget()
+
+
+def forget() -> None:
+    for function in (pieces, needs, visits):
+        function.cache_clear()
 
 
 @st.composite
@@ -40,7 +60,7 @@ def problems(draw: st.DrawFn) -> tuple[int, int, str, Visible]:
         starts = draw(st.lists(st.sets(st.integers(0, length - 1)), min_size=1, max_size=2))
         segments = Segments.of(tuple(tuple(sorted({0, *row})) for row in starts))
     visible = Visible(draw(BANDS), segments, is_joined=draw(st.booleans()))
-    return length, draw(st.integers(1, 5)), draw(st.sampled_from(LAYOUTS)), visible
+    return length, draw(st.integers(1, 5)), draw(st.sampled_from((*LAYOUTS, *DOCUMENT_LAYOUTS))), visible
 
 
 def seen(length: int, visible: Visible) -> torch.Tensor:
@@ -89,7 +109,7 @@ def test_pieces_cover_what_is_visible_once(problem: tuple[int, int, str, Visible
     length, world_size, layout, visible = problem
     expected = seen(length, visible)
     covered = torch.zeros(expected.shape, dtype=torch.int64)
-    spans = Order(length, world_size, layout).spans
+    spans = Order(length, world_size, layout, visible.segments).spans
     plan = needs(spans, visible)
     for rank, rows in enumerate(spans):
         for source in range(world_size):
@@ -105,7 +125,7 @@ def test_gathered_pieces_cover_what_is_visible_once(problem: tuple[int, int, str
     length, world_size, layout, visible = problem
     expected = seen(length, visible)
     covered = torch.zeros(expected.shape, dtype=torch.int64)
-    spans = Order(length, world_size, layout).spans
+    spans = Order(length, world_size, layout, visible.segments).spans
     plan = needs(spans, visible)
     for rows, held in zip(spans, plan.held, strict=True):
         for piece in pieces(rows, held, visible):
@@ -117,7 +137,7 @@ def test_gathered_pieces_cover_what_is_visible_once(problem: tuple[int, int, str
 @given(problems())
 def test_what_is_held_is_what_is_needed(problem: tuple[int, int, str, Visible]) -> None:
     length, world_size, layout, visible = problem
-    spans = Order(length, world_size, layout).spans
+    spans = Order(length, world_size, layout, visible.segments).spans
     plan = needs(spans, visible)
     for receiver in range(world_size):
         at = positions_of(plan.held[receiver])

@@ -8,9 +8,9 @@ from itertools import groupby
 import torch
 
 from cpcompile.runtime.block import Block
+from cpcompile.runtime.schedule import LONG, STEP
 
 Tensor = torch.Tensor
-LONG, STEP = 2048, 512  # tokens of a document from which on it is worth while, and of which known sizes are multiples
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +116,17 @@ def documents(block: Block) -> list[Part]:
 def of_known_sizes(part: Part) -> list[Part]:
     """Return the parts of a block that follows documents: of sizes that recur, which are not varied, and what is left.
 
-    A causal square is a smaller one, and a strip of rows below it. Documents too short for that stay together.
+    A causal square is a smaller one, and a strip of rows below it; a rectangle as well, if its width recurs. Documents too
+    short for that stay together.
     """
     block, start = part.block, part.rows.start
     if not block.lengths:
         rows, columns = part.rows.stop - start, part.columns.stop - part.columns.start
         if rows % STEP == 0 and columns % STEP == 0:
             return [replace(part, block=replace(block, is_varied=False))]
-        return _square(part, rows) if block.is_causal_square and rows == columns >= LONG else [part]
+        is_square = block.is_causal_square and rows == columns
+        is_rectangle = not block.has_band and columns % STEP == 0
+        return _above(part, rows) if rows >= LONG and (is_square or is_rectangle) else [part]
     if not block.is_causal_square:
         return [part]
     found: list[Part] = []
@@ -139,11 +142,15 @@ def of_known_sizes(part: Part) -> list[Part]:
     return found
 
 
-def _square(part: Part, rows: int) -> list[Part]:
+def _above(part: Part, rows: int) -> list[Part]:
+    """Return so many rows that their number recurs, with the columns that they see, and the rows below."""
     main = rows // STEP * STEP
-    own, rest = slice(0, main), slice(main, rows)
+    own, rest, columns = slice(0, main), slice(main, rows), slice(0, part.columns.stop - part.columns.start)
     parts = []
-    for of_rows, of_columns, is_varied in ((own, own, False), (rest, slice(0, rows), True)):
+    for of_rows, of_columns, is_varied in (
+        (own, own if part.block.has_band else columns, False),
+        (rest, columns, True),
+    ):
         if of_rows.start < of_rows.stop:
             block = replace(cut(part.block, of_rows, of_columns), is_varied=is_varied)
             parts.append(Part(_moved(of_rows, part.rows.start), _moved(of_columns, part.columns.start), block))
