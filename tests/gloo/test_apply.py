@@ -204,8 +204,8 @@ def lengths_that_would_choose_differently(rank: Any) -> dict[str, float]:
     model, alone = new(rank, "rotary", dynamic=False, strategy="ring")
     free, choices = transform.choose, iter(("zig_zag", "contiguous"))
 
-    def choose(sites: Any, strategy: str, balancer: str, world_size: int) -> Any:
-        return free(sites, strategy, next(choices) if balancer == "auto" else balancer, world_size)
+    def choose(sites: Any, strategy: str, balancer: str, ranks: Any, **options: Any) -> Any:
+        return free(sites, strategy, next(choices) if balancer == "auto" else balancer, ranks, **options)
 
     with mock.patch.object(transform, "choose", choose):
         found = {}
