@@ -323,7 +323,7 @@ class OneDevice:
 def orders_of(transformed: Transformed, inputs: Sequence[Any], lockstep: Lockstep) -> list[Order]:
     """Return which tokens each rank holds of each sequence of these flat inputs, which the ranks have started to run."""
     plan = transformed.plan
-    bounds = [x.bounds and lockstep.bounds.get(x.bounds) for x in Lengths.all_of(transformed.graph)]
+    bounds = [None if x.bounds is None else lockstep.bounds.get(x.bounds) for x in Lengths.all_of(transformed.graph)]
     lengths = sequence_lengths(transformed, inputs)  # of none in a graph without tokens, where no value needs an order
     return [Order.of(n, plan.world_size, plan.layout, found) for n, found in zip(lengths, bounds, strict=False)]
 

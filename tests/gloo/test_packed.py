@@ -100,8 +100,6 @@ def packed_lm() -> PackedLM:
         ("ring", "zig_zag_by_document", 4, 3),
         ("gather", "zig_zag_by_document", 2, 1),
         ("ulysses", "zig_zag_by_document", 4, 1),
-        ("ring", "zig_zag", 4, 1),
-        ("gather", "contiguous", 4, 1),
     ],
 )
 def test_mixes_of_documents(pool: Any, strategy: str, layout: str, world_size: int, batch_size: int) -> None:

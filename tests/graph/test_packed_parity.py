@@ -20,11 +20,12 @@ from tests.packing import MIXES, PackedLM, one_by_one, packed_batch
 STRATEGIES, WORLD_SIZES = ("ring", "gather", "ulysses", "usp"), (2, 3, 4, 8)
 ALL_LAYOUTS = (*LAYOUTS, *DOCUMENT_LAYOUTS)
 ALL = list(itertools.product(STRATEGIES, ALL_LAYOUTS, WORLD_SIZES, (1, 3)))
-# Every strategy with every layout, every P and both batch sizes.
+# Every strategy and every layout with every P and both batch sizes; the runtime has them all in tests/gloo/test_attention.py.
 SAMPLE = [
     (strategy, layout, WORLD_SIZES[(i + j) % 4], 1 + 2 * ((i + j // 2) % 2))
     for i, strategy in enumerate(STRATEGIES)
     for j, layout in enumerate(ALL_LAYOUTS)
+    if (i + j) % 2 == 0 or layout == "balanced"
 ]
 EXACT = 1e-12  # float64 rounding of some thousand additions; a token at another place is off by more than 1e-3
 
