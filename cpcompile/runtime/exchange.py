@@ -74,8 +74,7 @@ def _(
     length: int,
     layout: str,
     world_size: int,
-    group: str,
-    bounds: torch.Tensor | None = None,
+    *rest: Any,
 ) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

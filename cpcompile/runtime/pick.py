@@ -37,15 +37,7 @@ def pick_tokens(
 
 @pick_tokens.register_fake
 def _(
-    x: torch.Tensor,
-    dim: int,
-    start: int,
-    count: int,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    bounds: torch.Tensor | None = None,
+    x: torch.Tensor, dim: int, start: int, count: int, length: int, layout: str, world_size: int, *rest: Any
 ) -> torch.Tensor:
     return resized(x, dim, local_length(length, world_size, layout), count)
 
@@ -72,15 +64,7 @@ def pick_tokens_backward(
 
 @pick_tokens_backward.register_fake
 def _(
-    grad: torch.Tensor,
-    dim: int,
-    start: int,
-    count: int,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    bounds: torch.Tensor | None = None,
+    grad: torch.Tensor, dim: int, start: int, count: int, length: int, layout: str, world_size: int, *rest: Any
 ) -> torch.Tensor:
     return resized(grad, dim, count, local_length(length, world_size, layout))
 
@@ -110,15 +94,7 @@ def put_tokens(
 
 @put_tokens.register_fake
 def _(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    dim: int,
-    start: int,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    bounds: torch.Tensor | None = None,
+    x: torch.Tensor, values: torch.Tensor, dim: int, start: int, length: int, layout: str, world_size: int, *rest: Any
 ) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -143,14 +119,7 @@ def local_slots(
 
 
 @local_slots.register_fake
-def _(
-    index: torch.Tensor,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    bounds: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _(index: torch.Tensor, length: int, layout: str, world_size: int, *rest: Any) -> torch.Tensor:
     return torch.empty_like(index, dtype=torch.int64, memory_format=torch.contiguous_format)
 
 
@@ -164,9 +133,7 @@ def positions(
 
 
 @positions.register_fake
-def _(
-    like: torch.Tensor, length: int, layout: str, world_size: int, group: str, bounds: torch.Tensor | None = None
-) -> torch.Tensor:
+def _(like: torch.Tensor, length: int, layout: str, world_size: int, *rest: Any) -> torch.Tensor:
     return like.new_empty(local_length(length, world_size, layout), dtype=torch.int64)
 
 

@@ -45,16 +45,7 @@ def shard_tokens(
 
 
 @shard_tokens.register_fake
-def _(
-    x: torch.Tensor,
-    dim: int,
-    inner: int,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    bounds: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _(x: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, *rest: Any) -> torch.Tensor:
     return resized(x, dim, length, local_length(length, world_size, layout))
 
 
@@ -83,16 +74,7 @@ def shard_tokens_backward(
 
 
 @shard_tokens_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    dim: int,
-    inner: int,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    bounds: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _(grad: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, *rest: Any) -> torch.Tensor:
     return resized(grad, dim, local_length(length, world_size, layout), length)
 
 
@@ -115,16 +97,7 @@ def gather_tokens(
 
 
 @gather_tokens.register_fake
-def _(
-    x: torch.Tensor,
-    dim: int,
-    inner: int,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    bounds: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _(x: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, *rest: Any) -> torch.Tensor:
     return resized(x, dim, local_length(length, world_size, layout), length)
 
 
@@ -149,16 +122,7 @@ def gather_tokens_backward(
 
 
 @gather_tokens_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    dim: int,
-    inner: int,
-    length: int,
-    layout: str,
-    world_size: int,
-    group: str,
-    bounds: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _(grad: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, *rest: Any) -> torch.Tensor:
     return resized(grad, dim, length, local_length(length, world_size, layout))
 
 
@@ -197,8 +161,7 @@ def _(
     length: int,
     layout: str,
     world_size: int,
-    group: str,
-    bounds: torch.Tensor | None = None,
+    *rest: Any,
 ) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
