@@ -106,3 +106,26 @@ def packed_lm() -> PackedLM:
 def test_mixes_of_documents(pool: Any, strategy: str, layout: str, world_size: int, batch_size: int) -> None:
     for found in pool.run(world_size, trained_mixes, strategy, layout, batch_size):
         assert max(found.values()) < 1e-12, {key: x for key, x in found.items() if x >= 1e-12}
+
+
+def compiled(rank: Any) -> dict[str, float]:
+    """The same by `torch.compile`, whose outputs are those of the model alone."""
+    torch._dynamo.reset()
+    model, alone = packed_lm(), packed_lm()
+    options = {"mesh": rank.mesh(), "inner": "eager", "strategy": "ring", "balancer": "balanced", "outputs": "full"}
+    parallel = torch.compile(model, backend="cpcompile", options=options, fullgraph=True)
+    found: dict[str, float] = {}
+    for mix in ("giant", "off_edges"):
+        inputs = packed_batch(mix, 2)
+        output, expected = parallel(**inputs), alone(**inputs)
+        output["loss"].backward()
+        expected["loss"].backward()
+        assert set(output) == set(expected)
+        found |= {f"{mix} {name}": error(output[name], x) for name, x in expected.items()}
+        found |= {f"{mix} {name}": x for name, x in errors(gradients(model), gradients(alone)).items()}
+    return found
+
+
+def test_documents_by_torch_compile(pool: Any) -> None:
+    for found in pool.run(2, compiled):
+        assert max(found.values()) < 1e-12, {key: x for key, x in found.items() if x >= 1e-12}
