@@ -33,6 +33,10 @@ class NoRule(CPError):
     """An operator whose operands cannot stay sharded."""
 
 
+class CannotFollow(ConfigError):
+    """A layout cannot follow the documents that attentions see."""
+
+
 class NoChunks(NoRule):
     """An operator needs equal chunks of tokens, and the layout follows the documents."""
 

@@ -14,14 +14,13 @@ from torch import fx
 
 from cpcompile.annotation import annotate, annotation
 from cpcompile.attention_cases import refuse_unable_kernel
-from cpcompile.call import Call, is_tensor
+from cpcompile.call import is_tensor
 from cpcompile.config import Config
 from cpcompile.cost import Choice, Ranks, choose
-from cpcompile.errors import CPError, InputError, NoChunks, where
+from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
 from cpcompile.mesh import Axis
 from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies, find_attention, separate_documents
 from cpcompile.patterns.latent_heads import expansion_of
-from cpcompile.patterns.nodes import value_numbers
 from cpcompile.plan import Plan, sequences_of
 from cpcompile.sites import (
     ATTENTION_LIKE,
@@ -96,7 +95,7 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
     if config.strategy in ("auto", "latent", "latent_heads"):
         found = [expansion_of(node, token_dims) for node in attention_nodes(captured)]
         sites = [replace(site, latent=latent) for site, latent in zip(sites, found, strict=True)]
-    choice = choose(sites, config.strategy, config.balancer, ranks, follows_documents=can_follow(captured))
+    choice = choose(sites, config.strategy, config.balancer, ranks)
     warn_of_other_strategies(captured, choice, config.strategy)
     plan = Plan(
         world_size=axis.world_size,
@@ -117,7 +116,7 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
     )
     try:
         shard(captured, choice, plan, changes, times)
-    except NoChunks:
+    except (CannotFollow, NoChunks):
         if config.balancer != "auto":
             raise
         choice = choose(sites, config.strategy, config.balancer, ranks, follows_documents=False)
@@ -130,13 +129,6 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
         refuse_unable_kernel(rewritten_attentions(captured), config.kernel)
     check_legal(captured, config.strict)
     return Transformed(original, analysed, captured, plan, sequences_of(captured, plan), choice, changes, times)
-
-
-def can_follow(gm: fx.GraphModule) -> bool:
-    """Tell whether all attentions that see documents see the same, for each number of tokens."""
-    numbers, found = value_numbers(gm.graph), dict[str, int]()
-    documents = [x for node in attention_nodes(gm) if (x := Call.of(node)["documents"]) is not None]
-    return all(found.setdefault(str(x.meta["val"].shape[-1]), numbers[x]) == numbers[x] for x in documents)
 
 
 def shard(gm: fx.GraphModule, choice: Choice, plan: Plan, changes: dict[str, int], times: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ from torch import fx
 from cpcompile.annotation import annotate
 from cpcompile.call import Call
 from cpcompile.emit import emit_bounds
-from cpcompile.errors import ConfigError, where
+from cpcompile.errors import CannotFollow, where
 from cpcompile.layout import DOCUMENT_LAYOUTS
 from cpcompile.patterns.nodes import value_numbers
 from cpcompile.plan import Plan
@@ -27,7 +27,7 @@ def follow_documents(gm: fx.GraphModule, *, plan: Plan) -> int:
     """Return how many sequences have documents that the layout follows. Runs before `place_tokens`.
 
     Raises:
-        ConfigError: attentions see different documents, or documents that the model computes from hidden states.
+        CannotFollow: attentions see different documents, or documents that the model computes from hidden states.
     """
     if plan.layout not in DOCUMENT_LAYOUTS:
         return 0
@@ -66,9 +66,9 @@ def hoist(gm: fx.GraphModule, documents: fx.Node, site: fx.Node, plan: Plan) -> 
         behind = node
 
 
-def refusal(plan: Plan, site: fx.Node, reason: str) -> ConfigError:
+def refusal(plan: Plan, site: fx.Node, reason: str) -> CannotFollow:
     """Return the error of a layout that cannot follow the documents of an attention."""
-    return ConfigError(
+    return CannotFollow(
         f"balancer={plan.layout!r} cannot follow the documents of this attention: {reason}.\n\n{where(site)}\n\n"
         "Use balancer='zig_zag' or 'contiguous', which depend on nothing, or leave the choice to 'auto'."
     )

@@ -63,19 +63,7 @@ def move_tokens(
 
 
 @move_tokens.register_fake
-def _(
-    x: torch.Tensor,
-    dim: int,
-    inner: int,
-    sign: int,
-    offset: int,
-    wrap: bool,
-    fill: float,
-    length: int,
-    layout: str,
-    world_size: int,
-    *rest: Any,
-) -> torch.Tensor:
+def _(x: torch.Tensor, *settings: Any) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -81,19 +81,12 @@ def test_chunks_are_refused_with_the_line() -> None:
         cpcompile.explain(Convolving(), packed_batch("off_edges", 1), world_size=2, balancer="balanced")
 
 
-def test_auto_takes_a_layout_with_chunks() -> None:
-    with torch.device("meta"):
-        model = Convolving()
-        inputs = {name: torch.zeros(1, 1 << 16, dtype=torch.long) for name in ("input_ids", "labels", "position_ids")}
-    assert cpcompile.explain(model, inputs, world_size=8).layout in ("contiguous", "zig_zag")
-
-
 class TwoKinds(PackedLM):
     """A second attention that sees other documents."""
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
         result = super().forward(input_ids, labels, position_ids)
-        halves = torch.arange(input_ids.shape[1]) // 8
+        halves = torch.arange(input_ids.shape[1], device=input_ids.device) // 8
         x = result["logits"][:, None]
         y = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=halves[:, None] == halves)
         return {"loss": result["loss"] + y.pow(2).mean()}
@@ -110,12 +103,19 @@ class Routed(PackedLM):
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
         documents = (self.head(self.embed(input_ids)).sum(-1) > 0).cumsum(1)
         x = self.embed(input_ids)[:, None]
-        mask = (documents[:, None, :, None] == documents[:, None, None, :]) & torch.ones(
-            x.shape[2], x.shape[2]
-        ).tril().bool()
+        index = torch.arange(x.shape[2], device=x.device)
+        mask = (documents[:, None, :, None] == documents[:, None, None, :]) & (index[:, None] >= index)
         return {"loss": nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask).pow(2).mean()}
 
 
 def test_documents_of_hidden_states_are_refused_with_the_line() -> None:
     with pytest.raises(ConfigError, match=r"(?s)computed from hidden states.*scaled_dot_product_attention"):
         cpcompile.explain(Routed(), packed_batch("off_edges", 1), world_size=2, balancer="balanced")
+
+
+@pytest.mark.parametrize("kind", [Convolving, TwoKinds, Routed])
+def test_auto_takes_a_layout_that_depends_on_nothing(kind: type[PackedLM]) -> None:
+    with torch.device("meta"):
+        model = kind()
+        inputs = {name: torch.zeros(1, 1 << 16, dtype=torch.long) for name in ("input_ids", "labels", "position_ids")}
+    assert cpcompile.explain(model, inputs, world_size=8).layout in ("contiguous", "zig_zag")
