@@ -69,6 +69,23 @@ class Expansion:
 
 
 @dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a strategy cannot compute an attention, and what to do about it."""
+
+    reason: str
+    remedy: str
+
+
+NO_GRID = Obstacle("the ranks are no grid of two axes", "Name a pair of axes of the mesh")
+HIDDEN_ROWS = Obstacle(
+    "its additive mask may hide every key of a row, which partial results do not keep exactly", "Mask with booleans"
+)
+NO_WINDOW = Obstacle(
+    "it has no window that bounds both sides, so that its rows see more than the tokens of neighbours", "Give it one"
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """What the cost of an attention depends on. Sizes are those of the whole problem."""
 
@@ -94,24 +111,32 @@ class Attention:
         return self.window > 0 and (self.is_causal or self.lookahead >= 0)
 
     def strategies(self, axis: Ranks) -> tuple[str, ...]:
-        """Return the strategies that are exact here, and of use.
+        """Return the strategies that are exact here, and of use."""
+        return tuple(name for name in PREFERENCE if self.expands(name, axis) and self.obstacle(name, axis) is None)
+
+    def obstacle(self, strategy: str, axis: Ranks) -> Obstacle | None:
+        """Return why the ranks, the mask or the window do not let a strategy be exact, or as it promises; None where they do.
 
         An additive mask may hide every key with a finite bias; such rows average over all keys, which merging blocks cannot keep
         exactly.
         """
-        is_ring = axis.inner_size < axis.world_size
-        allowed = {
-            "ulysses": True,
-            "ring": not self.is_additive,
-            "gather": True,
-            "halo": self.has_window,
-            "usp": axis.inner_size > 0 and not (self.is_additive and is_ring),
-            "latent": self.latent is not None,
-            "latent_heads": self.latent is not None
-            and self.latent.by_heads
-            and self.heads % axis.world_size == self.kv_heads % axis.world_size == 0,
-        }
-        return tuple(name for name in PREFERENCE if allowed[name])
+        is_merged = strategy == "ring" or (strategy == "usp" and axis.inner_size < axis.world_size)
+        if strategy == "usp" and not axis.inner_size:
+            return NO_GRID
+        if is_merged and self.is_additive:
+            return HIDDEN_ROWS
+        if strategy == "halo" and not self.has_window:
+            return NO_WINDOW
+        return None
+
+    def expands(self, strategy: str, axis: Ranks) -> bool:
+        """Tell whether there is a latent, where the strategy needs one, that the ranks can expand."""
+        if strategy == "latent":
+            return self.latent is not None
+        if strategy == "latent_heads":
+            divides = self.heads % axis.world_size == self.kv_heads % axis.world_size == 0
+            return self.latent is not None and self.latent.by_heads and divides
+        return True
 
     def fits(self, strategy: str, axis: Ranks) -> bool:
         """Tell whether a strategy may be taken without being asked for: a latent that is clearly narrower, of keys that fit."""

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operators)
-from cpcompile.attention_cases import likely_kernel, sized
+from cpcompile.attention_cases import sized
 from cpcompile.call import Call, size_hint
 from cpcompile.cost import PREFERENCE, Attention
 
@@ -46,8 +46,8 @@ def attends_to_itself(node: fx.Node) -> bool:
     return str(call.shape("q")[2]) == str(call.shape("k")[2])
 
 
-def attention_site(node: fx.Node, kernel: str = "auto") -> Attention:
-    """Return what the cost of the attention `node` depends on, by the kernel that was asked for."""
+def attention_site(node: fx.Node, kernel: str = "cudnn") -> Attention:
+    """Return what the cost of the attention `node` depends on; `kernel`: by whose rate it is estimated."""
     call, numbers = Call.of(node), sized(Call.of(node))
     q, k, v = (call.tensor(name) for name in "qkv")
     mask = call["mask"]
@@ -65,5 +65,5 @@ def attention_site(node: fx.Node, kernel: str = "auto") -> Attention:
         is_additive=mask is not None and call.tensor("mask").is_floating_point(),
         lookahead=numbers["lookahead"],
         has_documents=call["documents"] is not None,
-        kernel=likely_kernel(node, kernel),
+        kernel=kernel,
     )

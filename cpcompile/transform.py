@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from cpcompile.annotation import annotate, annotation
-from cpcompile.attention_cases import refuse_unable_kernel
+from cpcompile.attention_cases import likely_kernel, refuse_unable_kernel
 from cpcompile.call import is_tensor
 from cpcompile.config import Config
 from cpcompile.cost import Choice, Ranks, choose
@@ -91,7 +91,7 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
     analysed = copy.deepcopy(captured)
     num_tokens = tokens_of_attention(captured) if not token_dims else 0
     ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)
-    sites = [attention_site(node, config.kernel) for node in attention_nodes(captured)]
+    sites = [attention_site(node, likely_kernel(node, config.kernel)) for node in attention_nodes(captured)]
     if config.strategy in ("auto", "latent", "latent_heads"):
         found = [expansion_of(node, token_dims) for node in attention_nodes(captured)]
         sites = [replace(site, latent=latent) for site, latent in zip(sites, found, strict=True)]

@@ -15,11 +15,13 @@ from torch import fx
 
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call
+from cpcompile.cost import Ranks
 from cpcompile.emit import emit_bounds
 from cpcompile.errors import ConfigError, where
 from cpcompile.patterns.nodes import value_numbers
 from cpcompile.placement import Sharded
 from cpcompile.plan import Lengths, Plan
+from cpcompile.sites import attention_site
 
 cp = torch.ops.cpcompile
 
@@ -95,7 +97,7 @@ def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan)
     is_sharded = isinstance(placement_of(call["k"]), Sharded)
     needs_gather = is_sharded if known.strategy in LATENT else has_rows and known.strategy in EXCHANGE_HEADS
     strategy = "gather" if needs_gather else known.strategy
-    refuse_unable(call, strategy, plan)
+    refuse_unable(node, strategy, plan)
     lengths = Lengths.of(gm, at.sequence)
     terms, _ = call.rebound({"kernel_name": plan.kernel, "bounds": bounds or lengths.bounds})
     axis = axis_arguments(OPERATORS[strategy], plan, lengths.total)
@@ -110,32 +112,17 @@ def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan)
     gm.graph.erase_node(node)
 
 
-def refuse_unable(call: Call, strategy: str, plan: Plan) -> None:
+def refuse_unable(node: fx.Node, strategy: str, plan: Plan) -> None:
     """Refuse a strategy that cannot compute an attention exactly, or not as it promises.
 
     Raises:
         ConfigError: with the user's line, the reason and the remedy.
     """
-    is_additive = call["mask"] is not None and call.tensor("mask").is_floating_point()
-    has_window = call["window"] > 0 and (call["is_causal"] or call["lookahead"] >= 0)
-    reason: tuple[str, str] | None = None
-    if strategy == "usp" and not plan.inner_size:
-        reason = "the ranks are no grid of two axes", "Name a pair of axes of the mesh"
-    elif is_additive and (strategy == "ring" or (strategy == "usp" and plan.inner_size < plan.world_size)):
-        reason = (
-            "its additive mask may hide every key of a row, which partial results do not keep exactly",
-            "Mask with booleans",
-        )
-    elif strategy == "halo" and not has_window:
-        reason = (
-            "it has no window that bounds both sides, so that its rows see more than the tokens of neighbours",
-            "Give it one",
-        )
-    if reason is not None:
-        why, remedy = reason
+    obstacle = attention_site(node).obstacle(strategy, Ranks(plan.world_size, plan.inner_size))
+    if obstacle is not None:
         raise ConfigError(
-            f"strategy={strategy!r} cannot compute this attention: {why}.\n\n{where(call.node)}\n\n"
-            f"{remedy}, or leave the choice to strategy='auto'."
+            f"strategy={strategy!r} cannot compute this attention: {obstacle.reason}.\n\n{where(node)}\n\n"
+            f"{obstacle.remedy}, or leave the choice to strategy='auto'."
         )
 
 
