@@ -7,7 +7,7 @@ construction is computed once.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,11 +77,11 @@ class Lockstep:
         return all(value is values[operand][0] for operand in node.all_input_nodes for value in values[operand])
 
 
-def whole_value(values: Ranks, placement: Placement, order: Order) -> Any:
-    """Return the value that the ranks hold together."""
+def whole_value(values: Ranks, placement: Placement, orders: Sequence[Order]) -> Any:
+    """Return the value that the ranks hold together; `orders` of all sequences, which only a sharded value needs."""
     match placement:
         case Sharded():
-            return join(values, placement, order)
+            return join(values, placement, orders[placement.sequence])
         case Partial():
             return sum(values[1:], values[0])
         case Full():

@@ -25,7 +25,7 @@ from cpcompile.lockstep import Lockstep, whole_value
 from cpcompile.mesh import Axis
 from cpcompile.order import Order
 from cpcompile.passes.finish_outputs import output_placements
-from cpcompile.placement import FULL, Full, Sharded
+from cpcompile.placement import Full, Sharded
 from cpcompile.plan import Lengths
 from cpcompile.transform import Transformed, transform
 from cpcompile.widen import Widen, widen_graph
@@ -291,7 +291,7 @@ class LockstepBackend:
         joined = []
         for placement, *values in zip(output_placements(graph), *outputs, strict=True):
             if isinstance(placement, Sharded):
-                joined.append(whole_value(values, placement, orders[placement.sequence]))
+                joined.append(whole_value(values, placement, orders))
             elif isinstance(placement, Full) and values[0].is_floating_point():
                 # Every rank back-propagates its own copy; the value is the first rank's.
                 joined.append(values[0] + sum(value - value.detach() for value in values[1:]))
@@ -371,22 +371,23 @@ def first_difference(
             values[n.name] = kept(result)
             return result
 
-    lockstep = Lockstep(transformed.graph, world_size)
+    lockstep, orders = Lockstep(transformed.graph, world_size), list[Order]()
     with torch.no_grad(), seeded(model), filled_memory():
         Recorder(transformed.original).run(*map(kept, inputs))
     with torch.no_grad(), seeded(model), filled_memory():
         for node, ranks in lockstep.steps(*map(kept, inputs)):
             known = annotation(node)
-            expected = values.get(known.origin)
-            if not isinstance(expected, torch.Tensor) or isinstance(known.placement, tuple):
+            at, expected = known.placement, values.get(known.origin)
+            if not isinstance(expected, torch.Tensor) or isinstance(at, tuple):
                 continue
             if not all(isinstance(value, torch.Tensor) for value in ranks):
                 continue
-            at = known.placement
-            if isinstance(at, Sharded) and at.reaches_outside:
-                continue
-            sequence = at.sequence if isinstance(at, Sharded) else 0
-            found = whole_value(ranks, at or FULL, orders_of(transformed, inputs, lockstep)[sequence])
+            if isinstance(at, Sharded):
+                if at.reaches_outside:
+                    continue
+                # No value is sharded before the bounds of all documents are known.
+                orders = orders or orders_of(transformed, inputs, lockstep)
+            found = whole_value(ranks, at, orders)
             error = value_error(found, expected)
             if error > tolerance:
                 return Difference(known.origin, error, where(node).strip())

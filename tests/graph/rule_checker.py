@@ -179,7 +179,7 @@ class Program:
         results = Lockstep(self.gm, self.setting.world_size).run(*leaves)
         whole = self.run_whole(whole_leaves)
         found = [
-            whole_value([rank[i] for rank in results], placement, self.setting.order)
+            whole_value([rank[i] for rank in results], placement, [self.setting.order])
             for i, placement in enumerate(placements)
         ]
         for value, expected in zip(found, whole, strict=False):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import cpcompile
+from cpcompile import collectives, verification
 from cpcompile.errors import ConfigError, NoChunks
 from tests.packing import PackedLM, packed_batch
 
@@ -50,6 +51,29 @@ def test_without_documents_the_sequence_is_one() -> None:
     )
     found.raise_if_wrong()
     assert not found.transformed.graph.graph.find_nodes(op="call_function", target=cp.document_bounds.default)
+
+
+def test_the_first_difference_is_found_in_tokens_that_follow_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All values before it are joined in the order of the documents, which is found once."""
+
+    def broken(calls: list[Any]) -> list[Any]:
+        return [(out + 1, *others) for out, *others in collectives._attention(calls)]
+
+    found: list[Any] = []
+
+    def counted(*args: Any) -> Any:
+        found.append(orders_of(*args))
+        return found[-1]
+
+    orders_of = verification.orders_of
+    monkeypatch.setitem(collectives.COLLECTIVES, cp.ring_attention.default, broken)
+    monkeypatch.setattr(verification, "orders_of", counted)
+    options = {"balancer": "balanced", "strategy": "ring", "dtype": torch.float64}
+    result = cpcompile.verify(PackedLM(), packed_batch("off_edges", 2), world_size=3, **options)
+    assert result.first_difference is not None
+    assert "x = x + out(y.transpose(1, 2)" in result.first_difference.place  # the next line after the attention
+    assert len(found) == 2  # of the outputs, and of all nodes
+    assert found[1][0].documents is not None
 
 
 def small(name: str) -> nn.Module:
