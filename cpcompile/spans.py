@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 Starts = tuple[int, ...]  # where documents begin
 
@@ -38,6 +39,25 @@ class Span:
 
 
 Spans = tuple[Span, ...]
+
+
+class Rectangle(NamedTuple):
+    """Some consecutive rows and columns of a larger rectangle: `row` and `column` are the first ones."""
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+    @property
+    def row_slice(self) -> slice:
+        """The rows as an index."""
+        return slice(self.row, self.row + self.rows)
+
+    @property
+    def column_slice(self) -> slice:
+        """The columns as an index."""
+        return slice(self.column, self.column + self.columns)
 
 
 class Segments:

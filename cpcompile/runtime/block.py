@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cpcompile.runtime.dropout import is_kept
+from cpcompile.spans import Rectangle
 
 Tensor = torch.Tensor
 
@@ -58,6 +59,8 @@ class Block:
         low, high: bounds of `j - i`, None for no bound: a causal square has high 0, a causal window of W also low 1 - W.
         lengths: rows and columns are the same documents, of these lengths, and see their own only; the band is counted
             from their starts.
+        rectangles: rows see columns within these only, no row is in two; the band is counted from their last corners, so that
+            high 0 is causal where all rows of a rectangle follow its columns up to the last ones.
         mask: broadcasts to `[B, H, Sq, Skv]`; bool, True attends, or float, added to the scores after `softcap`.
         documents: ids `[B|1, Sq]` of rows and `[B|1, Skv]` of columns, equal where visible.
         key_padding: bool `[B|1, Skv]`, True where visible.
@@ -74,6 +77,7 @@ class Block:
     low: int | None = None
     high: int | None = None
     lengths: tuple[int, ...] = ()
+    rectangles: tuple[Rectangle, ...] = ()
     mask: Tensor | None = None
     documents: tuple[Tensor, Tensor] | None = None
     key_padding: Tensor | None = None
@@ -112,12 +116,20 @@ class Block:
         """
         i, j = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
         seen: Tensor | None = None
+        distance = j - i
+        if self.rectangles:
+            within = torch.zeros(rows, columns, dtype=torch.bool, device=device)
+            for part in self.rectangles:
+                within[part.row_slice, part.column_slice] = True
+                distance[part.row_slice] += part.row + part.rows - part.column - part.columns
+            seen = within[None, None]
         if self.high is not None:
-            seen = (j - i <= self.high)[None, None]
+            below = (distance <= self.high)[None, None]
             if self.prefix is not None:
-                seen = seen | (j < self.prefix[:, None])[:, None, None]
+                below = below | (j < self.prefix[:, None])[:, None, None]
+            seen = _both(seen, below)
         if self.low is not None:
-            seen = _both(seen, (j - i >= self.low)[None, None])
+            seen = _both(seen, (distance >= self.low)[None, None])
         if self.lengths:
             ids = torch.repeat_interleave(torch.tensor(self.lengths, device=device))
             seen = _both(seen, (ids[:, None] == ids)[None, None])
@@ -146,7 +158,10 @@ class Block:
         if mask is not None and seen is not None:
             mask, seen = torch.where(seen, mask, -torch.inf), None
         dense = mask if seen is None else seen
-        return replace(self, low=None, high=None, lengths=(), mask=dense, documents=None, key_padding=None, prefix=None)
+        plain = replace(
+            self, low=None, high=None, lengths=(), rectangles=(), documents=None, key_padding=None, prefix=None
+        )
+        return replace(plain, mask=dense)
 
 
 def _both(a: Tensor | None, b: Tensor) -> Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from cpcompile.runtime import kernels, merge
+from cpcompile.runtime.calls import of_known_widths, together
 from cpcompile.runtime.kernels import triton_merge
 from cpcompile.runtime.lanes import Lanes
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.schedule import Piece
 from cpcompile.runtime.terms import Terms
+from cpcompile.spans import Rectangle
 
 Tensor = torch.Tensor
 Tensors = tuple[Tensor, ...]
@@ -42,16 +45,16 @@ class _Covered:
         self._batch, self._num_slots = batch, num_slots
         self._runs: list[list[tuple[int, int]]] = [[]]
 
-    def _of(self, batch: slice | None) -> list[list[tuple[int, int]]]:
+    def _of(self, batch: int | None) -> list[list[tuple[int, int]]]:
         if batch is not None and len(self._runs) < self._batch:
             self._runs = [list(self._runs[0]) for _ in range(self._batch)]
-        return self._runs if batch is None else self._runs[batch]
+        return self._runs if batch is None else [self._runs[batch]]
 
-    def meets(self, batch: slice | None, slots: slice) -> bool:
+    def meets(self, batch: int | None, slots: slice) -> bool:
         """Tell whether some of these slots have a value."""
         return any(start < slots.stop and slots.start < stop for runs in self._of(batch) for start, stop in runs)
 
-    def add(self, batch: slice | None, slots: slice) -> None:
+    def add(self, batch: int | None, slots: slice) -> None:
         """Note that these slots have a value."""
         own = (slots.start, slots.stop)
         for runs in self._of(batch):
@@ -64,10 +67,10 @@ class _Covered:
                 joined = min(run[0] for run in (own, *met)), max(run[1] for run in (own, *met))
                 runs[:] = sorted([joined, *(run for run in runs if run not in met)])
 
-    def fill(self) -> Iterator[tuple[slice, slice]]:
-        """Yield (rows of the batch, slots) of all without a value, which then have one."""
+    def fill(self) -> Iterator[tuple[int | None, slice]]:
+        """Yield (row of the batch or None for all, slots) of all without a value, which then have one."""
         for index, runs in enumerate(self._runs):
-            end, rows = 0, slice(None) if len(self._runs) == 1 else slice(index, index + 1)
+            end, rows = 0, None if len(self._runs) == 1 else index
             for start, stop in [*runs, (self._num_slots, self._num_slots)]:
                 if end < start:
                     yield rows, slice(end, start)
@@ -90,7 +93,7 @@ class _Rows:
         self._held: Tensors = ()
         self._covered = _Covered(shape[0], shape[2])
 
-    def add(self, piece: Tensors, batch: slice | None, slots: slice, join: Callable[..., None]) -> None:
+    def add(self, piece: Tensors, batch: int | None, slots: slice, join: Callable[..., None]) -> None:
         """Put a piece into these rows, by `join(*held, *piece)` where they hold something."""
         if not self._held:
             if piece[0].shape == self._shape:
@@ -126,11 +129,25 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _part(x: Tensor, batch: slice | None, slots: slice) -> Tensor:
-    """Return some slots of some rows of the batch."""
+def _part(x: Tensor, batch: int | None, slots: slice) -> Tensor:
+    """Return some slots of a row of the batch, or of all rows."""
     size = slots.stop - slots.start
-    x = x if batch is None else x[batch]
+    x = x if batch is None else x[batch : batch + 1]
     return x if size == x.shape[2] else x.narrow(2, slots.start, size)
+
+
+def _within(slots: slice, run: slice) -> slice:
+    """Return where a run is in what a kernel returned for some slots."""
+    return slice(run.start - slots.start, run.stop - slots.start)
+
+
+def _calls(pieces: tuple[Piece, ...], terms: Terms, q: Tensor, v: Tensor, for_backward: bool) -> tuple[Piece, ...]:
+    """Return the pieces as the calls of a kernel that compute them."""
+    if not pieces or not terms.visible.is_varied or not terms.visible.is_joined:
+        return pieces
+    block = replace(terms.block(pieces[0], q.device), rectangles=(Rectangle(0, 1, 0, 1),))
+    takes_many = kernels.takes_rectangles(q, v, block, terms.kernel)
+    return together(pieces, for_backward) if takes_many else of_known_widths(pieces)
 
 
 class Result:
@@ -143,7 +160,7 @@ class Result:
         self._rows = _Rows(lambda: empty_result(q, v), shape, (0.0, -torch.inf), is_wide=num_blocks > 2)
         self._lanes = Lanes(q.device, num_pieces)
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], terms: Terms) -> None:
+    def add(self, q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Piece, ...], terms: Terms) -> None:
         """Merge the attention of some pieces, of rows of q and the keys that k and v hold."""
         q, k, v = _dense(q), _dense(k), _dense(v)
 
@@ -151,12 +168,15 @@ class Result:
             rows, columns = piece.rows.slots, piece.columns.slots
             q_, k_, v_ = (_part(x, piece.batch, at) for x, at in ((q, rows), (k, columns), (v, columns)))
             block = terms.block(piece, q.device)
-            self._lanes.submit(
-                lambda: kernels.forward(q_, k_, v_, block, terms.kernel),
-                lambda found: self._rows.add(found, piece.batch, rows, merge_),
-            )
 
-        for piece in pieces:
+            def take(found: Tensors) -> None:
+                for run in piece.row_runs:
+                    parts = tuple(_part(x, None, _within(rows, run)) for x in found)
+                    self._rows.add(parts, piece.batch, run, merge_)
+
+            self._lanes.submit(lambda: kernels.forward(q_, k_, v_, block, terms.kernel), take)
+
+        for piece in _calls(pieces, terms, q, v, for_backward=False):
             start(piece)
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -176,7 +196,7 @@ class Gradient:
         self._like = like
         self._rows = _Rows(lambda: (torch.empty_like(like),), like.shape, (0.0,), is_wide=num_blocks > 2)
 
-    def add(self, x: Tensor, slots: slice, batch: slice | None = None) -> None:
+    def add(self, x: Tensor, slots: slice, batch: int | None = None) -> None:
         """Add the gradient of the rows in `slots`."""
         self._rows.add((x,), batch, slots, add_)
 
@@ -191,7 +211,7 @@ def add_gradients(
     dk: Gradient,
     dv: Gradient,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
-    pieces: Sequence[Piece],
+    pieces: tuple[Piece, ...],
     terms: Terms,
     lanes: Lanes,
 ) -> int:
@@ -209,9 +229,12 @@ def add_gradients(
         block = terms.block(piece, q.device)
 
         def take(found: Tensors) -> None:
-            for gradient, x, slots in zip((dq, dk, dv), found, (rows, columns, columns), strict=True):
-                gradient.add(x, slots, piece.batch)
+            of_columns = columns, piece.column_runs
+            places = (rows, piece.row_runs), of_columns, of_columns
+            for gradient, x, (slots, runs) in zip((dq, dk, dv), found, places, strict=True):
+                for run in runs:
+                    gradient.add(_part(x, None, _within(slots, run)), run, piece.batch)
 
         return lanes.submit(lambda: kernels.backward(dout_, q_, k_, v_, out_, lse_, block, terms.kernel), take)
 
-    return max((start(piece) for piece in pieces), default=0)
+    return max((start(piece) for piece in _calls(pieces, terms, q, v, for_backward=True)), default=0)

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
+from cpcompile.spans import Rectangle
 from cpcompile.spans import Segments as Segments
 from cpcompile.spans import Span as Span
 from cpcompile.spans import Spans as Spans
 from cpcompile.spans import Starts as Starts
-
-LONG, STEP = 2048, 512  # tokens from which on sizes that recur are worth while, and of which they are multiples
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +54,9 @@ class Visible:
 class Piece:
     """A rectangle to compute. Row i sees columns j with `low` <= j - i <= `high`, numbered within the piece.
 
-    With `lengths`, rows and columns are the same documents, each of which sees itself only. `batch` are the rows of the
-    batch it is for, None for all.
+    With `lengths`, rows and columns are the same documents, each of which sees itself only. With `rectangles`, only what lies
+    in one of them is visible, and the bounds are counted from their last corners; positions of slots between them mean
+    nothing. `batch` is the row of the batch it is for, None for all.
     """
 
     rows: Span
@@ -64,12 +64,37 @@ class Piece:
     low: int | None = None
     high: int | None = None
     lengths: tuple[int, ...] = ()
-    batch: slice | None = None
+    rectangles: tuple[Rectangle, ...] = ()
+    batch: int | None = None
 
     @property
     def is_full(self) -> bool:
         """Whether every row sees every column."""
-        return self.low is None and self.high is None and not self.lengths
+        return self.low is None and self.high is None and not self.lengths and not self.rectangles
+
+    @property
+    def row_runs(self) -> tuple[slice, ...]:
+        """The slots of rows that see something, in order."""
+        return _runs(self.rows, [part.row_slice for part in self.rectangles])
+
+    @property
+    def column_runs(self) -> tuple[slice, ...]:
+        """The slots of columns that are seen, in order."""
+        return _runs(self.columns, [part.column_slice for part in self.rectangles])
+
+
+def _runs(span: Span, parts: list[slice]) -> tuple[slice, ...]:
+    """Return the slots of some parts of a span, neighbours in one run, or all slots if no parts are given."""
+    if not parts:
+        return (span.slots,)
+    runs: list[slice] = []
+    for part in sorted(parts, key=lambda part: part.start):
+        start, stop = span.slot + part.start, span.slot + part.stop
+        if runs and start <= runs[-1].stop:
+            runs[-1] = slice(runs[-1].start, max(stop, runs[-1].stop))
+        else:
+            runs.append(slice(start, stop))
+    return tuple(runs)
 
 
 def whole(length: int) -> tuple[Span, ...]:
@@ -140,7 +165,7 @@ def pieces(rows: Spans, columns: Spans, visible: Visible) -> tuple[Piece, ...]:
     starts = visible.segments.rows
     found: list[Piece] = []
     for index, row in enumerate(starts):
-        batch = None if len(starts) == 1 else slice(index, index + 1)
+        batch = None if len(starts) == 1 else index
         found += [replace(part, batch=batch) for part in _pieces_of(rows, columns, visible, row)]
     return tuple(found)
 
@@ -224,23 +249,12 @@ def _pieces_of(rows: Spans, columns: Spans, visible: Visible, starts: Starts | N
                 found += _cut(r, c, band, visible.has_prefix)
     if not is_joined:
         return found
-    return _join(found) if starts is None else [x for piece in _join(_group(found)) for x in _of_known_width(piece)]
+    return _join(found if starts is None else _group(found))
 
 
 def _are_dense(spans: Sequence[Span]) -> bool:
     """Tell whether the slots of the spans follow each other."""
     return all(a.slots.stop == b.slot for a, b in pairwise(spans))
-
-
-def _of_known_width(piece: Piece) -> Iterator[Piece]:
-    """Yield a long rectangle as one of a width that recurs from batch to batch, for which kernels have a plan, and the rest."""
-    width = piece.columns.size // STEP * STEP
-    if not piece.is_full or width == piece.columns.size or min(width, piece.rows.size) < LONG:
-        yield piece
-        return
-    middle = piece.columns.position + width
-    yield replace(piece, columns=piece.columns.between(piece.columns.position, middle))
-    yield replace(piece, columns=piece.columns.between(middle, piece.columns.end))
 
 
 def _within_reach(row: Span, columns: Spans, starts: Starts | None) -> Spans:

@@ -122,6 +122,7 @@ class Terms:
             low=piece.low,
             high=piece.high,
             lengths=piece.lengths,
+            rectangles=piece.rectangles,
             mask=mask,
             documents=documents,
             key_padding=None if padding is None else padding[:, columns.positions],
@@ -140,7 +141,7 @@ class Terms:
             self.dropout,
             self.seed,
             self.site,
-            piece.batch.start if piece.batch else 0,
+            piece.batch or 0,
             self.first_head,
             self.num_heads,
             piece.rows.position,
@@ -150,6 +151,6 @@ class Terms:
         )
 
 
-def _of(x: Tensor | None, batch: slice | None) -> Tensor | None:
-    """Return the part of a tensor that belongs to some rows of the batch."""
-    return x if x is None or batch is None or x.shape[0] == 1 else x[batch]
+def _of(x: Tensor | None, batch: int | None) -> Tensor | None:
+    """Return the part of a tensor that belongs to a row of the batch, or to all."""
+    return x if x is None or batch is None or x.shape[0] == 1 else x[batch : batch + 1]

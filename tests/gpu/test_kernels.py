@@ -14,8 +14,9 @@ from torch._dynamo.utils import counters
 import cpcompile
 from cpcompile.runtime import kernels
 from cpcompile.runtime.block import Block, Dropout
-from cpcompile.runtime.kernels import Case
+from cpcompile.runtime.kernels import Case, cudnn_varlen
 from cpcompile.runtime.merge import merge_
+from cpcompile.spans import Rectangle
 from tests.models import batch, error, llama
 
 pytestmark = [
@@ -215,6 +216,45 @@ def test_documents(kernel: str, dtype: torch.dtype, terms: dict[str, Any], lengt
         check(kernel, dtype, block, 301, 301, batch_size=batch_size)
 
 
+RECTANGLES = {
+    "squares": ((0, 100, 0, 100), (100, 201, 100, 201)),
+    "longer keys and gaps": ((1, 70, 0, 150), (100, 130, 160, 140), (299, 1, 300, 1)),
+    "fewer keys": ((2, 130, 3, 20), (200, 100, 25, 7)),
+}
+
+
+@pytest.mark.parametrize("name", RECTANGLES)
+@pytest.mark.parametrize("terms", [{}, {"high": 0}], ids=str)
+@pytest.mark.parametrize("head, value", [(D, D), (128, 128), (192, 128), (20, 36)])
+@pytest.mark.parametrize("kernel", ["cudnn_varlen", "triton"])
+def test_rectangles(kernel: str, head: int, value: int, terms: dict[str, Any], name: str) -> None:
+    block = Block(SCALE, rectangles=tuple(Rectangle(*part) for part in RECTANGLES[name]), is_varied=True, **terms)
+    takes(kernel, BF16, block, head, value)
+    for arrange, batch_size in ((sequence_major, 1), (sliced, 2), (head_major, 2)):
+        check(kernel, BF16, block, 301, 301, arrange, head, value, batch_size)
+
+
+def test_calls_of_cudnn_on_other_streams_are_right() -> None:
+    """Numbers of rectangles are sent on one stream, and read on others."""
+    block = Block(SCALE, rectangles=(Rectangle(0, 1000, 0, 1500), Rectangle(1000, 3000, 1500, 2000)), high=0)
+    takes("cudnn_varlen", BF16, block, 128, 128)
+    q, k = (sequence_major(normal(1, h, 4000, 128, seed=h).bfloat16()) for h in (8, 2))
+    expected, _ = kernels.forward(q, k, k, block, "triton")
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for length in (4000, 3990):
+        found = []
+        for i in range(9):
+            part = Block(
+                SCALE, rectangles=(*block.rectangles[:1], Rectangle(1000, length - 1000, 1500, length - 2000)), high=0
+            )
+            streams[i % 3].wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(streams[i % 3]):
+                found.append(kernels.forward(q, k, k, part, "cudnn_varlen")[0])
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, found[0]) for out in found)
+        assert error(found[0][:, :, :length].double(), expected[:, :, :length].double()) < LIMITS[BF16] or length < 4000
+
+
 @pytest.mark.parametrize("rows, columns", [(1, 50), (50, 1), (1, 1), (2, 3)])
 @pytest.mark.parametrize("terms", [{}, {"high": 0}], ids=str)
 @pytest.mark.parametrize("kernel", CUDA)
@@ -251,7 +291,7 @@ def test_the_fastest_kernels_are_chosen() -> None:
     if torch.cuda.get_device_capability() >= (9, 0):
         assert chosen(BF16) == chosen(BF16, "causal") == "cudnn"
     # Packages that are installed come first.
-    assert chosen(BF16, "lengths") in ("flash3", "flash4", "triton")
+    assert chosen(BF16, "lengths") in ("cudnn_varlen", "flash3", "flash4", "triton")
     assert chosen(BF16, "lengths", head=256) in ("flash3", "flash")
     assert chosen(BF16, "documents", "dropout") == "triton"
     assert chosen(FP32, "causal") == "triton"
@@ -285,8 +325,14 @@ def test_ranks_in_lockstep(strategy: str, dtype: torch.dtype) -> None:
     ).raise_if_wrong()
 
 
-def test_documents_of_a_batch_are_cut_into_sizes_that_recur() -> None:
+@pytest.mark.parametrize("has_varlen", [False, True])
+def test_documents_of_a_batch(has_varlen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN plans for each shape, so that it computes squares of known sizes, and the Triton kernels what is left of them."""
+    if has_varlen and not cudnn_varlen.is_installed("cudnn"):
+        pytest.skip("needs nvidia-cudnn-frontend")
+    monkeypatch.setattr(cudnn_varlen, "is_installed", lambda name: has_varlen)
+    for forget in (kernels.choose, kernels.known_calls):
+        forget.cache_clear()
     lengths = (700, 3001, 90, 2560, 1000)
     size = sum(lengths)
     block = Block(SCALE, high=0, lengths=lengths, is_varied=True)
@@ -300,7 +346,13 @@ def test_documents_of_a_batch_are_cut_into_sizes_that_recur() -> None:
     for found, wanted in zip((out, *grads), (expected, *expected_grads), strict=True):
         assert error(found.double(), wanted) < LIMITS[BF16]
     calls = kernels.known_calls(block, "auto", size, size, "cuda", BF16, 128, 128)
-    assert [(c.kernel.name, c.part.rows.stop - c.part.rows.start) for c in calls] == [
+    found = [(c.kernel.name, c.part.rows.stop - c.part.rows.start) for c in calls]
+    for forget in (kernels.choose, kernels.known_calls):
+        forget.cache_clear()
+    if has_varlen:
+        assert found == [("cudnn_varlen", size)]
+        return
+    assert found == [
         ("triton", 700),
         ("cudnn", 2560),
         ("triton", 441),

@@ -16,9 +16,22 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cpcompile.runtime import kernels
 from cpcompile.runtime.block import Block, Dropout
 from cpcompile.runtime.dropout import is_kept
-from cpcompile.runtime.kernels import Case, Kernel, KernelError, adapt, cpu, cudnn, flash, flash_package, flex, own
+from cpcompile.runtime.kernels import (
+    Case,
+    Kernel,
+    KernelError,
+    adapt,
+    cpu,
+    cudnn,
+    cudnn_varlen,
+    flash,
+    flash_package,
+    flex,
+    own,
+)
 from cpcompile.runtime.kernels import math as math_kernel
 from cpcompile.runtime.kernels.common import determinism
+from cpcompile.spans import Rectangle
 
 SCALE = 0.3
 B, H, K, D, DV = 2, 4, 2, 6, 5
@@ -42,6 +55,12 @@ def tensors(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def sees(x: Block, b: int, h: int, i: int, j: int, rows: int) -> bool:
     """Say whether row i sees column j, as the documentation of `Block` says it."""
+    if x.rectangles:
+        within = [p for p in x.rectangles if 0 <= i - p.row < p.rows and 0 <= j - p.column < p.columns]
+        if not within:
+            return False
+        (part,) = within
+        i, j = i - part.row - part.rows, j - part.column - part.columns
     seen = x.high is None or j - i <= x.high or (x.prefix is not None and j < int(x.prefix.expand(B)[b]))
     seen = seen and (x.low is None or j - i >= x.low)
     if x.lengths:
@@ -209,6 +228,27 @@ def test_documents_known_on_the_host(kernel: str, lengths: tuple[int, ...], name
     block = Block(SCALE, lengths=lengths, **terms)
     if kernel == "math" or takes(cpu.KERNEL, block):
         check(9, 9, block, kernel)
+
+
+RECTANGLES = {
+    "squares": ((0, 3, 0, 3), (3, 4, 3, 4)),
+    "longer keys and gaps": ((1, 2, 0, 5), (4, 3, 2, 7)),
+    "keys of two": ((6, 3, 1, 8), (0, 4, 1, 6)),
+    "fewer keys": ((2, 5, 3, 2), (8, 1, 5, 1)),
+}
+
+
+@pytest.mark.parametrize("name", RECTANGLES)
+@pytest.mark.parametrize(
+    "terms", [{}, {"high": 0}, {"low": -2, "high": 0}, {"low": -1, "high": 1, "softcap": 2.0}], ids=str
+)
+@pytest.mark.parametrize("as_it_is", [False, True])
+def test_rectangles(as_it_is: bool, terms: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if as_it_is:
+        use(monkeypatch, replace(math_kernel.KERNEL, name="whole", takes=kernels.FEATURES))
+    torch.manual_seed(0)
+    block = Block(SCALE, rectangles=tuple(Rectangle(*part) for part in RECTANGLES[name]), **terms)
+    check(9, 9, block, "whole" if as_it_is else "math")
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -526,7 +566,7 @@ def case(device: str, dtype: torch.dtype = torch.bfloat16, head: int = 64, value
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Act as if there were a Hopper GPU, Triton and no other package."""
     monkeypatch.setattr(cudnn, "_version", lambda: 91900)
-    for module in (own, flash, flash_package):
+    for module in (own, flash, flash_package, cudnn_varlen):
         monkeypatch.setattr(module, "is_installed", lambda name: name == "triton")
     forget_choices()
 
@@ -591,6 +631,18 @@ CHOICES = [
 
 
 @pytest.mark.usefixtures("hopper")
+def test_documents_go_to_cudnn_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudnn_varlen, "is_installed", lambda name: name == "cudnn")
+    for features in (("lengths",), ("causal", "rectangles"), ("causal", "varied")):
+        assert kernels.choose(case("cuda", HALF, 128, 128, *features)).kernel.name == "cudnn_varlen"
+    assert kernels.choose(case("cuda", HALF, 128, 128, "causal")).kernel.name == "cudnn"
+    assert kernels.choose(case("cuda", HALF, 128, 128, "band", "lengths")).kernel.name == "triton"
+    # It needs no sizes that recur.
+    calls = kernels.known_calls(Block(SCALE, high=0, is_varied=True), "auto", 5000, 5000, "cuda", HALF, 64, 64)
+    assert [call.kernel.name for call in calls] == ["cudnn_varlen"]
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("case, name", CHOICES, ids=[f"{i}-{name}" for i, (_, name) in enumerate(CHOICES)])
 def test_choice(case: Case, name: str) -> None:
     assert kernels.choose(case).kernel.name == name
@@ -610,6 +662,7 @@ def test_choice_says_why() -> None:
     choice = kernels.choose(case("cuda", HALF, 136, 136, "documents", "causal", "softcap"))
     assert choice.reasons == (
         "cudnn needs head dims of at most 128, or 192 and 128",
+        "cudnn_varlen needs head dims of at most 128, or 192 and 128",
         "flash3 is not installed (pip install flash-attn-3)",
         "flash4 is not installed (pip install flash-attn-4)",
         "flash takes no documents, no softcap",
@@ -622,13 +675,13 @@ def test_choice_says_why() -> None:
         "efficient with a mask of all rows and columns, one document at a time"
     )
     assert kernels.explain(case("cuda", HALF, 64, 64, "lengths")).startswith(
-        "triton (cudnn plans anew for each length of a document; flash3 is"
+        "triton (cudnn plans anew for each length of a document; cudnn_varlen is not installed (pip install nvidia-cudnn-"
     )
 
 
 @pytest.mark.usefixtures("hopper")
 def test_a_kernel_that_cannot_serve_is_an_error() -> None:
-    with pytest.raises(KernelError, match=r"no kernel is called 'fast': there are auto, cudnn, flash3, .*, math$"):
+    with pytest.raises(KernelError, match=r"no kernel is called 'fast': there are auto, cudnn, cudnn_varlen, flash3, .*, math$"):
         kernels.choose(case("cuda"), "fast")
     with pytest.raises(KernelError) as error:
         kernels.choose(case("cuda", HALF, 64, 64, "band", "softcap"), "flash")

@@ -85,7 +85,7 @@ def test_pieces_cover_what_is_visible_once(layout: str, starts: str, band: str) 
         rows, columns = (Order(length, world_size, layout).spans[r] for r in (rank, source))
         for piece in pieces(rows, columns, visible):
             q, k = slots(rows, piece.rows), slots(columns, piece.columns)
-            covered[piece.batch or slice(None), q[:, None], k] += seen_in(piece).long()
+            covered[slice(None) if piece.batch is None else piece.batch, q[:, None], k] += seen_in(piece).long()
     wanted = torch.stack([seen_by_band(BANDS[band], row) for row in rows_of_batch])
     assert torch.equal(covered, wanted.long())
 

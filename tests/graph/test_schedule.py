@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
 from cpcompile.order import Order
-from cpcompile.runtime import schedule
+from cpcompile.runtime import calls
 from cpcompile.runtime.schedule import (
     Band,
     Needs,
@@ -39,8 +39,8 @@ BANDS = st.one_of(
 def short_rectangles_are_long() -> Iterator[None]:
     """Let rectangles of a few tokens be cut into widths that recur."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "LONG", 4)
-        patch.setattr(schedule, "STEP", 2)
+        patch.setattr(calls, "LONG", 4)
+        patch.setattr(calls, "STEP", 2)
         forget()
         yield
     forget()
@@ -91,6 +91,16 @@ def add(covered: torch.Tensor, piece: Piece, rows: torch.Tensor, columns: torch.
     q, k = rows[piece.rows.slots], columns[piece.columns.slots]
     i, j = torch.arange(len(q))[:, None], torch.arange(len(k))
     inside = torch.ones(len(q), len(k), dtype=torch.bool)
+    if piece.rectangles:
+        inside, j = ~inside, j.expand(len(q), -1).clone()
+        for part in piece.rectangles:
+            assert not inside[part.row_slice].any(), "a row is in one rectangle"
+            inside[part.row_slice, part.column_slice] = True
+            j[part.row_slice] -= part.column + part.columns - part.row - part.rows
+        for slots, runs, dim in ((piece.rows.slots, piece.row_runs, 1), (piece.columns.slots, piece.column_runs, 0)):
+            assert [n + slots.start for n in inside.any(dim).nonzero().flatten().tolist()] == [
+                n for run in runs for n in range(run.start, run.stop)
+            ]
     if piece.low is not None:
         inside &= j - i >= piece.low
     if piece.high is not None:
@@ -99,7 +109,7 @@ def add(covered: torch.Tensor, piece: Piece, rows: torch.Tensor, columns: torch.
         assert sum(piece.lengths) == len(q) == len(k)
         document = torch.repeat_interleave(torch.tensor(piece.lengths))
         inside &= document[:, None] == document
-    for index in range(len(covered))[piece.batch or slice(None)]:
+    for index in range(len(covered)) if piece.batch is None else (piece.batch,):
         covered[index, q[:, None], k] += inside.long()
 
 
@@ -131,6 +141,33 @@ def test_gathered_pieces_cover_what_is_visible_once(problem: tuple[int, int, str
         for piece in pieces(rows, held, visible):
             add(covered, piece, positions_of(rows), positions_of(held))
     assert torch.equal(covered, expected.long())
+
+
+@settings(deadline=None, max_examples=100)
+@given(problems(), st.booleans())
+def test_calls_cover_what_is_visible_once(problem: tuple[int, int, str, Visible], for_backward: bool) -> None:
+    length, world_size, layout, visible = problem
+    expected = seen(length, visible)
+    spans = Order(length, world_size, layout, visible.segments).spans
+    for calls_of in (calls.of_known_widths, lambda found: calls.together(found, for_backward)):
+        covered = torch.zeros(expected.shape, dtype=torch.int64)
+        for rows, held in zip(spans, needs(spans, visible).held, strict=True):
+            for piece in calls_of(pieces(rows, held, visible)):
+                add(covered, piece, positions_of(rows), positions_of(held))
+                if for_backward:
+                    assert sum(part.columns for part in piece.rectangles) <= piece.columns.size
+        assert torch.equal(covered, expected.long())
+
+
+def test_a_kernel_of_variable_lengths_computes_what_a_rank_holds_in_few_calls() -> None:
+    segments = Segments.of((tuple(range(0, 640, 40)),))
+    visible = Visible(Band(None, 0), segments)
+    spans = Order(640, 4, "zig_zag_by_document", segments).spans
+    for rows, held in list(zip(spans, needs(spans, visible).held, strict=True))[:-1]:
+        found = pieces(rows, held, visible)
+        assert len(found) > 30
+        # Each document has two chunks on a rank, apart but on the last; the keys before the first are seen by both.
+        assert [len(calls.together(found, backward)) for backward in (False, True)] == [1, 2]
 
 
 @settings(deadline=None, max_examples=80)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cpcompile.runtime.block import Block
-from cpcompile.runtime.kernels import adapt, cpu, cudnn, efficient, flash, flash_package, flex, math, own
+from cpcompile.runtime.kernels import adapt, cpu, cudnn, cudnn_varlen, efficient, flash, flash_package, flex, math, own
 from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel, KernelError, features
 from cpcompile.runtime.merge import accumulation_dtype
 
@@ -33,6 +33,7 @@ __all__ = [
     "choose",
     "explain",
     "forward",
+    "takes_rectangles",
 ]
 
 Tensor = torch.Tensor
@@ -42,6 +43,7 @@ Tensor = torch.Tensor
 # torch bundles. The memory-efficient kernel reads a mask of all rows and columns, FlexAttention compiles for each shape.
 KERNELS: tuple[Kernel, ...] = (
     cudnn.KERNEL,
+    cudnn_varlen.KERNEL,
     flash.FLASH3,
     flash.FLASH4,
     own.KERNEL,
@@ -95,6 +97,11 @@ def choose(case: Case, kernel: str = "auto") -> Choice:
         able = ", ".join(other.name for other in KERNELS if not other.refuses(case))
         raise KernelError(f"the kernel {kernel!r} {reason}. Kernels for this attention: auto, {able}")
     return Choice(asked)
+
+
+def takes_rectangles(q: Tensor, v: Tensor, block: Block, kernel: str = "auto") -> bool:
+    """Return whether one call of the kernel of a block computes many rectangles."""
+    return "rectangles" in choose(Case.of(q, v, block), kernel).kernel.takes
 
 
 def explain(case: Case, kernel: str = "auto") -> str:
@@ -171,6 +178,11 @@ def _parts(
     block: Block, rows: int, columns: int, kernel: str, case_of: Callable[[Block], Case]
 ) -> tuple[list[adapt.Part], str]:
     """Return the parts of a block that kernels take, and the kernel to ask for."""
+    if block.rectangles:
+        chosen = choose(case_of(block), kernel).kernel
+        if "rectangles" in chosen.takes and adapt.sees_last_corners(block):
+            return [adapt.Part(slice(0, rows), slice(0, columns), block)], kernel
+        return adapt.rectangles(block), chosen.name
     if len(block.lengths) < 2:
         block = replace(block, lengths=()) if block.lengths else block
         part = adapt.trim(block, rows, columns)
@@ -183,9 +195,11 @@ def _parts(
 
 def _of_known_sizes(part: adapt.Part, case_of: Callable[[Block], Case]) -> list[adapt.Part]:
     """Return a part as parts of sizes that recur and what is left of it, where another kernel is the fastest for these."""
+    rest = choose(case_of(part.block)).kernel
+    if "rectangles" in rest.takes:  # any size is as good
+        return [part]
     parts = adapt.of_known_sizes(part)
     known = [x.block for x in parts if not x.block.is_varied]
-    rest = choose(case_of(part.block)).kernel
     return parts if any(choose(case_of(block)).kernel is not rest for block in known) else [part]
 
 

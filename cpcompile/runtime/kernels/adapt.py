@@ -1,4 +1,4 @@
-"""Adapt: what brings a block to a kernel that does not take it as it is, exactly: parts, documents, head dims."""
+"""Adapt: what brings a block to a kernel that does not take it as it is, exactly: parts, documents, rectangles, head dims."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 
 from cpcompile.runtime.block import Block
-from cpcompile.runtime.schedule import LONG, STEP
+from cpcompile.runtime.calls import LONG, STEP
 
 Tensor = torch.Tensor
 
@@ -113,6 +113,20 @@ def documents(block: Block) -> list[Part]:
     return parts
 
 
+def rectangles(block: Block) -> list[Part]:
+    """Return the rectangles of a block apart, without those that the band hides wholly."""
+    parts = []
+    for at in block.rectangles:
+        # From here on the band is counted from the first corner.
+        shift = at.columns - at.rows
+        low, high = (None if bound is None else bound + shift for bound in (block.low, block.high))
+        alone = replace(cut(block, at.row_slice, at.column_slice), rectangles=(), low=low, high=high)
+        part = trim(alone, at.rows, at.columns)
+        if not part.is_empty:
+            parts.append(Part(_moved(part.rows, at.row), _moved(part.columns, at.column), part.block))
+    return parts
+
+
 def of_known_sizes(part: Part) -> list[Part]:
     """Return the parts of a block that follows documents: of sizes that recur, which are not varied, and what is left.
 
@@ -164,6 +178,12 @@ def _moved(part: slice, by: int) -> slice:
 def sees_diagonal(block: Block) -> bool:
     """Whether the band has each row see its own column."""
     return (block.low is None or block.low <= 0) and (block.high is None or block.high >= 0)
+
+
+def sees_last_corners(block: Block) -> bool:
+    """Whether each row of the rectangles of a block sees some column."""
+    has_all = block.high is None and block.low is None
+    return has_all or (sees_diagonal(block) and all(part.rows <= part.columns for part in block.rectangles))
 
 
 def with_dim(x: Tensor, size: int) -> Tensor:

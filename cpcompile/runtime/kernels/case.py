@@ -18,7 +18,8 @@ FLOATS = (*HALF, torch.float32)
 
 # What hides keys, and so can be put into one bool mask of all rows and columns.
 HIDING = frozenset(("causal", "band", "mask", "documents", "key_padding", "prefix"))
-FEATURES = HIDING | frozenset(("lengths", "varied", "bias", "alibi", "softcap", "dropout", "deterministic"))
+FORMS = frozenset(("lengths", "rectangles", "varied"))  # what `adapt` brings to any kernel
+FEATURES = HIDING | FORMS | frozenset(("bias", "alibi", "softcap", "dropout", "deterministic"))
 
 _WORDS = {
     "causal": "causal mask",
@@ -64,6 +65,7 @@ def features(block: Block) -> frozenset[str]:
         "causal": block.is_causal_square,
         "band": block.has_band and not block.is_causal_square,
         "lengths": len(block.lengths) > 1,
+        "rectangles": bool(block.rectangles),
         "varied": block.is_varied,
         "mask": block.mask is not None and block.mask.dtype == torch.bool,
         "bias": block.mask is not None and block.mask.dtype != torch.bool,
@@ -95,7 +97,8 @@ class Kernel:
         forward, backward: as `cpcompile.runtime.kernels` describes them, for what the others allow.
         limits: why it cannot take a case, features in `takes` aside; '' when it can.
         takes: the features that it computes itself. With "mask", everything in `HIDING` reaches it as a bool mask;
-            without "lengths" it is called for each document. "varied" says nothing of what is computed.
+            without "lengths" it is called for each document, without "rectangles" for each of these. "varied" says nothing of
+            what is computed.
         dims: the head dims of q and v that it is to get instead of those of the case; the rest is filled with zeros.
         avoids: why `auto` leaves a case to others although this kernel can compute it; '' when it does not.
     """
@@ -111,7 +114,7 @@ class Kernel:
     def refuses(self, case: Case) -> str:
         """Return why this kernel cannot compute a case, or ''."""
         reason = self.limits(case)
-        missing = case.features - self.takes - {"lengths", "varied"}
+        missing = case.features - self.takes - FORMS
         if "mask" in self.takes:
             missing -= HIDING
         return reason or (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -35,3 +35,9 @@ def determinism(block: Block) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(is_on, warn_only=only_warns)
+
+
+def on_device(numbers: Sequence[int], device: torch.device | int) -> tuple[Tensor, torch.cuda.Event]:
+    """Return int64 numbers in the memory of a GPU and the event after which they are there; the host waits for nothing."""
+    held = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
+    return held.to(device, non_blocking=True), torch.cuda.current_stream(device).record_event()

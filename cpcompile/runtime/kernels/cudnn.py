@@ -8,7 +8,7 @@ import torch
 
 from cpcompile.runtime.block import Block
 from cpcompile.runtime.kernels import math
-from cpcompile.runtime.kernels.case import HALF, Case, Kernel, round_up, runs_on
+from cpcompile.runtime.kernels.case import FORMS, HALF, Case, Kernel, round_up, runs_on
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -83,7 +83,7 @@ def _limits(case: Case) -> str:
 
 def _avoids(case: Case) -> str:
     # For each new shape it plans for 40 ms forward and 50 ms backward (cuDNN 9.19, H100), many times what the kernel takes.
-    return "plans anew for each length of a document" if case.features & {"lengths", "varied"} else ""
+    return "plans anew for each length of a document" if case.features & FORMS else ""
 
 
 KERNEL = Kernel("cudnn", forward, backward, _limits, frozenset(("causal",)), _dims, _avoids)

@@ -145,4 +145,4 @@ def _dims(case: Case) -> tuple[int, int]:
 
 
 # Nothing can be dropped before the softmax, and it counts in units of log 2, where finfo.min of a float mask overflows.
-KERNEL = Kernel("flex", forward, backward, _limits, FEATURES - {"lengths", "dropout", "bias"}, _dims)
+KERNEL = Kernel("flex", forward, backward, _limits, FEATURES - {"lengths", "rectangles", "dropout", "bias"}, _dims)

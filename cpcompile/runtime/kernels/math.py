@@ -91,4 +91,4 @@ def probabilities(s: Tensor, lse: Tensor, block: Block) -> Tensor:
 
 
 # A document at a time needs less memory than the mask that keeps them apart.
-KERNEL = Kernel("math", forward, backward, lambda case: "", FEATURES - {"lengths"})
+KERNEL = Kernel("math", forward, backward, lambda case: "", FEATURES - {"lengths", "rectangles"})

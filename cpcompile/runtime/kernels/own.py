@@ -35,4 +35,4 @@ def _limits(case: Case) -> str:
     )
 
 
-KERNEL = Kernel("triton", forward, backward, _limits, FEATURES)
+KERNEL = Kernel("triton", forward, backward, _limits, FEATURES - {"rectangles"})

@@ -1,0 +1,299 @@
+"""cuDNN's attention of variable lengths, through NVIDIA's graph API (the package nvidia-cudnn-frontend).
+
+One call computes many rectangles, and one plan serves all sizes up to those that it was made for: where rectangles begin and
+how long they are is read from the GPU's memory. Plans are made for powers of two, so that there are few.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cpcompile.runtime.block import Block
+from cpcompile.runtime.kernels.case import FORMS, Case, Kernel
+from cpcompile.runtime.kernels.common import on_device
+from cpcompile.runtime.kernels.cudnn import KERNEL as FIXED_SIZES
+from cpcompile.runtime.kernels.flash import is_installed, packed, unpacked
+from cpcompile.spans import Rectangle
+
+Tensor = torch.Tensor
+Rectangles = tuple[Rectangle, ...]
+_LEAST_SIZE = 128  # tokens of a rectangle that a plan is made for
+_one_at_a_time = threading.Lock()  # a handle has one stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What a plan is made for.
+
+    Attributes:
+        num: rectangles at most.
+        rows, columns: of one rectangle at most.
+        all_rows, all_columns: tokens of q, and of k and v, at most.
+        is_shifted: the diagonal of a rectangle ends in its last corner, not begins in its first.
+    """
+
+    device: int
+    dtype: torch.dtype
+    heads: int
+    key_heads: int
+    head_dim: int
+    value_dim: int
+    num: int
+    rows: int
+    columns: int
+    all_rows: int
+    all_columns: int
+    is_causal: bool
+    is_shifted: bool
+    scale: float
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, block: Block, rectangles: Rectangles) -> _Form:
+        """Return the form of packed q `[T, H, D]`, k and v."""
+        is_causal = block.is_causal_square
+        return cls(
+            q.device.index,
+            q.dtype,
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            v.shape[2],
+            max(2, _power_of_two(len(rectangles))),
+            max(_LEAST_SIZE, _power_of_two(max(part.rows for part in rectangles))),
+            max(_LEAST_SIZE, _power_of_two(max(part.columns for part in rectangles))),
+            _half_power_of_two(q.shape[0]),
+            _half_power_of_two(k.shape[0]),
+            is_causal,
+            is_causal and any(part.rows != part.columns for part in block.rectangles),
+            block.scale,
+        )
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _half_power_of_two(size: int) -> int:
+    """Return the least power of two, or one and a half times one, that is not below `size`; memory is reserved for it."""
+    power = _power_of_two(max(size, _LEAST_SIZE))
+    return power * 3 // 4 if size <= power * 3 // 4 else power
+
+
+class _Plan:
+    """A graph of cuDNN: the names of its tensors in the order of their use, and the memory that it works in."""
+
+    def __init__(self, form: _Form) -> None:
+        library = _library()
+        kinds = {torch.bfloat16: library.data_type.BFLOAT16, torch.float16: library.data_type.HALF}
+        single = library.data_type.FLOAT
+        self.form, self._library, self._handle = form, library, _handle(form.device)
+        self._graph = library.pygraph(
+            io_data_type=kinds[form.dtype],
+            intermediate_data_type=single,
+            compute_data_type=single,
+            handle=self._handle,
+        )
+        self._tensors: list[Any] = []
+        alignments = library.diagonal_alignment
+        self.terms: dict[str, Any] = {"attn_scale": form.scale, "use_padding_mask": True}
+        if form.is_causal:
+            self.terms["diagonal_band_right_bound"] = 0
+            self.terms["diagonal_alignment"] = alignments.BOTTOM_RIGHT if form.is_shifted else alignments.TOP_LEFT
+        long, short = library.data_type.INT64, library.data_type.INT32
+        # Where the rectangles of q, out, the statistics, k and v begin, then how many rows and columns they have.
+        self._q, self._out, self._stats, self._k, self._v = (self._numbers(form.num + 1, long) for _ in range(5))
+        self.terms["seq_len_q"], self.terms["seq_len_kv"] = (self._numbers(form.num, short) for _ in range(2))
+
+    def _numbers(self, size: int, kind: Any) -> Any:
+        tensor = self._graph.tensor(dim=[size, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kind)
+        self._tensors.append(tensor)
+        return tensor
+
+    def _layout(self, name: str) -> tuple[list[int], list[int], Any]:
+        """Return the dims and strides of one of q, k, v, out and the statistics, and the offsets of its rectangles."""
+        form = self.form
+        heads, rows, dim, offsets = {
+            "q": (form.heads, form.rows, form.head_dim, self._q),
+            "k": (form.key_heads, form.columns, form.head_dim, self._k),
+            "v": (form.key_heads, form.columns, form.value_dim, self._v),
+            "out": (form.heads, form.rows, form.value_dim, self._out),
+            "stats": (form.heads, form.rows, 1, self._stats),
+        }[name]
+        return [form.num, heads, rows, dim], [rows * heads * dim, dim, heads * dim, 1], offsets
+
+    def given(self, name: str) -> Any:
+        """Return a tensor that is given."""
+        dims, strides, offsets = self._layout(name)
+        kind = {"data_type": self._library.data_type.FLOAT} if name == "stats" else {}
+        tensor = self._graph.tensor(dim=dims, stride=strides, **kind)
+        tensor.set_ragged_offset(offsets)
+        self._tensors.append(tensor)
+        return tensor
+
+    def found(self, tensor: Any, name: str) -> None:
+        """Let a tensor be a result."""
+        dims, strides, offsets = self._layout(name)
+        tensor.set_output(True).set_dim(dims).set_stride(strides).set_ragged_offset(offsets)
+        if name == "stats":
+            tensor.set_data_type(self._library.data_type.FLOAT)
+        self._tensors.append(tensor)
+
+    def attend(self) -> None:
+        """Plan the forward: of q, k and v, out and the statistics."""
+        q, k, v = map(self.given, ("q", "k", "v"))
+        out, stats = self._graph.sdpa(q=q, k=k, v=v, generate_stats=True, **self.terms)
+        self.found(out, "out")
+        self.found(stats, "stats")
+
+    def differentiate(self) -> None:
+        """Plan the backward: of dout, q, k, v, out and the statistics, dq, dk and dv."""
+        dout, q, k, v, out, stats = map(self.given, ("out", "q", "k", "v", "out", "stats"))
+        sizes = {"max_total_seq_len_q": self.form.all_rows, "max_total_seq_len_kv": self.form.all_columns}
+        found = self._graph.sdpa_backward(q=q, k=k, v=v, o=out, dO=dout, stats=stats, **sizes, **self.terms)
+        for tensor, name in zip(found, ("q", "k", "v"), strict=True):
+            self.found(tensor, name)
+
+    def build(self) -> None:
+        """Choose and compile the kernels."""
+        graph = self._graph
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([self._library.heur_mode.A])
+        graph.check_support()
+        graph.build_plans()
+        self._names = [tensor.get_uid() for tensor in self._tensors]
+        self._num_bytes = graph.get_workspace_size()
+
+    def run(self, numbers: Numbers, *tensors: Tensor) -> None:
+        """Compute on the current stream."""
+        stream = torch.cuda.current_stream(self.form.device)
+        numbers.wait(stream)
+        workspace = torch.empty(max(self._num_bytes, 1), dtype=torch.uint8, device=tensors[0].device)
+        pointers = (*numbers.pointers(self.form.num), *(x.data_ptr() for x in tensors))
+        with _one_at_a_time:
+            self._library.set_stream(handle=self._handle, stream=stream.cuda_stream)
+            given = dict(zip(self._names, pointers, strict=True))
+            self._graph.execute(given, workspace.data_ptr(), handle=self._handle)
+
+
+def _library() -> Any:
+    return importlib.import_module("cudnn")
+
+
+@functools.cache
+def _handle(device: int) -> Any:
+    with torch.cuda.device(device):
+        return _library().create_handle()
+
+
+@functools.lru_cache(maxsize=128)
+def _plan(form: _Form, is_backward: bool) -> _Plan:
+    with _one_at_a_time, torch.cuda.device(form.device):
+        plan = _Plan(form)
+        (plan.differentiate if is_backward else plan.attend)()
+        plan.build()
+    return plan
+
+
+class Numbers:
+    """Where rectangles begin and how many rows and columns they have, in the memory of a GPU, for calls on any stream."""
+
+    def __init__(self, rectangles: Rectangles, form: _Form) -> None:
+        """Take the numbers of some rectangles for plans of `form.num`; those that are missing are empty."""
+        last = max(part.row + part.rows for part in rectangles), max(part.column + part.columns for part in rectangles)
+        spare = form.num - len(rectangles)
+        first_rows = [part.row for part in rectangles] + [last[0]] * (spare + 1)
+        first_columns = [part.column for part in rectangles] + [last[1]] * (spare + 1)
+        q, out = form.heads * form.head_dim, form.heads * form.value_dim
+        k, v = form.key_heads * form.head_dim, form.key_heads * form.value_dim
+        starts = [row * size for size in (q, out, form.heads) for row in first_rows]
+        starts += [column * size for size in (k, v) for column in first_columns]
+        sizes = [part.rows for part in rectangles] + [0] * spare + [part.columns for part in rectangles] + [0] * spare
+        # The sizes are of 32 bits, two in each number.
+        pairs = [low | high << 32 for low, high in zip(sizes[::2], sizes[1::2], strict=True)]
+        self._held, self._arrival = on_device(starts + pairs, form.device)
+        self._has_arrived = False
+
+    def wait(self, stream: torch.cuda.Stream) -> None:
+        """Let a stream wait until they are there, and the memory live until it has read them."""
+        self._has_arrived = self._has_arrived or self._arrival.query()  # type: ignore[no-untyped-call]
+        if not self._has_arrived:
+            stream.wait_event(self._arrival)
+        self._held.record_stream(stream)
+
+    def pointers(self, num: int) -> list[int]:
+        """Return the addresses in the order in which plans name them."""
+        first, starts = self._held.data_ptr(), 5 * (num + 1)
+        return [first + 8 * i * (num + 1) for i in range(5)] + [first + 8 * starts, first + 8 * starts + 4 * num]
+
+
+_numbers = functools.lru_cache(maxsize=256)(Numbers)
+
+
+def _rectangles(q: Tensor, k: Tensor, block: Block) -> Rectangles:
+    """Return the rectangles of a block, for all rows of the batch laid one after the other."""
+    rows, columns = q.shape[2], k.shape[2]
+    found = block.rectangles or (Rectangle(0, rows, 0, columns),)
+    if block.lengths:
+        starts = [sum(block.lengths[:i]) for i in range(len(block.lengths))]
+        found = tuple(Rectangle(at, size, at, size) for at, size in zip(starts, block.lengths, strict=True))
+    return tuple(
+        Rectangle(part.row + b * rows, part.rows, part.column + b * columns, part.columns)
+        for b in range(q.shape[0])
+        for part in found
+    )
+
+
+def _leave_out(rectangles: Rectangles, name: str, x: Tensor) -> bool:
+    """Tell whether some rows or columns, which no two rectangles share, of `x` `[T, ...]` are in none."""
+    num: int = sum(getattr(part, name) for part in rectangles)
+    return num < x.shape[0]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    batch, rectangles = q.shape[0], _rectangles(q, k, block)
+    q, k, v = (packed(x).contiguous() for x in (q, k, v))
+    form = _Form.of(q, k, v, block, rectangles)
+    out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
+    if _leave_out(rectangles, "rows", q):
+        out.zero_()
+        lse.fill_(-torch.inf)
+    _plan(form, False).run(_numbers(rectangles, form), q, k, v, out, lse)
+    return unpacked(out, batch), torch.unflatten(lse, 0, (batch, -1)).transpose(1, 2)
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, rectangles = q.shape[0], _rectangles(q, k, block)
+    dout, q, k, v, out = (packed(x).contiguous() for x in (dout, q, k, v, out))
+    stats = lse.transpose(1, 2).contiguous()
+    form = _Form.of(q, k, v, block, rectangles)
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    for grad, name in zip(grads, ("rows", "columns", "columns"), strict=True):
+        if _leave_out(rectangles, name, grad):
+            grad.zero_()
+    _plan(form, True).run(_numbers(rectangles, form), dout, q, k, v, out, stats, *grads)
+    dq, dk, dv = (unpacked(x, batch) for x in grads)
+    return dq, dk, dv
+
+
+def _limits(case: Case) -> str:
+    return FIXED_SIZES.limits(case) or (
+        "" if is_installed("cudnn") else "is not installed (pip install nvidia-cudnn-frontend)"
+    )
+
+
+def _avoids(case: Case) -> str:
+    # 6% slower than `cudnn` on a causal square of 32k tokens (cuDNN 9.19, H100).
+    return "" if case.features & FORMS else "is slower without documents"
+
+
+_TAKES = frozenset(("causal", "lengths", "rectangles"))
+KERNEL: Kernel = Kernel("cudnn_varlen", forward, backward, _limits, _TAKES, FIXED_SIZES.dims, _avoids)
