@@ -8,22 +8,10 @@ from typing import Any
 import torch
 
 from cpcompile.call import Call, value_of
-from cpcompile.masks.expression import (
-    ONE,
-    ZERO,
-    Affine,
-    Expression,
-    as_value,
-    both,
-    choose,
-    compare,
-    coordinate,
-    is_natural,
-    map_leaves,
-    substitute,
-)
+from cpcompile.masks.expression import ONE, ZERO, Affine, Expression, coordinate, is_natural
 from cpcompile.masks.operands import INDEX_DTYPES, convert, exact, number_of, result_of
 from cpcompile.masks.read import Reader, Unreadable, reads, size_of
+from cpcompile.masks.simplify import as_value, both, choose, compare, map_leaves, substitute
 
 aten = torch.ops.aten
 

@@ -7,21 +7,10 @@ from collections.abc import Callable
 import torch
 
 from cpcompile.call import Call
-from cpcompile.masks.expression import (
-    Affine,
-    Expression,
-    Number,
-    Value,
-    as_value,
-    both,
-    choice,
-    compare,
-    either,
-    map_leaves,
-    quotient,
-)
+from cpcompile.masks.expression import Affine, Expression, Number, Value, quotient
 from cpcompile.masks.operands import INDEX_DTYPES, booleans, convert, operands, result_of, rounded
 from cpcompile.masks.read import Reader, Unreadable, is_index, reads
+from cpcompile.masks.simplify import as_value, both, choice, compare, either, map_leaves
 
 aten = torch.ops.aten
 

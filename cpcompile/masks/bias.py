@@ -24,17 +24,13 @@ from cpcompile.masks.expression import (
     Scaled,
     Value,
     affine,
-    as_value,
-    choice,
-    compare,
     coordinate,
-    map_leaves,
     scaled,
-    shifted,
 )
 from cpcompile.masks.operands import exact, number_of, operands
 from cpcompile.masks.read import RULES, Reader, Rule, Unreadable, pinned
 from cpcompile.masks.recognise import HEAD, KEY, QUERY
+from cpcompile.masks.simplify import as_value, choice, compare, map_leaves, shifted
 
 aten = torch.ops.aten
 

@@ -9,9 +9,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.call import Call, value_of
-from cpcompile.masks.expression import ONE, Affine, Expression, coordinate, is_natural, shifted, substitute
+from cpcompile.masks.expression import ONE, Affine, Expression, coordinate, is_natural
 from cpcompile.masks.operands import INDEX_DTYPES, number_of, result_of
 from cpcompile.masks.read import Reader, Unreadable, is_size_one, reads, reads_item, size_of
+from cpcompile.masks.simplify import shifted, substitute
 
 aten = torch.ops.aten
 

@@ -6,9 +6,7 @@ import torch
 
 from cpcompile.call import Call, value_of
 from cpcompile.masks.expression import (
-    COMPARISONS,
     FALSE,
-    FLOAT_COMPARISONS,
     TRUE,
     ZERO,
     Affine,
@@ -18,18 +16,22 @@ from cpcompile.masks.expression import (
     Expression,
     Number,
     Value,
+    coordinate,
+)
+from cpcompile.masks.operands import booleans, convert, exact, number_of, operands, result_of
+from cpcompile.masks.read import Reader, Unreadable, reads
+from cpcompile.masks.simplify import (
+    COMPARISONS,
+    FLOAT_COMPARISONS,
     as_boolean,
     as_value,
     both,
     choose,
     compare,
-    coordinate,
     either,
     map_leaves,
     negated,
 )
-from cpcompile.masks.operands import booleans, convert, exact, number_of, operands, result_of
-from cpcompile.masks.read import Reader, Unreadable, reads
 
 aten = torch.ops.aten
 

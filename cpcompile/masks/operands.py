@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from cpcompile.call import Call
-from cpcompile.masks.expression import Affine, Boolean, Expression, Number, Value, as_boolean, as_value, map_leaves
+from cpcompile.masks.expression import Affine, Boolean, Expression, Number, Value
 from cpcompile.masks.read import Reader, Unreadable
+from cpcompile.masks.simplify import as_boolean, as_value, map_leaves
 
 # Index arithmetic in a narrower type can wrap around.
 INDEX_DTYPES = (torch.int64, torch.int32)

@@ -34,9 +34,8 @@ from cpcompile.masks.expression import (
     Truth,
     affine,
     coordinate,
-    shifted,
-    substitute,
 )
+from cpcompile.masks.simplify import shifted, substitute
 
 
 class Unreadable(Exception):

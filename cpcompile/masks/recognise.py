@@ -38,17 +38,11 @@ from cpcompile.masks.expression import (
     Quotient,
     Truth,
     affine,
-    as_boolean,
-    both,
-    compare,
     coordinate,
     is_boolean,
-    negated,
-    rewrite,
-    sort_key,
-    substitute,
 )
 from cpcompile.masks.read import Reader, loads
+from cpcompile.masks.simplify import as_boolean, both, compare, negated, rewrite, sort_key, substitute
 
 BATCH, HEAD, QUERY, KEY = (coordinate(dim) for dim in range(4))
 

@@ -10,9 +10,10 @@ from torch import fx
 from cpcompile.call import Call, is_tensor, value_of
 from cpcompile.emit import emit
 from cpcompile.masks.bias import Bias, BiasReader, read_bias
-from cpcompile.masks.expression import TRUE, Boolean, as_boolean, both, negated, shifted
+from cpcompile.masks.expression import TRUE, Boolean
 from cpcompile.masks.read import Reader, constant
 from cpcompile.masks.recognise import hides, predicate
+from cpcompile.masks.simplify import as_boolean, both, negated, shifted
 from cpcompile.patterns.nodes import converted, is_conversion, source
 
 aten = torch.ops.aten
