@@ -86,10 +86,11 @@ class Problem:
     dtype: torch.dtype = torch.bfloat16
 
     @classmethod
-    def of(cls, case: Case, scale: int, mesh: dist.DeviceMesh) -> Problem:
-        """Return the problem of `case`, its lengths divided by `scale`, for this process."""
+    def of(cls, case: Case, scale: int, mesh: dist.DeviceMesh, device: torch.device | None = None) -> Problem:
+        """Return the problem of `case`, its lengths divided by `scale`, for this process; each rank has a device by default."""
         rank, world_size = mesh.get_local_rank(), mesh.size()
-        device = torch.device(mesh.device_type, rank) if mesh.device_type == "cuda" else torch.device("cpu")
+        if device is None:
+            device = torch.device(mesh.device_type, rank) if mesh.device_type == "cuda" else torch.device("cpu")
         length = case.length // scale
         bounds = document_bounds(case.documents, length, world_size) if case.documents else (0, length)
         window = max(1, case.window // scale) if case.window else 0

@@ -72,14 +72,14 @@ def ours(strategy: str, q: Any, k: Any, v: Any, *, problem: Problem, layout: str
         "window": problem.window,
         "softcap": 0.0,
         "bounds": starts_of(problem),
-        "kernel_name": OUR_KERNELS[problem.device.type][kernel],
+        "kernel_name": OUR_KERNELS[problem.device.type].get(kernel, kernel),
         "length": problem.length,
         "layout": layout,
         "world_size": problem.world_size,
         "group": problem.mesh.get_group().group_name,
     }
     if strategy == "usp":
-        grid = usp_grid(problem.device.type, shape)
+        grid = usp_grid(problem.mesh.device_type, shape)
         values["inner_size"] = grid["inner"].size()
         values["inner_group"], values["outer_group"] = (grid[x].get_group().group_name for x in ("inner", "outer"))
     names = [argument.name for argument in operator._schema.arguments]

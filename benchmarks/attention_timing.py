@@ -73,10 +73,9 @@ class _Clock:
         return (b - a) * 1e3 if self.device.type == "cpu" else a.elapsed_time(b)
 
 
-def _timed(runner: Runner, inputs: list[Tensor], device: torch.device) -> list[float]:
-    """Return milliseconds of forward, backward, both, and of the host launching both."""
+def timed(runner: Runner, inputs: list[Tensor], device: torch.device) -> list[float]:
+    """Return milliseconds of forward, backward, both, and of the host launching both, on this rank."""
     clock = _Clock(device)
-    dist.barrier()
     synchronize(device)
     if device.type == "cuda":
         torch.cuda._sleep(AHEAD_CYCLES)
@@ -92,23 +91,34 @@ def _timed(runner: Runner, inputs: list[Tensor], device: torch.device) -> list[f
     return [clock.between(start, middle), clock.between(middle, end), clock.between(start, end), host]
 
 
+def _timed_together(runner: Runner, inputs: list[Tensor], device: torch.device) -> list[float]:
+    dist.barrier()
+    return timed(runner, inputs, device)
+
+
 def times(runner: Runner, sets: list[list[Tensor]], repeats: int, device: torch.device) -> dict[str, Any]:
     """Return the median over repeats of the slowest rank, after one warm-up for each set of inputs."""
-    first = torch.tensor([_timed(runner, inputs, device) for inputs in sets], device=device, dtype=torch.float64)
+    first = torch.tensor(
+        [_timed_together(runner, inputs, device) for inputs in sets], device=device, dtype=torch.float64
+    )
     dist.all_reduce(first, op=dist.ReduceOp.MAX)
     repeats = min(repeats, 3) if first[-1, 2].item() > LONG_MS else repeats
-    rows = [_timed(runner, sets[index % len(sets)], device) for index in range(repeats)]
+    rows = [_timed_together(runner, sets[index % len(sets)], device) for index in range(repeats)]
     slowest = torch.tensor(rows, device=device, dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     columns = slowest.T.tolist()
-    names = ("forward_ms", "backward_ms", "total_ms", "host_ms")
-    medians = {name: round(statistics.median(column), 4) for name, column in zip(names, columns, strict=True)}
     return {
-        **medians,
+        **medians(columns),
         "fastest_ms": round(min(columns[2]), 4),
         "slowest_ms": round(max(columns[2]), 4),
         "repeats": repeats,
     }
+
+
+def medians(columns: list[list[float]]) -> dict[str, float]:
+    """Return the medians of what `timed` measures, by name."""
+    names = ("forward_ms", "backward_ms", "total_ms", "host_ms")
+    return {name: round(statistics.median(column), 4) for name, column in zip(names, columns, strict=True)}
 
 
 def peak_bytes(runner: Runner, inputs: list[Tensor], before: int, device: torch.device) -> int:
@@ -127,15 +137,25 @@ def peak_bytes(runner: Runner, inputs: list[Tensor], before: int, device: torch.
 
 def trace(runner: Runner, inputs: list[Tensor], device: torch.device) -> list[Event]:
     """Return the events of the chrome trace of one forward and backward."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
     step(runner, inputs)
     synchronize(device)
     dist.barrier()
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+    return events_of(profiled(runner, inputs, device))
+
+
+def profiled(runner: Runner, inputs: list[Tensor], device: torch.device) -> torch.profiler.profile:
+    """Return the profile of one forward and backward of this rank."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profile:
         step(runner, inputs)
         synchronize(device)
+    return profile
+
+
+def events_of(profile: torch.profiler.profile) -> list[Event]:
+    """Return the events of the chrome trace of a profile."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))

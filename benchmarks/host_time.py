@@ -17,10 +17,8 @@ import platform
 import pstats
 import subprocess
 import time
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +28,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would speak of e
 import torch
 import torch.distributed as dist
 from attention_cases import DOCUMENT_SETS, HEADS, KV_HEADS
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from lone_rank import OnCpu, as_rank
 
 import cpcompile.runtime
-from cpcompile.runtime import kernels, partial, transport
+from cpcompile.runtime import kernels, partial
 from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel
-from cpcompile.runtime.symmetric import Lane
-from cpcompile.runtime.transfer import Ring
 
 Tensor = torch.Tensor
 SCALE = 64  # a document is as long a part of the sequence as in the measurements of attention itself
@@ -112,36 +108,13 @@ def _no_limits(case: Case) -> str:
     return ""
 
 
-class Here:
-    """Memory and streams of a rank whose neighbours are the rank itself."""
+class Counting(OnCpu):
+    """A rank that counts what it does on the stream beside."""
 
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def memory(self, num_bytes: int, group: str) -> Here:
-        """Take memory that stands for that of all ranks."""
-        self._bytes = torch.zeros(num_bytes, dtype=torch.uint8)
-        return self
-
-    def of(self, rank: int) -> Tensor:
-        """Return it."""
-        return self._bytes
-
-    def barrier(self) -> None:
-        """Wait for nobody."""
-
-    def aside(self, work: Callable[[], None]) -> Here:
+    def aside(self, work: Callable[[], None]) -> OnCpu:
         """Work at once."""
         counts["aside"] += 1
-        work()
-        return self
-
-    def wait(self) -> None:
-        """Be done."""
-
-    def is_capturing(self) -> bool:
-        """No graph is captured."""
-        return False
+        return super().aside(work)
 
 
 def without_devices() -> None:
@@ -154,23 +127,12 @@ def without_devices() -> None:
     partial.merge_ = partial.add_ = merge  # type: ignore[assignment]
 
 
-@contextmanager
-def as_rank(rank: int, world_size: int) -> Iterator[tuple[str, ...]]:
-    """Be a rank of a job whose other ranks do not exist; yield the names of its group and of its inner and outer ones."""
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        inner = min(INNER, world_size)
-        ranks = torch.arange(world_size).view(-1, inner)
-        parts = [dist.new_group(group) for group in (*ranks.tolist(), *ranks.t().tolist()) if rank in group]
-        groups = [dist.distributed_c10d._get_default_group(), *parts]
-        for group in groups:
-            lane = Lane(Ring(group.group_name, group.size(), dist.get_rank(group)), Here())
-            key = group.group_name, torch.device("cpu")
-            transport._chosen[key] = transport._Choice(weakref.ref(group), lane)
-        yield tuple(group.group_name for group in groups)
-    finally:
-        transport._chosen.clear()
-        dist.destroy_process_group()
+def groups_of(rank: int, world_size: int) -> tuple[str, ...]:
+    """Return the names of the group of a rank and of its inner and outer ones."""
+    inner = min(INNER, world_size)
+    ranks = torch.arange(world_size).view(-1, inner)
+    parts = [dist.new_group(group) for group in (*ranks.tolist(), *ranks.t().tolist()) if rank in group]
+    return tuple(group.group_name for group in (dist.distributed_c10d._get_default_group(), *parts))
 
 
 def step_of(setting: Setting, groups: tuple[str, ...]) -> tuple[Callable[[], Tensor], Callable[[Tensor], object]]:
@@ -196,8 +158,8 @@ def step_of(setting: Setting, groups: tuple[str, ...]) -> tuple[Callable[[], Ten
 
 def measure(setting: Setting, rank: int, repeats: int) -> Row:
     """Return what one rank needs; seconds are those of the process, so that a busy machine measures the same."""
-    with as_rank(rank, setting.world_size) as groups:
-        run, differentiate = step_of(setting, groups)
+    with as_rank(rank, setting.world_size, Counting):
+        run, differentiate = step_of(setting, groups_of(rank, setting.world_size))
         for _ in range(WARM_UP):
             differentiate(run())
         counts.clear()
@@ -219,8 +181,8 @@ def measure(setting: Setting, rank: int, repeats: int) -> Row:
 
 def profile(setting: Setting, rank: int, repeats: int) -> None:
     """Print where the time of a rank goes."""
-    with as_rank(rank, setting.world_size) as groups:
-        run, differentiate = step_of(setting, groups)
+    with as_rank(rank, setting.world_size, Counting):
+        run, differentiate = step_of(setting, groups_of(rank, setting.world_size))
         for _ in range(WARM_UP):
             differentiate(run())
         profiler = cProfile.Profile()
