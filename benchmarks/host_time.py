@@ -163,7 +163,7 @@ def measure(setting: Setting, rank: int, repeats: int) -> Row:
         for _ in range(WARM_UP):
             differentiate(run())
         counts.clear()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
             differentiate(run())
         copies = sum(event.name in ("aten::copy_", "aten::fill_", "aten::cat") for event in profiler.events())
         seen = Counter(counts)
