@@ -14,8 +14,9 @@ if TYPE_CHECKING:
         NoRule,
         VerificationError,
     )
-    from cpcompile.explanation import Explanation, explain
+    from cpcompile.explanation import Explanation
     from cpcompile.regions import token_local
+    from cpcompile.survey import explain
     from cpcompile.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -31,8 +32,9 @@ _MODULES = {
         "NoRule",
         "VerificationError",
     ),
-    "explanation": ("Explanation", "explain"),
+    "explanation": ("Explanation",),
     "regions": ("token_local",),
+    "survey": ("explain",),
     "verification": ("Verification", "verify"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from cpcompile.config import Config
-from cpcompile.explanation import plan_for
 from cpcompile.passes import choose_strategies
+from cpcompile.survey import plan_for
 from cpcompile.transform import Transformed
 
 VOCABULARY = 13

@@ -23,7 +23,7 @@ def fresh_dynamo() -> None:
 
 def graph_of(model: nn.Module, balancer: str, **inputs: Tensor) -> Any:
     from cpcompile.config import Config
-    from cpcompile.explanation import plan_for
+    from cpcompile.survey import plan_for
 
     given = inputs or packed_batch("off_edges", 1)
     config = Config(balancer=balancer, strategy="ring", dynamic=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cpcompile
-from cpcompile.explanation import explain
+from cpcompile.survey import explain
 
 WIDTH, HEADS = 16, 2
 
