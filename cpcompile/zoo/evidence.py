@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpcompile.verification import default_objective, gradient_error, relative, run_and_differentiate
+from cpcompile.in_process import default_objective, run_and_differentiate
+from cpcompile.verification import gradient_error, relative
 from cpcompile.widen import Widen
 from cpcompile.zoo.inputs import FIRST, LAST
 

@@ -15,10 +15,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cpcompile import verify
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole
+from cpcompile.in_process import LockstepBackend, default_objective, run_and_differentiate
 from cpcompile.mesh import Axis
 from cpcompile.passes.lift_masks import describe
 from cpcompile.sites import attention_nodes
-from cpcompile.verification import LockstepBackend, default_objective, run_and_differentiate
 from tests.graph.small_models import TinyLM, batch
 
 LONGEST = 40

@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 import cpcompile
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole
+from cpcompile.in_process import LockstepBackend, default_objective, run_and_differentiate
 from cpcompile.mesh import Axis
 from cpcompile.passes.lift_masks import describe
-from cpcompile.verification import LockstepBackend, default_objective, run_and_differentiate
 from cpcompile.widen import Widen
 from tests import models
 

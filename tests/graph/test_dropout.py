@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpcompile import NoRule, explain, verification, verify
+from cpcompile import NoRule, explain, in_process, verify
 from cpcompile.annotation import annotation, placement_of
 from cpcompile.call import Call
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole
+from cpcompile.in_process import LockstepBackend, default_objective, run_and_differentiate
 from cpcompile.mesh import Axis
 from cpcompile.passes import place_tokens, rewrite_dropout
 from cpcompile.placement import FULL, Sharded
 from cpcompile.runtime.dropout import splitmix64
-from cpcompile.verification import default_objective, run_and_differentiate
 from tests.graph.small_models import TinyLM, batch, before, count, planned
 from tests.models import batch as batch_of
 from tests.models import make
@@ -99,12 +99,12 @@ def test_no_tensor_of_all_weights_is_left() -> None:
 
 @pytest.mark.parametrize("length", [8, 11])
 def test_weights_are_dropped_whatever_the_number_of_ranks(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "refuse_dropout", lambda gm: None)
+    monkeypatch.setattr(in_process, "refuse_dropout", lambda gm: None)
     model, inputs, config = DroppingWeights().double(), batch(length), Config()
     found = []
     for world_size in (1, 2, 3):
         torch._dynamo.reset()
-        ranks = verification.LockstepBackend(config, Axis.in_process(world_size), False)
+        ranks = LockstepBackend(config, Axis.in_process(world_size), False)
         forward = compile_whole(model.forward, ranks, config)
         for _ in range(2):  # the first time, compilation draws random numbers, too
             torch.manual_seed(1)

@@ -15,11 +15,11 @@ from cpcompile.call import Call
 from cpcompile.capture import capture
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole
+from cpcompile.in_process import LockstepBackend, default_objective, run_and_differentiate
 from cpcompile.mesh import Axis
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.lift_masks import describe, lift_masks
 from cpcompile.passes.open_varlen_attention import open_varlen_attention
-from cpcompile.verification import LockstepBackend, default_objective, run_and_differentiate
 
 Tensor = torch.Tensor
 H, D = 4, 8

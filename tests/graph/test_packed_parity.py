@@ -11,10 +11,10 @@ import torch
 import cpcompile
 from cpcompile.config import Config
 from cpcompile.dynamo import compile_whole, token_length
+from cpcompile.in_process import LockstepBackend
 from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
 from cpcompile.mesh import Axis
 from cpcompile.runtime import kernels
-from cpcompile.verification import LockstepBackend
 from tests.models import error, errors, gradients
 from tests.packing import MIXES, PackedLM, one_by_one, packed_batch
 

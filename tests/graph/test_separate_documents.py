@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import cpcompile
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole
+from cpcompile.in_process import LockstepBackend, run_and_differentiate
 from cpcompile.mesh import Axis
-from cpcompile.verification import LockstepBackend, run_and_differentiate
 from cpcompile.widen import Widen
 from tests import models
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpcompile import ConfigError, VerificationError, collectives, verify
+from cpcompile.divergence import value_error
 from cpcompile.passes import rewrite_reductions
-from cpcompile.verification import value_error
 from tests.graph.small_models import VOCABULARY, Logits, TinyLM, batch
 
 DOUBLE = torch.float64
