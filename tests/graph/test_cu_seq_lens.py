@@ -20,6 +20,7 @@ from cpcompile.mesh import Axis
 from cpcompile.passes.lift_masks import describe
 from cpcompile.widen import Widen
 from tests import models
+from tests.packing import GROUPED_HEADS
 
 transformers = pytest.importorskip("transformers")
 
@@ -54,7 +55,7 @@ def varlen(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scalin
     """The attention of flash_attention_2 for packed sequences, by torch's operator of the same kernel."""
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     lengths = (options["cu_seq_lens_q"], options["cu_seq_lens_k"], options["max_length_q"], options["max_length_k"])
-    out = varlen_attn(q, k, v, *lengths, window_size=(-1, 0), scale=scaling, enable_gqa=True)
+    out = varlen_attn(q, k, v, *lengths, window_size=(-1, 0), scale=scaling, **GROUPED_HEADS)
     return out[None], None
 
 

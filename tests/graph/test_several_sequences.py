@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cpcompile
+from cpcompile import GraphBreakError
 from cpcompile.survey import explain
 
 WIDTH, HEADS = 16, 2
@@ -150,6 +151,11 @@ def test_transformers_encoder_decoder(family: str) -> None:
         "input_ids": torch.randint(3, 19, (2, 11), generator=generator),
         "labels": torch.randint(3, 19, (2, 7), generator=generator),
     }
+    if family == "t5" and torch.__version__ < "2.12":
+        # Its cache copies the config, which Dynamo traces since torch 2.12. BART makes none where it has labels.
+        with pytest.raises(GraphBreakError, match=r"copy\.deepcopy"):
+            cpcompile.verify(model, inputs, world_size=2)
+        inputs["use_cache"] = False
     cpcompile.verify(model.double(), inputs, world_size=2, dtype=torch.float64, balancer="zig_zag").raise_if_wrong()
 
 
