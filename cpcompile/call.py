@@ -59,6 +59,16 @@ class Call:
         """The fake value of the result: a tensor, or a tuple of them."""
         return value_of(self.node)
 
+    @property
+    def is_tuple(self) -> bool:
+        """Whether the operator has several results."""
+        return isinstance(self.result, tuple | list)
+
+    @property
+    def results(self) -> tuple[Any, ...]:
+        """The fake values of all results."""
+        return tuple(self.result) if self.is_tuple else (self.result,)
+
     def operands(self) -> Iterator[tuple[str, fx.Node]]:
         """Yield the tensor operands as (name, node); the members of a list are named `tensors.0`, `tensors.1`, ..."""
         for name, argument in self.arguments.items():

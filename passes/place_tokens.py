@@ -17,11 +17,13 @@ from torch import fx
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call, is_tensor, value_of
 from cpcompile.errors import NoChunks, NoRule, where
+from cpcompile.localisation import Localiser
 from cpcompile.movement import Movement, Writer
 from cpcompile.placement import FULL, Full, Partial, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
 from cpcompile.regions import place_region, regions_of
-from cpcompile.rules import KEEPS_OUTSIDE, REASONS, RULES, Decision, Local, no_rule
+from cpcompile.rules import KEEPS_OUTSIDE, REASONS, RULES, Decision, no_rule
+from cpcompile.rules.partial import stays_partial
 
 aten = torch.ops.aten
 
@@ -39,28 +41,6 @@ HEAVY = {
 READS_A_FEW = {aten.select.int, aten.slice.Tensor}
 MAX_READS = 16
 
-# A partial sum may stay one under a linear operator; it is reduced before any other.
-LINEAR = {
-    aten.neg.default,
-    aten.sum.default,
-    aten.sum.dim_IntList,
-    aten.view.default,
-    aten.reshape.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.unsqueeze.default,
-    aten.clone.default,
-}
-LINEAR_IN_FIRST = {
-    aten.mul.Tensor,
-    aten.mul.Scalar,
-    aten.div.Tensor,
-    aten.div.Scalar,
-}  # the others must be Full or numbers
-
-# A reshape works on local tokens whatever the strides; a view of an operand that a collective made may not.
-COPYING = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
-
 
 def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
     """Place every node and return how many `shard_tokens` were inserted."""
@@ -76,7 +56,7 @@ class Placer:
     def __init__(self, gm: fx.GraphModule, plan: Plan, sequences: Mapping[str, int]) -> None:
         self.gm, self.plan, self.sequences = gm, plan, sequences
         self.movement = Movement(gm, plan)
-        self.localised: dict[tuple[fx.Node, Sharded], fx.Node] = {}
+        self.localiser = Localiser(self.movement)
         self.replaced: set[fx.Node] = set()
         self.regions = {region.nodes[0]: region for region in regions_of(gm)}
 
@@ -89,7 +69,7 @@ class Placer:
             annotate(node, placement=Full(at))
         elif annotation(node).region:
             if node in self.regions:
-                place_region(self.regions[node], self.movement, self.localise, self.plan.strict)
+                place_region(self.regions[node], self.movement, self.localiser.localise, self.plan.strict)
         elif node.op == "call_function":
             if node.target is operator.getitem:
                 self._place_item(node)
@@ -282,9 +262,9 @@ class Placer:
                 changes[name] = self._as_wanted(call, name, operand, wanted, name in decision.gathers)
             if name in decision.padding and isinstance(wanted, Sharded):
                 changes[name] = self.movement.fill_padding(changes[name], wanted, decision.padding[name], node)
-        annotate(node, placement=decision.results if is_tuple(call) else decision.results[0])
+        annotate(node, placement=decision.results if call.is_tuple else decision.results[0])
         if decision.lower is None:
-            self._apply(node, call, changes)
+            self.localiser.apply(node, call, changes)
         else:
             node.args, node.kwargs = call.rebound(changes)
             at = next(iter(sharded_operands(Call.of(node)).values()))
@@ -313,7 +293,7 @@ class Placer:
             case Full(), Full():
                 return operand
             case Full(), Sharded():
-                return self.localise(operand, wanted)
+                return self.localiser.localise(operand, wanted)
             case Sharded(), Full() if may_gather:
                 reason = annotation(call.node).reason or f"{call.target}: its {name} is needed whole"
                 return self.movement.gather(operand, reason)
@@ -321,55 +301,6 @@ class Placer:
                 return operand
         operands = {n: placement_of(o) for n, o in call.operands()}
         raise no_rule(call, operands, f"{name} is {have} but must be {wanted}", RULES[call.target].notation)
-
-    def _apply(self, node: fx.Node, call: Call, changes: Mapping[str, Any]) -> None:
-        changes = {name: self._localise_sizes(value, node) for name, value in changes.items()}
-        target = COPYING.get(call.target)
-        if target is not None and "size" in changes:
-            node.target, node.args, node.kwargs = target, (changes["self"], changes["size"]), {}
-        else:
-            node.args, node.kwargs = call.rebound(changes)
-
-    def _localise_sizes(self, value: Any, node: fx.Node) -> Any:
-        if isinstance(value, Local):
-            return self.movement.lengths(value.at).localise(self.gm, value.size, value.at, node)
-        return [self._localise_sizes(item, node) for item in value] if isinstance(value, list) else value
-
-    def localise(self, node: fx.Node, wanted: Sharded) -> fx.Node:
-        """Return this rank's tokens of the whole value `node`: recomputed from local operands as far up as rules allow."""
-        key = (node, wanted)
-        if key not in self.localised:
-            decision = self._pull(node, wanted)
-            if decision is None:
-                self.localised[key] = self.movement.shard(node, wanted)
-            else:
-                self.localised[key] = self._copy_locally(node, decision)
-        return self.localised[key]
-
-    def _pull(self, node: fx.Node, wanted: Sharded) -> Decision | None:
-        if node.op != "call_function" or node.target not in RULES:
-            return None
-        call = Call.of(node)
-        is_random = torch.Tag.nondeterministic_seeded in call.target.tags
-        if is_tuple(call) or is_random:
-            return None
-        if not all(isinstance(placement_of(operand), Full) for _, operand in call.operands()):
-            return None
-        return RULES[call.target].pull(call, wanted, self.movement.lengths(wanted).value)
-
-    def _copy_locally(self, node: fx.Node, decision: Decision) -> fx.Node:
-        call = Call.of(node)
-        changes: dict[str, Any] = dict(decision.arguments)
-        for name, operand in call.operands():
-            wanted = decision.operands.get(name)
-            if isinstance(wanted, Sharded):
-                changes[name] = self.localise(operand, wanted)
-        with self.gm.graph.inserting_after(node):
-            copy = self.gm.graph.node_copy(node)
-        copy.meta = dict(node.meta)
-        self._apply(copy, call, changes)
-        annotate(copy, placement=decision.results[0], origin=annotation(node).origin)
-        return copy
 
 
 def sharded_operands(call: Call) -> dict[str, Sharded]:
@@ -383,24 +314,6 @@ def hints_of(call: Call) -> dict[str, Sharded]:
     return {name: p.tokens for name, p in placements.items() if isinstance(p, Full) and p.tokens is not None}
 
 
-def stays_partial(call: Call, operands: Mapping[str, Placement]) -> bool:
-    """Tell whether the call is linear in its partial operands, so that its result is a partial sum too."""
-    partial = [name for name, p in operands.items() if isinstance(p, Partial)]
-    if call.target in LINEAR:
-        return True
-    if call.target in LINEAR_IN_FIRST:
-        return partial == ["self"] and all(isinstance(p, Full) for n, p in operands.items() if n != "self")
-    if call.target in (aten.add.Tensor, aten.sub.Tensor):
-        return len(partial) == 2
-    floating = is_tensor(call.node) and call.result.is_floating_point() and call.tensor(partial[0]).is_floating_point()
-    return call.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device) and floating
-
-
-def is_tuple(call: Call) -> bool:
-    """Tell whether an operator has several results."""
-    return isinstance(call.result, tuple | list)
-
-
 def whole_results(call: Call) -> Placement | tuple[Placement, ...]:
     """Return the placement of the results of a call whose operands every rank holds whole."""
-    return (FULL,) * len(call.result) if is_tuple(call) else FULL
+    return (FULL,) * len(call.result) if call.is_tuple else FULL

@@ -162,10 +162,10 @@ class Program:
     def pull(self, wanted: Sharded) -> bool:
         """Ask for the tokens of the result; tells whether the rule computes them from tokens of the operands."""
         placer = self.placer()
-        if placer._pull(self.node, wanted) is None:
+        if placer.localiser.pull(self.node, wanted) is None:
             return False
         (output,) = self.graph.find_nodes(op="output")
-        output.args = ((placer.localise(self.node, wanted),),)
+        output.args = ((placer.localiser.localise(self.node, wanted),),)
         return True
 
     def check(self) -> None:
