@@ -12,13 +12,14 @@ import torch
 from torch import fx
 
 from cpcompile.capture import break_text, placeholders
-from cpcompile.compile import bounds_of, compile_inner, input_names, transform_dynamo_graph
+from cpcompile.compile import compile_inner, input_names, transform_dynamo_graph
 from cpcompile.config import Config
 from cpcompile.errors import TORCH, ConfigError, GraphBreakError, InputError
 from cpcompile.grad_sync import GradientSync
 from cpcompile.input_check import check_same_generators, check_same_inputs
 from cpcompile.mesh import Axis, axis_of
 from cpcompile.passes.rewrite_dropout import drawing_devices
+from cpcompile.plan import Lengths
 from cpcompile.runtime.transport import set_transport
 from cpcompile.transform import Transformed
 
@@ -105,7 +106,7 @@ class Compiled:
         self.transformed: Transformed = transform_dynamo_graph(gm, example_inputs, config=config, axis=axis)
         self._drawing = drawing_devices(self.transformed.graph) if config.check_inputs != "never" else set()
         self._checks_always = config.check_inputs == "always"
-        self._num_bounds = len(bounds_of(self.transformed))
+        self._num_bounds = len(Lengths.bounds_of(self.transformed.graph))
         self._bounds = {} if bounds is None else bounds
         self._run = compile_inner(self.transformed, example_inputs, config.inner)
         self._summed = [i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config)]

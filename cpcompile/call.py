@@ -15,6 +15,12 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def values_of(node: fx.Node) -> tuple[Any, ...]:
+    """Return the fake values of all results of `node`."""
+    value = value_of(node)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
 def is_tensor(argument: object) -> bool:
     """Tell whether an argument is a node that computes a tensor."""
     return isinstance(argument, fx.Node) and isinstance(value_of(argument), torch.Tensor)
@@ -67,7 +73,7 @@ class Call:
     @property
     def results(self) -> tuple[Any, ...]:
         """The fake values of all results."""
-        return tuple(self.result) if self.is_tuple else (self.result,)
+        return values_of(self.node)
 
     def operands(self) -> Iterator[tuple[str, fx.Node]]:
         """Yield the tensor operands as (name, node); the members of a list are named `tensors.0`, `tensors.1`, ..."""

@@ -42,20 +42,15 @@ def transform_dynamo_graph(
     return transform(captured, config=config, axis=axis, inputs=input_names(captured))
 
 
-def bounds_of(transformed: Transformed) -> list[fx.Node]:
-    """Return the nodes of the documents that the layout follows, in the order of the sequences."""
-    return [lengths.bounds for lengths in Lengths.all_of(transformed.graph) if lengths.bounds is not None]
-
-
 def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
     """Compile the transformed graph with the inner compiler.
 
-    Behind its own outputs it returns where the documents begin that the layout follows; `bounds_of` tells how many such there
-    are.
+    Behind its own outputs it returns where the documents begin that the layout follows; there are as many as `Lengths.bounds_of`
+    finds.
     """
     graph = transformed.graph
     (output,) = graph.graph.find_nodes(op="output")
-    output.args = ((*output.args[0], *bounds_of(transformed)),)
+    output.args = ((*output.args[0], *Lengths.bounds_of(graph)),)
     graph.recompile()
     for node in graph.graph.nodes:
         # Values are those of the whole model; what runs here is local.

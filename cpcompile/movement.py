@@ -19,7 +19,7 @@ from cpcompile.call import Call, is_tensor, value_of
 from cpcompile.emit import emit_copy, fake_result, keep_source
 from cpcompile.errors import NoChunks, NoRule, where
 from cpcompile.layout import DOCUMENT_LAYOUTS, num_chunks
-from cpcompile.placement import FULL, Full, Sharded
+from cpcompile.placement import FULL, Full, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
@@ -128,11 +128,7 @@ class Movement:
         """Return the insertion point for what reads `node`, as early as it can be."""
         if node.op == "placeholder":
             return self.gm.graph.inserting_before(self._first_call())
-        return self.gm.graph.inserting_after(max([node, *self._bounds()]))
-
-    def _bounds(self) -> list[fx.Node]:
-        """Return the nodes of the documents that the layout follows."""
-        return [lengths.bounds for lengths in Lengths.all_of(self.gm) if lengths.bounds is not None]
+        return self.gm.graph.inserting_after(max([node, *Lengths.bounds_of(self.gm)]))
 
     def _extend(self, node: fx.Node, at: Sharded) -> fx.Node:
         """Return `node` with the tokens that its range leaves out filled in, so that it has one element for each token."""
@@ -147,9 +143,15 @@ class Movement:
     def _first_call(self) -> fx.Node:
         """Return the node behind the placeholders and the lengths."""
         nodes = [lengths.local for lengths in Lengths.all_of(self.gm) if isinstance(lengths.local, fx.Node)]
-        placeholders = [*self.gm.graph.find_nodes(op="placeholder"), *nodes, *self._bounds()]
+        placeholders = [*self.gm.graph.find_nodes(op="placeholder"), *nodes, *Lengths.bounds_of(self.gm)]
         last: fx.Node = max(placeholders).next
         return last
+
+
+def whole_placement(node: fx.Node) -> Placement | tuple[Placement, ...]:
+    """Return the placement of the results of an operator that every rank computes whole."""
+    value = value_of(node)
+    return (FULL,) * len(value) if isinstance(value, tuple | list) else FULL
 
 
 class Writer:

@@ -91,6 +91,11 @@ class Lengths:
         return lengths
 
     @classmethod
+    def bounds_of(cls, gm: fx.GraphModule) -> list[fx.Node]:
+        """Return the nodes of the documents that the layout follows, in the order of the sequences."""
+        return [lengths.bounds for lengths in cls.all_of(gm) if lengths.bounds is not None]
+
+    @classmethod
     def insert(cls, gm: fx.GraphModule, plan: Plan) -> dict[str, int]:
         """Put the nodes that compute the lengths of the token inputs behind the placeholders.
 

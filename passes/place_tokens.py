@@ -18,8 +18,8 @@ from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call, is_tensor, value_of
 from cpcompile.errors import NoChunks, NoRule, where
 from cpcompile.localisation import Localiser
-from cpcompile.movement import Movement, Writer
-from cpcompile.placement import FULL, Full, Partial, Placement, Sharded
+from cpcompile.movement import Movement, Writer, whole_placement
+from cpcompile.placement import Full, Partial, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
 from cpcompile.regions import place_region, regions_of
 from cpcompile.rules import KEEPS_OUTSIDE, REASONS, RULES, Decision, no_rule
@@ -171,7 +171,7 @@ class Placer:
 
     def _place_whole(self, node: fx.Node, call: Call, hints: Mapping[str, Sharded]) -> None:
         """Place a call of whole operands: a heavy one that meets tokens starts the sharded stream."""
-        annotate(node, placement=whole_results(call))
+        annotate(node, placement=whole_placement(node))
         if annotation(node).is_table:
             return
         if not hints and (node.target is aten.embedding.default or (self.plan.num_tokens and node.target in HEAVY)):
@@ -312,8 +312,3 @@ def hints_of(call: Call) -> dict[str, Sharded]:
     """Return where the whole operands are known to hold tokens."""
     placements = {name: placement_of(operand) for name, operand in call.operands()}
     return {name: p.tokens for name, p in placements.items() if isinstance(p, Full) and p.tokens is not None}
-
-
-def whole_results(call: Call) -> Placement | tuple[Placement, ...]:
-    """Return the placement of the results of a call whose operands every rank holds whole."""
-    return (FULL,) * len(call.result) if call.is_tuple else FULL

@@ -77,8 +77,8 @@ def insert_bounds(gm: fx.GraphModule, sites: list[fx.Node]) -> dict[fx.Node, fx.
     users = {Call.of(site)["documents"]: site for site in reversed(sites)}  # the first attention that takes them
     users.pop(None, None)
     numbers = value_numbers(gm.graph) if users else {}
-    of_layout = [lengths.bounds for lengths in Lengths.all_of(gm) if lengths.bounds is not None]
-    found = {numbers[bounds.all_input_nodes[0]]: bounds for bounds in of_layout} if users else {}
+    of_layout = Lengths.bounds_of(gm) if users else []
+    found = {numbers[bounds.all_input_nodes[0]]: bounds for bounds in of_layout}
     for documents, site in reversed(users.items()):
         if numbers[documents] not in found:
             found[numbers[documents]] = emit_bounds(site, documents)

@@ -27,7 +27,7 @@ from cpcompile.masks.expression import (
     coordinate,
     scaled,
 )
-from cpcompile.masks.operands import exact, number_of, operands
+from cpcompile.masks.operands import CONVERSIONS, exact, number_of, operands
 from cpcompile.masks.read import RULES, Reader, Rule, Unreadable, pinned
 from cpcompile.masks.recognise import HEAD, KEY, QUERY
 from cpcompile.masks.simplify import as_value, choice, compare, map_leaves, shifted
@@ -141,21 +141,7 @@ STEPS: dict[object, Rule] = {
     aten.neg.default: _neg,
     aten.mul.Tensor: _mul,
     aten.abs.default: _abs,
-    **dict.fromkeys(
-        (
-            aten.to.dtype,
-            aten.to.device,
-            aten.to.dtype_layout,
-            aten.to.other,
-            aten._to_copy.default,
-            aten.type_as.default,
-            aten.clone.default,
-            aten.contiguous.default,
-            aten.alias.default,
-            aten.detach.default,
-        ),
-        _conversion,
-    ),
+    **dict.fromkeys((*CONVERSIONS, aten.detach.default), _conversion),
 }
 
 

@@ -6,7 +6,7 @@ import torch
 
 from cpcompile.call import Call
 from cpcompile.masks.expression import ONE, ZERO, Expression, coordinate
-from cpcompile.masks.operands import INDEX_DTYPES, convert, number_of, result_of
+from cpcompile.masks.operands import CONVERSIONS, INDEX_DTYPES, convert, number_of, result_of
 from cpcompile.masks.read import Reader, Unreadable, reads
 
 aten = torch.ops.aten
@@ -47,18 +47,6 @@ def scalar_tensor(reader: Reader, call: Call) -> Expression:
     return convert(reader.operand(call["s"]), result_of(call).dtype)
 
 
-@reads(
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.to.other,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-)
+@reads(*CONVERSIONS, aten.detach.default, aten.lift_fresh_copy.default)
 def conversion(reader: Reader, call: Call) -> Expression:
     return convert(reader.operand(next(call.operands())[1]), result_of(call).dtype)

@@ -11,6 +11,20 @@ from cpcompile.masks.expression import Affine, Boolean, Expression, Number, Valu
 from cpcompile.masks.read import Reader, Unreadable
 from cpcompile.masks.simplify import as_boolean, as_value, map_leaves
 
+aten = torch.ops.aten
+
+# They give the values of their first operand, perhaps in another dtype; so does `detach`, which stops gradients.
+CONVERSIONS = (
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+)
 # Index arithmetic in a narrower type can wrap around.
 INDEX_DTYPES = (torch.int64, torch.int32)
 

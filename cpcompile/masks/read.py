@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -44,6 +44,7 @@ class Unreadable(Exception):
 
 Rule = Callable[["Reader", Call], Expression]
 ItemRule = Callable[["Reader", Call, int], Expression]
+AnyRule = TypeVar("AnyRule", Rule, ItemRule)
 RULES: dict[Any, Rule] = {}
 # The rules of operators with several results, for one of them.
 ITEM_RULES: dict[Any, ItemRule] = {}
@@ -51,23 +52,19 @@ ITEM_RULES: dict[Any, ItemRule] = {}
 
 def reads(*targets: Any) -> Callable[[Rule], Rule]:
     """Register the rule for these operators."""
-
-    def register(rule: Rule) -> Rule:
-        for target in targets:
-            assert target not in RULES, target
-            RULES[target] = rule
-        return rule
-
-    return register
+    return _entered(RULES, targets)
 
 
 def reads_item(*targets: Any) -> Callable[[ItemRule], ItemRule]:
     """Register the rule for one result of these operators."""
+    return _entered(ITEM_RULES, targets)
 
-    def register(rule: ItemRule) -> ItemRule:
+
+def _entered(rules: dict[Any, AnyRule], targets: tuple[Any, ...]) -> Callable[[AnyRule], AnyRule]:
+    def register(rule: AnyRule) -> AnyRule:
         for target in targets:
-            assert target not in ITEM_RULES, target
-            ITEM_RULES[target] = rule
+            assert target not in rules, target
+            rules[target] = rule
         return rule
 
     return register

@@ -10,20 +10,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.call import is_tensor, value_of
 from cpcompile.emit import emit
+from cpcompile.masks.operands import CONVERSIONS
 
 aten = torch.ops.aten
-
-_CONVERSIONS = {
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.to.other,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-}
 
 
 def source(node: fx.Node) -> fx.Node:
@@ -42,7 +31,7 @@ def second(node: fx.Node) -> fx.Node:
 
 def is_conversion(node: fx.Node) -> bool:
     """Tell whether a node changes no more than the memory format, or one floating-point dtype to another."""
-    return node.target in _CONVERSIONS and all(value_of(n).dtype.is_floating_point for n in (node, source(node)))
+    return node.target in CONVERSIONS and all(value_of(n).dtype.is_floating_point for n in (node, source(node)))
 
 
 def converted(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:

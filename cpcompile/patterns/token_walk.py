@@ -116,7 +116,7 @@ class TokenWalk:
         if floating and any(depends(number, self.length) for number in numbers(call)):
             raise self.refusal(call.node, "it computes with the length of the row")
         results = tuple(replace(x, outside=None) for x in decision.results if isinstance(x, Sharded))
-        return results if isinstance(call.result, tuple | list) else results[0]
+        return results if call.is_tuple else results[0]
 
     def decide(self, call: Call, operands: dict[str, Sharded]) -> Decision:
         """Return what the rule of an operator says."""

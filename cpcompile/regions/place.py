@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.annotation import annotate, annotation
+from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call, is_tensor, value_of
 from cpcompile.errors import NoRule, where
-from cpcompile.movement import Movement
+from cpcompile.movement import Movement, whole_placement
 from cpcompile.placement import FULL, Full, Partial, Placement, Sharded
 from cpcompile.plan import Lengths
 from cpcompile.regions.find import Region
@@ -39,7 +39,7 @@ def place_region(region: Region, movement: Movement, localise: Localise, strict:
     for operand in region.inputs:
         if annotation(operand).placement == Partial():
             replace_inputs(region, {operand: movement.reduce(operand)})
-    operands = {operand: placed(operand) for operand in region.inputs if is_tensor(operand)}
+    operands = {operand: placement_of(operand) for operand in region.inputs if is_tensor(operand)}
     is_sharded = any(isinstance(at, Sharded) for at in operands.values())
     try:
         if is_sharded or any(at.tokens for at in operands.values() if isinstance(at, Full)):
@@ -53,20 +53,7 @@ def place_region(region: Region, movement: Movement, localise: Localise, strict:
         if isinstance(at, Sharded):
             replace_inputs(region, {operand: movement.gather(operand, reason)})
     for node in region.nodes:
-        annotate(node, placement=whole(node), region="")
-
-
-def placed(operand: fx.Node) -> Placement:
-    """Return the placement of a tensor."""
-    at = annotation(operand).placement
-    assert not isinstance(at, tuple)
-    return at
-
-
-def whole(node: fx.Node) -> Placement | tuple[Placement, ...]:
-    """Return the placement of what every rank holds whole."""
-    value = value_of(node)
-    return (FULL,) * len(value) if isinstance(value, tuple | list) else FULL
+        annotate(node, placement=whole_placement(node), region="")
 
 
 def replace_inputs(region: Region, new: Mapping[fx.Node, fx.Node | int]) -> None:
@@ -104,7 +91,9 @@ class RegionPlacer:
                 node.args, node.kwargs = args, kwargs
         replace_inputs(self.region, new)
         for node in self.region.nodes:
-            annotate(node, placement=results.get(node, whole(node)), **({} if node in results else {"origin": ""}))
+            annotate(
+                node, placement=results.get(node, whole_placement(node)), **({} if node in results else {"origin": ""})
+            )
 
     def _check(self) -> None:
         """Refuse what contradicts that the region is one of rows."""

@@ -73,10 +73,9 @@ def aligned(shape: tuple[Any, ...], result: tuple[Any, ...]) -> Names:
 
 def pointwise(call: Call) -> Indices:
     """[...], [...] -> [...] with broadcasting"""
-    results = call.result if isinstance(call.result, tuple | list) else (call.result,)
-    shape = tuple(results[0].shape)
+    shape = tuple(call.results[0].shape)
     operands = {name: aligned(call.shape(name), shape) for name, _ in call.operands()}
-    return Indices(operands, (tuple(f"d{i}" for i in range(len(shape))),) * len(results))
+    return Indices(operands, (tuple(f"d{i}" for i in range(len(shape))),) * len(call.results))
 
 
 rule(*UNTAGGED)(pointwise)

@@ -39,8 +39,7 @@ def pool(call: Call) -> Indices:
     """[... places] -> [... places']"""
     kept: Names = tuple(f"d{i}" for i in range(len(call.shape("self")) - POOLS[call.target]))
     names = (*kept, *(None,) * POOLS[call.target])
-    results = call.result if isinstance(call.result, tuple | list) else (call.result,)
-    return Indices({"self": names}, (names,) * len(results))
+    return Indices({"self": names}, (names,) * len(call.results))
 
 
 @along_tokens(*POOLS)

@@ -128,14 +128,13 @@ def split(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
     at = operands["self"]
     if at.reaches_outside or not holds_tokens_only(call, "self", at, length):
         return None
-    parts = call.result if isinstance(call.result, tuple | list) else (call.result,)
     size, start = expression(call.shape("self")[at.dim]), sympy.Integer(0)
     if "start" in call:
         given = call["start"].meta["val"] if isinstance(call["start"], fx.Node) else call["start"]
         start = expression(given) + (size if isinstance(given, int) and given < 0 else 0)
     placements: list[Placement] = []
     starts: list[Any] = []
-    for part in parts:
+    for part in call.results:
         count = expression(part.shape[at.dim])
         back = sympy.expand(size - start - count)
         starts.append(start)
@@ -149,7 +148,7 @@ def split(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
         nodes = []
-        for part, first, placement in zip(parts, starts, placements, strict=True):
+        for part, first, placement in zip(call.results, starts, placements, strict=True):
             if isinstance(placement, Sharded):
                 nodes.append(writer.insert(aten.alias.default, writer.call["self"]))
             else:

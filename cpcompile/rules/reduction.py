@@ -50,8 +50,7 @@ def along_dim(call: Call) -> Indices:
     if call.target is aten.roll.default and not given:  # over the flattened tensor
         given = range(rank)
     names = without(dims_of(call), {int(d) % rank for d in given})
-    results = call.result if isinstance(call.result, tuple | list) else (call.result,)
-    return Indices({"self": names}, (names,) * len(results))
+    return Indices({"self": names}, (names,) * len(call.results))
 
 
 def reduced_dims(call: Call) -> set[int]:
@@ -127,8 +126,7 @@ def total(call: Call) -> Indices:
 )
 def reduction(call: Call) -> Indices:
     """[... d] -> [...]"""
-    results = call.result if isinstance(call.result, tuple | list) else (call.result,)
-    return Indices({"self": without(dims_of(call), reduced_dims(call))}, (kept(call),) * len(results))
+    return Indices({"self": without(dims_of(call), reduced_dims(call))}, (kept(call),) * len(call.results))
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default)

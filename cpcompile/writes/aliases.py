@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from cpcompile.call import Call, is_tensor, value_of
+from cpcompile.call import Call, is_tensor, value_of, values_of
 
 aten = torch.ops.aten
 
@@ -27,9 +27,8 @@ HIDDEN_WRITES = {
 
 def storages(node: fx.Node) -> set[int]:
     """Return the memory that the results of `node` live in."""
-    value = value_of(node)
-    results = value if isinstance(value, tuple | list) else (value,)
-    return {x.untyped_storage()._cdata for x in results if isinstance(x, torch.Tensor) and x.layout is torch.strided}
+    values = values_of(node)
+    return {x.untyped_storage()._cdata for x in values if isinstance(x, torch.Tensor) and x.layout is torch.strided}
 
 
 def source_of(node: fx.Node) -> fx.Node | None:

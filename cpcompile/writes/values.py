@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.call import value_of
+from cpcompile.call import value_of, values_of
 from cpcompile.emit import emit, keep_source
 from cpcompile.errors import NoRule
 from cpcompile.writes.aliases import same_layout, source_of, storages
@@ -185,9 +185,8 @@ def is_moved(value: fx.Node, node: fx.Node) -> bool:
 
 def is_floating(node: fx.Node) -> bool:
     """Tell whether some result of `node` can have a gradient."""
-    value = value_of(node)
-    results = value if isinstance(value, tuple | list) else (value,)
-    return any(isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex()) for x in results)
+    tensors = [x for x in values_of(node) if isinstance(x, torch.Tensor)]
+    return any(x.is_floating_point() or x.is_complex() for x in tensors)
 
 
 def takes_gradient(node: fx.Node) -> bool:
