@@ -59,7 +59,9 @@ class Setting:
     @property
     def layout(self) -> str:
         """The layout that the strategy is fastest with."""
-        return "contiguous" if self.strategy == "ulysses" else "zig_zag"
+        if self.strategy == "ulysses":
+            return "contiguous"
+        return "balanced" if self.documents else "zig_zag"
 
 
 @dataclass(frozen=True, slots=True)

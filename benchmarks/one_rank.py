@@ -41,7 +41,6 @@ from scaling_plan import FLASH2_TIMES, area_of, kernel_seconds, plans_of, predic
 
 import cpcompile.runtime  # registers the operators
 from cpcompile import cost
-from cpcompile.layout import DOCUMENT_LAYOUTS
 
 assert cpcompile.runtime
 
@@ -220,11 +219,7 @@ def compute_seconds(item: Item) -> float:
     name, case = strategy.partition(" ")[0], item.case
     axis = cost.Ranks(item.ranks, item.inner if name == "usp" else 0)
     site = site_of(case.length, case.window, bool(case.documents), case.kernel, "cuda")
-    found = cost.compute_seconds(site, site.problem(axis, layout), name) * area_of(case, item.ranks)
-    if case.documents:  # as `cost.seconds` takes them
-        found *= cost.UNEVEN if item.inner < item.ranks and layout not in DOCUMENT_LAYOUTS else 1
-        found *= cost.SMALL if item.inner > 1 else 1
-    return found
+    return cost.compute_seconds(site, site.problem(axis, layout), name) * area_of(case, item.ranks)
 
 
 # The estimate

@@ -12,6 +12,7 @@ from torch import fx
 from cpcompile.call import Call, size_hint
 from cpcompile.errors import ConfigError, where
 from cpcompile.runtime import kernels
+from cpcompile.runtime.calls import windows_apart
 from cpcompile.runtime.kernels import Case, adapt
 from cpcompile.runtime.problem import pieces_of, sampled
 from cpcompile.runtime.schedule import Piece, pieces, whole
@@ -87,11 +88,11 @@ def _pieces(arguments: Mapping[str, Any], terms: Terms, strategy: str) -> Iterab
     """Return one of the rectangles of each form."""
     if not strategy:
         rows, columns = (whole(arguments[name].shape[2]) for name in "qk")
-        return pieces(rows, columns, terms.visible)
+        return windows_apart(pieces(rows, columns, terms.visible))
     problem = attention_problem(arguments)
     places = sampled(problem.world_size // problem.inner(strategy))
     found = [piece for place in places for piece in pieces_of(problem, strategy, place)]
-    return {(p.rows.size, p.columns.size, p.low, p.high): p for p in found}.values()
+    return {(p.rows.size, p.columns.size, p.low, p.high): p for p in windows_apart(tuple(found))}.values()
 
 
 def chosen_kernels(node: fx.Node, kernel: str) -> tuple[Chosen, ...]:

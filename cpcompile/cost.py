@@ -20,6 +20,7 @@ from cpcompile.runtime.schedule import Band, Piece, Visible
 # Measured on H100 in bf16: FLOP/s of forward and backward for a whole causal attention of 64k tokens, 32 heads of 128.
 RATES = {
     "cudnn": (620e12, 560e12),
+    "cudnn_varlen": (590e12, 530e12),
     "flash3": (620e12, 560e12),
     "flash4": (620e12, 560e12),
     "triton": (440e12, 375e12),
@@ -40,9 +41,15 @@ MOST_HELD = 4 * 2**30
 LAYING = 300e9  # bytes a second at which heads are laid into messages and out of them, which nothing hides
 SLOWDOWN = 0.1  # of kernels while messages are sent that take SMs; symmetric memory takes none
 LATENCY = 25e-6  # seconds of an exchange: launches and barriers
-# Documents: the work of the slowest rank over the mean, where each computes rows; where each computes heads, the kernel of a
-# document has too few of them to fill a GPU. 16 documents of 64k tokens on 2 and 8 GPUs: 1.2 to 2.9, and 1.2 to 4.2.
-UNEVEN, SMALL = 1.3, 1.6
+# Documents: the work of the slowest rank over the mean, where each computes rows and the layout does not follow documents. 16
+# documents of 64k tokens on 2 and 8 GPUs: 1.2 to 2.9.
+UNEVEN = 1.3
+# By how much kernels are slower on packed documents than on one: where a rank computes some rows of each, which leaves backward
+# short runs of them, and where it computes some heads of whole documents, which are too few to fill a GPU unless one call takes
+# many. `one_rank.py`, 5 and 16 documents on 2, 4 and 8 ranks: 1.2 to 1.9, and 1.1 to 1.25, for cuDNN of variable lengths; two
+# GPUs for the others.
+OF_ROWS, OF_HEADS = {"cudnn_varlen": 1.35}, {"cudnn_varlen": 1.15}
+OTHERS_OF_ROWS, OTHERS_OF_HEADS = 1.0, 1.6
 
 # Of strategies within this factor of the cheapest, the first of these is taken: the one that sends least, then those whose work
 # does not depend on the mask.
@@ -187,9 +194,6 @@ def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
     problem = site.problem(axis, layout)
     work = compute_seconds(site, problem, strategy)
     inner = problem.inner(strategy)
-    if site.has_documents:
-        is_uneven = inner < axis.world_size and layout not in DOCUMENT_LAYOUTS
-        work *= (UNEVEN if is_uneven else 1) * (SMALL if inner > 1 else 1)
     if strategy.startswith("latent"):
         work += expansion_seconds(site, axis, parts=inner)
     if strategy == "latent":
@@ -224,7 +228,19 @@ def compute_seconds(site: Attention, problem: Problem, strategy: str) -> float:
         forward, backward = rates[0] * size**FORWARD_SLOPE, rates[1] * size**BACKWARD_SLOPE
         return per_pair * count * (1 / forward + 2.5 / backward) if count else 0.0  # five products against two
 
-    return max(sum(map(of, pieces_of(problem, strategy, at))) for at in sampled(problem.world_size // inner))
+    whole = max(sum(map(of, pieces_of(problem, strategy, at))) for at in sampled(problem.world_size // inner))
+    return whole * _of_documents(site, problem, inner)
+
+
+def _of_documents(site: Attention, problem: Problem, inner: int) -> float:
+    """Return by how much packed documents take longer than one of the same area; `inner` ranks compute heads of the same rows."""
+    if not site.has_documents:
+        return 1.0
+    of_heads = OF_HEADS.get(site.kernel, OTHERS_OF_HEADS) if inner > 1 else 1.0
+    if inner == problem.world_size:
+        return of_heads
+    uneven = 1.0 if problem.layout in DOCUMENT_LAYOUTS else UNEVEN
+    return max(of_heads, OF_ROWS.get(site.kernel, OTHERS_OF_ROWS)) * uneven
 
 
 def expansion_seconds(site: Attention, axis: Ranks, parts: int = 1) -> float:
@@ -282,7 +298,7 @@ def choose(
     Layouts that follow documents are for those who have some, and only `auto` with `follows_documents` takes one by itself.
     """
     follows = follows_documents and any(site.has_documents for site in sites)
-    layouts = (balancer,) if balancer != "auto" else ("balanced", *LAYOUTS) if follows else LAYOUTS
+    layouts = (balancer,) if balancer != "auto" else (*LAYOUTS, "balanced") if follows else LAYOUTS
     best: tuple[float, Choice] | None = None
     estimates: dict[tuple[str, str], float] = {}
     for layout in layouts:

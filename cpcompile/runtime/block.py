@@ -99,6 +99,11 @@ class Block:
         return self.high == 0 and self.low is None
 
     @property
+    def is_causal_window(self) -> bool:
+        """Whether row i sees columns up to i, and some before them."""
+        return self.high == 0 and self.low is not None and self.low <= 0
+
+    @property
     def is_of_numbers(self) -> bool:
         """Whether there is no tensor in it: equal ones are the same block."""
         tensors = (self.mask, self.documents, self.key_padding, self.prefix, self.slopes, self.dropout)

@@ -1,7 +1,8 @@
-"""Calls: which rectangles of a packed batch one call of a kernel computes.
+"""Calls: which rectangles, or which parts of one, a call of a kernel computes.
 
 A kernel of variable lengths takes many rectangles at once, of any sizes. Others plan for each size that they see: they get
-one rectangle a call, of sizes that recur from batch to batch as far as that goes.
+one rectangle a call, of sizes that recur from batch to batch as far as that goes. And some kernels know windows only where
+rows and columns are the same tokens.
 """
 
 from __future__ import annotations
@@ -37,11 +38,31 @@ def _of_known_width(piece: Piece) -> Iterator[Piece]:
 
 
 @lru_cache(maxsize=4096)
+def windows_apart(pieces: Pieces) -> Pieces:
+    """Return the pieces with each long causal window that begins before its rows as one of the rows alone, and what is before."""
+    return tuple(part for piece in pieces for part in _window_apart(piece))
+
+
+def _window_apart(piece: Piece) -> Iterator[Piece]:
+    rows, columns = piece.rows, piece.columns
+    before = columns.size - rows.size
+    if piece.low is None or piece.high != before or before <= 0 or rows.size <= piece.high - piece.low:
+        yield piece
+        return
+    first, last = (Span(columns.slot + at, columns.position + at, n) for at, n in ((0, before), (before, rows.size)))
+    reach = before - piece.low  # the rows that see some column before theirs
+    low = piece.low if piece.low > 1 - reach else None
+    yield replace(piece, rows=replace(rows, size=reach), columns=first, low=low, high=None)
+    yield replace(piece, columns=last, low=piece.low - before, high=0)
+
+
+@lru_cache(maxsize=4096)
 def together(pieces: Pieces, for_backward: bool) -> Pieces:
     """Return the pieces as few calls of a kernel that takes many rectangles.
 
-    Causal squares go together, each with what is wholly visible before it, and whole rectangles do. No row is in two
-    rectangles of a call, for backward no column either. Other pieces stay as they are.
+    Causal squares go together, and whole rectangles do. No row is in two rectangles of a call, for backward no column either.
+    For forward a square takes what is wholly visible before it with it; backward computes what such a rectangle hides (cuDNN
+    9.19). Other pieces stay as they are.
     """
     found: list[Piece] = []
     for _, group in groupby(pieces, key=lambda piece: piece.batch):
@@ -59,7 +80,8 @@ def _together(pieces: Sequence[Piece], for_backward: bool) -> Iterator[Piece]:
             yield piece
             continue
         for square in _squares(piece):
-            before = full.pop((square.rows.slot, square.rows.size, square.columns.slot), None)
+            key = square.rows.slot, square.rows.size, square.columns.slot
+            before = None if for_backward else full.pop(key, None)
             if before is not None:
                 size = before.columns.size + square.columns.size
                 square = replace(square, columns=replace(before.columns, size=size))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from cpcompile.runtime import kernels, merge
-from cpcompile.runtime.calls import of_known_widths, together
+from cpcompile.runtime.calls import of_known_widths, together, windows_apart
 from cpcompile.runtime.kernels import triton_merge
 from cpcompile.runtime.lanes import Lanes
 from cpcompile.runtime.merge import accumulation_dtype
@@ -142,11 +142,16 @@ def _within(slots: slice, run: slice) -> slice:
 
 
 def _calls(pieces: tuple[Piece, ...], terms: Terms, q: Tensor, v: Tensor, for_backward: bool) -> tuple[Piece, ...]:
-    """Return the pieces as the calls of a kernel that compute them."""
-    if not pieces or not terms.visible.is_varied or not terms.visible.is_joined:
+    """Return the pieces as the calls of kernels that compute them."""
+    if not pieces or not terms.visible.is_joined:
         return pieces
-    block = replace(terms.block(pieces[0], q.device), rectangles=(Rectangle(0, 1, 0, 1),))
-    takes_many = kernels.takes_rectangles(q, v, block, terms.kernel)
+    block = terms.block(pieces[0], q.device)
+    if terms.visible.band.low is not None and kernels.prefers_squares(q, v, block, terms.kernel):
+        pieces = windows_apart(pieces)
+    if not terms.visible.is_varied:
+        return pieces
+    many = replace(block, rectangles=(Rectangle(0, 1, 0, 1),))
+    takes_many = kernels.takes_rectangles(q, v, many, terms.kernel)
     return together(pieces, for_backward) if takes_many else of_known_widths(pieces)
 
 

@@ -11,6 +11,7 @@ import torch
 import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
 from cpcompile.order import Order
+from cpcompile.runtime import kernels
 from cpcompile.runtime.dropout import is_kept
 
 ALL_LAYOUTS = (*LAYOUTS, *DOCUMENT_LAYOUTS)
@@ -233,6 +234,16 @@ def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any
     return results
 
 
+def attend_in_other_calls(
+    rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any]]
+) -> dict[str, list[torch.Tensor]]:
+    """Run the operator as where a kernel takes many rectangles at once, and windows only of the rows' own tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "takes_rectangles", lambda *_: True)
+        patch.setattr(kernels, "prefers_squares", lambda *_: True)
+        return attend(rank, strategy, layout, cases)
+
+
 def check(
     pool: Any, strategy: str, layout: str, world_size: int, cases: dict[str, dict[str, Any]], job: Any = attend
 ) -> None:
@@ -267,6 +278,18 @@ def test_equals_the_whole_attention(pool: Any, strategy: str, layout: str, world
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_usp_equals_the_whole_attention(pool: Any, strategy: str, layout: str, world_size: int) -> None:
     check(pool, strategy, layout, world_size, CASES)
+
+
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+@pytest.mark.parametrize(
+    ("world_size", "strategy"),
+    [(1, "ring"), (4, "ring"), (3, "gather"), (4, "gather_1"), (3, "halo"), (2, "ulysses"), (4, "usp_2")],
+)
+def test_other_calls_of_kernels_equal_the_whole_attention(
+    pool: Any, world_size: int, strategy: str, layout: str
+) -> None:
+    cases = {name: case for name, case in CASES.items() if "bounds" in name or "window" in name}
+    check(pool, strategy, layout, world_size, cases, attend_in_other_calls)
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 4])

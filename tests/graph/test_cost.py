@@ -127,6 +127,14 @@ def test_no_attention_still_has_a_layout() -> None:
     assert choose([], "auto", "auto", TWO).strategies == ()
 
 
+def test_heads_of_whole_documents_are_best_where_one_call_takes_many() -> None:
+    packed = replace(LONG, has_documents=True, kernel="cudnn_varlen")
+    for axis in (TWO, EIGHT):
+        assert chosen(packed, axis) == ("ulysses", "contiguous")
+    assert chosen(replace(packed, heads=3, kv_heads=3), EIGHT) == ("ring", "balanced")
+    assert chosen(replace(packed, kernel="triton"), EIGHT) == ("ring", "balanced")
+
+
 def test_documents_leave_ranks_with_unequal_rows_or_small_kernels() -> None:
     packed = replace(LONG, has_documents=True)
     for strategy in ("ring", "ulysses"):

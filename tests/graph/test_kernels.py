@@ -611,6 +611,7 @@ CHOICES = [
     (case("cuda", HALF, 136, 136), "flash"),
     (case("cuda", HALF, 256, 256, "causal"), "flash"),
     (case("cuda", HALF, 128, 128, "band"), "triton"),
+    (case("cuda", HALF, 128, 128, "window"), "triton"),
     (case("cuda", HALF, 128, 128, "causal", "lengths"), "triton"),
     (case("cuda", HALF, 128, 128, "causal", "varied"), "triton"),
     (case("cuda", HALF, 128, 128, "causal", "deterministic"), "triton"),
@@ -636,6 +637,7 @@ def test_documents_go_to_cudnn_where_its_package_is(monkeypatch: pytest.MonkeyPa
     for features in (("lengths",), ("causal", "rectangles"), ("causal", "varied")):
         assert kernels.choose(case("cuda", HALF, 128, 128, *features)).kernel.name == "cudnn_varlen"
     assert kernels.choose(case("cuda", HALF, 128, 128, "causal")).kernel.name == "cudnn"
+    assert kernels.choose(case("cuda", HALF, 128, 128, "window")).kernel.name == "cudnn_varlen"
     assert kernels.choose(case("cuda", HALF, 128, 128, "band", "lengths")).kernel.name == "triton"
     # It needs no sizes that recur.
     calls = kernels.known_calls(Block(SCALE, high=0, is_varied=True), "auto", 5000, 5000, "cuda", HALF, 64, 64)
@@ -681,7 +683,9 @@ def test_choice_says_why() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_a_kernel_that_cannot_serve_is_an_error() -> None:
-    with pytest.raises(KernelError, match=r"no kernel is called 'fast': there are auto, cudnn, cudnn_varlen, flash3, .*, math$"):
+    with pytest.raises(
+        KernelError, match=r"no kernel is called 'fast': there are auto, cudnn, cudnn_varlen, flash3, .*, math$"
+    ):
         kernels.choose(case("cuda"), "fast")
     with pytest.raises(KernelError) as error:
         kernels.choose(case("cuda", HALF, 64, 64, "band", "softcap"), "flash")
@@ -713,4 +717,4 @@ def test_a_case_can_be_made_of_fake_tensors() -> None:
     with FakeTensorMode():
         q, v = torch.empty(1, 4, 2, 8, dtype=HALF), torch.empty(1, 2, 2, 16, dtype=HALF)
         found = Case.of(q, v, block)
-    assert found == Case("cpu", HALF, 8, 16, frozenset(("band", "documents", "softcap")))
+    assert found == Case("cpu", HALF, 8, 16, frozenset(("window", "documents", "softcap")))

@@ -14,7 +14,6 @@ from cpcompile.dynamo import compile_whole, token_length
 from cpcompile.in_process import LockstepBackend
 from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
 from cpcompile.mesh import Axis
-from cpcompile.runtime import kernels
 from tests.models import error, errors, gradients
 from tests.packing import MIXES, PackedLM, one_by_one, packed_batch
 
@@ -74,18 +73,6 @@ def check(strategy: str, layout: str, world_size: int, batch_size: int) -> None:
 
 @pytest.mark.parametrize(("strategy", "layout", "world_size", "batch_size"), SAMPLE)
 def test_sample(strategy: str, layout: str, world_size: int, batch_size: int) -> None:
-    check(strategy, layout, world_size, batch_size)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "layout", "world_size", "batch_size"),
-    [("ring", "balanced", 4, 1), ("gather", "zig_zag_by_document", 3, 3), ("ulysses", "zig_zag", 2, 3)],
-)
-def test_many_rectangles_in_a_call(
-    strategy: str, layout: str, world_size: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a kernel of variable lengths computes them: here others compute the rectangles of such calls."""
-    monkeypatch.setattr(kernels, "takes_rectangles", lambda *_: True)
     check(strategy, layout, world_size, batch_size)
 
 

@@ -149,7 +149,12 @@ def test_calls_cover_what_is_visible_once(problem: tuple[int, int, str, Visible]
     length, world_size, layout, visible = problem
     expected = seen(length, visible)
     spans = Order(length, world_size, layout, visible.segments).spans
-    for calls_of in (calls.of_known_widths, lambda found: calls.together(found, for_backward)):
+    for calls_of in (
+        calls.of_known_widths,
+        calls.windows_apart,
+        lambda found: calls.together(found, for_backward),
+        lambda found: calls.together(calls.windows_apart(found), for_backward),
+    ):
         covered = torch.zeros(expected.shape, dtype=torch.int64)
         for rows, held in zip(spans, needs(spans, visible).held, strict=True):
             for piece in calls_of(pieces(rows, held, visible)):
@@ -159,6 +164,15 @@ def test_calls_cover_what_is_visible_once(problem: tuple[int, int, str, Visible]
         assert torch.equal(covered, expected.long())
 
 
+def test_a_long_window_is_computed_as_that_of_the_own_tokens_and_what_is_before() -> None:
+    (piece,) = pieces((Span(0, 100, 20),), (Span(3, 93, 27),), Visible(Band(-7, 0)))
+    before, own = calls.windows_apart((piece,))
+    assert (own.low, own.high, own.rows, own.columns) == (-7, 0, Span(0, 100, 20), Span(10, 100, 20))
+    assert (before.low, before.high, before.rows, before.columns) == (0, None, Span(0, 100, 7), Span(3, 93, 7))
+    short = pieces((Span(0, 100, 7),), (Span(3, 93, 14),), Visible(Band(-7, 0)))
+    assert calls.windows_apart(short) == short
+
+
 def test_a_kernel_of_variable_lengths_computes_what_a_rank_holds_in_few_calls() -> None:
     segments = Segments.of((tuple(range(0, 640, 40)),))
     visible = Visible(Band(None, 0), segments)
@@ -166,8 +180,9 @@ def test_a_kernel_of_variable_lengths_computes_what_a_rank_holds_in_few_calls() 
     for rows, held in list(zip(spans, needs(spans, visible).held, strict=True))[:-1]:
         found = pieces(rows, held, visible)
         assert len(found) > 30
-        # Each document has two chunks on a rank, apart but on the last; the keys before the first are seen by both.
-        assert [len(calls.together(found, backward)) for backward in (False, True)] == [1, 2]
+        assert len(calls.together(found, for_backward=False)) == 1
+        # Squares are for themselves, and the rows of both chunks of a document see the keys before the first.
+        assert len(calls.together(found, for_backward=True)) <= 3
 
 
 @settings(deadline=None, max_examples=80)

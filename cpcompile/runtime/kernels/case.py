@@ -17,12 +17,13 @@ HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32)
 
 # What hides keys, and so can be put into one bool mask of all rows and columns.
-HIDING = frozenset(("causal", "band", "mask", "documents", "key_padding", "prefix"))
+HIDING = frozenset(("causal", "window", "band", "mask", "documents", "key_padding", "prefix"))
 FORMS = frozenset(("lengths", "rectangles", "varied"))  # what `adapt` brings to any kernel
 FEATURES = HIDING | FORMS | frozenset(("bias", "alibi", "softcap", "dropout", "deterministic"))
 
 _WORDS = {
     "causal": "causal mask",
+    "window": "causal window",
     "band": "window or shifted causal mask",
     "mask": "mask",
     "documents": "documents",
@@ -63,7 +64,8 @@ def features(block: Block) -> frozenset[str]:
     """Return what a block has beyond plain attention of all rows to all columns."""
     has = {
         "causal": block.is_causal_square,
-        "band": block.has_band and not block.is_causal_square,
+        "window": block.is_causal_window,
+        "band": block.has_band and not (block.is_causal_square or block.is_causal_window),
         "lengths": len(block.lengths) > 1,
         "rectangles": bool(block.rectangles),
         "varied": block.is_varied,

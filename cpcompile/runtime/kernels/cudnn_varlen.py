@@ -35,6 +35,7 @@ class _Form:
         num: rectangles at most.
         rows, columns: of one rectangle at most.
         all_rows, all_columns: tokens of q, and of k and v, at most.
+        window: how many columns before the diagonal, it included, a row sees; 0: all.
         is_shifted: the diagonal of a rectangle ends in its last corner, not begins in its first.
     """
 
@@ -50,13 +51,14 @@ class _Form:
     all_rows: int
     all_columns: int
     is_causal: bool
+    window: int
     is_shifted: bool
     scale: float
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, block: Block, rectangles: Rectangles) -> _Form:
         """Return the form of packed q `[T, H, D]`, k and v."""
-        is_causal = block.is_causal_square
+        is_causal = block.high == 0
         return cls(
             q.device.index,
             q.dtype,
@@ -70,6 +72,7 @@ class _Form:
             _half_power_of_two(q.shape[0]),
             _half_power_of_two(k.shape[0]),
             is_causal,
+            0 if block.low is None else 1 - block.low,
             is_causal and any(part.rows != part.columns for part in block.rectangles),
             block.scale,
         )
@@ -106,6 +109,8 @@ class _Plan:
             self.terms["diagonal_band_right_bound"] = 0
             self.terms["diagonal_alignment"] = alignments.BOTTOM_RIGHT if form.is_shifted else alignments.TOP_LEFT
         long, short = library.data_type.INT64, library.data_type.INT32
+        if form.window:
+            self.terms["diagonal_band_left_bound"] = form.window
         # Where the rectangles of q, out, the statistics, k and v begin, then how many rows and columns they have.
         self._q, self._out, self._stats, self._k, self._v = (self._numbers(form.num + 1, long) for _ in range(5))
         self.terms["seq_len_q"], self.terms["seq_len_kv"] = (self._numbers(form.num, short) for _ in range(2))
@@ -292,8 +297,9 @@ def _limits(case: Case) -> str:
 
 def _avoids(case: Case) -> str:
     # 6% slower than `cudnn` on a causal square of 32k tokens (cuDNN 9.19, H100).
-    return "" if case.features & FORMS else "is slower without documents"
+    return "" if case.features & (FORMS | {"window"}) else "is slower without documents or a window"
 
 
-_TAKES = frozenset(("causal", "lengths", "rectangles"))
+# Other bands it could take, but its backward computes all that they hide.
+_TAKES = frozenset(("causal", "window", "lengths", "rectangles"))
 KERNEL: Kernel = Kernel("cudnn_varlen", forward, backward, _limits, _TAKES, FIXED_SIZES.dims, _avoids)

@@ -153,12 +153,13 @@ def _flash4() -> tuple[Any, Any]:
     return module._fa4_flash_attention_forward_impl, module._fa4_flash_attention_backward_impl
 
 
-FLASH2 = _provider("flash", _bundled, limits_of(256, "", ""), "causal", "band", "lengths", "deterministic")
+FLASH2 = _provider("flash", _bundled, limits_of(256, "", ""), "causal", "window", "band", "lengths", "deterministic")
 FLASH3 = _provider(
     "flash3",
     _flash3,
     limits_of(256, "flash_attn_interface", "flash-attn-3"),
     "causal",
+    "window",
     "band",
     "lengths",
     "deterministic",

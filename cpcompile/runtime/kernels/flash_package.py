@@ -79,7 +79,7 @@ FLASH_ATTN = Kernel(
     forward,
     backward,
     limits_of(256, "flash_attn.flash_attn_interface", "flash-attn"),
-    frozenset(("causal", "band", "lengths", "softcap", "deterministic")),
+    frozenset(("causal", "window", "band", "lengths", "softcap", "deterministic")),
     equal_dims,
 )
 
