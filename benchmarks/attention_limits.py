@@ -177,26 +177,27 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class Triton:
-    """This project's Triton kernels: a window, or documents of some lengths."""
+class OneBlock:
+    """A kernel of this project's for a window, or for documents of some lengths."""
 
+    kernel: str
     low: int | None
     lengths: tuple[int, ...]
 
     @property
     def block(self) -> Block:
-        """What they compute."""
+        """What it computes."""
         return Block(SCALE, low=self.low, high=0, lengths=self.lengths)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
         """Run the forward."""
         tensors = [x.transpose(1, 2) for x in (q, k, v)]
-        return tensors, kernels.forward(*tensors, self.block, "triton")
+        return tensors, kernels.forward(*tensors, self.block, self.kernel)
 
     def backward(self, saved: tuple[Any, ...], dout: Tensor) -> Sequence[Tensor]:
         """Run the backward."""
         tensors, result = saved
-        return kernels.backward(dout.transpose(1, 2), *tensors, *result, self.block, "triton")
+        return kernels.backward(dout.transpose(1, 2), *tensors, *result, self.block, self.kernel)
 
     def tensors(self, saved: tuple[Any, ...], grads: Sequence[Tensor]) -> dict[str, Tensor]:
         """Transpose back."""
@@ -234,14 +235,20 @@ def limits(kind: str, device: str) -> list[System]:
     if kind == "window":
         return [
             _limit("fa2", lambda problem: Flash(problem.length, problem.window)),
-            _limit("triton", lambda problem: Triton(1 - problem.window, ())),
+            *(
+                _limit(name, lambda problem, name=name: OneBlock(name, 1 - problem.window, ()))
+                for name in ("triton", "cudnn_varlen")
+            ),
         ]
     if kind == "packed":
         shares = {"fa2 varlen": 2, "cudnn per document": 0, "cudnn from 1/32": 1 / 32, "cudnn from 1/8": 1 / 8}
         return [
             _limit(name, lambda problem, share=share: Packed(segments(problem, share * problem.length)))
             for name, share in shares.items()
-        ] + [_limit("triton", lambda problem: Triton(None, tuple(end - start for start, end in problem.documents)))]
+        ] + [
+            _limit(name, lambda problem, name=name: OneBlock(name, None, tuple(b - a for a, b in problem.documents)))
+            for name in ("triton", "cudnn_varlen")
+        ]
     return [
         _limit("cudnn", lambda problem: Cudnn()),
         _limit("cudnn head major", lambda problem: Cudnn(), is_head_major=True),
