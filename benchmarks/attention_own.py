@@ -118,6 +118,6 @@ def pick(problem: Problem, kernel: str) -> tuple[str, str]:
 
 def site_of(length: int, window: int, is_packed: bool, kernel: str, device: str) -> cost.Attention:
     """Return what the cost model sees of a case: bfloat16, causal, on the kernel that computes most of it."""
-    kernel = OUR_KERNELS["cuda"][kernel] if kernel else "triton" if window else "cudnn_varlen" if is_packed else "cudnn"
+    kernel = OUR_KERNELS["cuda"][kernel] if kernel else "cudnn_varlen" if window or is_packed else "cudnn"
     sizes = (1, HEADS, KV_HEADS, length, HEAD_DIM, HEAD_DIM, 2)
     return cost.Attention(*sizes, device, True, window, False, has_documents=is_packed, kernel=kernel)

@@ -27,12 +27,13 @@ ESSENTIAL, USEFUL, EXTRA = 0, 1, 2
 LIMITS = {
     "causal": {"cudnn": ESSENTIAL, "fa2": USEFUL},
     "packed": {
+        "cudnn_varlen": ESSENTIAL,
         "cudnn per document": ESSENTIAL,
         "cudnn from 1/32": ESSENTIAL,
         "cudnn from 1/8": USEFUL,
         "fa2 varlen": USEFUL,
     },
-    "window": {"triton": ESSENTIAL, "fa2": ESSENTIAL},
+    "window": {"cudnn_varlen": ESSENTIAL, "triton": USEFUL, "fa2": EXTRA},
 }
 OURS = {
     "causal": {"ring/zig_zag": ESSENTIAL, "ulysses/contiguous": ESSENTIAL, "gather/zig_zag": ESSENTIAL},
