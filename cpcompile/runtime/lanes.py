@@ -26,7 +26,7 @@ class Lanes:
 
     def __init__(self, device: torch.device, num_items: int) -> None:
         """Expect `num_items` pieces of work; a single one, or work on a CPU, runs where it is submitted."""
-        self._device = device
+        self._device, self._index = device, device.index  # torch looks for the index of a device for 30 us
         self._is_direct = device.type != "cuda" or num_items < 2
         # What a lane computes from must live until the current stream has waited for it: `compute` holds it.
         self._started: deque[tuple[Callable[[], Tensors], Tensors, torch.cuda.Event, Callable[[Tensors], None]]] = (
@@ -42,7 +42,7 @@ class Lanes:
             self._num_taken += 1
             return self._num_submitted
         stream = _streams(self._device)[self._num_submitted % NUM_LANES]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(torch.cuda.current_stream(self._index))
         with torch.cuda.stream(stream):
             results = compute()
             done = stream.record_event()
@@ -53,7 +53,7 @@ class Lanes:
 
     def wait(self, number: int) -> None:
         """Take the results of all work up to that number; the current stream waits for them."""
-        current = torch.cuda.current_stream(self._device) if self._started else None
+        current = torch.cuda.current_stream(self._index) if self._started else None
         while self._started and self._num_taken < number:
             assert current is not None
             _, results, done, take = self._started.popleft()

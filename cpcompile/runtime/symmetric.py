@@ -61,7 +61,7 @@ class CudaDevice:
     """A GPU. The side stream goes first where both want an SM: all that it puts there is a barrier of one warp."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._index = device, device.index  # torch looks for the index of a device for 30 us
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def memory(self, num_bytes: int, group: str) -> Memory:
@@ -70,7 +70,7 @@ class CudaDevice:
 
     def aside(self, work: Callable[[], None]) -> Event:
         """Run work on the side stream, after what the current one holds."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._stream.wait_stream(torch.cuda.current_stream(self._index))
         with torch.cuda.stream(self._stream):
             work()
         done: Event = self._stream.record_event()

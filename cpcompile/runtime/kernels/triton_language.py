@@ -37,7 +37,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Launch kernels on the device of x: Triton takes the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device.index) if x.is_cuda else nullcontext()
 
 
 def constant(x: float) -> Any:
