@@ -1,6 +1,6 @@
 """Write the tables of docs/scaling.md and draw its plots.
 
-python benchmarks/plot_scaling.py    # results/scaling.json where it is, and results/scaling_predicted.json
+python benchmarks/plot_scaling.py    # results/scaling.json where it is, results/scaling_predicted.json and results/one_rank.json
 python benchmarks/plot_scaling.py benchmarks/results/scaling_4.json --docs docs/scaling.md --picture docs/scaling.png
 """
 
@@ -110,8 +110,9 @@ def provenance(result: Row) -> str:
     peers = ", ".join(f"{name} {version}" for name, version in result.get("peers", {}).items())
     names = ("torch", "cuda", "cudnn", "nccl")
     versions = ", ".join(f"{name} {result[name]}" for name in names if result.get(name))
-    scale = f"; lengths divided by {result['scale']}" if result["scale"] > 1 else ""
-    return f"{result.get('device') or 'unknown'}, runs on {runs} of them; {versions}; commit {result['commit']}; {peers}{scale}"
+    scale = f"lengths divided by {result['scale']}" if result["scale"] > 1 else ""
+    device = f"{result.get('device') or 'unknown'}, runs on {runs} of them"
+    return "; ".join(filter(None, (device, versions, f"commit {result['commit']}", peers, scale)))
 
 
 def failures(result: Row) -> list[str]:
@@ -218,6 +219,25 @@ def rates(result: Row) -> list[str]:
         f"{name} {a / 1e12:.0f} and {b / 1e12:.0f}" for name, (a, b) in result["constants"]["RATES"].items()
     )
     return [*lines, "", f"The model has, forward and backward: {known}.", ""]
+
+
+def one_rank(result: Row) -> list[str]:
+    """Return the tables of what ranks compute, measured on one GPU."""
+    what = (
+        f"{result['device']}, torch {result['torch']}, cuDNN {result['cudnn']}, commit {result['commit']}. Each cell: ms of "
+        "the slowest rank · percent of the limit (of the mean rank) · ms that the host takes to launch it."
+    )
+    lines = [what, ""]
+    for case, rows in ordered([row | {"system": "cpcompile"} for row in result["rows"] if "total_ms" in row]).items():
+        lines += [f"**{TITLES[case]}**", ""]
+        lines += grid(sorted(rows, key=lambda row: row["ranks"]), one_rank_cell)
+    return lines
+
+
+def one_rank_cell(row: Row) -> str:
+    """Return the time of a row's slowest rank, what part of the limit it reaches, and the host's time."""
+    of_mean, host = row["percent_of_limit_mean"], row["host_ms"]
+    return f"{row['total_ms']:.2f} · {row['percent_of_limit']:.0f}% ({of_mean:.0f}%) · {host:.0f}"
 
 
 def compared_cell(row: Row) -> str:
@@ -336,6 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measured", type=Path, nargs="?", default=results / "scaling.json")
     parser.add_argument("--predicted", type=Path, default=results / "scaling_predicted.json")
+    parser.add_argument("--one-rank", type=Path, default=results / "one_rank.json")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "scaling.md")
     parser.add_argument("--picture", type=Path, default=HERE.parent / "docs" / "scaling.png")
     options = parser.parse_args()
@@ -345,6 +366,7 @@ def main() -> None:
     text = put(options.docs.read_text(), "predicted", predicted(guess))
     text = put(text, "measured", measured(result) if result else nothing)
     text = put(text, "compared", compared(result or {"rows": []}))
+    text = put(text, "one rank", one_rank(json.loads(options.one_rank.read_text())))
     options.docs.write_text(text)
     plot(result or guess, options.picture)
 

@@ -210,6 +210,8 @@ def merged(parts: list[Row], planned: Schedule, options: argparse.Namespace) -> 
     """Return everything that was measured, each row with its limit and its prediction."""
     result: Row = {"kind": "measured", "left_out": planned.left_out, "estimated_seconds": round(planned.seconds)}
     result["command"] = " ".join(sys.argv)
+    if options.device == "cuda":
+        result |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
     environments = [part["result"] for part in parts if part["kind"] == "attention"]
     for environment in sorted(environments, key=lambda part: part.get("ranks", 0)):
         names = (
