@@ -36,6 +36,12 @@ def emit_bounds(before: fx.Node, documents: fx.Node) -> fx.Node:
     return bounds
 
 
+def replace_uses(old: fx.Node, new: fx.Node) -> None:
+    """Let all that uses `old` use `new`, which holds the same value in another way, and is compared as that value."""
+    annotate(new, origin=annotation(old).origin)
+    old.replace_all_uses_with(new)
+
+
 def keep_source(node: fx.Node, source: fx.Node) -> None:
     """Give `node` the user's line and module of `source`."""
     node.meta.update({key: source.meta[key] for key in _KEPT_META if key in source.meta})

@@ -72,8 +72,7 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
         CPError: the graph cannot be sharded exactly.
     """
     original = copy.deepcopy(captured)
-    for node in captured.graph.nodes:
-        annotate(node, origin=node.name)
+    name_origins(captured)
     changes: dict[str, int] = {}
     times: dict[str, float] = {}
     token_dims = token_inputs(captured, config, inputs)
@@ -88,6 +87,7 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
         }
         run_pass(captured, separate_documents, changes, times, token_dims=token_dims, inputs=inputs, **told)
         original = copy.deepcopy(captured)
+        name_origins(captured)
     analysed = copy.deepcopy(captured)
     num_tokens = tokens_of_attention(captured) if not token_dims else 0
     ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)
@@ -129,6 +129,12 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
         refuse_unable_kernel(rewritten_attentions(captured), config.kernel)
     check_legal(captured, config.strict)
     return Transformed(original, analysed, captured, plan, sequences_of(captured, plan), choice, changes, times)
+
+
+def name_origins(gm: fx.GraphModule) -> None:
+    """Let every node be compared with the node of the same name in a copy of the graph as it is."""
+    for node in gm.graph.nodes:
+        annotate(node, origin=node.name)
 
 
 def shard(gm: fx.GraphModule, choice: Choice, plan: Plan, changes: dict[str, int], times: dict[str, float]) -> None:

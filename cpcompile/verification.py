@@ -133,7 +133,8 @@ def verify(
         }
     objective = objective or default_objective
     is_wide = dtype == torch.float64
-    with Widen() if is_wide else contextlib.nullcontext(), seeded(model):
+    # The graph in which documents are separated is widened itself, and Dynamo does not trace everything under the mode.
+    with Widen() if is_wide and not config.documents else contextlib.nullcontext(), seeded(model):
         if config.documents:
             whole = compile_whole(model.forward, OneDevice(config, is_wide), config)
             named = by_name(model.forward, inputs, beside=config.told_by)

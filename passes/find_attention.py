@@ -14,7 +14,7 @@ from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operator)
 from cpcompile.call import value_of
-from cpcompile.emit import emit
+from cpcompile.emit import emit, replace_uses
 from cpcompile.masks.read import Reader
 from cpcompile.patterns.attention import Attention, num_heads
 from cpcompile.patterns.formula import written_out
@@ -64,7 +64,7 @@ def write_operator(found: Attention) -> None:
 
 def replace_by(found: Attention, new: fx.Node) -> None:
     """Put a node in the place of an attention."""
-    found.nodes[-1].replace_all_uses_with(new)
+    replace_uses(found.nodes[-1], new)
     # Dropout and operators in place are not dead code to fx, even when nothing uses them.
     for node in reversed(found.nodes):
         node.graph.erase_node(node)

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from cpcompile.call import value_of
-from cpcompile.emit import emit
+from cpcompile.emit import emit, replace_uses
 from cpcompile.masks.expression import TRUE
 from cpcompile.masks.read import Reader
 from cpcompile.patterns.block_lists import BlockLists, list_the_mask, visible
@@ -66,7 +66,7 @@ def write(gm: fx.GraphModule, node: fx.Node, flex: Flex) -> None:
         source, i = item.args
         assert item.target is operator.getitem and source is node and isinstance(i, int), item.format_node()
         if is_used(item):
-            item.replace_all_uses_with(results[i]())
+            replace_uses(item, results[i]())
         erase_with_users(item)
     gm.graph.erase_node(node)
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from cpcompile.call import Call, value_of
-from cpcompile.emit import emit
+from cpcompile.emit import emit, replace_uses
 from cpcompile.patterns.einsum import Product
 from cpcompile.patterns.nodes import converted
 
@@ -28,7 +28,7 @@ def open_products(gm: fx.GraphModule) -> int:
         for node in gm.graph.find_nodes(op="call_function", target=target):
             new = einsum(Call.of(node)) if target is aten.einsum.default else baddbmm(Call.of(node))
             if new is not None:
-                node.replace_all_uses_with(new)
+                replace_uses(node, new)
                 gm.graph.erase_node(node)
                 count += 1
     return count

@@ -18,7 +18,7 @@ from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operator)
 from cpcompile.call import Call, value_of
-from cpcompile.emit import emit
+from cpcompile.emit import emit, replace_uses
 from cpcompile.errors import NoRule, where
 from cpcompile.patterns.formula import coordinate
 from cpcompile.patterns.nodes import erase_with_users, is_used
@@ -85,7 +85,7 @@ def write_operator(call: Call) -> None:
     for item in list(node.users):
         assert item.target is operator.getitem, item.format_node()
         if item.args[1] == 0:
-            item.replace_all_uses_with(out)
+            replace_uses(item, out)
         erase_with_users(item)
     node.graph.erase_node(node)
 

@@ -16,7 +16,7 @@ from torch import fx
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call
 from cpcompile.cost import Ranks
-from cpcompile.emit import emit_bounds
+from cpcompile.emit import emit_bounds, replace_uses
 from cpcompile.errors import ConfigError, where
 from cpcompile.patterns.nodes import value_numbers
 from cpcompile.placement import Sharded
@@ -107,8 +107,7 @@ def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan)
     for new in (collective, out):
         new.meta = dict(node.meta)
         annotate(new, origin="", site=node.name)
-    annotate(out, origin=known.origin or node.name)
-    node.replace_all_uses_with(out)
+    replace_uses(node, out)
     gm.graph.erase_node(node)
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call, size_hint
-from cpcompile.emit import emit_copy
+from cpcompile.emit import emit_copy, replace_uses
 from cpcompile.errors import NoRule, where
 from cpcompile.placement import Full, Sharded
 from cpcompile.plan import Lengths, Plan
@@ -111,7 +111,7 @@ class Rewriter:
                 continue
             with self.gm.graph.inserting_before(node):
                 result = self._exact(node) if self.plan.exact_dropout else self._seeded(node, number)
-            node.replace_all_uses_with(result)
+            replace_uses(node, result)
             self.gm.graph.erase_node(node)
 
     def _seeded(self, node: fx.Node, number: int) -> fx.Node:
@@ -146,7 +146,6 @@ class Rewriter:
         kept.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         kept.meta.pop("ac_graph_id", None)
         kept.meta["val"] = value.new_empty(value.shape, dtype=torch.bool)
-        annotate(kept, origin="")
         self.previous = kept
         if value.device.type == "cpu" or of_features:
             noise = self._emit(node, aten.div.Tensor, self._emit(node, aten.type_as.default, kept, x), 1 - p)
@@ -163,7 +162,9 @@ class Rewriter:
 
     def _emit(self, node: fx.Node, target: Any, *arguments: Any) -> fx.Node:
         """Insert a call that holds a part of what `node` computes."""
-        return emit_copy(self.gm.graph, target, arguments, node, placement_of(node))
+        part = emit_copy(self.gm.graph, target, arguments, node, placement_of(node))
+        annotate(part, origin="")
+        return part
 
 
 def memory_order(x: torch.Tensor) -> list[int]:

@@ -18,7 +18,7 @@ from torch import fx
 
 from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call
-from cpcompile.emit import emit, emit_copy
+from cpcompile.emit import emit, emit_copy, replace_uses
 from cpcompile.placement import PARTIAL, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
 from cpcompile.rules.reduction import reduced_dims
@@ -40,8 +40,7 @@ def rewrite_reductions(gm: fx.GraphModule, *, plan: Plan) -> int:
         if "reduction" in call and call["reduction"] != _MEAN:
             continue
         result = rewrite(call, inserter(node), plan)
-        annotate(result, origin=annotation(node).origin or node.name)
-        node.replace_all_uses_with(result)
+        replace_uses(node, result)
         gm.graph.erase_node(node)
         count += 1
     return count

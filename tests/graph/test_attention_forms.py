@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from cpcompile import verify
+from cpcompile import collectives, verify
+from cpcompile.annotation import annotation
 from cpcompile.config import Config
+from cpcompile.divergence import Difference, first_difference
 from cpcompile.dynamo import by_name, compile_whole
 from cpcompile.in_process import LockstepBackend, default_objective, run_and_differentiate
 from cpcompile.mesh import Axis
@@ -22,6 +24,7 @@ from cpcompile.sites import attention_nodes
 from tests.graph.small_models import TinyLM, batch
 
 LONGEST = 40
+cp = torch.ops.cpcompile
 
 
 class Attending(TinyLM):
@@ -189,3 +192,45 @@ def test_flex_attention_is_exact(kind: str) -> None:
     model.by_hand = True
     wanted = run_and_differentiate(model, model.forward, inputs, default_objective)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+def difference(model: nn.Module) -> Difference | None:
+    """Return where the forward values of three ranks first differ."""
+    config = Config(strategy="gather")
+    ranks = LockstepBackend(config, Axis.in_process(3), is_wide=True)
+    forward = compile_whole(model.forward, ranks, config)
+    run_and_differentiate(model, forward, by_name(model.forward, batch(11)), default_objective, config)
+    assert ranks.transformed is not None
+    return first_difference(model, ranks.transformed, ranks.inputs, 3, 1e-12)
+
+
+# Of a product in three dims, or in another memory order, the first value that the model has too is compared.
+LINES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "einsum": (Einsum, 'torch.einsum("bhqk,bkhd->bqhd", weights, v)'),
+    "mask of a buffer": (MaskOfABuffer, ".to(v.dtype) @ v"),
+    "sinks": (Sinks, "logits.softmax(-1)[..., :-1] @ v"),
+    "prefix": (FORMS["prefix"][0], "F.scaled_dot_product_attention("),
+    "module with weights": (FORMS["module with weights"][0], "self.mixer(x, x, x"),
+    "flex": (lambda: Flex("window"), "flex_attention(q, k, v, scores.get("),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_wrong_attention_is_named_by_its_own_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(calls: list[Any]) -> list[Any]:
+        return [(out + 1, *others) for out, *others in collectives._attention(calls)]
+
+    make, line = LINES[name]
+    model = make().double()
+    assert difference(model) is None
+    monkeypatch.setitem(collectives.COLLECTIVES, cp.gather_attention.default, broken)
+    found = difference(model)
+    assert found is not None
+    assert line in found.place
+
+
+def test_an_attention_that_is_written_out_is_compared() -> None:
+    graph = verify(TrainedBias(), batch(11), world_size=2, dtype=torch.float64).transformed.graph.graph
+    found = [node for node in graph.nodes if annotation(node).origin == "scaled_dot_product_attention"]
+    assert [node.target for node in found] == [torch.ops.aten.matmul.default]

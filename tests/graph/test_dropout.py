@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpcompile import NoRule, explain, in_process, verify
+from cpcompile import NoRule, collectives, explain, in_process, verify
 from cpcompile.annotation import annotation, placement_of
 from cpcompile.call import Call
 from cpcompile.config import Config
@@ -163,6 +163,16 @@ def test_exact_dropout_keeps_numerics(kind: Callable[[Tensor], Tensor], layout: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exact_dropout_in_other_precisions(dtype: torch.dtype) -> None:
     verify(Dropping(), batch(31), world_size=2, dtype=dtype, exact_dropout=True).raise_if_wrong()
+
+
+def test_parts_of_an_exact_dropout_are_not_compared_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own_sums(calls: list[dict[str, Any]]) -> list[Tensor]:
+        return [call["x"] for call in calls]
+
+    monkeypatch.setitem(collectives.COLLECTIVES, cp.all_reduce.default, own_sums)
+    found = verify(Dropping(), batch(7), world_size=2, dtype=torch.float64, exact_dropout=True)
+    assert found.first_difference is not None
+    assert "F.cross_entropy(" in found.first_difference.place
 
 
 def test_exact_dropout_of_a_range_of_tokens() -> None:

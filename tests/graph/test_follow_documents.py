@@ -71,7 +71,8 @@ def test_the_first_difference_is_found_in_tokens_that_follow_documents(monkeypat
     options = {"balancer": "balanced", "strategy": "ring", "dtype": torch.float64}
     result = cpcompile.verify(PackedLM(), packed_batch("off_edges", 2), world_size=3, **options)
     assert result.first_difference is not None
-    assert "x = x + out(y.transpose(1, 2)" in result.first_difference.place  # the next line after the attention
+    assert result.first_difference.node == "scaled_dot_product_attention"
+    assert "y = F.scaled_dot_product_attention(" in result.first_difference.place
     assert len(found) == 1
     assert found[0][0].documents is not None
 

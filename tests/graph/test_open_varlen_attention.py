@@ -12,6 +12,7 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from cpcompile import NoRule
+from cpcompile.annotation import annotation
 from cpcompile.call import Call
 from cpcompile.capture import capture
 from cpcompile.config import Config
@@ -151,11 +152,17 @@ class PackedLM(nn.Module):
 def test_a_model_of_packed_sequences_is_exact_on_three_ranks() -> None:
     model, config = PackedLM().double(), Config(token_dims={"input_ids": 0, "labels": 0})
     inputs = {"input_ids": torch.arange(T) % 13, "labels": torch.arange(T) * 5 % 13, "cu_seq": CU_SEQ}
-    forward = compile_whole(model.forward, LockstepBackend(config, Axis.in_process(3), False), config)
+    ranks = LockstepBackend(config, Axis.in_process(3), False)
+    forward = compile_whole(model.forward, ranks, config)
     found = run_and_differentiate(model, forward, by_name(model.forward, inputs), default_objective, config)
     model.by_hand = True
     wanted = run_and_differentiate(model, model.forward, inputs, default_objective)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    assert ranks.transformed is not None
+    varlen = torch.ops.torch_attn._varlen_attn.default
+    (node,) = ranks.transformed.original.graph.find_nodes(op="call_function", target=varlen)
+    (out,) = [n for n in ranks.transformed.graph.graph.nodes if annotation(n).origin == next(iter(node.users)).name]
+    assert out.target is torch.ops.aten.squeeze.dim
 
 
 def test_equal_lengths_of_keys_are_the_same_and_others_end_the_step() -> None:

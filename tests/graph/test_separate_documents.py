@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cpcompile
+from cpcompile import collectives
 from cpcompile.config import Config
 from cpcompile.dynamo import by_name, compile_whole
 from cpcompile.in_process import LockstepBackend, run_and_differentiate
@@ -284,6 +285,19 @@ def test_what_mixes_documents_is_refused(name: str, monkeypatch: pytest.MonkeyPa
 def test_options_that_say_nothing(text: str) -> None:
     with pytest.raises(cpcompile.ConfigError, match="does not say what tells documents apart"):
         Config(documents=text)
+
+
+def test_a_wrong_attention_is_named_by_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the ranks are compared with is the graph in which documents were separated."""
+
+    def broken(calls: list[Any]) -> list[Any]:
+        return [(out + 1, *others) for out, *others in collectives._attention(calls)]
+
+    monkeypatch.setitem(collectives.COLLECTIVES, torch.ops.cpcompile.ring_attention.default, broken)
+    options = {"documents": f"eos:{EOS}", "strategy": "ring", "dtype": torch.float64}
+    found = cpcompile.verify(LM(), batch_of("lm", BATCHES["two rows"]), world_size=2, **options)
+    assert found.first_difference is not None
+    assert "out = F.scaled_dot_product_attention(" in found.first_difference.place
 
 
 def test_options_that_do_not_fit() -> None:
