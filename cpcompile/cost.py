@@ -2,8 +2,9 @@
 
 Work is the (query, key) pairs of a rank at the rate of its kernel; traffic is the bytes that it sends, exactly, at the rate of
 its links. A ring hides its messages behind its work but for the last one, `gather` and the exchange of heads all but the first
-or last of each kind. Packed documents, which nobody has read yet, are taken for one; ranks that compute rows of their own may
-then have unequal work, ranks that compute heads have not. `explain` prints the estimates.
+or last of each kind. No attention is done before its host has launched it. Packed documents, which nobody has read yet, are
+taken for one; ranks that compute rows of their own may then have unequal work, ranks that compute heads have not. `explain`
+prints the estimates.
 """
 
 from __future__ import annotations
@@ -41,6 +42,16 @@ MOST_HELD = 4 * 2**30
 LAYING = 300e9  # bytes a second at which heads are laid into messages and out of them, which nothing hides
 SLOWDOWN = 0.1  # of kernels while messages are sent that take SMs; symmetric memory takes none
 LATENCY = 25e-6  # seconds of an exchange: launches and barriers
+# Seconds that the host of a GPU takes to launch an attention and its gradient: at least, for each rank whose keys it computes
+# with, and for each that heads are exchanged with. A layout that follows documents has many runs. `one_rank.py`, 2 to 8 ranks.
+HOST = {
+    "ring": (0.5e-3, 2.2e-3, 0.0),
+    "gather": (7e-3, 0.5e-3, 0.0),
+    "halo": (6e-3, 0.1e-3, 0.0),
+    "ulysses": (6e-3, 0.0, 0.2e-3),
+    "usp": (2e-3, 4e-3, 1.7e-3),
+}
+HOST_OF_DOCUMENTS = HOST | {"ring": (6e-3, 2.4e-3, 0.0), "gather": (7e-3, 1e-3, 0.0), "usp": (0.0, 9e-3, 5e-3)}
 # Documents: the work of the slowest rank over the mean, where each computes rows and the layout does not follow documents. 16
 # documents of 64k tokens on 2 and 8 GPUs: 1.2 to 2.9.
 UNEVEN = 1.3
@@ -201,7 +212,7 @@ def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
     ranks = sent_by_ranks(problem, strategy)
     keys = max(r.forward_keys + r.backward_keys for r in ranks)
     swapped = max(r.forward_swap + r.backward_swap for r in ranks)
-    total = work
+    total, hops = work, 0
     if keys:
         hops = max(ring.sources for ring in keys_sent(problem, strategy).values())
         messages = 3 * (math.ceil(site.kv_heads / axis.heads_per_message) if axis.heads_per_message else 1)
@@ -212,7 +223,19 @@ def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
         count = 4 * len(rounds(inner, site.heads, site.kv_heads))
         total += _exposed(swapped, count, 4, work, link(site, axis, inner))
         total += swapped / LAYING if is_gpu(site) else 0.0
-    return total
+    return max(total, host_seconds(site, problem, strategy, hops))
+
+
+def host_seconds(site: Attention, problem: Problem, strategy: str, hops: int) -> float:
+    """Return the seconds that the host takes to launch an attention and its gradient on a GPU; on a CPU it computes itself.
+
+    `hops`: the ranks whose keys a rank fetches.
+    """
+    if not is_gpu(site) or strategy not in HOST or problem.world_size == 1:
+        return 0.0
+    inner = problem.inner(strategy)
+    least, of_keys, of_heads = (HOST_OF_DOCUMENTS if problem.layout in DOCUMENT_LAYOUTS else HOST)[strategy]
+    return least + of_keys * (1 + hops) + of_heads * inner
 
 
 def compute_seconds(site: Attention, problem: Problem, strategy: str) -> float:

@@ -78,11 +78,11 @@ def test_preferences_break_ties() -> None:
 
 def test_what_is_right_where() -> None:
     assert chosen(WINDOW, TWO) == ("halo", "contiguous")
-    assert chosen(replace(SITE, has_documents=True), TWO) == ("ring", "balanced")
-    assert choose([replace(SITE, has_documents=True)], "auto", "auto", TWO, follows_documents=False).layout == "zig_zag"
-    few_heads = replace(LONG, heads=3, kv_heads=3)
+    assert chosen(replace(LONG, has_documents=True), TWO) == ("ring", "balanced")
+    assert choose([replace(LONG, has_documents=True)], "auto", "auto", TWO, follows_documents=False).layout == "zig_zag"
+    few_heads = replace(LONG, tokens=1 << 20, heads=3, kv_heads=3)
     assert chosen(few_heads, EIGHT) == ("ring", "zig_zag")
-    assert chosen(LONG, Ranks(32, inner_size=8)) == ("usp", "zig_zag")
+    assert chosen(replace(LONG, tokens=1 << 18), Ranks(32, inner_size=8)) == ("usp", "zig_zag")
 
 
 def test_a_ring_hides_its_messages_when_there_is_much_work() -> None:
@@ -102,8 +102,9 @@ def test_windows_cost_no_more_for_longer_sequences_but_for_their_work() -> None:
         work = compute_seconds(site, site.problem(EIGHT, "contiguous"), "halo")
         return seconds(site, "halo", "contiguous", EIGHT) - work
 
-    assert messages(replace(WINDOW, tokens=1 << 20)) == pytest.approx(messages(WINDOW), rel=1e-6)
-    assert messages(replace(WINDOW, window=8192)) > 1.5 * messages(WINDOW)
+    long = replace(WINDOW, tokens=1 << 19)
+    assert messages(replace(WINDOW, tokens=1 << 20)) == pytest.approx(messages(long), rel=1e-6)
+    assert messages(replace(long, window=8192)) > 1.5 * messages(long)
 
 
 def test_links() -> None:
@@ -131,8 +132,20 @@ def test_heads_of_whole_documents_are_best_where_one_call_takes_many() -> None:
     packed = replace(LONG, has_documents=True, kernel="cudnn_varlen")
     for axis in (TWO, EIGHT):
         assert chosen(packed, axis) == ("ulysses", "contiguous")
-    assert chosen(replace(packed, heads=3, kv_heads=3), EIGHT) == ("ring", "balanced")
+    assert chosen(replace(packed, tokens=1 << 20, heads=3, kv_heads=3), EIGHT) == ("ring", "balanced")
     assert chosen(replace(packed, kernel="triton"), EIGHT) == ("ring", "balanced")
+
+
+def test_short_attentions_take_what_the_host_launches_soonest() -> None:
+    short = replace(SITE, tokens=1 << 13)
+    ring, ulysses = (seconds(short, strategy, "zig_zag", EIGHT) for strategy in ("ring", "ulysses"))
+    assert 2 * ulysses < ring == seconds(replace(short, tokens=1 << 12), "ring", "zig_zag", EIGHT)
+    assert seconds(short, "ring", "balanced", EIGHT) > ring
+    assert chosen(short, EIGHT)[0] == "ulysses"
+    on_cpus = replace(short, device="cpu")
+    assert seconds(replace(on_cpus, tokens=1 << 12), "ring", "zig_zag", EIGHT) < seconds(
+        on_cpus, "ring", "zig_zag", EIGHT
+    )
 
 
 def test_documents_leave_ranks_with_unequal_rows_or_small_kernels() -> None:

@@ -645,6 +645,16 @@ def test_documents_go_to_cudnn_where_its_package_is(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("hopper")
+def test_it_is_said_once_that_a_faster_kernel_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    kernels._say_what_is_missing.cache_clear()
+    for features in (("causal",), ("window",), ("lengths",), ("causal", "varied")):
+        kernels.choose(case("cuda", HALF, 64, 64, *features))
+    kernels.choose(case("cuda", FLOAT, 64, 64, "lengths"))  # which it would not take
+    (record,) = caplog.records
+    assert "run on triton kernels: pip install nvidia-cudnn-frontend" in record.getMessage()
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("case, name", CHOICES, ids=[f"{i}-{name}" for i, (_, name) in enumerate(CHOICES)])
 def test_choice(case: Case, name: str) -> None:
     assert kernels.choose(case).kernel.name == name

@@ -86,5 +86,5 @@ def test_auto_follows_documents_where_that_pays() -> None:
     """On GPUs with many tokens; `explain` plans for one, since a model on the meta device has no other."""
     with torch.device("meta"):
         model = PackedLM()
-        inputs = {name: torch.zeros(1, 1 << 16, dtype=torch.long) for name in ("input_ids", "labels", "position_ids")}
+        inputs = {name: torch.zeros(1, 1 << 20, dtype=torch.long) for name in ("input_ids", "labels", "position_ids")}
     assert cpcompile.explain(model, inputs, world_size=8).layout == "balanced"

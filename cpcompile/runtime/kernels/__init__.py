@@ -11,6 +11,7 @@ over *all* keys of an attention, so the gradients of blocks add up and nothing i
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ import torch
 
 from cpcompile.runtime.block import Block
 from cpcompile.runtime.kernels import adapt, cpu, cudnn, cudnn_varlen, efficient, flash, flash_package, flex, math, own
-from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel, KernelError, features
+from cpcompile.runtime.kernels.case import FEATURES, FORMS, Case, Kernel, KernelError, features
 from cpcompile.runtime.merge import accumulation_dtype
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
+_log = logging.getLogger(__name__)
 
 # Fastest first, as measured on Hopper; the last takes everything. cuDNN and FlashAttention 3 and 4 use its asynchronous
 # copies and products. The Triton kernels skip what is hidden and are 1.2 to 1.3 times as fast as the FlashAttention 2 that
@@ -75,6 +77,15 @@ def _fastest_first(case: Case) -> tuple[Kernel, ...]:
     return *KERNELS[:first], *KERNELS[first + 1 : last], own.KERNEL, *KERNELS[last:]
 
 
+@functools.cache
+def _say_what_is_missing(name: str, is_slower: bool) -> None:
+    if is_slower:
+        _log.warning(
+            "packed documents and windows run on %s kernels: pip install nvidia-cudnn-frontend makes them a third faster",
+            name,
+        )
+
+
 @functools.lru_cache(maxsize=256)
 def choose(case: Case, kernel: str = "auto") -> Choice:
     """Return the fastest kernel that takes the case, or the one of that name.
@@ -87,6 +98,8 @@ def choose(case: Case, kernel: str = "auto") -> Choice:
         for candidate in _fastest_first(case):
             reason = candidate.refuses(case) or candidate.avoids(case)
             if not reason:
+                if any(reason.startswith(f"{cudnn_varlen.KERNEL.name} is not installed") for reason in reasons):
+                    _say_what_is_missing(candidate.name, bool(case.features & (FORMS | {"window"})))
                 return Choice(candidate, tuple(reasons))
             reasons.append(f"{candidate.name} {reason}")
         raise AssertionError("the math kernel takes every case")
