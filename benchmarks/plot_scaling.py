@@ -185,7 +185,7 @@ def compared(result: Row) -> list[str]:
     """Return where predictions were wrong: the median of measured over predicted, of times and of what is lost to the limit."""
     rows = [row for row in result["rows"] if "measured_over_predicted" in row]
     if not rows:
-        return ["Nothing has been measured yet, so nothing is known to be wrong.", ""]
+        return ["No attention was measured in this run; what other runs and one GPU showed is said above.", ""]
     lines = ["Each cell: measured over predicted · percentage points of the limit measured minus predicted.", ""]
     for case, found in ordered(rows).items():
         lines += [f"**{TITLES[case]}**", ""]
