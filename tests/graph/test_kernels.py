@@ -645,6 +645,45 @@ def test_documents_go_to_cudnn_where_its_package_is(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("hopper")
+def test_an_old_package_of_cudnn_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudnn_varlen, "is_installed", lambda name: True)
+    packed = case("cuda", HALF, 64, 64, "lengths")
+    for version, reason in (("1.17.2", "needs nvidia-cudnn-frontend 1.18 or newer"), ("1.18.0", ""), ("2.0", "")):
+        monkeypatch.setattr(cudnn_varlen.importlib.metadata, "version", lambda name, version=version: version)
+        cudnn_varlen._is_old.cache_clear()
+        assert cudnn_varlen.KERNEL.refuses(packed) == reason
+    cudnn_varlen._is_old.cache_clear()
+
+
+def test_plans_serve_all_sizes_up_to_powers_of_two() -> None:
+    q, k, v = (torch.empty(700, heads, dim) for heads, dim in ((4, 16), (2, 16), (2, 8)))
+
+    def form(*rectangles: tuple[int, int, int, int], **terms: Any) -> Any:
+        parts = tuple(Rectangle(*part) for part in rectangles)
+        return cudnn_varlen._Form.of(q, k, v, Block(SCALE, rectangles=parts, **terms), parts)
+
+    first = form((0, 130, 0, 300), (200, 256, 400, 257), (500, 1, 0, 1))
+    assert (first.num, first.rows, first.columns, first.all_rows) == (4, 256, 512, 768)
+    assert first == form((0, 200, 0, 500), (200, 5, 500, 7), (300, 5, 0, 9), (400, 1, 50, 9))
+    assert not first.is_shifted and not first.is_causal and first.window == 0
+    assert form((0, 9, 0, 12), high=0).is_shifted and not form((0, 9, 0, 9), high=0).is_shifted
+    assert form((0, 9, 0, 9), high=0, low=-6).window == 7
+    # A square of its own begins in the first corner, whatever its sizes are.
+    assert not cudnn_varlen._Form.of(q, k, v, Block(SCALE, high=0), (Rectangle(0, 9, 0, 12),)).is_shifted
+
+
+def test_numbers_of_rectangles_as_the_graph_reads_them() -> None:
+    q, k, v = (torch.empty(100, heads, dim) for heads, dim in ((4, 16), (2, 16), (2, 8)))
+    parts = Rectangle(5, 10, 0, 30), Rectangle(40, 20, 30, 25), Rectangle(60, 3, 55, 7)
+    form = cudnn_varlen._Form.of(q, k, v, Block(SCALE, rectangles=parts), parts)
+    numbers = torch.tensor(cudnn_varlen._numbers_of(parts, form))
+    starts, sizes = numbers[: 5 * 5].view(5, 5), numbers[5 * 5 :].view(torch.int32).view(2, 4)
+    rows, columns = torch.tensor([5, 40, 60, 63, 63]), torch.tensor([0, 30, 55, 62, 62])
+    assert torch.equal(starts, torch.stack([rows * 64, rows * 32, rows * 4, columns * 32, columns * 16]))
+    assert sizes.tolist() == [[10, 20, 3, 0], [30, 25, 7, 0]]
+
+
+@pytest.mark.usefixtures("hopper")
 def test_it_is_said_once_that_a_faster_kernel_is_missing(caplog: pytest.LogCaptureFixture) -> None:
     kernels._say_what_is_missing.cache_clear()
     for features in (("causal",), ("window",), ("lengths",), ("causal", "varied")):

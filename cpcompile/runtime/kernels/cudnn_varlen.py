@@ -7,7 +7,7 @@ how long they are is read from the GPU's memory. Plans are made for powers of tw
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.metadata
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from cpcompile.spans import Rectangle
 
 Tensor = torch.Tensor
 Rectangles = tuple[Rectangle, ...]
+_PACKAGE, _FIRST_VERSION = "nvidia-cudnn-frontend", (1, 18)
 _LEAST_SIZE = 128  # tokens of a rectangle that a plan is made for
 _one_at_a_time = threading.Lock()  # a handle has one stream
 
@@ -206,23 +207,30 @@ def _plan(form: _Form, is_backward: bool) -> _Plan:
     return plan
 
 
+def _numbers_of(rectangles: Rectangles, form: _Form) -> list[int]:
+    """Return where rectangles begin in q, out, the statistics, k and v, in elements, and how many rows and columns they have.
+
+    There are `form.num` of them, and where the last ends; those that are missing are empty. The sizes are of 32 bits, two in each
+    number.
+    """
+    last = max(part.row + part.rows for part in rectangles), max(part.column + part.columns for part in rectangles)
+    spare = form.num - len(rectangles)
+    first_rows = [part.row for part in rectangles] + [last[0]] * (spare + 1)
+    first_columns = [part.column for part in rectangles] + [last[1]] * (spare + 1)
+    of_rows = form.heads * form.head_dim, form.heads * form.value_dim, form.heads
+    of_columns = form.key_heads * form.head_dim, form.key_heads * form.value_dim
+    starts = [row * size for size in of_rows for row in first_rows]
+    starts += [column * size for size in of_columns for column in first_columns]
+    sizes = [part.rows for part in rectangles] + [0] * spare + [part.columns for part in rectangles] + [0] * spare
+    return starts + [low | high << 32 for low, high in zip(sizes[::2], sizes[1::2], strict=True)]
+
+
 class Numbers:
-    """Where rectangles begin and how many rows and columns they have, in the memory of a GPU, for calls on any stream."""
+    """What `_numbers_of` returns in the memory of a GPU, for calls on any stream."""
 
     def __init__(self, rectangles: Rectangles, form: _Form) -> None:
-        """Take the numbers of some rectangles for plans of `form.num`; those that are missing are empty."""
-        last = max(part.row + part.rows for part in rectangles), max(part.column + part.columns for part in rectangles)
-        spare = form.num - len(rectangles)
-        first_rows = [part.row for part in rectangles] + [last[0]] * (spare + 1)
-        first_columns = [part.column for part in rectangles] + [last[1]] * (spare + 1)
-        q, out = form.heads * form.head_dim, form.heads * form.value_dim
-        k, v = form.key_heads * form.head_dim, form.key_heads * form.value_dim
-        starts = [row * size for size in (q, out, form.heads) for row in first_rows]
-        starts += [column * size for size in (k, v) for column in first_columns]
-        sizes = [part.rows for part in rectangles] + [0] * spare + [part.columns for part in rectangles] + [0] * spare
-        # The sizes are of 32 bits, two in each number.
-        pairs = [low | high << 32 for low, high in zip(sizes[::2], sizes[1::2], strict=True)]
-        self._held, self._arrival = on_device(starts + pairs, form.device)
+        """Send the numbers of some rectangles."""
+        self._held, self._arrival = on_device(_numbers_of(rectangles, form), form.device)
         self._has_arrived = False
 
     def wait(self, stream: torch.cuda.Stream) -> None:
@@ -289,10 +297,20 @@ def backward(
     return dq, dk, dv
 
 
+@functools.cache
+def _is_old() -> bool:
+    try:
+        major, minor, *_ = importlib.metadata.version(_PACKAGE).split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return False  # built from source
+    return (int(major), int(minor)) < _FIRST_VERSION
+
+
 def _limits(case: Case) -> str:
-    return FIXED_SIZES.limits(case) or (
-        "" if is_installed("cudnn") else "is not installed (pip install nvidia-cudnn-frontend)"
-    )
+    reason = FIXED_SIZES.limits(case)
+    if not reason and not is_installed("cudnn"):
+        return f"is not installed (pip install {_PACKAGE})"
+    return reason or (f"needs {_PACKAGE} {'.'.join(map(str, _FIRST_VERSION))} or newer" if _is_old() else "")
 
 
 def _avoids(case: Case) -> str:
