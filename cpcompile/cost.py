@@ -39,6 +39,9 @@ RANKS_OF_HOST = 8  # that NVLink connects; messages of more ranks take the netwo
 PRODUCTS, MEMORY = {"gpu": 600e12, "cpu": 100e9}, {"gpu": 2.5e12, "cpu": 10e9}
 # Each rank holds whole keys and values of a layer, and twice to three times that of their gradients: `auto` takes no more bytes.
 MOST_HELD = 4 * 2**30
+# Bytes a second of the keys and values that a rank gathers, its own included: copied, their gradients summed in float32 and sent
+# home. Two GPUs, 16k to 128k tokens and a window: 80 to 120e9.
+GATHERING = 100e9
 LAYING = 300e9  # bytes a second at which heads are laid into messages and out of them, which nothing hides
 SLOWDOWN = 0.1  # of kernels while messages are sent that take SMs; symmetric memory takes none
 LATENCY = 25e-6  # seconds of an exchange: launches and barriers
@@ -219,6 +222,9 @@ def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
         # Keys twice and their gradients: a ring waits for one message of them all, `gather` for the first of each kind.
         count, shown = (messages, 3) if strategy in ("gather", "halo") else (3 * hops, 1)
         total += _exposed(keys, count, shown, work, link(site, axis, axis.world_size))
+        if strategy in ("gather", "halo") and is_gpu(site):
+            own = problem.key_width * problem.itemsize * site.kv_heads * site.tokens // axis.world_size
+            total += (own + max(r.forward_keys for r in ranks)) / GATHERING
     if swapped:
         count = 4 * len(rounds(inner, site.heads, site.kv_heads))
         total += _exposed(swapped, count, 4, work, link(site, axis, inner))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cpcompile.cost import CLOSE, PREFERENCE, Attention, Ranks, choose, compute_seconds, link, seconds
+from cpcompile.cost import CLOSE, GATHERING, PREFERENCE, Attention, Ranks, choose, compute_seconds, link, seconds
 
 SITE = Attention(
     batch=1, heads=32, kv_heads=8, tokens=1 << 14, head_dim=128, value_dim=128, bytes_per_element=2, device="cuda",
@@ -77,7 +77,7 @@ def test_preferences_break_ties() -> None:
 
 
 def test_what_is_right_where() -> None:
-    assert chosen(WINDOW, TWO) == ("halo", "contiguous")
+    assert chosen(WINDOW, TWO) == ("ring", "contiguous")
     assert chosen(replace(LONG, has_documents=True), TWO) == ("ring", "balanced")
     assert choose([replace(LONG, has_documents=True)], "auto", "auto", TWO, follows_documents=False).layout == "zig_zag"
     few_heads = replace(LONG, tokens=1 << 20, heads=3, kv_heads=3)
@@ -99,12 +99,19 @@ def test_gather_by_heads_hides_what_gather_does_not() -> None:
 
 def test_windows_cost_no_more_for_longer_sequences_but_for_their_work() -> None:
     def messages(site: Attention) -> float:
-        work = compute_seconds(site, site.problem(EIGHT, "contiguous"), "halo")
-        return seconds(site, "halo", "contiguous", EIGHT) - work
+        work = compute_seconds(site, site.problem(EIGHT, "contiguous"), "ring")
+        return seconds(site, "ring", "contiguous", EIGHT) - work
 
     long = replace(WINDOW, tokens=1 << 19)
     assert messages(replace(WINDOW, tokens=1 << 20)) == pytest.approx(messages(long), rel=1e-6)
     assert messages(replace(long, window=8192)) > 1.5 * messages(long)
+
+
+def test_gathered_keys_cost_passes_over_memory() -> None:
+    long = replace(WINDOW, tokens=1 << 19)
+    ring, halo = (seconds(long, strategy, "contiguous", EIGHT) for strategy in ("ring", "halo"))
+    own = 2 * 2 * 8 * 128 * long.tokens // 8  # bytes of keys and values
+    assert own / GATHERING < halo - ring < 1.2 * own / GATHERING
 
 
 def test_links() -> None:
