@@ -26,7 +26,7 @@ class Lanes:
 
     def __init__(self, device: torch.device, num_items: int) -> None:
         """Expect `num_items` pieces of work; a single one, or work on a CPU, runs where it is submitted."""
-        self._device, self._index = device, device.index  # torch looks for the index of a device for 30 us
+        self._device, self._index = device, device.index  # torch takes long to look up the index of a device
         self._is_direct = device.type != "cuda" or num_items < 2
         # What a lane computes from must live until the current stream has waited for it: `compute` holds it.
         self._started: deque[tuple[Callable[[], Tensors], Tensors, torch.cuda.Event, Callable[[Tensors], None]]] = (

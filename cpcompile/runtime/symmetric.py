@@ -61,7 +61,7 @@ class CudaDevice:
     """A GPU. The side stream goes first where both want an SM: all that it puts there is a barrier of one warp."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._index = device, device.index  # torch looks for the index of a device for 30 us
+        self._device, self._index = device, device.index  # torch takes long to look up the index of a device
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def memory(self, num_bytes: int, group: str) -> Memory:
