@@ -644,6 +644,16 @@ def test_documents_go_to_cudnn_where_its_package_is(monkeypatch: pytest.MonkeyPa
     assert [call.kernel.name for call in calls] == ["cudnn_varlen"]
 
 
+def test_documents_and_rows_of_the_batch_are_rectangles_one_after_the_other() -> None:
+    q = torch.empty(2, 4, 9, 8)
+    found = cudnn_varlen._rectangles(q, q, Block(SCALE, high=0, lengths=(2, 3, 4)))
+    assert [part[:2] for part in found] == [part[2:] for part in found] == [
+        (0, 2), (2, 3), (5, 4), (9, 2), (11, 3), (14, 4)
+    ]  # fmt: skip
+    parts = Rectangle(1, 2, 0, 5), Rectangle(4, 3, 2, 7)
+    assert cudnn_varlen._rectangles(q, q, Block(SCALE, rectangles=parts)) == (*parts, (10, 2, 9, 5), (13, 3, 11, 7))
+
+
 @pytest.mark.usefixtures("hopper")
 def test_an_old_package_of_cudnn_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cudnn_varlen, "is_installed", lambda name: True)
@@ -686,6 +696,9 @@ def test_numbers_of_rectangles_as_the_graph_reads_them() -> None:
 @pytest.mark.usefixtures("hopper")
 def test_it_is_said_once_that_a_faster_kernel_is_missing(caplog: pytest.LogCaptureFixture) -> None:
     kernels._say_what_is_missing.cache_clear()
+    kernels.choose(case("cuda", HALF, 64, 64, "lengths", "softcap"))
+    kernels.choose(case("cuda", HALF, 64, 64, "window", "alibi"))
+    assert not caplog.records, "it would not take these either"
     for features in (("causal",), ("window",), ("lengths",), ("causal", "varied")):
         kernels.choose(case("cuda", HALF, 64, 64, *features))
     kernels.choose(case("cuda", FLOAT, 64, 64, "lengths"))  # which it would not take

@@ -19,7 +19,7 @@ import torch
 
 from cpcompile.runtime.block import Block
 from cpcompile.runtime.kernels import adapt, cpu, cudnn, cudnn_varlen, efficient, flash, flash_package, flex, math, own
-from cpcompile.runtime.kernels.case import FEATURES, FORMS, Case, Kernel, KernelError, features
+from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel, KernelError, features
 from cpcompile.runtime.merge import accumulation_dtype
 
 __all__ = [
@@ -78,12 +78,11 @@ def _fastest_first(case: Case) -> tuple[Kernel, ...]:
 
 
 @functools.cache
-def _say_what_is_missing(name: str, is_slower: bool) -> None:
-    if is_slower:
-        _log.warning(
-            "packed documents and windows run on %s kernels: pip install nvidia-cudnn-frontend makes them a third faster",
-            name,
-        )
+def _say_what_is_missing(name: str) -> None:
+    _log.warning(
+        "packed documents and windows run on %s kernels: pip install nvidia-cudnn-frontend makes them a third faster",
+        name,
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -98,8 +97,8 @@ def choose(case: Case, kernel: str = "auto") -> Choice:
         for candidate in _fastest_first(case):
             reason = candidate.refuses(case) or candidate.avoids(case)
             if not reason:
-                if any(reason.startswith(f"{cudnn_varlen.KERNEL.name} is not installed") for reason in reasons):
-                    _say_what_is_missing(candidate.name, bool(case.features & (FORMS | {"window"})))
+                if cudnn_varlen.is_missed(case):
+                    _say_what_is_missing(candidate.name)
                 return Choice(candidate, tuple(reasons))
             reasons.append(f"{candidate.name} {reason}")
         raise AssertionError("the math kernel takes every case")

@@ -10,9 +10,11 @@ import functools
 import importlib.metadata
 import threading
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 from cpcompile.runtime.block import Block
 from cpcompile.runtime.kernels.case import FORMS, Case, Kernel
@@ -23,7 +25,7 @@ from cpcompile.spans import Rectangle
 
 Tensor = torch.Tensor
 Rectangles = tuple[Rectangle, ...]
-_PACKAGE, _FIRST_VERSION = "nvidia-cudnn-frontend", (1, 18)
+_PACKAGE, _FIRST_VERSION = "nvidia-cudnn-frontend", "1.18"
 _LEAST_SIZE = 128  # tokens of a rectangle that a plan is made for
 _one_at_a_time = threading.Lock()  # a handle has one stream
 
@@ -254,8 +256,8 @@ def _rectangles(q: Tensor, k: Tensor, block: Block) -> Rectangles:
     rows, columns = q.shape[2], k.shape[2]
     found = block.rectangles or (Rectangle(0, rows, 0, columns),)
     if block.lengths:
-        starts = [sum(block.lengths[:i]) for i in range(len(block.lengths))]
-        found = tuple(Rectangle(at, size, at, size) for at, size in zip(starts, block.lengths, strict=True))
+        ends = accumulate(block.lengths)
+        found = tuple(Rectangle(at - size, size, at - size, size) for at, size in zip(ends, block.lengths, strict=True))
     return tuple(
         Rectangle(part.row + b * rows, part.rows, part.column + b * columns, part.columns)
         for b in range(q.shape[0])
@@ -300,22 +302,27 @@ def backward(
 @functools.cache
 def _is_old() -> bool:
     try:
-        major, minor, *_ = importlib.metadata.version(_PACKAGE).split(".")
+        return TorchVersion(importlib.metadata.version(_PACKAGE)) < _FIRST_VERSION
     except importlib.metadata.PackageNotFoundError:
         return False  # built from source
-    return (int(major), int(minor)) < _FIRST_VERSION
 
 
 def _limits(case: Case) -> str:
     reason = FIXED_SIZES.limits(case)
     if not reason and not is_installed("cudnn"):
         return f"is not installed (pip install {_PACKAGE})"
-    return reason or (f"needs {_PACKAGE} {'.'.join(map(str, _FIRST_VERSION))} or newer" if _is_old() else "")
+    return reason or (f"needs {_PACKAGE} {_FIRST_VERSION} or newer" if _is_old() else "")
 
 
 def _avoids(case: Case) -> str:
     # 6% slower than `cudnn` on a causal square of 32k tokens (cuDNN 9.19, H100).
     return "" if case.features & (FORMS | {"window"}) else "is slower without documents or a window"
+
+
+def is_missed(case: Case) -> bool:
+    """Tell whether `auto` would take this kernel for a case if its package were installed."""
+    would_take = not FIXED_SIZES.limits(case) and case.features - FORMS <= _TAKES and not _avoids(case)
+    return would_take and not is_installed("cudnn")
 
 
 # Other bands it could take, but its backward computes all that they hide.
