@@ -62,8 +62,8 @@ UNEVEN = 1.3
 # short runs of them, and where it computes some heads of whole documents, which are too few to fill a GPU unless one call takes
 # many. `one_rank.py`, 5 and 16 documents on 2, 4 and 8 ranks: 1.2 to 1.9, and 1.1 to 1.25, for cuDNN of variable lengths; two
 # GPUs for the others.
-OF_ROWS, OF_HEADS = {"cudnn_varlen": 1.35}, {"cudnn_varlen": 1.15}
-OTHERS_OF_ROWS, OTHERS_OF_HEADS = 1.0, 1.6
+PACKED = {"cudnn_varlen": (1.35, 1.15)}
+PACKED_ELSEWHERE = (1.0, 1.6)
 
 # Of strategies within this factor of the cheapest, the first of these is taken: the one that sends least, then those whose work
 # does not depend on the mask.
@@ -265,11 +265,13 @@ def _of_documents(site: Attention, problem: Problem, inner: int) -> float:
     """Return by how much packed documents take longer than one of the same area; `inner` ranks compute heads of the same rows."""
     if not site.has_documents:
         return 1.0
-    of_heads = OF_HEADS.get(site.kernel, OTHERS_OF_HEADS) if inner > 1 else 1.0
+    of_rows, of_heads = PACKED.get(site.kernel, PACKED_ELSEWHERE)
+    if inner == 1:
+        of_heads = 1.0
     if inner == problem.world_size:
         return of_heads
     uneven = 1.0 if problem.layout in DOCUMENT_LAYOUTS else UNEVEN
-    return max(of_heads, OF_ROWS.get(site.kernel, OTHERS_OF_ROWS)) * uneven
+    return max(of_heads, of_rows) * uneven
 
 
 def expansion_seconds(site: Attention, axis: Ranks, parts: int = 1) -> float:

@@ -143,12 +143,14 @@ def _within(slots: slice, run: slice) -> slice:
 
 def _calls(pieces: tuple[Piece, ...], terms: Terms, q: Tensor, v: Tensor, for_backward: bool) -> tuple[Piece, ...]:
     """Return the pieces as the calls of kernels that compute them."""
-    if not pieces or not terms.visible.is_joined:
+    visible = terms.visible
+    has_window = visible.band.low is not None
+    if not pieces or not visible.is_joined or not (has_window or visible.is_varied):
         return pieces
     block = terms.block(pieces[0], q.device)
-    if terms.visible.band.low is not None and kernels.prefers_squares(q, v, block, terms.kernel):
+    if has_window and kernels.prefers_squares(q, v, block, terms.kernel):
         pieces = windows_apart(pieces)
-    if not terms.visible.is_varied:
+    if not visible.is_varied:
         return pieces
     many = replace(block, rectangles=(Rectangle(0, 1, 0, 1),))
     takes_many = kernels.takes_rectangles(q, v, many, terms.kernel)

@@ -47,7 +47,7 @@ def short_rectangles_are_long() -> Iterator[None]:
 
 
 def forget() -> None:
-    for function in (pieces, needs, visits):
+    for function in (pieces, needs, visits, calls.of_known_widths):
         function.cache_clear()
 
 
