@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from cpcompile.balance import Balanced
+from cpcompile.order import Order
+from cpcompile.spans import Segments
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
@@ -154,9 +155,9 @@ def local_tokens(problem: Problem, layout: str) -> torch.Tensor:
         return whole[rank::world_size]
     if layout == "contiguous":
         return whole.chunk(world_size)[rank]
-    if layout == "balanced":
-        sharding = Balanced().shard(problem.length, world_size, list(problem.bounds))
-        return sharding.order().view(world_size, -1)[rank].to(problem.device)  # lengths of 2^n leave no padding
+    if layout.startswith("balanced"):
+        order = Order(problem.length, world_size, layout, Segments.of((problem.bounds[:-1],)))
+        return order.positions(rank, problem.device)  # lengths of 2^n leave no padding
     documents = problem.documents if layout == "zig_zag_by_document" else [(0, problem.length)]
     chunks = [whole[start:end].chunk(2 * world_size) for start, end in documents]
     return torch.cat([part for chunk in chunks for part in (chunk[rank], chunk[2 * world_size - 1 - rank])])

@@ -278,7 +278,7 @@ def draw_case(axes: Any, case: str, rows: list[Row], value: str) -> None:
         peer = PEER_COLORS.get(name.split()[0], "tab:red") if "llama3" not in name else "tab:pink"
         style = {"color": COLORS.get(found[0]["strategy"].split()[0]) if own else peer, "linewidth": 2 if own else 1}
         style |= {"linestyle": "-" if own and found[0]["layout"] != "contiguous" else "--" if own else ":"}
-        style |= {"marker": "s" if found[0]["layout"] == "balanced" else "o", "markersize": 4, "label": name}
+        style |= {"marker": "s" if found[0]["layout"].startswith("balanced") else "o", "markersize": 4, "label": name}
         (line,) = axes.plot([row["ranks"] for row in found], [row[value] for row in found], **style)
         if value == "percent_of_limit" and own:
             guesses = [row["predicted_percent"] for row in found]

@@ -10,6 +10,7 @@ from attention_cases import Case, case_of, document_bounds
 from attention_own import site_of
 
 from cpcompile import cost
+from cpcompile.layout import of_groups
 
 Row = dict[str, Any]
 
@@ -52,7 +53,6 @@ OURS = {
         "halo/zig_zag": EXTRA,
     },
 }
-USP_LAYOUT = {"causal": "zig_zag", "packed": "balanced"}
 PEERS = {  # and how many times as long as the limit they take, for the plan
     "causal": {
         "ring-flash-attn/zigzag_ring_flash_attn/zig_zag/fa2": (USEFUL, 2.0),
@@ -166,8 +166,10 @@ def plans_of(case: Case, ranks: int) -> dict[str, int]:
     if ranks == 1:
         return {next(iter(OURS[case.kind])): ESSENTIAL}
     plans = dict(OURS[case.kind])
-    if case.kind in USP_LAYOUT:
-        plans |= {f"usp {shape}/{USP_LAYOUT[case.kind]}": ESSENTIAL for shape in grids(ranks)}
+    if case.kind != "window":
+        for shape in grids(ranks):
+            layout = of_groups("balanced", int(shape.partition("x")[2])) if case.documents else "zig_zag"
+            plans[f"usp {shape}/{layout}"] = ESSENTIAL
     return plans | {"/".join(pick_of(case, ranks)): ESSENTIAL}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from cpcompile.documents import Source
 from cpcompile.errors import ConfigError
-from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
+from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS, group_size, is_of_groups
 from cpcompile.runtime.kernels import NAMES
 from cpcompile.runtime.transport import TRANSPORTS
 
@@ -38,7 +38,8 @@ class Config:
             are exchanged as in `ulysses`) or `auto` (the cheapest by the printed cost model, one for each attention).
         balancer: which tokens each rank holds: `contiguous`, `zig_zag` (equal causal work for one document), `balanced` or
             `zig_zag_by_document` (equal work for packed documents: they follow the documents of each batch, see
-            `cpcompile.balance`) or `auto`.
+            `cpcompile.balance`) or `auto`. `usp` deals documents to groups of the ranks that exchange heads, which is called
+            `balanced:4` where they are four.
         kernel: what computes a block of attention: `auto` (the fastest that can), or one name, for every attention of the model;
             where that one cannot compute an attention, compilation ends with its line and the reason.
         heads_per_message: how many key heads `gather` and `halo` gather at once, so that some are computed while the next arrive,
@@ -91,7 +92,7 @@ class Config:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if value not in choices:
+            if value not in choices and not (name == "balancer" and is_of_groups(str(value))):
                 raise ConfigError(f"{name}={value!r} is not an option: choose one of {', '.join(map(repr, choices))}.")
         if self.heads_per_message < 0:
             raise ConfigError(
@@ -112,7 +113,7 @@ class Config:
         return Source.of(self.documents).name if self.documents else ""
 
     def check_axis(self, inner_size: int) -> None:
-        """Check that the axis is a pair where the strategy needs one; `inner_size` is 0 for a single axis.
+        """Check that the axis is a pair where strategy and balancer need one; `inner_size` is 0 for a single axis.
 
         Raises:
             ConfigError: it is not.
@@ -121,6 +122,11 @@ class Config:
             raise ConfigError(
                 "strategy='usp' exchanges heads along one axis and computes ring attention along another: pass a mesh with both, "
                 "and axis=('ring axis', 'ulysses axis') (inner_size=... for explain and verify)."
+            )
+        if group_size(self.balancer) not in (1, inner_size):
+            raise ConfigError(
+                f"balancer={self.balancer!r} is for {group_size(self.balancer)} ranks that exchange heads, and here are "
+                f"{inner_size or 'none'}: use balancer={self.balancer.partition(':')[0]!r}, which follows the mesh."
             )
 
     @classmethod

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
+from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS, follows_documents, group_size, of_groups
 from cpcompile.runtime.heads import rounds
 from cpcompile.runtime.problem import Problem, keys_sent, pairs, pieces_of, sampled, sent_by_ranks
 from cpcompile.runtime.schedule import Band, Piece, Visible
@@ -240,7 +240,8 @@ def host_seconds(site: Attention, problem: Problem, strategy: str, hops: int) ->
     if not is_gpu(site) or strategy not in HOST or problem.world_size == 1:
         return 0.0
     inner = problem.inner(strategy)
-    least, of_keys, of_heads = (HOST_OF_DOCUMENTS if problem.layout in DOCUMENT_LAYOUTS else HOST)[strategy]
+    of_documents = follows_documents(problem.layout) and group_size(problem.layout) in (1, inner)
+    least, of_keys, of_heads = (HOST_OF_DOCUMENTS if of_documents else HOST)[strategy]
     return least + of_keys * (1 + hops) + of_heads * inner
 
 
@@ -270,7 +271,8 @@ def _of_documents(site: Attention, problem: Problem, inner: int) -> float:
         of_heads = 1.0
     if inner == problem.world_size:
         return of_heads
-    uneven = 1.0 if problem.layout in DOCUMENT_LAYOUTS else UNEVEN
+    is_even = follows_documents(problem.layout) and group_size(problem.layout) in (1, inner)
+    uneven = 1.0 if is_even else UNEVEN
     return max(of_heads, of_rows) * uneven
 
 
@@ -321,15 +323,12 @@ class Choice:
     estimates: dict[tuple[str, str], float]
 
 
-def choose(
-    sites: list[Attention], strategy: str, balancer: str, axis: Ranks, *, follows_documents: bool = True
-) -> Choice:
+def choose(sites: list[Attention], strategy: str, balancer: str, axis: Ranks, *, follow: bool = True) -> Choice:
     """Choose what costs least among what was asked for; `auto` leaves all open. One layout serves all attentions.
 
-    Layouts that follow documents are for those who have some, and only `auto` with `follows_documents` takes one by itself.
+    Layouts that follow documents are for those who have some, and only `auto` with `follow` takes one by itself.
     """
-    follows = follows_documents and any(site.has_documents for site in sites)
-    layouts = (balancer,) if balancer != "auto" else (*LAYOUTS, "balanced") if follows else LAYOUTS
+    layouts = _layouts(strategy, balancer, axis, follow=follow and any(site.has_documents for site in sites))
     best: tuple[float, Choice] | None = None
     estimates: dict[tuple[str, str], float] = {}
     for layout in layouts:
@@ -348,3 +347,12 @@ def choose(
             best = total, Choice(layout, tuple(chosen), estimates)
     assert best is not None
     return best[1]
+
+
+def _layouts(strategy: str, balancer: str, axis: Ranks, *, follow: bool) -> tuple[str, ...]:
+    """Return the layouts to choose among. Where heads are exchanged in groups, documents are dealt to these."""
+    names = (balancer,) if balancer != "auto" else (*LAYOUTS, "balanced") if follow else LAYOUTS
+    dealt = {name: of_groups(name, axis.inner_size) for name in names if name in DOCUMENT_LAYOUTS and axis.inner_size}
+    if strategy == "usp":
+        return tuple(dealt.get(name, name) for name in names)
+    return (*names, *dealt.values()) if strategy == balancer == "auto" else names

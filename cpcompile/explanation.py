@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cpcompile.cost import BYTES, CPU, FLASH2, RATES
-from cpcompile.layout import DOCUMENT_LAYOUTS
+from cpcompile.layout import follows_documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class Explanation:
             f"{self.tokens} tokens on {self.world_size} ranks{grid}, {self.local_tokens} slots each, layout {self.layout}; "
             f"tokens of {named or 'the attentions, which no input holds'}"
         ]
-        if self.layout in DOCUMENT_LAYOUTS:
+        if follows_documents(self.layout):
             lines.append(
                 "the layout follows the documents of each batch; what is said of work here is that of one document"
             )

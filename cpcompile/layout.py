@@ -8,7 +8,9 @@ on 2 ranks, with the causal work of each:
     zig_zag      rank 0: 0 1 6 7 (18 pairs)   rank 1: 2 3 4 5 (18 pairs)
 
 These are known when a model is compiled. The others follow the documents of each batch: how many slots a rank has is known
-then, and which tokens are in them when the batch is there, see `order.py`.
+then, and which tokens are in them when the batch is there, see `order.py`. Where ranks exchange heads in groups, and groups
+are a ring, it is the groups that documents are dealt to: `balanced:4` gives groups of 4 neighbours what `balanced` gives
+ranks, and each rank of a group a quarter of that, in one piece as far as it is one.
 """
 
 from __future__ import annotations
@@ -19,9 +21,30 @@ LAYOUTS = ("contiguous", "zig_zag")
 DOCUMENT_LAYOUTS = ("zig_zag_by_document", "balanced")
 
 
+def follows_documents(layout: str) -> bool:
+    """Tell whether a layout depends on where the documents of a batch begin."""
+    return layout.partition(":")[0] in DOCUMENT_LAYOUTS
+
+
+def of_groups(layout: str, size: int) -> str:
+    """Return the layout that deals documents to groups of `size` neighbouring ranks."""
+    return f"{layout}:{size}" if size > 1 else layout
+
+
+def is_of_groups(layout: str) -> bool:
+    """Tell whether a name is that of a layout of groups."""
+    name, _, size = layout.partition(":")
+    return name in DOCUMENT_LAYOUTS and size.isdecimal() and int(size) > 1
+
+
+def group_size(layout: str) -> int:
+    """Return how many neighbouring ranks share what the documents are dealt to."""
+    return int(layout.partition(":")[2] or 1)
+
+
 def num_chunks(world_size: int, layout: str) -> int:
     """Return into how many equal, globally ordered chunks the padded sequence is cut."""
-    if layout in DOCUMENT_LAYOUTS:
+    if follows_documents(layout):
         raise ValueError(f"the layout {layout!r} has no equal chunks: its runs follow the documents of a batch")
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
@@ -36,7 +59,7 @@ def chunk_length(length: int, world_size: int, layout: str) -> int:
 
 def local_length(length: int, world_size: int, layout: str) -> int:
     """Return the token slots of one rank, padding included. Works on symbolic lengths."""
-    if layout in DOCUMENT_LAYOUTS:
+    if follows_documents(layout):
         return (length + world_size - 1) // world_size
     return chunk_length(length, world_size, layout) * (num_chunks(world_size, layout) // world_size)
 

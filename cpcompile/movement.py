@@ -18,7 +18,7 @@ from cpcompile.annotation import annotate, annotation, placement_of
 from cpcompile.call import Call, is_tensor, value_of
 from cpcompile.emit import emit_copy, fake_result, keep_source
 from cpcompile.errors import NoChunks, NoRule, where
-from cpcompile.layout import DOCUMENT_LAYOUTS, num_chunks
+from cpcompile.layout import follows_documents, num_chunks
 from cpcompile.placement import FULL, Full, Placement, Sharded
 from cpcompile.plan import Lengths, Plan
 
@@ -173,7 +173,7 @@ class Writer:
             NoChunks: the layout has none.
         """
         layout, world_size = str(self.axis[0]), int(self.axis[1])
-        if layout in DOCUMENT_LAYOUTS:
+        if follows_documents(layout):
             raise NoChunks(
                 f"{self.call.target} runs along the tokens in equal chunks, which the layout {layout} does not have: its runs "
                 f"follow the documents.\n\n{where(self.call.node)}\n\nUse balancer='zig_zag' or 'contiguous'."

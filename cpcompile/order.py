@@ -11,7 +11,7 @@ import torch
 
 from cpcompile import layout as layouts
 from cpcompile.balance import BALANCERS, Documents, Sharding
-from cpcompile.layout import DOCUMENT_LAYOUTS, chunk_length, rank_chunks
+from cpcompile.layout import chunk_length, follows_documents, group_size, rank_chunks
 from cpcompile.spans import Segments, Span, Spans
 
 
@@ -34,7 +34,7 @@ class Order:
     @classmethod
     def of(cls, length: int, world_size: int, layout: str, bounds: torch.Tensor | None = None) -> Order:
         """Return the order that an operator's arguments describe; `bounds` as `document_bounds` returns them."""
-        follows = bounds is not None and layout in DOCUMENT_LAYOUTS
+        follows = bounds is not None and follows_documents(layout)
         return cls(length, world_size, layout, segments_of(bounds) if follows and bounds is not None else None)
 
     @classmethod
@@ -58,7 +58,7 @@ class Order:
 
     def positions(self, rank: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the position of each slot of `rank`, int64 `[local_length]`; those of padding slots are >= length."""
-        if self.layout in DOCUMENT_LAYOUTS:
+        if follows_documents(self.layout):
             return _on(_permutation(self)[0][rank], device)
         return layouts.positions(self.length, rank, self.world_size, self.layout, device)
 
@@ -68,7 +68,7 @@ class Order:
 
     def inverse(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return, for each token, its slot in the ranks' slices laid end to end, int64 `[length]`."""
-        if self.layout in DOCUMENT_LAYOUTS:
+        if follows_documents(self.layout):
             return _on(_permutation(self)[1], device)
         return layouts.inverse(self.length, self.world_size, self.layout, device)
 
@@ -84,7 +84,7 @@ def segments_of(bounds: torch.Tensor) -> Segments | None:
 @lru_cache(maxsize=256)
 def _spans(order: Order) -> tuple[Spans, ...]:
     ranks = range(order.world_size)
-    if order.layout in DOCUMENT_LAYOUTS:
+    if follows_documents(order.layout):
         sharding = _sharding(order)
         return tuple(sharding.spans(rank) for rank in ranks)
     size = chunk_length(order.length, order.world_size, order.layout)
@@ -100,7 +100,9 @@ def _spans(order: Order) -> tuple[Spans, ...]:
 @lru_cache(maxsize=16)
 def _sharding(order: Order) -> Sharding:
     rows = order.documents.rows if order.documents is not None else ((0,),)
-    return BALANCERS[order.layout].shard_documents(Documents.of_rows(order.length, rows), order.world_size)
+    balancer, size = BALANCERS[order.layout.partition(":")[0]], group_size(order.layout)
+    of_groups = balancer.shard_documents(Documents.of_rows(order.length, rows), order.world_size // size)
+    return of_groups.split(size, order.local_length) if size > 1 else of_groups
 
 
 @lru_cache(maxsize=16)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from cpcompile.annotation import annotation
-from cpcompile.layout import DOCUMENT_LAYOUTS, local_length, num_chunks
+from cpcompile.layout import follows_documents, local_length, num_chunks
 from cpcompile.placement import Sharded
 
 
@@ -120,7 +120,7 @@ class Lengths:
         if isinstance(value, int):
             return cls(value, value, local_length(value, plan.world_size, plan.layout))
         last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
-        follows = plan.layout in DOCUMENT_LAYOUTS
+        follows = follows_documents(plan.layout)
         chunks = plan.world_size if follows else num_chunks(plan.world_size, plan.layout)
         with gm.graph.inserting_after(last):
             total = gm.graph.call_function(torch.ops.aten.sym_size.int, (tokens, dim))

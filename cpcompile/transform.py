@@ -119,7 +119,7 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
     except (CannotFollow, NoChunks):
         if config.balancer != "auto":
             raise
-        choice = choose(sites, config.strategy, config.balancer, ranks, follows_documents=False)
+        choice = choose(sites, config.strategy, config.balancer, ranks, follow=False)
         captured, plan = copy.deepcopy(analysed), replace(plan, layout=choice.layout)
         shard(captured, choice, plan, changes, times)
     captured.graph.eliminate_dead_code()

@@ -13,7 +13,7 @@ from cpcompile.annotation import annotate
 from cpcompile.call import Call
 from cpcompile.emit import emit_bounds
 from cpcompile.errors import CannotFollow, where
-from cpcompile.layout import DOCUMENT_LAYOUTS
+from cpcompile.layout import follows_documents
 from cpcompile.patterns.nodes import value_numbers
 from cpcompile.plan import Plan
 
@@ -29,7 +29,7 @@ def follow_documents(gm: fx.GraphModule, *, plan: Plan) -> int:
     Raises:
         CannotFollow: attentions see different documents, or documents that the model computes from hidden states.
     """
-    if plan.layout not in DOCUMENT_LAYOUTS:
+    if not follows_documents(plan.layout):
         return 0
     numbers = value_numbers(gm.graph)
     firsts: dict[str, tuple[fx.Node, fx.Node]] = {}  # by the number of tokens, since a sequence has no other name yet

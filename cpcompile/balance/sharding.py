@@ -59,6 +59,25 @@ class Sharding:
         """How many slots at the end of each rank hold no token, int64 [P]."""
         return self.local_length - self.tokens
 
+    @property
+    def slots(self) -> Tensor:
+        """The slot of the first token of each run, on its rank, int64 [R]."""
+        by_rank = self.ranks.argsort(stable=True)
+        sizes, tokens = self.sizes[by_rank], self.tokens
+        slots = torch.empty_like(by_rank)
+        slots[by_rank] = sizes.cumsum(0) - sizes - (tokens.cumsum(0) - tokens)[self.ranks[by_rank]]
+        return slots
+
+    def split(self, parts: int, local_length: int) -> Sharding:
+        """Return the sharding in which `parts` ranks of `local_length` slots, one after the other, share what each rank holds."""
+        slots, ends = self.slots, self.slots + self.sizes
+        first = slots // local_length
+        counts = (ends - 1) // local_length - first + 1
+        run = torch.repeat_interleave(counts)
+        part = torch.arange(len(run)) - (counts.cumsum(0) - counts - first)[run]
+        sizes = ends[run].minimum((part + 1) * local_length) - slots[run].maximum(part * local_length)
+        return Sharding.of(sizes, self.ranks[run] * parts + part, self.world_size * parts, local_length)
+
     def spans(self, rank: int) -> tuple[Span, ...]:
         """Return the runs of `rank`, in order of position and without padding."""
         mine = self.ranks == rank
@@ -68,13 +87,8 @@ class Sharding:
 
     def inverse(self) -> Tensor:
         """Return, for each token of the sequence, its slot in the ranks' slots laid end to end, int64 [length]."""
-        by_rank = self.ranks.argsort(stable=True)
-        sizes, ranks = self.sizes[by_rank], self.ranks[by_rank]
-        tokens = self.tokens
-        held_before = sizes.cumsum(0) - sizes - (tokens.cumsum(0) - tokens)[ranks]
-        slots = torch.empty_like(by_rank)
-        slots[by_rank] = ranks * self.local_length + held_before
-        return torch.arange(self.length) + torch.repeat_interleave(slots - self.starts, self.sizes)
+        firsts = self.ranks * self.local_length + self.slots
+        return torch.arange(self.length) + torch.repeat_interleave(firsts - self.starts, self.sizes)
 
     def order(self) -> Tensor:
         """Return the position in each slot of the ranks laid end to end, int64 [P * local_length]: a permutation."""

@@ -79,7 +79,7 @@ def test_preferences_break_ties() -> None:
 def test_what_is_right_where() -> None:
     assert chosen(WINDOW, TWO) == ("ring", "contiguous")
     assert chosen(replace(LONG, has_documents=True), TWO) == ("ring", "balanced")
-    assert choose([replace(LONG, has_documents=True)], "auto", "auto", TWO, follows_documents=False).layout == "zig_zag"
+    assert choose([replace(LONG, has_documents=True)], "auto", "auto", TWO, follow=False).layout == "zig_zag"
     few_heads = replace(LONG, tokens=1 << 20, heads=3, kv_heads=3)
     assert chosen(few_heads, EIGHT) == ("ring", "zig_zag")
     assert chosen(replace(LONG, tokens=1 << 18), Ranks(32, inner_size=8)) == ("usp", "zig_zag")
