@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS, follows_documents, group_size, of_groups
-from cpcompile.runtime.heads import rounds
+from cpcompile.runtime.heads import most_rounds, rounds
 from cpcompile.runtime.problem import Problem, keys_sent, pairs, pieces_of, sampled, sent_by_ranks
 from cpcompile.runtime.schedule import Band, Piece, Visible
 
@@ -226,7 +226,8 @@ def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
             own = problem.key_width * problem.itemsize * site.kv_heads * site.tokens // axis.world_size
             total += (own + max(r.forward_keys for r in ranks)) / GATHERING
     if swapped:
-        count = 4 * len(rounds(inner, site.heads, site.kv_heads))
+        most = most_rounds(layout, is_ring=inner < axis.world_size)
+        count = 4 * len(rounds(inner, site.heads, site.kv_heads, most))
         total += _exposed(swapped, count, 4, work, link(site, axis, inner))
         total += swapped / LAYING if is_gpu(site) else 0.0
     return max(total, host_seconds(site, problem, strategy, hops))

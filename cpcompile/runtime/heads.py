@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cpcompile.layout import follows_documents
+
 
 @dataclass(frozen=True, slots=True)
 class Heads:
@@ -62,15 +64,20 @@ def heads_of(rank: int, world_size: int, num_query: int, num_key: int) -> Heads:
 NUM_ROUNDS = 2
 
 
-def rounds(world_size: int, num_query: int, num_key: int) -> list[list[Heads]]:
-    """Return the heads of each rank in two rounds, if each has as many whole groups of heads in both, or else in one."""
+def rounds(world_size: int, num_query: int, num_key: int, most: int = NUM_ROUNDS) -> list[list[Heads]]:
+    """Return the heads of each rank in `most` rounds, if each has as many whole groups of heads in all, or else in one."""
     ranks = [heads_of(rank, world_size, num_query, num_key) for rank in range(world_size)]
     own = {rank.num_key for rank in ranks}
     is_even = len(own) == 1 and all(rank.num_query == rank.num_key * rank.group for rank in ranks)
-    size = own.pop() // NUM_ROUNDS if is_even else 0
-    if world_size == 1 or not size or size * NUM_ROUNDS != ranks[0].num_key:
+    size = own.pop() // most if is_even else 0
+    if world_size == 1 or not size or size * most != ranks[0].num_key:
         return [ranks]
-    return [[rank.part(i * size, (i + 1) * size) for rank in ranks] for i in range(NUM_ROUNDS)]
+    return [[rank.part(i * size, (i + 1) * size) for rank in ranks] for i in range(most)]
+
+
+def most_rounds(layout: str, is_ring: bool) -> int:
+    """Return in how many rounds heads are exchanged, if they divide: a ring of documents has many small kernels already."""
+    return 1 if is_ring and follows_documents(layout) else NUM_ROUNDS
 
 
 def storage(world_size: int, num_query: int, num_key: int) -> tuple[int, int]:

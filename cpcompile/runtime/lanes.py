@@ -12,13 +12,15 @@ from functools import lru_cache
 
 import torch
 
+from cpcompile.runtime.streams import Side
+
 Tensors = tuple[torch.Tensor, ...]
 NUM_LANES = 3
 
 
 @lru_cache(maxsize=32)
-def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
-    return tuple(torch.cuda.Stream(device) for _ in range(NUM_LANES))  # type: ignore[no-untyped-call]
+def _sides(device: torch.device) -> tuple[Side, ...]:
+    return tuple(Side(device) for _ in range(NUM_LANES))
 
 
 class Lanes:
@@ -41,11 +43,7 @@ class Lanes:
             take(compute())
             self._num_taken += 1
             return self._num_submitted
-        stream = _streams(self._device)[self._num_submitted % NUM_LANES]
-        stream.wait_stream(torch.cuda.current_stream(self._index))
-        with torch.cuda.stream(stream):
-            results = compute()
-            done = stream.record_event()
+        results, done = _sides(self._device)[self._num_submitted % NUM_LANES].run(compute)
         self._started.append((compute, results, done, take))
         if len(self._started) > NUM_LANES:  # few results exist at once
             self.wait(self._num_taken + 1)

@@ -22,5 +22,5 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_
 
 
 def add_(total: torch.Tensor, x: torch.Tensor) -> None:
-    """Add `x` to `total` in place, in the accumulation dtype, rounded once."""
-    total.copy_(total.to(accumulation_dtype(total.dtype)) + x)
+    """Add `x` to `total` in place, rounded once: torch adds in float32 at least."""
+    total.add_(x)

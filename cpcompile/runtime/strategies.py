@@ -17,7 +17,7 @@ import torch
 from cpcompile.layout import local_length
 from cpcompile.order import Order
 from cpcompile.runtime import gather, latent, latent_heads, operators, ring, ulysses
-from cpcompile.runtime.heads import NUM_ROUNDS, rounds, storage
+from cpcompile.runtime.heads import NUM_ROUNDS, most_rounds, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.partial import empty_result
 from cpcompile.runtime.post import Ring
@@ -85,14 +85,19 @@ class Axis:
         """The ranks as a grid."""
         size = self.inner_size
         inner, outer = Ring.of(self.inner_group, size), Ring.of(self.outer_group, self.world_size // size)
-        return _grid_of(self.order, inner, outer, self.room)
+        return _grid_of(self.order, inner, outer, self.room, self.most_rounds)
+
+    @property
+    def most_rounds(self) -> int:
+        """In how many rounds heads are exchanged."""
+        return most_rounds(self.layout, is_ring=self.inner_size < self.world_size)
 
 
 @lru_cache(maxsize=256)
-def _grid_of(order: Order, inner: Ring, outer: Ring, room: int) -> ulysses.Grid:
+def _grid_of(order: Order, inner: Ring, outer: Ring, room: int, most_rounds: int) -> ulysses.Grid:
     spans = order.spans
     rows = tuple(spans[start : start + inner.size] for start in range(0, order.world_size, inner.size))
-    return ulysses.Grid(inner, outer, rows, room)
+    return ulysses.Grid(inner, outer, rows, room, most_rounds)
 
 
 def _results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
@@ -215,7 +220,7 @@ def _usp_backward(
 def _usp_results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
     at = Axis(**axis)
     # All ranks run the graph that one of them traced: sizes do not depend on the rank.
-    count = len(rounds(at.inner_size, q.shape[1], k.shape[1]))
+    count = len(rounds(at.inner_size, q.shape[1], k.shape[1], at.most_rounds))
     num_query, num_key = (room // count for room in storage(at.inner_size, q.shape[1], k.shape[1]))
 
     def stored(x: Tensor, heads: int, dim: int) -> Tensor:

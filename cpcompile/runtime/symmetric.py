@@ -28,6 +28,7 @@ from typing import Protocol
 import torch
 
 from cpcompile._torch import SymmetricMemory
+from cpcompile.runtime.streams import Side
 from cpcompile.runtime.transfer import Event, Parts, Ring, Transfer
 
 Tensor = torch.Tensor
@@ -61,8 +62,7 @@ class CudaDevice:
     """A GPU. The side stream goes first where both want an SM: all that it puts there is a barrier of one warp."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._index = device, device.index  # torch takes long to look up the index of a device
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._device, self._side = device, Side(device, priority=-1)
 
     def memory(self, num_bytes: int, group: str) -> Memory:
         """Allocate memory; the hosts of all ranks wait for each other."""
@@ -70,11 +70,7 @@ class CudaDevice:
 
     def aside(self, work: Callable[[], None]) -> Event:
         """Run work on the side stream, after what the current one holds."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._index))
-        with torch.cuda.stream(self._stream):
-            work()
-        done: Event = self._stream.record_event()
-        return done
+        return self._side.run(work)[1]
 
     def is_capturing(self) -> bool:
         """Tell whether the current stream is captured in a graph."""

@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from cpcompile.runtime import ring as ring_attention
-from cpcompile.runtime.heads import Heads, rounds, storage
+from cpcompile.runtime.heads import NUM_ROUNDS, Heads, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.partial import empty_result
 from cpcompile.runtime.post import Ring
@@ -32,13 +32,14 @@ class Grid:
     """The ranks that exchange heads (`inner`) and those among which keys travel (`outer`).
 
     `spans[o][i]` are the tokens of the rank at (outer o, inner i), and `room` the slots for all tokens of inner ranks: as
-    many in each group, though one may hold fewer tokens.
+    many in each group, though one may hold fewer tokens. `most_rounds`: see `heads.rounds`.
     """
 
     inner: Ring
     outer: Ring
     spans: tuple[tuple[Spans, ...], ...]
     room: int
+    most_rounds: int = NUM_ROUNDS
 
     @cached_property
     def rows(self) -> tuple[Spans, ...]:
@@ -62,7 +63,7 @@ class Grid:
 
     def rounds(self, q: Tensor, k: Tensor) -> list[list[Heads]]:
         """Return the heads of each inner rank, in rounds: some are exchanged while others are computed."""
-        return rounds(self.inner.size, q.shape[1], k.shape[1])
+        return rounds(self.inner.size, q.shape[1], k.shape[1], self.most_rounds)
 
 
 def tokens_to_heads(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import cpcompile.runtime  # noqa: F401  registers the operators
-from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
+from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
 from cpcompile.order import Order
-from cpcompile.runtime import kernels
+from cpcompile.runtime import kernels, schedule
 from cpcompile.runtime.dropout import is_kept
 
 ALL_LAYOUTS = (*LAYOUTS, *DOCUMENT_LAYOUTS)
@@ -237,11 +237,24 @@ def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any
 def attend_in_other_calls(
     rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any]]
 ) -> dict[str, list[torch.Tensor]]:
-    """Run the operator as where a kernel takes many rectangles at once, and windows only of the rows' own tokens."""
+    """Run the operator as where a kernel takes many rectangles at once, and windows only of the rows' own tokens.
+
+    A ring fetches each run of documents for itself, as where there is much between them.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "takes_rectangles", lambda *_: True)
         patch.setattr(kernels, "prefers_squares", lambda *_: True)
-        return attend(rank, strategy, layout, cases)
+        patch.setattr(schedule, "GAP", 0)
+        forget_schedules()
+        found = attend(rank, strategy, layout, cases)
+    forget_schedules()
+    return found
+
+
+def forget_schedules() -> None:
+    """Forget what was found with another gap."""
+    for function in (schedule.needs, schedule.visits):
+        function.cache_clear()
 
 
 def check(
@@ -278,6 +291,25 @@ def test_equals_the_whole_attention(pool: Any, strategy: str, layout: str, world
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_usp_equals_the_whole_attention(pool: Any, strategy: str, layout: str, world_size: int) -> None:
     check(pool, strategy, layout, world_size, CASES)
+
+
+@pytest.mark.parametrize("layout", DOCUMENT_LAYOUTS)
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "size"),
+    [
+        (2, "usp_2", 2),
+        (4, "usp_2", 2),
+        (4, "usp_4", 4),
+        (4, "usp_4", 2),
+        (3, "ring", 3),
+        (4, "gather", 2),
+        (4, "ulysses", 2),
+    ],
+)
+def test_documents_dealt_to_groups_equal_the_whole_attention(
+    pool: Any, strategy: str, layout: str, world_size: int, size: int
+) -> None:
+    check(pool, strategy, of_groups(layout, size), world_size, CASES)
 
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)

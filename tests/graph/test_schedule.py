@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
+from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
 from cpcompile.order import Order
-from cpcompile.runtime import calls
+from cpcompile.runtime import calls, schedule
 from cpcompile.runtime.schedule import (
     Band,
     Needs,
@@ -23,12 +23,12 @@ from cpcompile.runtime.schedule import (
     Visible,
     by_position,
     needs,
-    packed,
     pieces,
     visits,
     whole,
 )
 
+GAP = 3
 BANDS = st.one_of(
     st.builds(Band, st.one_of(st.none(), st.integers(-9, 0)), st.just(0)),
     st.builds(Band, st.one_of(st.none(), st.integers(-9, 0)), st.one_of(st.none(), st.integers(0, 7))),
@@ -37,10 +37,11 @@ BANDS = st.one_of(
 
 @pytest.fixture(autouse=True, scope="module")
 def short_rectangles_are_long() -> Iterator[None]:
-    """Let rectangles of a few tokens be cut into widths that recur."""
+    """Let rectangles of a few tokens be cut into widths that recur, and a few tokens be too many to be fetched in vain."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls, "LONG", 4)
         patch.setattr(calls, "STEP", 2)
+        patch.setattr(schedule, "GAP", GAP)
         forget()
         yield
     forget()
@@ -60,7 +61,9 @@ def problems(draw: st.DrawFn) -> tuple[int, int, str, Visible]:
         starts = draw(st.lists(st.sets(st.integers(0, length - 1)), min_size=1, max_size=2))
         segments = Segments.of(tuple(tuple(sorted({0, *row})) for row in starts))
     visible = Visible(draw(BANDS), segments, is_joined=draw(st.booleans()))
-    return length, draw(st.integers(1, 5)), draw(st.sampled_from((*LAYOUTS, *DOCUMENT_LAYOUTS))), visible
+    world_size, layout = draw(st.integers(1, 6)), draw(st.sampled_from((*LAYOUTS, *DOCUMENT_LAYOUTS)))
+    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0] if layout in DOCUMENT_LAYOUTS else [1]
+    return length, world_size, of_groups(layout, draw(st.sampled_from(sizes))), visible
 
 
 def seen(length: int, visible: Visible) -> torch.Tensor:
@@ -122,10 +125,14 @@ def test_pieces_cover_what_is_visible_once(problem: tuple[int, int, str, Visible
     spans = Order(length, world_size, layout, visible.segments).spans
     plan = needs(spans, visible)
     for rank, rows in enumerate(spans):
-        for source in range(world_size):
-            columns = packed(plan.of[rank][source])  # what a rank fetches is enough
-            for piece in pieces(rows, columns, visible):
-                add(covered, piece, positions_of(rows), positions_of(columns))
+        for visit in visits(spans, visible, rank):
+            source = (rank - visit.step) % world_size
+            columns = positions_of(spans[source])
+            if visit.step:  # what a rank fetches is enough
+                columns = torch.cat([columns[run.slots] for run in plan.runs[rank][source]] or [columns[:0]])
+                assert len(columns) == visit.num_columns
+            for piece in visit.pieces:
+                add(covered, piece, positions_of(rows), columns)
     assert torch.equal(covered, expected.long())
 
 
@@ -198,12 +205,19 @@ def test_what_is_held_is_what_is_needed(problem: tuple[int, int, str, Visible]) 
             owned = positions_of(spans[source])
             for own, there in zip(plan.of[receiver][source], plan.within[receiver][source], strict=True):
                 assert torch.equal(owned[own.slots], at[there.slots])
-            slots, joined = (
+            slots, fetched = (
                 [slot for run in found[receiver][source] for slot in range(run.slots.start, run.slots.stop)]
                 for found in (plan.of, plan.runs)
             )
-            assert slots == joined
-            assert all(a.slots.stop < b.slot for a, b in pairwise(plan.runs[receiver][source]))
+            runs, laid = plan.runs[receiver][source], plan.laid[receiver][source]
+            gap = GAP if visible.is_varied else 0
+            assert set(slots) <= set(fetched)
+            assert [slots[0], slots[-1]] == [fetched[0], fetched[-1]] if slots else not fetched
+            assert all(a.slots.stop + gap < b.slot for a, b in pairwise(runs))
+            assert gap or slots == fetched
+            assert [slot for span in laid for slot in range(span.slots.start, span.slots.stop)] == [
+                *range(len(fetched))
+            ]
     sent = {t for t in range(1, world_size) for r in range(world_size) if plan.of[r][(r - t) % world_size]}
     assert plan.steps == tuple(sorted(sent))
 
