@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -193,6 +194,11 @@ def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def shares_gpus() -> bool:
+    """Whether torch lets several ranks have symmetric memory on one GPU, which somebody has to ask for."""
+    return os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "").lower() in ("1", "y", "yes", "t", "true")
 
 
 class SymmetricMemory:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from cpcompile._torch import resolve_group
+from cpcompile._torch import resolve_group, shares_gpus
 from cpcompile.runtime.symmetric import GRANULE, CudaDevice, Device, Lane
 from cpcompile.runtime.transfer import Ring
 
@@ -114,7 +114,7 @@ def _obstacle(ranks: list[_Rank], device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     others = [rank.device for rank in ranks if rank.device is not None]
-    if len(set(others)) < len(ranks):
+    if len(set(others)) < len(ranks) and not shares_gpus():
         return "its ranks see their GPUs by the same number"
     if max(others) >= torch.cuda.device_count():
         return "a rank does not see the GPUs of all others"
