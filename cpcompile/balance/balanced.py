@@ -21,8 +21,8 @@ class Balanced(Balancer):
     rank 0: 0 1 2 5 (12 pairs)   rank 1: 3 4 | 6 7 (12 pairs)
 
     A rank is full with `rounds` chunks, which fill its slots, so that no document is padded: what P does not divide is missing
-    at the end of the sequence. `rounds` is doubled from 1 until the busiest rank has at most `tolerance` more work than the
-    mean; where none gets there, the most even is taken. One round is `Contiguous`, two of one long document are `ZigZag`: as few
+    at the end of the sequence. `rounds` grows from 1, by a quarter from 4 on, until the busiest rank has at most `tolerance` more
+    work than the mean; where none gets there, the most even is taken. One round is `Contiguous`, two of one long document are `ZigZag`: as few
     and long runs as the work allows.
 
     Ours. The rule is Graham's longest processing time first, with the limit of balanced k-partitioning (Babel, Kellerer and
@@ -58,7 +58,7 @@ def _candidates(documents: Documents, world_size: int) -> Iterator[Sharding]:
         tokens = sharding.tokens
         if int(tokens.max() - tokens.min()) <= -(-documents.length // (rounds * world_size)):
             yield sharding
-        rounds *= 2
+        rounds += max(1, (1 << rounds.bit_length()) // 8)
 
 
 def _deal(documents: Documents, world_size: int, rounds: int) -> Sharding:

@@ -8,12 +8,8 @@ delays on both streams pull the ranks apart: a message overwritten too early sho
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import tempfile
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -23,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.layout import positions
 from cpcompile.runtime import transport
 from cpcompile.runtime.symmetric import CudaDevice, Device, Event, Memory
+from tests.gpu.jobs import results_of, run_cases, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
 
@@ -169,48 +165,20 @@ def run_case(case: Case, rank: int, device: torch.device, make: Callable[[torch.
     return {"transport": transport.transport_of(group), "errors": errors}
 
 
-def work(rank: int, folder: str) -> None:
-    """Run all cases on one rank; each result is on disk before the next case starts."""
+def work(rank: int, world_size: int, folder: str) -> None:
+    """Run all cases on one rank."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl",
-        store=dist.FileStore(f"{folder}/store", WORLD_SIZE),
+        store=dist.FileStore(f"{folder}/store", world_size),
         rank=rank,
-        world_size=WORLD_SIZE,
+        world_size=world_size,
         timeout=timedelta(seconds=120),
         device_id=device,
     )
-    run_cases(rank, folder, device, CudaDevice)
+    run_cases(CASES, rank, folder, lambda case: run_case(case, rank, device, CudaDevice))
     dist.destroy_process_group()
-
-
-def run_cases(rank: int, folder: str, device: torch.device, make: Callable[[torch.device], Device]) -> None:
-    """Run all cases in a process group that exists."""
-    for case in CASES:
-        start = time.perf_counter()
-        try:
-            result = run_case(case, rank, device, make)
-        except Exception:
-            result = {"failed": traceback.format_exc()}
-        result["seconds"] = time.perf_counter() - start
-        Path(folder, f"{case}.{rank}.json").write_text(json.dumps(result))
-
-
-def run_all(folder: str) -> None:
-    """Run the ranks; end those that hang."""
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # it is not used
-    context = mp.get_context("spawn")
-    ranks = [context.Process(target=work, args=(rank, folder)) for rank in range(WORLD_SIZE)]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + LIMIT
-    for process in ranks:
-        process.join(max(deadline - time.monotonic(), 0))
-    for process in ranks:
-        if process.is_alive():
-            process.kill()
-        process.join()
 
 
 @pytest.fixture(scope="module")
@@ -218,19 +186,16 @@ def folder() -> Iterator[Path]:
     """Results of all cases, run once."""
     if torch.cuda.device_count() < WORLD_SIZE:
         pytest.skip(f"needs {WORLD_SIZE} GPUs")
-    with tempfile.TemporaryDirectory() as path:
-        run_all(path)
+    with tempfile.TemporaryDirectory() as path, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # it is not used
+        run_ranks(work, WORLD_SIZE, path, LIMIT)
         yield Path(path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_one_device(folder: Path, case: Case) -> None:
     worst = []
-    for rank in range(WORLD_SIZE):
-        path = folder / f"{case}.{rank}.json"
-        assert path.exists(), f"rank {rank} ended before this case, or hangs in it"
-        result = json.loads(path.read_text())
-        assert "failed" not in result, f"rank {rank}: {result['failed']}"
+    for rank, result in enumerate(results_of(case, WORLD_SIZE, folder)):
         assert result["transport"] == ("p2p" if case.transport == "p2p" else "symmetric")
         assert len(result["errors"]) == NUM_RUNS
         worst.append(max(result["errors"]))

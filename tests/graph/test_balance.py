@@ -24,6 +24,7 @@ from cpcompile.balance import (
 from cpcompile.balance.balanced import work
 from cpcompile.errors import ConfigError, InputError
 from cpcompile.layout import local_length, positions
+from cpcompile.layout import of_groups as of_layout
 from cpcompile.order import Order
 from cpcompile.runtime.schedule import Band, Segments, Visible, by_position, needs
 
@@ -160,9 +161,30 @@ def test_balanced_needs_few_runs() -> None:
     assert Balanced(tolerance=1).shard(64, 4).ranks.tolist() == [0, 1, 2, 3], (
         "ranks are named in the order of the tokens"
     )
-    for mix, most in {"giant": 8, "log_normal": 8, "tiny": 32}.items():
+    for mix, most in {"giant": 3, "log_normal": 6, "tiny": 26}.items():
         bounds = MIXES[mix](8 * 8192, torch.Generator().manual_seed(0))
         assert simulate(Balanced(), 8 * 8192, 8, bounds).runs.max() <= most
+
+
+@TIMELESS
+@given(packed(), st.integers(1, 12), st.integers(1, 5), st.sampled_from(["balanced", "zig_zag_by_document"]))
+def test_groups_share_what_they_are_dealt(packed: tuple[int, list[int]], num_groups: int, size: int, name: str) -> None:
+    """Each rank of a group has an equal part of the slots of the group, in their order."""
+    length, bounds = packed
+    of_groups = BALANCERS[name].shard(length, num_groups, bounds)
+    local = local_length(length, num_groups * size, name)
+    sharding = of_groups.split(size, local)
+    assert (sharding.world_size, sharding.local_length, sharding.length) == (num_groups * size, local, length)
+    for group in range(num_groups):
+        dealt = held(of_groups, group)
+        parts = [held(sharding, group * size + i) for i in range(size)]
+        assert [dealt[i * local : (i + 1) * local] for i in range(size)] == parts
+    starts = tuple(torch.tensor(bounds).unique()[:-1].tolist())
+    order = Order(length, num_groups * size, of_layout(name, size), Segments.of((starts,)))
+    assert order.spans == tuple(sharding.spans(rank) for rank in range(num_groups * size))
+    assert torch.cat([order.positions(rank) for rank in range(num_groups * size)]).sort().values.tolist() == [
+        *range(num_groups * size * local)
+    ]
 
 
 def test_others_are_not_balanced() -> None:
