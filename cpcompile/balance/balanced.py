@@ -21,9 +21,9 @@ class Balanced(Balancer):
     rank 0: 0 1 2 5 (12 pairs)   rank 1: 3 4 | 6 7 (12 pairs)
 
     A rank is full with `rounds` chunks, which fill its slots, so that no document is padded: what P does not divide is missing
-    at the end of the sequence. `rounds` grows from 1, by a quarter from 4 on, until the busiest rank has at most `tolerance` more
-    work than the mean; where none gets there, the most even is taken. One round is `Contiguous`, two of one long document are `ZigZag`: as few
-    and long runs as the work allows.
+    at the end of the sequence. `rounds` grows from 1, by a quarter from 4 on, until the busiest rank has at most `tolerance`
+    more work than the mean; where none gets there, the most even is taken. One round is `Contiguous`, two of one long document
+    are `ZigZag`: as few and long runs as the work allows.
 
     Ours. The rule is Graham's longest processing time first, with the limit of balanced k-partitioning (Babel, Kellerer and
     Kotov 1998); torch's per-block (PTRR) balancer sorts blocks of a given size and deals them back and forth.
