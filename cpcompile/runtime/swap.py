@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from cpcompile.runtime.messages import lay, tokens_first
+from cpcompile.runtime.messages import copy_, lay, tokens_first
 from cpcompile.runtime.post import Parts, Ring, Transfer, new_message, post
 
 Tensor = torch.Tensor
@@ -32,7 +32,7 @@ class Swap:
         if self.transfer is not None:
             self.transfer.wait()
         for to, x in self.staged:
-            to.copy_(x)
+            copy_(to, x)
 
 
 def send_tokens(
@@ -75,7 +75,7 @@ def send_tokens(
                 if into[rank][-1] is not to:
                     staged.append((to, into[rank][-1]))
         for slots, place in places[ring.rank]:
-            mine[place] = tokens_first(x[:, heads, slots])
+            copy_(mine[place], tokens_first(x[:, heads, slots]))
     totals = [count * sum(sum(widths[rank]) for rank in ranks if rank != source) for source, count in enumerate(counts)]
     return _start(tensors[0], totals, lay_all, into, parts, staged, ring)
 
@@ -125,7 +125,7 @@ def send_heads(
             into[rank] += [arriving[_scaled(slots, width, start)] for slots, _ in own if width]
             start += count * width
         for slots, place in own:
-            target[:, of_rank[ring.rank][index], slots] = x[:, :, place]
+            copy_(target[:, of_rank[ring.rank][index], slots], x[:, :, place])
     totals = [(sum(counts) - count) * sum(of_source) for count, of_source in zip(counts, widths, strict=True)]
     return _start(tensors[0], totals, lay_all, into, parts, staged, ring)
 

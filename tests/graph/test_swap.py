@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from cpcompile.runtime.messages import _has_wide_rows, copy_
 from cpcompile.runtime.swap import _by_rank, _evenly_apart, _gaps
 
 
@@ -27,6 +29,19 @@ def test_heads_by_rank() -> None:
     x = torch.arange(2 * 7 * 5 * 3).view(2, 7, 5, 3)
     heads = [slice(1, 3), slice(3, 5), slice(5, 7)]
     assert torch.equal(_by_rank(x, heads, 4), torch.stack([x[:, own, :4].permute(2, 0, 1, 3) for own in heads]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("head_dim", "is_wide"), [(8, True), (3, False)])
+def test_runs_of_heads_are_copied_bit_by_bit(dtype: torch.dtype, head_dim: int, is_wide: bool) -> None:
+    x = torch.randn(2, 5, 6, head_dim).to(dtype)
+    x[0, 1, 2, 0] = -torch.nan
+    runs = _by_rank(x.transpose(1, 2), [slice(0, 2), slice(2, 4), slice(4, 6)], 4)
+    to = torch.full_like(runs, 7.0, memory_format=torch.contiguous_format)
+    assert _has_wide_rows(runs) == _has_wide_rows(to) == is_wide
+    copy_(to, runs)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(to.view(bits), runs.contiguous().view(bits))
 
 
 def test_gaps() -> None:
