@@ -1,4 +1,4 @@
-"""The private parts of torch that cpcompile needs, each behind one function. Checked on torch 2.11, 2.13 and 2.14."""
+"""The private parts of torch that cpcompile needs, each behind one function. Checked on torch 2.11 to 2.14."""
 
 from __future__ import annotations
 

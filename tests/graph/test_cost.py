@@ -143,6 +143,25 @@ def test_heads_of_whole_documents_are_best_where_one_call_takes_many() -> None:
     assert chosen(replace(packed, kernel="triton"), EIGHT) == ("ring", "balanced")
 
 
+def test_documents_are_dealt_to_the_ranks_that_exchange_heads() -> None:
+    packed = replace(LONG, has_documents=True, kernel="cudnn_varlen")
+    grid = Ranks(8, inner_size=4)
+    assert chosen(packed, grid, "usp", "balanced") == ("usp", "balanced:4")
+    assert chosen(packed, grid, "usp", "zig_zag_by_document") == ("usp", "zig_zag_by_document:4")
+    assert chosen(packed, grid, "usp", "balanced:4") == ("usp", "balanced:4")
+    assert chosen(packed, grid, "usp", "zig_zag") == ("usp", "zig_zag")
+    assert chosen(packed, TWO, "usp", "balanced") == ("gather", "balanced"), "no grid"
+    # Asked for without usp, they follow the ranks: a second graph of the model asks for what the first one got.
+    assert chosen(packed, grid, "auto", "balanced")[1] == "balanced"
+    assert chosen(packed, grid, "ring", "balanced") == ("ring", "balanced")
+    layouts = {layout for layout, _ in choose([packed], "auto", "auto", grid).estimates}
+    assert layouts == {"contiguous", "zig_zag", "balanced", "balanced:4"}
+    # Ranks that compute rows of their own have unequal shares of what a group is dealt.
+    assert seconds(packed, "ring", "balanced:4", grid) > seconds(packed, "ring", "balanced", grid)
+    # Heads for one axis of the mesh only: more hosts than heads.
+    assert chosen(replace(packed, tokens=1 << 20), Ranks(64, inner_size=8)) == ("usp", "balanced:8")
+
+
 def test_short_attentions_take_what_the_host_launches_soonest() -> None:
     short = replace(SITE, tokens=1 << 13)
     ring, ulysses = (seconds(short, strategy, "zig_zag", EIGHT) for strategy in ("ring", "ulysses"))

@@ -98,7 +98,7 @@ def test_which_rows_and_ranks(one_rank: ModuleType) -> None:
     assert "causal_64k/4/ring/zig_zag" in names and "causal_64k/8/ring/zig_zag" not in names
     ranks = {item.name: item.measured_ranks("few") for item in items}
     assert ranks["packed_64k_random_16/8/ring/balanced"] == list(range(8))
-    assert ranks["packed_64k_random_16/8/usp 2x4/balanced"] == [0, 4]
+    assert ranks["packed_64k_random_16/8/usp 2x4/balanced:4"] == [0, 4]
     assert ranks["causal_128k/8/ring/zig_zag"] == [0, 4, 7]
     assert ranks["causal_128k/8/usp 4x2/zig_zag"] == [0, 4, 6]
     assert ranks["causal_128k/8/ulysses/contiguous"] == [0]

@@ -162,6 +162,22 @@ def test_bad_choice_lists_the_good_ones(option: str, value: str, choices: str) -
         explain(TinyLM(), batch(), world_size=2, **{option: value})
 
 
+@pytest.mark.parametrize("balancer", ["zig_zag:2", "balanced:", "balanced:1", "balanced:x", "balanced:-2"])
+def test_only_layouts_that_follow_documents_are_dealt_to_groups(balancer: str) -> None:
+    with pytest.raises(ConfigError, match=f"balancer='{balancer}' is not an option"):
+        explain(TinyLM(), batch(), world_size=4, inner_size=2, balancer=balancer)
+
+
+def test_groups_are_those_of_the_mesh() -> None:
+    with pytest.raises(
+        ConfigError,
+        match="balancer='balanced:4' is for 4 ranks that exchange heads, and here are 2: use balancer='balanced'",
+    ):
+        explain(TinyLM(), batch(), world_size=4, inner_size=2, balancer="balanced:4")
+    with pytest.raises(ConfigError, match="and here are none"):
+        explain(TinyLM(), batch(), world_size=4, balancer="balanced:2")
+
+
 def test_nothing_to_shard() -> None:
     class Whole(Logits):
         def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]

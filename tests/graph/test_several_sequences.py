@@ -127,6 +127,7 @@ def test_memory_and_learned_queries(world_size: int, length: int) -> None:
     cpcompile.verify(Reader().double(), inputs, world_size=world_size, dtype=torch.float64).raise_if_wrong()
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")  # torch 2.12
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_transformers_encoder_decoder(family: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -151,9 +152,9 @@ def test_transformers_encoder_decoder(family: str) -> None:
         "input_ids": torch.randint(3, 19, (2, 11), generator=generator),
         "labels": torch.randint(3, 19, (2, 7), generator=generator),
     }
-    if family == "t5" and torch.__version__ < "2.12":
-        # Its cache copies the config, which Dynamo traces since torch 2.12. BART makes none where it has labels.
-        with pytest.raises(GraphBreakError, match=r"copy\.deepcopy"):
+    if family == "t5" and torch.__version__ < "2.13":
+        # Its cache copies the config, which Dynamo traces since torch 2.13. BART makes none where it has labels.
+        with pytest.raises(GraphBreakError, match=r"copy\.(deepcopy|py)"):
             cpcompile.verify(model, inputs, world_size=2)
         inputs["use_cache"] = False
     cpcompile.verify(model.double(), inputs, world_size=2, dtype=torch.float64, balancer="zig_zag").raise_if_wrong()
