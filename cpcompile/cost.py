@@ -205,6 +205,11 @@ class Ranks:
 @lru_cache(maxsize=1024)
 def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
     """Return the estimated seconds of one attention, forward and backward, on the slowest rank."""
+    return max(device_seconds(site, strategy, layout, axis), host_seconds(site, strategy, layout, axis))
+
+
+def device_seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
+    """Return the seconds of the slowest rank whose host is ahead: of its kernels, and of messages that these do not hide."""
     problem = site.problem(axis, layout)
     work = compute_seconds(site, problem, strategy)
     inner = problem.inner(strategy)
@@ -215,7 +220,7 @@ def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
     ranks = sent_by_ranks(problem, strategy)
     keys = max(r.forward_keys + r.backward_keys for r in ranks)
     swapped = max(r.forward_swap + r.backward_swap for r in ranks)
-    total, hops = work, 0
+    total = work
     if keys:
         hops = max(ring.sources for ring in keys_sent(problem, strategy).values())
         messages = 3 * (math.ceil(site.kv_heads / axis.heads_per_message) if axis.heads_per_message else 1)
@@ -230,17 +235,16 @@ def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
         count = 4 * len(rounds(inner, site.heads, site.kv_heads, most))
         total += _exposed(swapped, count, 4, work, link(site, axis, inner))
         total += swapped / LAYING if is_gpu(site) else 0.0
-    return max(total, host_seconds(site, problem, strategy, hops))
+    return total
 
 
-def host_seconds(site: Attention, problem: Problem, strategy: str, hops: int) -> float:
-    """Return the seconds that the host takes to launch an attention and its gradient on a GPU; on a CPU it computes itself.
-
-    `hops`: the ranks whose keys a rank fetches.
-    """
-    if not is_gpu(site) or strategy not in HOST or problem.world_size == 1:
+def host_seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
+    """Return the seconds that the host takes to launch an attention and its gradient on a GPU; on a CPU it computes itself."""
+    if not is_gpu(site) or strategy not in HOST or axis.world_size == 1:
         return 0.0
+    problem = site.problem(axis, layout)
     inner = problem.inner(strategy)
+    hops = max(ring.sources for ring in keys_sent(problem, strategy).values())
     of_documents = follows_documents(problem.layout) and group_size(problem.layout) in (1, inner)
     least, of_keys, of_heads = (HOST_OF_DOCUMENTS if of_documents else HOST)[strategy]
     return least + of_keys * (1 + hops) + of_heads * inner
