@@ -245,8 +245,7 @@ def host_seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> fl
     problem = site.problem(axis, layout)
     inner = problem.inner(strategy)
     hops = max(ring.sources for ring in keys_sent(problem, strategy).values())
-    of_documents = follows_documents(problem.layout) and group_size(problem.layout) in (1, inner)
-    least, of_keys, of_heads = (HOST_OF_DOCUMENTS if of_documents else HOST)[strategy]
+    least, of_keys, of_heads = (HOST_OF_DOCUMENTS if _deals_evenly(layout, inner) else HOST)[strategy]
     return least + of_keys * (1 + hops) + of_heads * inner
 
 
@@ -276,9 +275,12 @@ def _of_documents(site: Attention, problem: Problem, inner: int) -> float:
         of_heads = 1.0
     if inner == problem.world_size:
         return of_heads
-    is_even = follows_documents(problem.layout) and group_size(problem.layout) in (1, inner)
-    uneven = 1.0 if is_even else UNEVEN
-    return max(of_heads, of_rows) * uneven
+    return max(of_heads, of_rows) * (1.0 if _deals_evenly(problem.layout, inner) else UNEVEN)
+
+
+def _deals_evenly(layout: str, inner: int) -> bool:
+    """Tell whether the layout gives equal work of documents to ranks, or to the groups of `inner` that compute the same rows."""
+    return follows_documents(layout) and group_size(layout) in (1, inner)
 
 
 def expansion_seconds(site: Attention, axis: Ranks, parts: int = 1) -> float:

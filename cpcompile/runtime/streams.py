@@ -17,14 +17,12 @@ class Side:
         """Make the stream; a negative priority goes first where both want a multiprocessor."""
         self._index = device.index  # torch takes long to look up the index of a device
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
-        self._reached = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def run(self, work: Callable[[], T]) -> tuple[T, torch.cuda.Event]:
         """Run work after what the current stream holds; return its result and when it is done."""
         current = torch.cuda.current_stream(self._index)
-        self._reached.record(current)
-        self._stream.wait_event(self._reached)
-        # `torch.cuda.stream` and `wait_stream` do the same in twice the time.
+        self._stream.wait_stream(current)
+        # The context manager `torch.cuda.stream` takes the host 11 us.
         with torch.cuda.device(self._index):
             torch.cuda.set_stream(self._stream)
             try:
