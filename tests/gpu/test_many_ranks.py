@@ -28,9 +28,9 @@ from tests.gpu.model_errors import check, model_errors
 from tests.models import Mixer, batch, llama
 from tests.packing import PackedLM, packed_batch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1300)]
 
-LIMIT = 300.0  # seconds for all cases of a number of ranks
+LIMIT = 600.0  # seconds for all cases of a number of ranks, most of which Triton compiles
 NUM_RUNS = 3  # on other inputs each: the memory of a message is used again
 HEADS, HEAD_DIM, WINDOW = (16, 8), 64, 300
 STARTS = (0, 3, 200, 700, 701, 1500)
