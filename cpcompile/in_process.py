@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,7 +125,8 @@ class OneDevice:
     """A Dynamo backend that runs the program of one device in which documents are separated, as the option `documents` says."""
 
     def __init__(self, config: Config, is_wide: bool) -> None:
-        self.config, self.is_wide = config, is_wide
+        # How ranks would share the work is not asked here.
+        self.config, self.is_wide = replace(config, strategy="auto", balancer="auto"), is_wide
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = capture(gm, example_inputs)

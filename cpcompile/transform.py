@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from cpcompile.annotation import annotate, annotation
 from cpcompile.attention_cases import likely_kernel, refuse_unable_kernel
 from cpcompile.call import is_tensor
 from cpcompile.config import Config
-from cpcompile.cost import Choice, Ranks, choose
+from cpcompile.cost import Attention, Choice, Ranks, choose
 from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
 from cpcompile.mesh import Axis
 from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies, find_attention, separate_documents
@@ -32,6 +32,12 @@ from cpcompile.sites import (
 from cpcompile.tokens import find_token_dims
 
 cp = torch.ops.cpcompile
+
+# Why an attention cannot be computed from a latent.
+NO_LATENT = {
+    "latent": "nothing narrower than its keys and values determines these token by token",
+    "latent_heads": "no latent determines its keys and values head by head, or the ranks do not divide its heads",
+}
 
 
 @dataclass(slots=True)
@@ -96,7 +102,7 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
         found = [expansion_of(node, token_dims) for node in attention_nodes(captured)]
         sites = [replace(site, latent=latent) for site, latent in zip(sites, found, strict=True)]
     choice = choose(sites, config.strategy, config.balancer, ranks)
-    warn_of_other_strategies(captured, choice, config.strategy)
+    warn_of_other_strategies(captured, sites, choice, config.strategy, ranks)
     plan = Plan(
         world_size=axis.world_size,
         group=axis.group,
@@ -161,26 +167,24 @@ def run_pass(
     times[function.__name__] = time.perf_counter() - start
 
 
-def warn_of_other_strategies(gm: fx.GraphModule, choice: Choice, asked: str) -> None:
-    """Say, once, which attentions cannot be computed as asked."""
-    if asked == "auto":
-        return
-    others = [node for node, s in zip(attention_nodes(gm), choice.strategies, strict=True) if s != asked]
-    reason = f"their additive mask may hide every key of a row, and {asked} cannot keep such rows exact"
-    if asked == "halo":
-        reason = "they have no sliding window, so that their rows see more than the tokens of neighbours"
-    if asked == "latent":
-        reason = "nothing narrower than their keys and values determines these token by token"
-    if asked == "latent_heads":
-        reason = "no latent determines their keys and values head by head, or the ranks do not divide their heads"
-    warn_of_gathers(others, asked, reason)
+def warn_of_other_strategies(
+    gm: fx.GraphModule, sites: Sequence[Attention], choice: Choice, asked: str, ranks: Ranks
+) -> None:
+    """Say, once, which attentions cannot be computed as asked, and why."""
+    others: dict[str, list[fx.Node]] = {}
+    for node, site, strategy in zip(attention_nodes(gm), sites, choice.strategies, strict=True):
+        if asked not in ("auto", strategy):
+            obstacle = site.obstacle(asked, ranks)
+            others.setdefault(obstacle.reason if obstacle else NO_LATENT[asked], []).append(node)
+    for reason, nodes in others.items():
+        warn_of_gathers(nodes, asked, reason)
 
 
 def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
     """Say, once, which attentions gather their keys although another strategy was asked for."""
     gathers = gm.graph.find_nodes(op="call_function", target=cp.gather_attention.default)
     others = [node for node in gathers if annotation(node).strategy == asked != "gather"]
-    warn_of_gathers(others, asked, "each rank computes the rows of their mask for its own queries only")
+    warn_of_gathers(others, asked, "each rank computes the rows of its mask for its own queries only")
 
 
 def warn_of_gathers(nodes: list[fx.Node], asked: str, reason: str) -> None:

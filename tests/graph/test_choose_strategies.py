@@ -109,7 +109,9 @@ def test_only_a_window_has_halos() -> None:
     transformed = planned(Windowed(), batch(), strategy="halo")
     assert transformed.choice.strategies == ("halo",)
     assert "halo_attention" in str(transformed.graph.graph)
-    with pytest.warns(UserWarning, match=r"1 attention\(s\) use gather in place of halo: they have no sliding window"):
+    with pytest.warns(
+        UserWarning, match=r"1 attention\(s\) use gather in place of halo: it has no window that bounds both"
+    ):
         assert planned(TinyLM(), batch(), strategy="halo").choice.strategies == ("gather",)
 
 

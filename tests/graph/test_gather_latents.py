@@ -263,7 +263,7 @@ def test_own_heads_send_the_latent_queries_and_outputs() -> None:
 
 
 def test_heads_that_ranks_do_not_divide_are_gathered() -> None:
-    with pytest.warns(UserWarning, match="use gather in place of latent_heads: no latent determines their keys"):
+    with pytest.warns(UserWarning, match="use gather in place of latent_heads: no latent determines its keys"):
         transformed = planned(MLA(), batch(), strategy="latent_heads")
     assert transformed.choice.strategies == ("gather",)
 
@@ -290,7 +290,7 @@ def test_the_residual_stream_is_no_latent_of_narrow_keys() -> None:
     from tests.models import llama
 
     model = llama(num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=1)
-    with pytest.warns(UserWarning, match="use gather in place of latent: nothing narrower than their keys and values"):
+    with pytest.warns(UserWarning, match="use gather in place of latent: nothing narrower than its keys and values"):
         explanation = cpcompile.explain(model, tokens(16), world_size=2, strategy="latent")
     assert explanation.sites[0].strategy == "gather"
 

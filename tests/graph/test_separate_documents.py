@@ -165,6 +165,25 @@ def test_layouts_and_strategies(layout: str, strategy: str) -> None:
     assert found.transformed.plan.layout == layout
 
 
+@pytest.mark.parametrize(("world_size", "inner_size"), [(4, 2), (6, 3), (8, 4)])
+@pytest.mark.parametrize("layout", ["balanced", "zig_zag_by_document"])
+def test_usp_deals_documents_to_its_groups(layout: str, world_size: int, inner_size: int) -> None:
+    """The program of one device, with which this is compared, is no grid, and nothing is said of that."""
+    found = cpcompile.verify(
+        models.make("rotary"),
+        batch_of("rotary", KEPT),
+        world_size=world_size,
+        inner_size=inner_size,
+        dtype=torch.float64,
+        balancer=layout,
+        strategy="usp",
+        documents=f"eos:{EOS}",
+    )
+    found.raise_if_wrong()
+    assert found.transformed.plan.layout == f"{layout}:{inner_size}"
+    assert set(found.transformed.choice.strategies) == {"usp"}
+
+
 def test_one_search_for_documents_serves_all_layers() -> None:
     found = cpcompile.verify(models.make("rotary"), batch_of("rotary", KEPT), world_size=2, documents="eos:7,9")
     graph, cp = found.transformed.graph.graph, torch.ops.cpcompile
