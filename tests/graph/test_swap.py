@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cpcompile.runtime.heads import heads_of, most_rounds, rounds
 from cpcompile.runtime.messages import _has_wide_rows, copy_
 from cpcompile.runtime.swap import _by_rank, _evenly_apart, _gaps
 
@@ -42,6 +43,17 @@ def test_runs_of_heads_are_copied_bit_by_bit(dtype: torch.dtype, head_dim: int, 
     copy_(to, runs)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     assert torch.equal(to.view(bits), runs.contiguous().view(bits))
+
+
+def test_heads_of_documents_go_around_a_ring_in_one_round() -> None:
+    found = [
+        most_rounds("balanced:2", is_ring=True),
+        most_rounds("balanced", is_ring=False),
+        most_rounds("zig_zag", True),
+    ]
+    assert found == [1, 2, 2]
+    assert [len(rounds(2, 8, 4, most)) for most in (1, 2)] == [1, 2]
+    assert rounds(2, 8, 4, 1) == [[heads_of(rank, 2, 8, 4) for rank in (0, 1)]]
 
 
 def test_gaps() -> None:
