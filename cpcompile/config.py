@@ -8,7 +8,7 @@ from typing import Any
 
 from cpcompile.documents import Source
 from cpcompile.errors import ConfigError
-from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS, group_size, is_of_groups
+from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS, group_size, is_of_groups, without_groups
 from cpcompile.runtime.kernels import NAMES
 from cpcompile.runtime.transport import TRANSPORTS
 
@@ -126,7 +126,7 @@ class Config:
         if group_size(self.balancer) not in (1, inner_size):
             raise ConfigError(
                 f"balancer={self.balancer!r} is for {group_size(self.balancer)} ranks that exchange heads, and here are "
-                f"{inner_size or 'none'}: use balancer={self.balancer.partition(':')[0]!r}, which follows the mesh."
+                f"{inner_size or 'none'}: use balancer={without_groups(self.balancer)!r}, which follows the mesh."
             )
 
     @classmethod

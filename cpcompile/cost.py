@@ -359,7 +359,8 @@ def choose(sites: list[Attention], strategy: str, balancer: str, axis: Ranks, *,
 def _layouts(strategy: str, balancer: str, axis: Ranks, *, follow: bool) -> tuple[str, ...]:
     """Return the layouts to choose among. Where heads are exchanged in groups, documents are dealt to these."""
     names = (balancer,) if balancer != "auto" else (*LAYOUTS, "balanced") if follow else LAYOUTS
-    dealt = {name: of_groups(name, axis.inner_size) for name in names if name in DOCUMENT_LAYOUTS and axis.inner_size}
+    followers = [name for name in names if name in DOCUMENT_LAYOUTS and axis.inner_size > 1]
+    dealt = {name: of_groups(name, axis.inner_size) for name in followers}
     if strategy == "usp":
         return tuple(dealt.get(name, name) for name in names)
     if strategy == balancer == "auto":  # of equals the first is taken

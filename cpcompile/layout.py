@@ -23,7 +23,12 @@ DOCUMENT_LAYOUTS = ("zig_zag_by_document", "balanced")
 
 def follows_documents(layout: str) -> bool:
     """Tell whether a layout depends on where the documents of a batch begin."""
-    return layout.partition(":")[0] in DOCUMENT_LAYOUTS
+    return without_groups(layout) in DOCUMENT_LAYOUTS
+
+
+def without_groups(layout: str) -> str:
+    """Return the layout that deals to ranks what this one deals to groups of them."""
+    return layout.partition(":")[0]
 
 
 def of_groups(layout: str, size: int) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from cpcompile import layout as layouts
 from cpcompile.balance import BALANCERS, Documents, Sharding
-from cpcompile.layout import chunk_length, follows_documents, group_size, rank_chunks
+from cpcompile.layout import chunk_length, follows_documents, group_size, rank_chunks, without_groups
 from cpcompile.spans import Segments, Span, Spans
 
 
@@ -100,7 +100,7 @@ def _spans(order: Order) -> tuple[Spans, ...]:
 @lru_cache(maxsize=16)
 def _sharding(order: Order) -> Sharding:
     rows = order.documents.rows if order.documents is not None else ((0,),)
-    balancer, size = BALANCERS[order.layout.partition(":")[0]], group_size(order.layout)
+    balancer, size = BALANCERS[without_groups(order.layout)], group_size(order.layout)
     of_groups = balancer.shard_documents(Documents.of_rows(order.length, rows), order.world_size // size)
     return of_groups.split(size, order.local_length) if size > 1 else of_groups
 

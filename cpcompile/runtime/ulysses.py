@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from cpcompile.runtime import ring as ring_attention
-from cpcompile.runtime.heads import NUM_ROUNDS, Heads, rounds, storage
+from cpcompile.runtime.heads import Heads, rounds, storage
 from cpcompile.runtime.merge import accumulation_dtype
 from cpcompile.runtime.partial import empty_result
 from cpcompile.runtime.post import Ring
@@ -39,7 +39,7 @@ class Grid:
     outer: Ring
     spans: tuple[tuple[Spans, ...], ...]
     room: int
-    most_rounds: int = NUM_ROUNDS
+    most_rounds: int
 
     @cached_property
     def rows(self) -> tuple[Spans, ...]:
