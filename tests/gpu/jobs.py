@@ -6,12 +6,21 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
 
 Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A case; its text names the files of its results."""
+
+    def __str__(self) -> str:
+        return "-".join(map(str, asdict(self).values())).replace(":", "_")
 
 
 def run_ranks(work: Callable[..., None], world_size: int, folder: str, limit: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.order import Order
 from cpcompile.runtime import transport
-from tests.gpu.jobs import Result, results_of, run_cases, run_ranks
+from tests.gpu.jobs import Named, Result, results_of, run_cases, run_ranks
 from tests.gpu.model_errors import check, model_errors
 from tests.models import Mixer, batch, llama
 from tests.packing import PackedLM, packed_batch
@@ -40,7 +40,7 @@ LIMITS = {"bfloat16": 0.03, "float32": 1e-5}
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Named):
     """One way to run an operator; `usp_4` has 4 inner ranks. `kind`: causal, documents or window."""
 
     world_size: int
@@ -49,9 +49,6 @@ class Case:
     kind: str
     dtype: str = "bfloat16"
     length: int = 2000
-
-    def __str__(self) -> str:
-        return "-".join(map(str, asdict(self).values())).replace(":", "_")
 
 
 def cases_of(world_size: int) -> list[Case]:
@@ -78,7 +75,7 @@ def cases_of(world_size: int) -> list[Case]:
 
 
 @dataclass(frozen=True)
-class ModelCase:
+class ModelCase(Named):
     """One way to run a model; `inner` ranks exchange heads."""
 
     world_size: int
@@ -86,9 +83,6 @@ class ModelCase:
     strategy: str
     layout: str = "auto"
     inner: int = 0
-
-    def __str__(self) -> str:
-        return "-".join(map(str, asdict(self).values()))
 
 
 def model_cases_of(world_size: int) -> list[ModelCase]:

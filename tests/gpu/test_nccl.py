@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tests.gpu.jobs import Result, results_of, run_cases, run_ranks
+from tests.gpu.jobs import Named, Result, results_of, run_cases, run_ranks
 from tests.gpu.model_errors import check, model_errors
 from tests.models import Mixer, batch, llama
 
@@ -40,7 +40,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Named):
     """One way to run the model."""
 
     strategy: str
@@ -48,9 +48,6 @@ class Case:
     inner: str
     dtype: str
     model: str = "llama"
-
-    def __str__(self) -> str:
-        return "-".join(asdict(self).values())
 
 
 CASES = [

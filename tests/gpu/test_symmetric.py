@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.layout import positions
 from cpcompile.runtime import transport
 from cpcompile.runtime.symmetric import CudaDevice, Device, Event, Memory
-from tests.gpu.jobs import results_of, run_cases, run_ranks
+from tests.gpu.jobs import Named, results_of, run_cases, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
 
@@ -36,16 +36,13 @@ LIMITS = {"bfloat16": 0.05, "float32": 0.01}  # of the largest value; what is ov
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Named):
     """One way to run an operator; `kind`: runs in a row, a CUDA graph, or runs without barriers, which must go wrong."""
 
     strategy: str
     dtype: str
     transport: str
     kind: str = "runs"
-
-    def __str__(self) -> str:
-        return "-".join(asdict(self).values())
 
 
 CASES = [
