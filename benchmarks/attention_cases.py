@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from cpcompile.layout import of_groups
 from cpcompile.order import Order
 from cpcompile.spans import Segments
 
@@ -143,6 +144,11 @@ def proportional(bounds: tuple[int, ...], length: int, multiple: int) -> tuple[i
 def document_bounds(name: str, length: int, world_size: int) -> tuple[int, ...]:
     """Return the bounds of a document set; every document can be cut into two chunks a rank, which peers need."""
     return proportional(DOCUMENT_SETS[name], length, 2 * world_size)
+
+
+def usp_layout(has_documents: bool, inner: int) -> str:
+    """Return the layout that USP is fastest with, where `inner` ranks exchange heads."""
+    return of_groups("balanced", inner) if has_documents else "zig_zag"
 
 
 def local_tokens(problem: Problem, layout: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_cases import HEAD_DIM, HEADS, KV_HEADS, Case, Problem
+from attention_cases import HEAD_DIM, HEADS, KV_HEADS, Case, Problem, usp_layout
 from attention_systems import Autograd, Runner, System
 
 from cpcompile import cost
@@ -39,7 +39,7 @@ def own_systems(case: Case, world_size: int) -> list[System]:
     kernel = case.kernel or "auto"
     found = [our_system(*plan, kernel) for plan in OURS[case.kind]]
     if world_size >= 4 and case.kind != "window":
-        found.append(our_system(f"usp {world_size // 2}x2", "zig_zag", kernel))
+        found.append(our_system(f"usp {world_size // 2}x2", usp_layout(bool(case.documents), 2), kernel))
     return found
 
 

@@ -27,11 +27,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would speak of e
 
 import torch
 import torch.distributed as dist
-from attention_cases import DOCUMENT_SETS, HEADS, KV_HEADS
+from attention_cases import DOCUMENT_SETS, HEADS, KV_HEADS, usp_layout
 from lone_rank import OnCpu, as_rank
 
 import cpcompile.runtime
-from cpcompile.runtime import kernels, partial
+from cpcompile.runtime import kernels, partial, schedule
 from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel
 
 Tensor = torch.Tensor
@@ -61,6 +61,8 @@ class Setting:
         """The layout that the strategy is fastest with."""
         if self.strategy == "ulysses":
             return "contiguous"
+        if self.strategy == "usp":
+            return usp_layout(bool(self.documents), INNER)
         return "balanced" if self.documents else "zig_zag"
 
 
@@ -120,13 +122,14 @@ class Counting(OnCpu):
 
 
 def without_devices() -> None:
-    """Take the kernels, the merges and the bytes out of the runtime."""
+    """Take the kernels, the merges and the bytes out of the runtime, and let gaps be as short as the documents are."""
 
     def merge(*_: Tensor) -> None:
         counts["merge"] += 1
 
     kernels.KERNELS = (Kernel("none", forward, backward, _no_limits, FEATURES),)
     partial.merge_ = partial.add_ = merge  # type: ignore[assignment]
+    schedule.GAP = schedule.GAP * LENGTH // DOCUMENT_SETS["random_16"][-1]
 
 
 def groups_of(rank: int, world_size: int) -> tuple[str, ...]:

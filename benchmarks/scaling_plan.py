@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from attention_cases import Case, case_of, document_bounds
+from attention_cases import Case, case_of, document_bounds, usp_layout
 from attention_own import site_of
 
 from cpcompile import cost
-from cpcompile.layout import of_groups
 
 Row = dict[str, Any]
 
@@ -173,8 +172,7 @@ def plans_of(case: Case, ranks: int) -> dict[str, int]:
     plans = dict(OURS[case.kind])
     if case.kind != "window":
         for shape in grids(ranks):
-            layout = of_groups("balanced", int(shape.partition("x")[2])) if case.documents else "zig_zag"
-            plans[f"usp {shape}/{layout}"] = ESSENTIAL
+            plans[f"usp {shape}/{usp_layout(bool(case.documents), int(shape.partition('x')[2]))}"] = ESSENTIAL
     return plans | {"/".join(pick_of(case, ranks)): ESSENTIAL}
 
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from cpcompile.runtime import kernels, partial, transport
+from cpcompile.runtime import kernels, partial, schedule, transport
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_profile_prints_a_table(one_rank: ModuleType, capsys: pytest.CaptureFixt
 def test_host_time_counts(one_rank: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     import host_time
 
-    for module, name in ((kernels, "KERNELS"), (partial, "merge_"), (partial, "add_")):
+    for module, name in ((kernels, "KERNELS"), (partial, "merge_"), (partial, "add_"), (schedule, "GAP")):
         monkeypatch.setattr(module, name, getattr(module, name))
     kernels.choose.cache_clear(), kernels.known_calls.cache_clear()
     host_time.without_devices()
