@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from cpcompile.layout import of_groups
-from cpcompile.order import Order
-from cpcompile.spans import Segments
+from cpcompile.balance.layout import of_groups
+from cpcompile.balance.token_order import TokenOrder
+from cpcompile.balance.token_spans import Segments
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
@@ -162,7 +162,7 @@ def local_tokens(problem: Problem, layout: str) -> torch.Tensor:
     if layout == "contiguous":
         return whole.chunk(world_size)[rank]
     if layout.startswith("balanced"):
-        order = Order(problem.length, world_size, layout, Segments.of((problem.bounds[:-1],)))
+        order = TokenOrder(problem.length, world_size, layout, Segments.of((problem.bounds[:-1],)))
         return order.positions(rank, problem.device)  # lengths of 2^n leave no padding
     documents = problem.documents if layout == "zig_zag_by_document" else [(0, problem.length)]
     chunks = [whole[start:end].chunk(2 * world_size) for start, end in documents]

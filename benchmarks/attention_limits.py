@@ -14,7 +14,7 @@ from attention_reference import visible
 from attention_systems import Autograd, Runner, System
 
 from cpcompile.runtime import kernels
-from cpcompile.runtime.block import Block
+from cpcompile.runtime.kernels.block import Block
 
 Tensor = torch.Tensor
 aten = torch.ops.aten

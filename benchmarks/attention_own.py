@@ -12,7 +12,7 @@ import torch.distributed as dist
 from attention_cases import HEAD_DIM, HEADS, KV_HEADS, Case, Problem, usp_layout
 from attention_systems import Autograd, Runner, System
 
-from cpcompile import cost
+from cpcompile.choose import cost
 
 OURS = {  # strategies and layouts for each kind of problem
     "causal": (("ring", "zig_zag"), ("gather", "zig_zag"), ("ulysses", "contiguous")),

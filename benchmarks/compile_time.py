@@ -33,12 +33,12 @@ import torch.distributed as dist
 import transformers
 from torch import fx
 
-from cpcompile.capture import capture
-from cpcompile.compile import compile_inner, input_names
-from cpcompile.config import Config
-from cpcompile.dynamo import by_name, compile_whole, token_length
-from cpcompile.mesh import axis_of
-from cpcompile.transform import Transformed, transform
+from cpcompile.capture.dynamo import by_name, compile_whole, token_length
+from cpcompile.capture.lowering import capture
+from cpcompile.compile.inner import compile_inner, input_names
+from cpcompile.compile.transform import Transformed, transform
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import axis_of
 
 # The module by its file: the package may offer the function under the same name.
 transforming = sys.modules[transform.__module__]

@@ -31,7 +31,8 @@ from attention_cases import DOCUMENT_SETS, HEADS, KV_HEADS, usp_layout
 from lone_rank import OnCpu, as_rank
 
 import cpcompile.runtime
-from cpcompile.runtime import kernels, partial, schedule
+from cpcompile.runtime import kernels, schedule
+from cpcompile.runtime.attention import partial_results
 from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel
 
 Tensor = torch.Tensor
@@ -128,7 +129,7 @@ def without_devices() -> None:
         counts["merge"] += 1
 
     kernels.KERNELS = (Kernel("none", forward, backward, _no_limits, FEATURES),)
-    partial.merge_ = partial.add_ = merge  # type: ignore[assignment]
+    partial_results.merge_ = partial_results.add_ = merge  # type: ignore[assignment]
     schedule.GAP = schedule.GAP * LENGTH // DOCUMENT_SETS["random_16"][-1]
 
 

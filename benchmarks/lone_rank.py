@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cpcompile.runtime import transport
-from cpcompile.runtime.symmetric import CudaDevice, Device, Lane
+from cpcompile.runtime.transport import choice as transport
+from cpcompile.runtime.transport.symmetric import CudaDevice, Device, Lane
 
 Tensor = torch.Tensor
 

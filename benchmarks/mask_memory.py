@@ -29,13 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.masking_utils import create_causal_mask
 
-from cpcompile.capture import capture
-from cpcompile.compile import input_names
-from cpcompile.config import Config
-from cpcompile.dynamo import by_name, compile_whole
-from cpcompile.mesh import Axis
+from cpcompile.capture.dynamo import by_name, compile_whole
+from cpcompile.capture.lowering import capture
+from cpcompile.compile.inner import input_names
+from cpcompile.compile.transform import Transformed, transform
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis
 from cpcompile.passes.lift_masks import describe
-from cpcompile.transform import Transformed, transform
 
 SIZES = {
     "vocab_size": 32,

@@ -40,7 +40,7 @@ from lone_rank import as_rank
 from scaling_plan import FLASH2_TIMES, area_of, kernel_seconds, plans_of, prediction
 
 import cpcompile.runtime  # registers the operators
-from cpcompile import cost
+from cpcompile.choose import cost
 
 assert cpcompile.runtime
 

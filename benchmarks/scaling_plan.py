@@ -9,7 +9,7 @@ from typing import Any
 from attention_cases import Case, case_of, document_bounds, usp_layout
 from attention_own import site_of
 
-from cpcompile import cost
+from cpcompile.choose import cost
 
 Row = dict[str, Any]
 

@@ -4,26 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cpcompile.api import apply, no_sync, remove, shard, unshard
-    from cpcompile.config import Config
-    from cpcompile.errors import (
-        ConfigError,
-        CPError,
-        GraphBreakError,
-        InputError,
-        NoRule,
-        VerificationError,
-    )
-    from cpcompile.explanation import Explanation
-    from cpcompile.regions import token_local
-    from cpcompile.survey import explain
-    from cpcompile.verification import Verification, verify
+    from cpcompile.analysis.regions import token_local
+    from cpcompile.errors import ConfigError, CPError, GraphBreakError, InputError, NoRule, VerificationError
+    from cpcompile.front.apply import apply, no_sync, remove, shard, unshard
+    from cpcompile.inspect.explain import explain
+    from cpcompile.inspect.explanation import Explanation
+    from cpcompile.inspect.verify import Verification, verify
+    from cpcompile.options.config import Config
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "api": ("apply", "no_sync", "remove", "shard", "unshard"),
-    "config": ("Config",),
+    "front.apply": ("apply", "no_sync", "remove", "shard", "unshard"),
+    "options.config": ("Config",),
     "errors": (
         "CPError",
         "ConfigError",
@@ -32,10 +25,10 @@ _MODULES = {
         "NoRule",
         "VerificationError",
     ),
-    "explanation": ("Explanation",),
-    "regions": ("token_local",),
-    "survey": ("explain",),
-    "verification": ("Verification", "verify"),
+    "inspect.explanation": ("Explanation",),
+    "analysis.regions": ("token_local",),
+    "inspect.explain": ("explain",),
+    "inspect.verify": ("Verification", "verify"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -46,6 +39,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 __all__ = [

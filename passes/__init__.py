@@ -1,4 +1,4 @@
-"""The passes. Each is a plain function on the graph; `cpcompile.transform` runs `PIPELINE` in order."""
+"""The passes. Each is a plain function on the graph; `cpcompile.compile.transform` runs `PIPELINE` in order."""
 
 if __name__ != "cpcompile.passes":
     raise ImportError("import this package as cpcompile.passes")

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from cpcompile.annotation import annotate
-from cpcompile.call import Call
-from cpcompile.sites import attention_nodes
+from cpcompile.choose.attention_sites import attention_nodes
+from cpcompile.ir.annotation import annotate
+from cpcompile.ir.operator_call import Call
 
 
 def choose_strategies(gm: fx.GraphModule, *, strategies: Sequence[str], kernel: str = "auto") -> int:

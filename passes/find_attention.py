@@ -13,14 +13,14 @@ import torch
 from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operator)
-from cpcompile.call import value_of
-from cpcompile.emit import emit, replace_uses
-from cpcompile.masks.read import Reader
-from cpcompile.patterns.attention import Attention, num_heads
-from cpcompile.patterns.formula import written_out
-from cpcompile.patterns.fused import is_one_operator, read_fused
-from cpcompile.patterns.repeated_heads import unrepeated
-from cpcompile.patterns.written_out import read_written_out
+from cpcompile.analysis.masks.read import Reader
+from cpcompile.analysis.patterns.attention import Attention, num_heads
+from cpcompile.analysis.patterns.formula import written_out
+from cpcompile.analysis.patterns.fused import is_one_operator, read_fused
+from cpcompile.analysis.patterns.repeated_heads import unrepeated
+from cpcompile.analysis.patterns.written_out import read_written_out
+from cpcompile.ir.insertion import insert_call, replace_uses
+from cpcompile.ir.operator_call import value_of
 
 aten = torch.ops.aten
 
@@ -56,9 +56,9 @@ def write_operator(found: Attention) -> None:
         operands = [as_one_head(end, node) for node in operands]
     settings = (found.scale, found.is_causal, 0, found.softcap)
     terms = {name: term for name, term in (("dropout", found.dropout), ("sinks", found.sinks)) if term}
-    new = emit(end, torch.ops.cpcompile.attention.default, *operands, None, None, *settings, **terms)
+    new = insert_call(end, torch.ops.cpcompile.attention.default, *operands, None, None, *settings, **terms)
     if value_of(end).dim() == 3:
-        new = emit(end, aten.squeeze.dim, new, 1)
+        new = insert_call(end, aten.squeeze.dim, new, 1)
     replace_by(found, new)
 
 
@@ -73,10 +73,12 @@ def replace_by(found: Attention, new: fx.Node) -> None:
 def with_rows(before: fx.Node, mask: fx.Node | None) -> fx.Node | None:
     """Return a mask with a dim of queries, also one that is the same for all of them."""
     while mask is not None and value_of(mask).dim() < 2:
-        mask = emit(before, aten.unsqueeze.default, mask, 0)
+        mask = insert_call(before, aten.unsqueeze.default, mask, 0)
     return mask
 
 
 def as_one_head(before: fx.Node, node: fx.Node | None) -> fx.Node | None:
     """Return a `[B, S, D]` operand with a head dim; a mask of fewer dims broadcasts as it is."""
-    return emit(before, aten.unsqueeze.default, node, 1) if node is not None and value_of(node).dim() == 3 else node
+    return (
+        insert_call(before, aten.unsqueeze.default, node, 1) if node is not None and value_of(node).dim() == 3 else node
+    )

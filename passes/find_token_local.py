@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from cpcompile.annotation import annotate, annotation
-from cpcompile.plan import Plan
-from cpcompile.regions import find_regions
+from cpcompile.analysis.regions import find_regions
+from cpcompile.ir.annotation import annotate, annotation
+from cpcompile.ir.plan import Plan
 
 
 def find_token_local(gm: fx.GraphModule, *, plan: Plan) -> int:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from cpcompile.annotation import placement_of
-from cpcompile.call import is_tensor
-from cpcompile.emit import emit_copy
 from cpcompile.errors import NoRule, where
-from cpcompile.movement import Movement
-from cpcompile.placement import FULL, Full, Partial, Sharded
-from cpcompile.plan import Plan
+from cpcompile.ir.annotation import placement_of
+from cpcompile.ir.insertion import insert_copy
+from cpcompile.ir.operator_call import is_tensor
+from cpcompile.ir.placement import FULL, Full, Partial, Sharded
+from cpcompile.ir.plan import Plan
+from cpcompile.ir.resharding import Resharder
 
 cp = torch.ops.cpcompile
 
@@ -41,7 +41,7 @@ def finished_output(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> fx.Node:
     """Return what the graph returns for `node`."""
     placement = placement_of(node)
     if isinstance(placement, Partial):
-        node = emit_copy(gm.graph, cp.all_reduce.default, (node, plan.world_size, plan.group), node)
+        node = insert_copy(gm.graph, cp.all_reduce.default, (node, plan.world_size, plan.group), node)
     is_part = isinstance(placement, Sharded) and not placement.covers_all
     if is_part and plan.outputs != "full" and plan.strict:
         raise NoRule(
@@ -49,7 +49,7 @@ def finished_output(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> fx.Node:
             "Return all tokens, and slice after cpcompile.unshard; or have it gathered with outputs='full' or strict=False."
         )
     if isinstance(placement, Sharded) and (plan.outputs == "full" or is_part):
-        node = Movement(gm, plan).gather(node, "it is an output")
+        node = Resharder(gm, plan).gather(node, "it is an output")
         placement = FULL
     if node.op != "call_function" or not node.meta["val"].is_floating_point():
         return node
@@ -57,7 +57,7 @@ def finished_output(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> fx.Node:
     scale = plan.gradient_scale / (plan.world_size if is_replicated else 1)
     if scale == 1:
         return node
-    return emit_copy(gm.graph, cp.scale_gradient.default, (node, scale), node, FULL if is_replicated else placement)
+    return insert_copy(gm.graph, cp.scale_gradient.default, (node, scale), node, FULL if is_replicated else placement)
 
 
 def output_placements(gm: fx.GraphModule) -> list[Full | Sharded | None]:

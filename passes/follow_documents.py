@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from cpcompile.annotation import annotate
-from cpcompile.call import Call
-from cpcompile.emit import emit_bounds
+from cpcompile.analysis.patterns.nodes import value_numbers
+from cpcompile.balance.layout import follows_documents
 from cpcompile.errors import CannotFollow, where
-from cpcompile.layout import follows_documents
-from cpcompile.patterns.nodes import value_numbers
-from cpcompile.plan import Plan
+from cpcompile.ir.annotation import annotate
+from cpcompile.ir.insertion import insert_document_bounds
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.plan import Plan
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
@@ -45,7 +45,7 @@ def follow_documents(gm: fx.GraphModule, *, plan: Plan) -> int:
     for documents, site in firsts.values():
         hoist(gm, documents, site, plan)
         with gm.graph.inserting_after(documents):
-            bounds = emit_bounds(documents.next, documents)
+            bounds = insert_document_bounds(documents.next, documents)
         annotate(bounds, is_of_layout=True)
     return len(firsts)
 

@@ -14,11 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.annotation import annotate, annotation
-from cpcompile.call import Call, is_tensor, value_of
-from cpcompile.emit import emit, fake_result, keep_source
-from cpcompile.errors import NoRule
-from cpcompile.writes.aliases import (
+from cpcompile.capture.writes.aliases import (
     hidden_writes,
     is_view_in_place,
     same_sizes,
@@ -26,9 +22,13 @@ from cpcompile.writes.aliases import (
     storages,
     written_arguments,
 )
-from cpcompile.writes.functional import DRAWS, functional_form
-from cpcompile.writes.values import Values, is_leaf
-from cpcompile.writes.views import COPYING, refusal, sizes
+from cpcompile.capture.writes.functional import DRAWS, functional_form
+from cpcompile.capture.writes.values import Values, is_leaf
+from cpcompile.capture.writes.views import COPYING, refusal, sizes
+from cpcompile.errors import NoRule
+from cpcompile.ir.annotation import annotate, annotation
+from cpcompile.ir.insertion import fake_result, insert_call, keep_source
+from cpcompile.ir.operator_call import Call, is_tensor, value_of
 
 aten = torch.ops.aten
 
@@ -106,7 +106,9 @@ class Walk:
         else:
             result = self._emit_form(node, call)
             is_tuple = isinstance(value_of(result), tuple | list)
-            results = [emit(node, operator.getitem, result, i) for i in range(len(places))] if is_tuple else [result]
+            results = (
+                [insert_call(node, operator.getitem, result, i) for i in range(len(places))] if is_tuple else [result]
+            )
         for (name, place), result in zip(places, results, strict=True):
             value = self._fitted(node, call[name], result)
             if value is not result or node.target is not aten.copy_.default:
@@ -123,10 +125,10 @@ class Walk:
         form = self._form(node)
         given = [call[a.name] for a in call.target._schema.arguments if not a.is_out]
         if call.target.overloadpacket in DRAWS and self.values.is_differentiable(given[0]):
-            given[0] = emit(node, aten.detach.default, given[0])
+            given[0] = insert_call(node, aten.detach.default, given[0])
         arguments = list(zip(form._schema.arguments, given, strict=True))
         kwargs = {a.name: value for a, value in arguments if a.kwarg_only}
-        new = emit(node, form, *(value for a, value in arguments if not a.kwarg_only), **kwargs)
+        new = insert_call(node, form, *(value for a, value in arguments if not a.kwarg_only), **kwargs)
         new.args, new.kwargs = Call.of(new).rebound({})
         return new
 
@@ -136,13 +138,13 @@ class Walk:
         if not same_sizes(have.shape, wanted.shape):
             if node.target is not aten.copy_.default:
                 raise NoRule(refusal(node, "it changes the size of what it writes"))
-            value = emit(node, aten.expand.default, value, sizes(node, place))
+            value = insert_call(node, aten.expand.default, value, sizes(node, place))
         if have.device != wanted.device:  # after the expansion, so that gradients are added up in their own dtype
-            value = emit(node, aten.to.device, value, wanted.device, wanted.dtype)
+            value = insert_call(node, aten.to.device, value, wanted.device, wanted.dtype)
         elif have.dtype != wanted.dtype:
-            value = emit(node, aten.to.dtype, value, wanted.dtype)
+            value = insert_call(node, aten.to.dtype, value, wanted.dtype)
         if storages(value) & self.written and any(p.op == "placeholder" for p in self._owners(value)):
-            value = emit(node, aten.clone.default, value)  # the input itself is written at the end
+            value = insert_call(node, aten.clone.default, value)  # the input itself is written at the end
         return value
 
     def _owners(self, value: fx.Node) -> list[fx.Node]:
@@ -168,7 +170,7 @@ class Walk:
         """Copy the latest value of an input to it. Parameters are written without gradients or not at all."""
         mode = self.values.is_recording
         self._set_recording(mode and not (self.values.is_differentiable(place) and is_leaf(place)), output)
-        copy = emit(output, aten.copy_.default, place, self.values.read(place, output))
+        copy = insert_call(output, aten.copy_.default, place, self.values.read(place, output))
         keep_source(copy, last)
         self._set_recording(mode, output)
 

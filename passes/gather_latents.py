@@ -18,16 +18,16 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from cpcompile.annotation import annotate, annotation
-from cpcompile.call import Call, value_of
-from cpcompile.emit import fake_result, keep_source
+from cpcompile.analysis.patterns.latent import Latent, find_latent
+from cpcompile.analysis.patterns.latent_heads import HeadPlan, plan_heads
+from cpcompile.choose.attention_sites import attention_nodes
 from cpcompile.errors import module_path
-from cpcompile.patterns.latent import Latent, find_latent
-from cpcompile.patterns.latent_heads import HeadPlan, plan_heads
-from cpcompile.placement import Sharded
-from cpcompile.plan import Plan
+from cpcompile.ir.annotation import annotate, annotation
+from cpcompile.ir.insertion import fake_result, keep_source
+from cpcompile.ir.operator_call import Call, value_of
+from cpcompile.ir.placement import Sharded
+from cpcompile.ir.plan import Plan
 from cpcompile.rules import Local
-from cpcompile.sites import attention_nodes
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 

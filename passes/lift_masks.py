@@ -17,13 +17,13 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from cpcompile.call import Call, value_of
-from cpcompile.masks.bias import Bias, BiasReader
-from cpcompile.masks.expression import Load
-from cpcompile.masks.read import Reader
-from cpcompile.masks.recognise import Mask, all_loads, is_load_per_batch, recognise
-from cpcompile.patterns.summands import Summands, read_summands, slopes_of
-from cpcompile.patterns.vectors import document_ids, prefix_lengths, real_keys
+from cpcompile.analysis.masks.bias import Bias, BiasReader
+from cpcompile.analysis.masks.expression import Load
+from cpcompile.analysis.masks.read import Reader
+from cpcompile.analysis.masks.recognise import Mask, all_loads, is_load_per_batch, recognise
+from cpcompile.analysis.patterns.summands import Summands, read_summands, slopes_of
+from cpcompile.analysis.patterns.vectors import document_ids, prefix_lengths, real_keys
+from cpcompile.ir.operator_call import Call, value_of
 
 
 def lift_masks(gm: fx.GraphModule) -> int:

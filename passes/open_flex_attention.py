@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from cpcompile.call import value_of
-from cpcompile.emit import emit, replace_uses
-from cpcompile.masks.expression import TRUE
-from cpcompile.masks.read import Reader
-from cpcompile.patterns.block_lists import BlockLists, list_the_mask, visible
-from cpcompile.patterns.formula import coordinate, products, weighted
-from cpcompile.patterns.nodes import erase_with_users, is_used
-from cpcompile.patterns.place_by_place import at_all_places
+from cpcompile.analysis.masks.expression import TRUE
+from cpcompile.analysis.masks.read import Reader
+from cpcompile.analysis.patterns.block_lists import BlockLists, list_the_mask, visible
+from cpcompile.analysis.patterns.formula import coordinate, products, weighted
+from cpcompile.analysis.patterns.nodes import erase_with_users, is_used
+from cpcompile.analysis.patterns.place_by_place import at_all_places
+from cpcompile.ir.insertion import insert_call, replace_uses
+from cpcompile.ir.operator_call import value_of
 
 aten = torch.ops.aten
 
@@ -59,8 +59,10 @@ def write(gm: fx.GraphModule, node: fx.Node, flex: Flex) -> None:
     scores = written_scores(gm, node, flex)
     results = {
         0: lambda: weighted(node, scores, flex.v, value_of(flex.q).dtype),
-        1: lambda: in_bits(node, emit(node, aten.logsumexp.default, scores, [-1])),
-        2: lambda: in_bits(node, emit(node, aten.detach.default, emit(node, aten.amax.default, scores, [-1]))),
+        1: lambda: in_bits(node, insert_call(node, aten.logsumexp.default, scores, [-1])),
+        2: lambda: in_bits(
+            node, insert_call(node, aten.detach.default, insert_call(node, aten.amax.default, scores, [-1]))
+        ),
     }
     for item in list(node.users):
         source, i = item.args
@@ -85,9 +87,9 @@ def written_scores(gm: fx.GraphModule, node: fx.Node, flex: Flex) -> fx.Node:
     scores = at_all_places(node, score_mod, [scores, *places, *flex.score_tensors], num_places=5)
     if Reader(gm).read(mask) == TRUE:
         return scores
-    return emit(node, aten.where.ScalarOther, mask, scores, float("-inf"))
+    return insert_call(node, aten.where.ScalarOther, mask, scores, float("-inf"))
 
 
 def in_bits(before: fx.Node, statistic: fx.Node) -> fx.Node:
     """Return a statistic of the scores over log(2), as the operator does."""
-    return emit(before, aten.div.Tensor, statistic, math.log(2))
+    return insert_call(before, aten.div.Tensor, statistic, math.log(2))

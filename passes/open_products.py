@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from cpcompile.call import Call, value_of
-from cpcompile.emit import emit, replace_uses
-from cpcompile.patterns.einsum import Product
-from cpcompile.patterns.nodes import converted
+from cpcompile.analysis.patterns.einsum import Product
+from cpcompile.analysis.patterns.nodes import converted
+from cpcompile.ir.insertion import insert_call, replace_uses
+from cpcompile.ir.operator_call import Call, value_of
 
 aten = torch.ops.aten
 
@@ -44,12 +44,12 @@ def baddbmm(call: Call) -> fx.Node:
     """Return `beta * self + alpha * batch1 @ batch2`; with beta = 0, `self` is not read."""
     node = call.node
     factors = (converted(node, call[name], value_of(node).dtype) for name in ("batch1", "batch2"))
-    product = emit(node, aten.bmm.default, *factors)
+    product = insert_call(node, aten.bmm.default, *factors)
     if call["alpha"] != 1:
-        product = emit(node, aten.mul.Tensor, product, call["alpha"])
+        product = insert_call(node, aten.mul.Tensor, product, call["alpha"])
     if call["beta"] == 0:
         return product
     added = converted(node, call["self"], value_of(node).dtype)
     if call["beta"] != 1:
-        added = emit(node, aten.mul.Tensor, added, call["beta"])
-    return emit(node, aten.add.Tensor, product, added)
+        added = insert_call(node, aten.mul.Tensor, added, call["beta"])
+    return insert_call(node, aten.add.Tensor, product, added)

@@ -17,11 +17,11 @@ import torch.nn.attention.varlen  # registers the operator
 from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operator)
-from cpcompile.call import Call, value_of
-from cpcompile.emit import emit, replace_uses
+from cpcompile.analysis.patterns.formula import coordinate
+from cpcompile.analysis.patterns.nodes import erase_with_users, is_used
 from cpcompile.errors import NoRule, where
-from cpcompile.patterns.formula import coordinate
-from cpcompile.patterns.nodes import erase_with_users, is_used
+from cpcompile.ir.insertion import insert_call, replace_uses
+from cpcompile.ir.operator_call import Call, value_of
 
 aten = torch.ops.aten
 
@@ -78,10 +78,10 @@ def write_operator(call: Call) -> None:
     ids = documents(node, call["query"], call["cu_seq_q"])
     if call["cu_seq_k"] is not call["cu_seq_q"]:
         others = documents(node, call["query"], call["cu_seq_k"])
-        is_same = emit(node, aten.all.default, emit(node, aten.eq.Tensor, ids, others))
-        emit(node, aten._assert_async.msg, is_same, OTHER_KEYS)
-    out = emit(node, attention, q, k, v, None, ids, None, *settings)
-    out = emit(node, aten.squeeze.dim, emit(node, aten.transpose.int, out, 1, 2), 0)
+        is_same = insert_call(node, aten.all.default, insert_call(node, aten.eq.Tensor, ids, others))
+        insert_call(node, aten._assert_async.msg, is_same, OTHER_KEYS)
+    out = insert_call(node, attention, q, k, v, None, ids, None, *settings)
+    out = insert_call(node, aten.squeeze.dim, insert_call(node, aten.transpose.int, out, 1, 2), 0)
     for item in list(node.users):
         assert item.target is operator.getitem, item.format_node()
         if item.args[1] == 0:
@@ -92,11 +92,11 @@ def write_operator(call: Call) -> None:
 
 def with_batch(before: fx.Node, x: fx.Node) -> fx.Node:
     """Return `[T, H, D]` as `[1, H, T, D]`."""
-    return emit(before, aten.transpose.int, emit(before, aten.unsqueeze.default, x, 0), 1, 2)
+    return insert_call(before, aten.transpose.int, insert_call(before, aten.unsqueeze.default, x, 0), 1, 2)
 
 
 def documents(before: fx.Node, q: fx.Node, cu_seq: fx.Node) -> fx.Node:
     """Return the sequence of each token, `[1, T]`, counted from 1."""
-    tokens = emit(before, aten.to.dtype, coordinate(before, q, 0, [-1]), value_of(cu_seq).dtype)
-    ids = emit(before, aten.searchsorted.Tensor, cu_seq, tokens, right=True)
-    return emit(before, aten.unsqueeze.default, ids, 0)
+    tokens = insert_call(before, aten.to.dtype, coordinate(before, q, 0, [-1]), value_of(cu_seq).dtype)
+    ids = insert_call(before, aten.searchsorted.Tensor, cu_seq, tokens, right=True)
+    return insert_call(before, aten.unsqueeze.default, ids, 0)

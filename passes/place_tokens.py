@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.annotation import annotate, annotation, placement_of
-from cpcompile.call import Call, is_tensor, value_of
+from cpcompile.analysis.regions import place_region, regions_of
 from cpcompile.errors import NoChunks, NoRule, where
-from cpcompile.localisation import Localiser
-from cpcompile.movement import Movement, Writer, whole_placement
-from cpcompile.placement import Full, Partial, Placement, Sharded
-from cpcompile.plan import Lengths, Plan
-from cpcompile.regions import place_region, regions_of
+from cpcompile.ir.annotation import annotate, annotation, placement_of
+from cpcompile.ir.operator_call import Call, is_tensor, value_of
+from cpcompile.ir.placement import Full, Partial, Placement, Sharded
+from cpcompile.ir.plan import Lengths, Plan
+from cpcompile.ir.resharding import Resharder, Writer, whole_placement
 from cpcompile.rules import KEEPS_OUTSIDE, REASONS, RULES, Decision, no_rule
+from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.partial import stays_partial
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
     placer = Placer(gm, plan, Lengths.insert(gm, plan))
     for node in list(gm.graph.nodes):
         placer.place(node)
-    return placer.movement.num_shards
+    return placer.resharder.num_shards
 
 
 class Placer:
@@ -55,8 +55,8 @@ class Placer:
 
     def __init__(self, gm: fx.GraphModule, plan: Plan, sequences: Mapping[str, int]) -> None:
         self.gm, self.plan, self.sequences = gm, plan, sequences
-        self.movement = Movement(gm, plan)
-        self.localiser = Localiser(self.movement)
+        self.resharder = Resharder(gm, plan)
+        self.localiser = Localiser(self.resharder)
         self.replaced: set[fx.Node] = set()
         self.regions = {region.nodes[0]: region for region in regions_of(gm)}
 
@@ -69,7 +69,7 @@ class Placer:
             annotate(node, placement=Full(at))
         elif annotation(node).region:
             if node in self.regions:
-                place_region(self.regions[node], self.movement, self.localiser.localise, self.plan.strict)
+                place_region(self.regions[node], self.resharder, self.localiser.localise, self.plan.strict)
         elif node.op == "call_function":
             if node.target is operator.getitem:
                 self._place_item(node)
@@ -89,9 +89,9 @@ class Placer:
             if not is_tensor(operand) or isinstance(placement, Full):
                 continue
             if isinstance(placement, Partial):
-                node.replace_input_with(operand, self.movement.reduce(operand))
+                node.replace_input_with(operand, self.resharder.reduce(operand))
             elif not self.plan.strict:
-                node.replace_input_with(operand, self.movement.gather(operand, f"{node.target}"))
+                node.replace_input_with(operand, self.resharder.gather(operand, f"{node.target}"))
             else:
                 raise NoRule(
                     f"no rule for {node.target} on an operand that is {placement}.\n\n{where(node)}\n\n"
@@ -108,7 +108,9 @@ class Placer:
             if stays_partial(call, operands):
                 annotate(node, placement=Partial())
                 return
-            self._replace_operands(node, call, {n: self.movement.reduce for n, p in operands.items() if p == Partial()})
+            self._replace_operands(
+                node, call, {n: self.resharder.reduce for n, p in operands.items() if p == Partial()}
+            )
             call = Call.of(node)
             operands = {name: placement_of(operand) for name, operand in call.operands()}
         if any(isinstance(p, Sharded) for p in operands.values()):
@@ -135,7 +137,7 @@ class Placer:
                 raise
             call = Call.of(node)
             reason = str(error).partition(".\n")[0]
-            gather = {name: lambda operand: self.movement.gather(operand, reason) for name in sharded_operands(call)}
+            gather = {name: lambda operand: self.resharder.gather(operand, reason) for name in sharded_operands(call)}
             self._replace_operands(node, call, gather)
             call = Call.of(node)
             self._place_whole(node, call, hints_of(call))
@@ -145,7 +147,7 @@ class Placer:
         if call.target in KEEPS_OUTSIDE:
             return
         outside = [n for n, at in sharded_operands(call).items() if at.reaches_outside and at.front + at.back >= 0]
-        self._replace_operands(node, call, dict.fromkeys(outside, self.movement.fit))
+        self._replace_operands(node, call, dict.fromkeys(outside, self.resharder.fit))
 
     def _align_operands(self, node: fx.Node, call: Call) -> bool:
         """Move operands that hold as many tokens in other slots; tells whether there were any."""
@@ -158,7 +160,7 @@ class Placer:
         def align(operand: fx.Node) -> fx.Node:
             at = placement_of(operand)
             assert isinstance(at, Sharded)
-            return self.movement.move(operand, at.with_range(front, back))
+            return self.resharder.move(operand, at.with_range(front, back))
 
         self._replace_operands(node, call, dict.fromkeys(ranges, align))
         return True
@@ -205,7 +207,7 @@ class Placer:
         at = placement_of(node.args[0])  # type: ignore[arg-type]
         if not isinstance(at, Sharded) or call.dim("dim", "self") != at.dim:
             return
-        lengths = self.movement.lengths(at)
+        lengths = self.resharder.lengths(at)
         if not isinstance(lengths.total, fx.Node):
             return
         if str(node.meta["val"]) == str(lengths.value):
@@ -226,7 +228,7 @@ class Placer:
             missing = "there is no rule for this operator, so its operands cannot stay sharded"
             raise no_rule(call, sharded, reason(call) if reason else missing)
         at = next(iter(sharded.values()))
-        decision = RULES[call.target].push(call, sharded, self.movement.lengths(at).value)
+        decision = RULES[call.target].push(call, sharded, self.resharder.lengths(at).value)
         if not all(self._is_cut_back(call.node, result) for result in decision.results):
             raise no_rule(call, sharded, "tokens outside the sequence would be read, and what they hold is not known")
         if call.target in READS_A_FEW and decision.results == (Partial(),):
@@ -248,7 +250,7 @@ class Placer:
         for user in node.users:
             if user.target not in KEEPS_OUTSIDE or user.args[0] is not node:
                 return False
-            decision = RULES[user.target].push(Call.of(user), {"self": at}, self.movement.lengths(at).value)
+            decision = RULES[user.target].push(Call.of(user), {"self": at}, self.resharder.lengths(at).value)
             if not all(self._is_cut_back(user, result) for result in decision.results):
                 return False
         return True
@@ -261,14 +263,14 @@ class Placer:
             if wanted is not None:
                 changes[name] = self._as_wanted(call, name, operand, wanted, name in decision.gathers)
             if name in decision.padding and isinstance(wanted, Sharded):
-                changes[name] = self.movement.fill_padding(changes[name], wanted, decision.padding[name], node)
+                changes[name] = self.resharder.fill_padding(changes[name], wanted, decision.padding[name], node)
         annotate(node, placement=decision.results if call.is_tuple else decision.results[0])
         if decision.lower is None:
             self.localiser.apply(node, call, changes)
         else:
             node.args, node.kwargs = call.rebound(changes)
             at = next(iter(sharded_operands(Call.of(node)).values()))
-            results = decision.lower(Writer(self.movement, Call.of(node), at))
+            results = decision.lower(Writer(self.resharder, Call.of(node), at))
             self._replace_by(node, results, decision.results)
 
     def _replace_by(self, node: fx.Node, results: Sequence[fx.Node], placements: Sequence[Placement]) -> None:
@@ -296,7 +298,7 @@ class Placer:
                 return self.localiser.localise(operand, wanted)
             case Sharded(), Full() if may_gather:
                 reason = annotation(call.node).reason or f"{call.target}: its {name} is needed whole"
-                return self.movement.gather(operand, reason)
+                return self.resharder.gather(operand, reason)
             case _ if have == wanted:
                 return operand
         operands = {n: placement_of(o) for n, o in call.operands()}

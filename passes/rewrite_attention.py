@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.annotation import annotate, annotation, placement_of
-from cpcompile.call import Call
-from cpcompile.cost import Ranks
-from cpcompile.emit import emit_bounds, replace_uses
+from cpcompile.analysis.patterns.nodes import value_numbers
+from cpcompile.choose.attention_sites import attention_site
+from cpcompile.choose.cost import Ranks
 from cpcompile.errors import ConfigError, where
-from cpcompile.patterns.nodes import value_numbers
-from cpcompile.placement import Sharded
-from cpcompile.plan import Lengths, Plan
-from cpcompile.sites import attention_site
+from cpcompile.ir.annotation import annotate, annotation, placement_of
+from cpcompile.ir.insertion import insert_document_bounds, replace_uses
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import Sharded
+from cpcompile.ir.plan import Lengths, Plan
 
 cp = torch.ops.cpcompile
 
@@ -81,7 +81,7 @@ def insert_bounds(gm: fx.GraphModule, sites: list[fx.Node]) -> dict[fx.Node, fx.
     found = {numbers[bounds.all_input_nodes[0]]: bounds for bounds in of_layout}
     for documents, site in reversed(users.items()):
         if numbers[documents] not in found:
-            found[numbers[documents]] = emit_bounds(site, documents)
+            found[numbers[documents]] = insert_document_bounds(site, documents)
     return {documents: found[numbers[documents]] for documents in users}
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from cpcompile.annotation import annotate, annotation, placement_of
-from cpcompile.call import Call, size_hint
-from cpcompile.emit import emit_copy, replace_uses
 from cpcompile.errors import NoRule, where
-from cpcompile.placement import Full, Sharded
-from cpcompile.plan import Lengths, Plan
+from cpcompile.ir.annotation import annotate, annotation, placement_of
+from cpcompile.ir.insertion import insert_copy, replace_uses
+from cpcompile.ir.operator_call import Call, size_hint
+from cpcompile.ir.placement import Full, Sharded
+from cpcompile.ir.plan import Lengths, Plan
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
@@ -162,7 +162,7 @@ class Rewriter:
 
     def _emit(self, node: fx.Node, target: Any, *arguments: Any) -> fx.Node:
         """Insert a call that holds a part of what `node` computes."""
-        part = emit_copy(self.gm.graph, target, arguments, node, placement_of(node))
+        part = insert_copy(self.gm.graph, target, arguments, node, placement_of(node))
         annotate(part, origin="")
         return part
 

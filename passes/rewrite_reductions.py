@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.annotation import annotate, annotation, placement_of
-from cpcompile.call import Call
-from cpcompile.emit import emit, emit_copy, replace_uses
-from cpcompile.placement import PARTIAL, Placement, Sharded
-from cpcompile.plan import Lengths, Plan
+from cpcompile.ir.annotation import annotate, annotation, placement_of
+from cpcompile.ir.insertion import insert_call, insert_copy, replace_uses
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import PARTIAL, Placement, Sharded
+from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.rules.reduction import reduced_dims
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
@@ -50,7 +50,7 @@ def inserter(before: fx.Node) -> Insert:
     """Return a function that inserts a call as a part of what the node `before` computes."""
 
     def insert(target: Any, *args: Any, placement: Placement = PARTIAL, **kwargs: Any) -> fx.Node:
-        node = emit(before, target, *args, **kwargs)
+        node = insert_call(before, target, *args, **kwargs)
         annotate(node, placement=placement)
         return node
 
@@ -72,7 +72,7 @@ def mean_of_loss(call: Call, insert: Insert, plan: Plan) -> fx.Node:
     local = insert(aten.sum.default, counts)
     with call.node.graph.inserting_before(call.node):
         arguments = (local, plan.world_size, plan.group)
-        count = emit_copy(call.node.graph, cp.all_reduce.default, arguments, local)
+        count = insert_copy(call.node.graph, cp.all_reduce.default, arguments, local)
     return insert(aten.div.Tensor, total, count)
 
 

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from cpcompile.call import Call, value_of
-from cpcompile.documents import Source
-from cpcompile.emit import emit
+from cpcompile.analysis.patterns.boundaries import Boundaries, emit_boundaries
+from cpcompile.analysis.patterns.labels import mask_labels
+from cpcompile.analysis.patterns.tables import at_positions, is_prefix
+from cpcompile.analysis.patterns.token_walk import MIXED, TokenWalk
+from cpcompile.analysis.patterns.vectors import joined_ids
+from cpcompile.analysis.regions import Region, find_regions
+from cpcompile.analysis.regions.rows import locate_rows
 from cpcompile.errors import InputError
-from cpcompile.patterns.boundaries import Boundaries, emit_boundaries
-from cpcompile.patterns.labels import mask_labels
-from cpcompile.patterns.tables import at_positions, is_prefix
-from cpcompile.patterns.token_walk import MIXED, TokenWalk
-from cpcompile.patterns.vectors import joined_ids
-from cpcompile.placement import Sharded
-from cpcompile.regions import Region, find_regions
-from cpcompile.regions.rows import locate_rows
+from cpcompile.ir.insertion import insert_call
+from cpcompile.ir.operator_call import Call, value_of
+from cpcompile.ir.placement import Sharded
+from cpcompile.options.documents import Source
 
 
 def separate_documents(
@@ -151,8 +151,8 @@ class Separation(TokenWalk):
         if node in self.at or value_of(node).shape[0] != 1 or not is_prefix(node, 1, self.length):
             raise self.refusal(call.node, f"its {name} depend on places in the row in a way that is not known")
         if node not in self.vectors:
-            row = emit(call.node, torch.ops.aten.select.int, node, 0, 0)
-            self.vectors[node] = emit(call.node, torch.ops.aten.index.Tensor, row, [self.boundaries.positions])
+            row = insert_call(call.node, torch.ops.aten.select.int, node, 0, 0)
+            self.vectors[node] = insert_call(call.node, torch.ops.aten.index.Tensor, row, [self.boundaries.positions])
         return self.vectors[node]
 
     def cross(self, region: Region) -> None:

@@ -33,7 +33,7 @@ def test_every_package_has_an_init_file() -> None:
 
 def test_entry_points() -> None:
     backends = entry_points(group="torch_dynamo_backends", name="cpcompile")
-    assert {point.value for point in backends} == {"cpcompile.backend:backend"}
+    assert {point.value for point in backends} == {"cpcompile.front.backend:backend"}
     scripts = entry_points(group="console_scripts", name="cpcompile")
     assert {point.value for point in scripts} == {"cpcompile.cli:main"}
 

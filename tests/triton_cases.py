@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpcompile.runtime.block import Block, Dropout
 from cpcompile.runtime.kernels import math as math_kernel
 from cpcompile.runtime.kernels import triton_backward, triton_forward
+from cpcompile.runtime.kernels.block import Block, Dropout
+from cpcompile.runtime.kernels.merge import merge_
 from cpcompile.runtime.kernels.triton_launch import Tiles
-from cpcompile.runtime.merge import merge_
 from tests.models import error
 
 SCALE = 0.3

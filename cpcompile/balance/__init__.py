@@ -8,15 +8,7 @@ simulate(Balanced(), 8, 2, [0, 6, 8]).area_imbalance
 """
 
 from cpcompile.balance.balanced import Balanced
-from cpcompile.balance.balancers import (
-    Balancer,
-    Contiguous,
-    Llama3,
-    Striped,
-    Ulysses,
-    ZigZag,
-    ZigZagByDocument,
-)
+from cpcompile.balance.balancers import Balancer, Contiguous, Llama3, Striped, Ulysses, ZigZag, ZigZagByDocument
 from cpcompile.balance.documents import Boundaries, Documents
 from cpcompile.balance.llama3 import Llama3Bounds
 from cpcompile.balance.sharding import Sharding

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cpcompile.balance.documents import Boundaries, Documents
+from cpcompile.balance.layout import chunk_length, local_length, num_chunks, rank_chunks
 from cpcompile.balance.sharding import Sharding
 from cpcompile.errors import ConfigError
-from cpcompile.layout import chunk_length, local_length, num_chunks, rank_chunks
 
 BATCH = 1 << 20  # runs made at once: thousands of documents times thousands of ranks would not fit
 
@@ -131,7 +131,7 @@ class Striped(Balancer):
 
 
 def of_layout(length: int, world_size: int, layout: str) -> Sharding:
-    """Return the sharding of a layout of `cpcompile.layout`."""
+    """Return the sharding of a layout of `cpcompile.balance.layout`."""
     cuts = torch.arange(num_chunks(world_size, layout) + 1) * chunk_length(length, world_size, layout)
     ranks = torch.empty(len(cuts) - 1, dtype=torch.long)
     for rank in range(world_size):

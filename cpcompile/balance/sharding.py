@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cpcompile.spans import Span
+from cpcompile.balance.token_spans import Span
 
 
 @dataclass(frozen=True, slots=True, eq=False)

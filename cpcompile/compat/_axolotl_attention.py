@@ -14,10 +14,11 @@ from cpcompile.compat._axolotl_state import state
 from cpcompile.compat._ring_attention import Options, check, eager
 from cpcompile.compat._ring_stripes import exchange, from_stripes
 from cpcompile.errors import InputError
-from cpcompile.runtime import gather, ring, shared_seed
-from cpcompile.runtime.post import Ring
+from cpcompile.runtime import shared_seed
+from cpcompile.runtime.attention import gather, ring
+from cpcompile.runtime.attention.arguments import AttentionArguments
 from cpcompile.runtime.schedule import Segments, Spans
-from cpcompile.runtime.terms import Terms
+from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor
 
@@ -157,7 +158,7 @@ def _terms(
     scaling: float | None,
     softcap: float | None,
     sinks: Tensor | None,
-) -> Terms:
+) -> AttentionArguments:
     """Return what the runtime computes; for dropout the ranks agree on a seed."""
     if sinks is not None and sinks.numel() != q.shape[1]:
         raise InputError(f"s_aux is {list(sinks.shape)}: pass one sink a head, [{q.shape[1]}].")
@@ -178,7 +179,7 @@ def _terms(
         "sinks": None if sinks is None else sinks.reshape(-1),
         "seed": shared_seed(q.device, place.ring.size, place.ring.group) if dropout else None,
     }
-    terms = Terms.of(q, k, tuple(known.values()), length)
+    terms = AttentionArguments.of(q, k, tuple(known.values()), length)
     rows = mask.documents.rows(mask.chunk, length)
     if rows is None:
         return terms
@@ -190,7 +191,7 @@ def _terms(
     return replace(terms, visible=replace(terms.visible, segments=Segments.of(rows)))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, terms: Terms, place: Place) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, place: Place) -> Tensor:
     out: Tensor = _Attend.apply(q, k, v, terms.sinks, terms, place)  # type: ignore[no-untyped-call]
     return out
 
@@ -199,7 +200,9 @@ class _Attend(torch.autograd.Function):
     """(q, k, v, sinks) -> out."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, terms: Terms, place: Place) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, terms: AttentionArguments, place: Place
+    ) -> Tensor:
         if place.heads_per_message is None:
             out, lse = ring.attend(q, k, v, terms, place.spans, place.ring)
         else:

@@ -22,8 +22,8 @@ from cpcompile.compat._axolotl_register import (
 )
 from cpcompile.compat._axolotl_state import state
 from cpcompile.errors import ConfigError, InputError
-from cpcompile.input_check import check_same_inputs
-from cpcompile.mesh import Axis
+from cpcompile.front.rank_agreement import check_same_inputs
+from cpcompile.options.mesh import Axis
 
 Tensor = torch.Tensor
 OF_LOSS = ("shift_labels", "num_items_in_batch")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from cpcompile.compat._ring_layouts import contiguous, zig_zag
-from cpcompile.runtime import comm
-from cpcompile.runtime.post import Ring
 from cpcompile.runtime.schedule import Spans
+from cpcompile.runtime.transport import process_group
+from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor
 
@@ -121,12 +121,12 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards, ring: Ring, dim: int) -> Tensor:
         ctx.settings = shards, ring, dim
-        return shards.join(comm.all_gather(x, ring.size, ring.group), dim)
+        return shards.join(process_group.all_gather(x, ring.size, ring.group), dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         shards, ring, dim = ctx.settings
-        return comm.reduce_scatter(shards.split(grad, dim), ring.size, ring.group), None, None, None
+        return process_group.reduce_scatter(shards.split(grad, dim), ring.size, ring.group), None, None, None
 
 
 def mean_over_ranks(x: Tensor, ring: Ring) -> Tensor:
@@ -140,7 +140,7 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ring: Ring) -> Tensor:
-        return comm.all_reduce(x, ring.size, ring.group) / ring.size
+        return process_group.all_reduce(x, ring.size, ring.group) / ring.size
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -16,7 +16,7 @@ import torch
 from cpcompile.compat._axolotl_layout import Shards
 from cpcompile.compat._axolotl_state import ONE_DOCUMENT, Documents, state
 from cpcompile.errors import InputError
-from cpcompile.runtime import comm
+from cpcompile.runtime.transport import process_group
 
 Tensor = torch.Tensor
 REMEDY = "Use cpcompile.apply(model, mesh), which transforms the model's own masks."
@@ -119,7 +119,7 @@ def _gathered(attention_mask: Tensor, shards: Shards, batch_size: int) -> Tensor
         )
     ring = state.ring()
     # Every rank is asked, also where this one's tokens are all visible.
-    visible = comm.all_gather(attention_mask.to(torch.uint8), ring.size, ring.group)
+    visible = process_group.all_gather(attention_mask.to(torch.uint8), ring.size, ring.group)
     whole = shards.join(visible, 1).bool()
     return None if whole.all() else whole
 

@@ -16,7 +16,7 @@ from cpcompile.compat._axolotl_masks import substitute_mask
 from cpcompile.compat._axolotl_state import Documents, State, state
 from cpcompile.compat._ring_attention import eager
 from cpcompile.errors import ConfigError
-from cpcompile.mesh import axis_of
+from cpcompile.options.mesh import axis_of
 
 Tensor = torch.Tensor
 Table = dict[str, Callable[..., Any]]

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from cpcompile.compat._axolotl_layout import RingAttnFunc, Shards
 from cpcompile.errors import ConfigError, InputError
-from cpcompile.runtime.post import Ring
 from cpcompile.runtime.schedule import Starts
+from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor
 

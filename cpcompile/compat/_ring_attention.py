@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from cpcompile.errors import ConfigError, InputError
-from cpcompile.runtime import gather, ring, shared_seed
-from cpcompile.runtime.block import Block
-from cpcompile.runtime.post import Ring
+from cpcompile.runtime import shared_seed
+from cpcompile.runtime.attention import gather, ring
+from cpcompile.runtime.attention.arguments import AttentionArguments
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.schedule import Piece, Segments, Spans, Starts
-from cpcompile.runtime.terms import Terms
+from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -66,13 +67,13 @@ class Options:
         return Ring(group.group_name, dist.get_world_size(group), rank)
 
 
-class _Deterministic(Terms):
+class _Deterministic(AttentionArguments):
     """Terms whose kernels give the same bits at each run."""
 
     __slots__ = ()
 
     def block(self, piece: Piece, device: torch.device) -> Block:
-        return replace(Terms.block(self, piece, device), is_deterministic=True)
+        return replace(AttentionArguments.block(self, piece, device), is_deterministic=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
         raise InputError("alibi_slopes has no gradient here: detach it.")
 
 
-def terms_of(q: Tensor, k: Tensor, options: Options, place: Place) -> Terms:
+def terms_of(q: Tensor, k: Tensor, options: Options, place: Place) -> AttentionArguments:
     """Return what the runtime computes; for dropout the ranks agree on a seed."""
     left, right = options.window_size
     dropout, scale, slopes = options.dropout_p, options.softmax_scale, options.alibi_slopes
@@ -147,7 +148,7 @@ def terms_of(q: Tensor, k: Tensor, options: Options, place: Place) -> Terms:
         "sinks": None,
         "seed": seed,
     }
-    kind = _Deterministic if options.deterministic else Terms
+    kind = _Deterministic if options.deterministic else AttentionArguments
     terms = kind.of(q, k, tuple(known.values()), place.length)
     if place.starts is None:
         return terms
@@ -158,7 +159,9 @@ class _Attend(torch.autograd.Function):
     """(q, k, v) -> (out, lse)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, terms: Terms, place: Place) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, place: Place
+    ) -> tuple[Tensor, Tensor]:
         if place.heads_per_message is None:
             out, lse = ring.attend(q, k, v, terms, place.spans, place.ring)
         else:

@@ -13,9 +13,9 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpcompile.errors import InputError
-from cpcompile.runtime import comm
-from cpcompile.runtime.post import Ring
 from cpcompile.runtime.schedule import Span, Spans, Starts
+from cpcompile.runtime.transport import process_group
+from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor
 
@@ -108,7 +108,7 @@ def _gathered_starts(cu_seqlens_q: Tensor, local_k_slice: slice, num_tokens: int
     begins[[end for end in ends[1:-1] if end < num_tokens]] = 1
     if local_k_slice.start == first:
         begins[0] = 1
-    stacked = comm.all_gather(begins, ring.size, ring.group)
+    stacked = process_group.all_gather(begins, ring.size, ring.group)
     return tuple(stacked.flatten().nonzero().flatten().tolist())
 
 

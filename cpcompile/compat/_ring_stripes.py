@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from cpcompile.compat._ring_layouts import zig_zag
-from cpcompile.runtime import comm
-from cpcompile.runtime.post import Ring
+from cpcompile.runtime.transport import process_group
+from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor
 
@@ -65,7 +65,7 @@ def exchange(tensors: Sequence[Tensor], way: Way) -> list[Tensor]:
 def _exchanged(x: Tensor, way: Way) -> Tensor:
     width, ring = x.shape[1], way.ring
     messages = [part.flatten() for part in torch.split(x[way.slots], list(way.counts))]
-    received = comm.all_to_all(messages, [n * width for n in way.other_counts], ring.size, ring.group)
+    received = process_group.all_to_all(messages, [n * width for n in way.other_counts], ring.size, ring.group)
     return torch.empty_like(x).index_copy_(0, way.other_slots, torch.cat(received).view(-1, width))
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.call import Call
 from cpcompile.errors import NoRule
-from cpcompile.placement import FULL, PARTIAL, Placement, Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, PARTIAL, Placement, Sharded
 from cpcompile.rules.registry import RULES, Decision, Lowering, Rule
 from cpcompile.rules.views import expression
 

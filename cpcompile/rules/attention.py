@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from cpcompile import runtime  # noqa: F401  (registers the operator)
-from cpcompile.annotation import annotation
-from cpcompile.call import Call
-from cpcompile.placement import FULL, Placement, Sharded
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, Placement, Sharded
 from cpcompile.rules.pointwise import is_one
 from cpcompile.rules.registry import Decision, no_rule, register
 

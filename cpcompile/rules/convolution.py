@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.call import Call
-from cpcompile.placement import FULL, Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, Sharded
 from cpcompile.rules.along import along_tokens, holds_tokens_only
 from cpcompile.rules.ranges import sliced_off
 from cpcompile.rules.registry import Decision, Indices, Lowering, Names, no_rule, rule

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.call import Call
-from cpcompile.placement import FULL, PARTIAL, Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, PARTIAL, Sharded
 from cpcompile.rules import scatter  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along import along_tokens
 from cpcompile.rules.ranges import constant_value

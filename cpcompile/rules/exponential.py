@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.call import Call
-from cpcompile.placement import FULL, Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, Sharded
 from cpcompile.rules.along import along_tokens
 from cpcompile.rules.extrema import extreme
 from cpcompile.rules.over_tokens import all_reduce, cast, filled, outside_of, reduced, widened

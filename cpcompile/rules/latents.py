@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from cpcompile import runtime  # noqa: F401  (registers the operator)
-from cpcompile.call import Call
-from cpcompile.placement import FULL, Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, Sharded
 from cpcompile.rules.registry import Decision, register
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.call import Call
-from cpcompile.placement import PARTIAL, Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import PARTIAL, Sharded
 from cpcompile.rules.over_tokens import masked, whole_count
 from cpcompile.rules.pointwise import aligned
 from cpcompile.rules.registry import Decision, IndexedRule, Indices, Lowering, no_rule, register

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.annotation import annotate, annotation, placement_of
-from cpcompile.call import Call, value_of
-from cpcompile.placement import FULL, Full, Placement, Sharded
+from cpcompile.ir.annotation import annotate, annotation, placement_of
+from cpcompile.ir.operator_call import Call, value_of
+from cpcompile.ir.placement import FULL, Full, Placement, Sharded
 from cpcompile.rules.along import along_tokens, holds_tokens_only
 from cpcompile.rules.registry import Decision, Indices, Lowering, rule
 from cpcompile.rules.views import expression, quotient

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.annotation import annotation
-from cpcompile.placement import Sharded
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.placement import Sharded
 from cpcompile.rules.along import before_end
 from cpcompile.rules.registry import Lowering
 from cpcompile.rules.views import expression, quotient

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from cpcompile.call import Call, is_tensor
-from cpcompile.placement import Full, Partial, Placement
+from cpcompile.ir.operator_call import Call, is_tensor
+from cpcompile.ir.placement import Full, Partial, Placement
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
-from cpcompile.call import Call
-from cpcompile.placement import FULL, Placement, Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, Placement, Sharded
 from cpcompile.rules import dims  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
 from cpcompile.rules.registry import Decision, Lowering, no_rule, register

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cpcompile.call import Call
+from cpcompile.ir.operator_call import Call
 from cpcompile.rules.registry import Indices, Names, no_rule, rule
 
 aten = torch.ops.aten

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from cpcompile.call import Call
-from cpcompile.placement import Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import Sharded
 from cpcompile.rules import counts, reduction  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along import Along, along_tokens
 from cpcompile.rules.registry import REASONS, RULES, Decision, no_rule

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from cpcompile.call import Call
 from cpcompile.errors import NoRule, where
-from cpcompile.placement import FULL, Partial, Placement, Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, Partial, Placement, Sharded
 
 Names = tuple[str | None, ...]
 

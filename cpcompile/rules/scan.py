@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.call import Call
-from cpcompile.placement import Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import Sharded
 from cpcompile.rules.along import along_tokens, holds_tokens_only
 from cpcompile.rules.over_tokens import cast, highest, lowest, masked, stacked
 from cpcompile.rules.registry import Decision, Lowering

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cpcompile.call import Call
+from cpcompile.ir.operator_call import Call
 from cpcompile.rules.dims import closed, own
 from cpcompile.rules.pointwise import aligned
 from cpcompile.rules.registry import REASONS, Indices, Names, rule

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.call import Call
-from cpcompile.placement import FULL, PARTIAL, Placement, Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, PARTIAL, Placement, Sharded
 from cpcompile.rules.along import along_tokens
 from cpcompile.rules.extrema import spread_extreme
 from cpcompile.rules.over_tokens import (

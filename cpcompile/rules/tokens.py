@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.call import Call
-from cpcompile.placement import FULL, Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, Sharded
 from cpcompile.rules import dims, reduction  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
 from cpcompile.rules.ranges import picked

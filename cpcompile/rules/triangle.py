@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.call import Call
-from cpcompile.placement import Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import Sharded
 from cpcompile.rules.along import along_tokens
 from cpcompile.rules.over_tokens import counted, indices
 from cpcompile.rules.registry import Decision, Indices, Lowering, rule

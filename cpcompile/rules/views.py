@@ -15,8 +15,8 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
-from cpcompile.call import Call
-from cpcompile.placement import Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import Sharded
 from cpcompile.rules.registry import Decision, Local, Lowering, no_rule, register
 
 aten = torch.ops.aten

@@ -1,21 +1,23 @@
 """The operators that a transformed graph calls. Importing this package registers them as `torch.ops.cpcompile.*`."""
 
-from cpcompile.runtime import attention as attention  # registers the operators of its name and of `strategies`
-from cpcompile.runtime import strategies as strategies
-from cpcompile.runtime.bounds import document_bounds as document_bounds
-from cpcompile.runtime.dropout import draw_kept as draw_kept
-from cpcompile.runtime.dropout import dropout_tokens as dropout_tokens
-from cpcompile.runtime.dropout import shared_seed as shared_seed
-from cpcompile.runtime.exchange import halo_tokens as halo_tokens
-from cpcompile.runtime.exchange import move_tokens as move_tokens
-from cpcompile.runtime.pick import chunk_indices as chunk_indices
-from cpcompile.runtime.pick import local_slots as local_slots
-from cpcompile.runtime.pick import pick_tokens as pick_tokens
-from cpcompile.runtime.pick import positions as positions
-from cpcompile.runtime.pick import put_tokens as put_tokens
-from cpcompile.runtime.reduce import all_reduce as all_reduce
-from cpcompile.runtime.reduce import scale_gradient as scale_gradient
-from cpcompile.runtime.reduce import stack_ranks as stack_ranks
-from cpcompile.runtime.tokens import fill_padding as fill_padding
-from cpcompile.runtime.tokens import gather_tokens as gather_tokens
-from cpcompile.runtime.tokens import shard_tokens as shard_tokens
+from cpcompile.runtime.attention import (
+    one_device as one_device,  # registers the operators of its name and of `strategies`
+)
+from cpcompile.runtime.attention import strategies as strategies
+from cpcompile.runtime.tokens.document_bounds import document_bounds as document_bounds
+from cpcompile.runtime.tokens.dropout import draw_kept as draw_kept
+from cpcompile.runtime.tokens.dropout import dropout_tokens as dropout_tokens
+from cpcompile.runtime.tokens.dropout import shared_seed as shared_seed
+from cpcompile.runtime.tokens.exchange import halo_tokens as halo_tokens
+from cpcompile.runtime.tokens.exchange import move_tokens as move_tokens
+from cpcompile.runtime.tokens.pick import chunk_indices as chunk_indices
+from cpcompile.runtime.tokens.pick import local_slots as local_slots
+from cpcompile.runtime.tokens.pick import pick_tokens as pick_tokens
+from cpcompile.runtime.tokens.pick import positions as positions
+from cpcompile.runtime.tokens.pick import put_tokens as put_tokens
+from cpcompile.runtime.tokens.reduce import all_reduce as all_reduce
+from cpcompile.runtime.tokens.reduce import scale_gradient as scale_gradient
+from cpcompile.runtime.tokens.reduce import stack_ranks as stack_ranks
+from cpcompile.runtime.tokens.shard import fill_padding as fill_padding
+from cpcompile.runtime.tokens.shard import gather_tokens as gather_tokens
+from cpcompile.runtime.tokens.shard import shard_tokens as shard_tokens

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-from cpcompile.spans import Rectangle
-from cpcompile.spans import Segments as Segments
-from cpcompile.spans import Span as Span
-from cpcompile.spans import Spans as Spans
-from cpcompile.spans import Starts as Starts
+from cpcompile.balance.token_spans import Rectangle
+from cpcompile.balance.token_spans import Segments as Segments
+from cpcompile.balance.token_spans import Span as Span
+from cpcompile.balance.token_spans import Spans as Spans
+from cpcompile.balance.token_spans import Starts as Starts
 
 # Tokens between two runs of documents that a ring fetches rather than take another run: each costs the host some 0.1 ms in
 # copies and sums, and so many tokens of 8 key heads of 128 take NVLink 0.02 ms.

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from cpcompile.order import Order
-from cpcompile.runtime import strategies  # noqa: F401  (registers the operators)
-from cpcompile.runtime.exchange import halo_spans, route_of
-from cpcompile.runtime.moves import Route, Spans, most_sent
-from cpcompile.runtime.problem import Problem, attention_bytes, problem_of
-from cpcompile.runtime.terms import Terms
+from cpcompile.balance.token_order import TokenOrder
+from cpcompile.runtime.attention import strategies  # noqa: F401  (registers the operators)
+from cpcompile.runtime.attention.arguments import AttentionArguments
+from cpcompile.runtime.attention.workload import Workload, attention_bytes, problem_of
+from cpcompile.runtime.tokens.exchange import halo_spans, route_of
+from cpcompile.runtime.tokens.moves import Route, Spans, most_sent
 
 Arguments = Mapping[str, Any]
 
@@ -61,14 +61,14 @@ def _stack_ranks(a: Arguments) -> Traffic:
 
 
 def _exchange(a: Arguments, targets: Sequence[Spans], route: Route) -> Traffic:
-    order = Order.of(a["length"], a["world_size"], a["layout"])
+    order = TokenOrder.of(a["length"], a["world_size"], a["layout"])
     token = _bytes(a["x"]) // order.local_length
     sent, received = most_sent(order.spans, targets, route)
     return Traffic(token * sent, token * received if a["x"].is_floating_point() else 0)
 
 
 def _move_tokens(a: Arguments) -> Traffic:
-    targets = Order.of(a["length"], a["world_size"], a["layout"]).spans
+    targets = TokenOrder.of(a["length"], a["world_size"], a["layout"]).spans
     return _exchange(a, targets, route_of(a["sign"], a["offset"], a["wrap"], a["length"]))
 
 
@@ -87,15 +87,15 @@ def _latent_heads(a: Arguments) -> Traffic:
     return Traffic(*attention_bytes(replace(problem, kv_heads=problem.kv_heads * a["world_size"]), "latent_heads"))
 
 
-def attention_problem(a: Arguments) -> Problem:
+def attention_problem(a: Arguments) -> Workload:
     """Return an attention operator's arguments as a problem. Where documents begin is not read: they hide nothing here."""
     given = [None if name == "bounds" else a[name] for name in TERMS]
-    visible = Terms.of(a["q"], a["k"], given, a["length"]).visible
+    visible = AttentionArguments.of(a["q"], a["k"], given, a["length"]).visible
     axis = {name: a[name] for name in ("length", "layout", "world_size")}
     return problem_of(a["q"], a["k"], a["v"], visible=visible, inner_size=a.get("inner_size", 0), **axis)
 
 
-# The arguments behind q, k and v, in the order of `Terms`.
+# The arguments behind q, k and v, in the order of `AttentionArguments`.
 TERMS = [a.name for a in torch.ops.cpcompile.ring_attention.default._schema.arguments[3:] if not a.kwarg_only]
 _COUNTS: dict[str, Callable[[Arguments], Traffic]] = {
     "all_reduce": _all_reduce,

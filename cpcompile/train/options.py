@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from cpcompile.config import Config
 from cpcompile.errors import ConfigError
+from cpcompile.options.config import Config
 from cpcompile.train import checkpoint, data, model
 
 DTYPES: Mapping[str, torch.dtype] = {

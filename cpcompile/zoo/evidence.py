@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpcompile.in_process import default_objective, run_and_differentiate
-from cpcompile.verification import gradient_error, relative
-from cpcompile.widen import Widen
+from cpcompile.inspect.float64 import Widen
+from cpcompile.inspect.model_runs import default_objective, run_and_differentiate
+from cpcompile.inspect.verify import gradient_error, relative
 from cpcompile.zoo.inputs import FIRST, LAST
 
 ROUNDING = 1e-4

@@ -8,5 +8,5 @@ from cpcompile.zoo.build import import_transformers
 
 torch.set_num_threads(1)
 import_transformers()
-for name in ("cpcompile.verification", "transformers.modeling_utils", "transformers.models.auto.modeling_auto"):
+for name in ("cpcompile.inspect.verify", "transformers.modeling_utils", "transformers.models.auto.modeling_auto"):
     import_module(name)

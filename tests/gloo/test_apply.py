@@ -199,7 +199,7 @@ def test_logits_are_local_or_whole(pool: Any, layout: str, length: int) -> None:
 def lengths_that_would_choose_differently(rank: Any) -> dict[str, float]:
     from unittest import mock
 
-    from cpcompile import transform
+    from cpcompile.compile import transform
 
     model, alone = new(rank, "rotary", dynamic=False, strategy="ring")
     free, choices = transform.choose, iter(("zig_zag", "contiguous"))

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import cpcompile.runtime  # noqa: F401  registers the operators
-from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
-from cpcompile.order import Order
+from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
+from cpcompile.balance.token_order import TokenOrder
 from cpcompile.runtime import kernels, schedule
-from cpcompile.runtime.dropout import is_kept
+from cpcompile.runtime.tokens.dropout import is_kept
 
 ALL_LAYOUTS = (*LAYOUTS, *DOCUMENT_LAYOUTS)
 NAMES = ("out", "dq", "dk", "dv", "dsinks")
@@ -193,7 +193,7 @@ def reference(name: str) -> tuple[torch.Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, leaves, x["dout"])
 
 
-def local(x: torch.Tensor, dim: int, rank: int, order: Order) -> torch.Tensor:
+def local(x: torch.Tensor, dim: int, rank: int, order: TokenOrder) -> torch.Tensor:
     """Return a rank's slots of `x`; padding slots hold 7, which no result may depend on."""
     taken = x.index_select(dim, order.sources(rank))
     shape = [-1 if d == dim else 1 for d in range(x.dim())]
@@ -218,7 +218,7 @@ def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any
     results = {}
     for name, case in cases.items():
         x = inputs_of(case)
-        order = Order.of(x["length"], rank.world_size, layout, x["bounds"])
+        order = TokenOrder.of(x["length"], rank.world_size, layout, x["bounds"])
         q, k, v, dout = (local(x[n], 2, rank.rank, order) for n in ("q", "k", "v", "dout"))
         family = strategy.partition("_")[0]
         mask = x["mask"]
@@ -264,7 +264,7 @@ def check(
     ranks = pool.run(world_size, job, strategy, layout, cases)
     for name, case in cases.items():
         length = (PLAIN | case)["length"]
-        order = Order.of(length, world_size, layout, inputs_of(case)["bounds"])
+        order = TokenOrder.of(length, world_size, layout, inputs_of(case)["bounds"])
         at = torch.cat([order.positions(rank) for rank in range(world_size)])
         assert len(at) == world_size * order.local_length
         for i, expected in enumerate(reference(name)):

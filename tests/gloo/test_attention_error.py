@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cpcompile.runtime  # registers the operators
-from cpcompile.layout import positions
+from cpcompile.balance.layout import positions
 
 assert cpcompile.runtime
 LENGTH, SCALE = 512, 0.2

@@ -17,7 +17,7 @@ import transformers
 from cpcompile.compat import axolotl
 from cpcompile.compat.axolotl import RingAttnFunc, SequenceParallelContextManager
 from cpcompile.errors import ConfigError, InputError
-from cpcompile.widen import Widen
+from cpcompile.inspect.float64 import Widen
 
 VOCABULARY, LARGEST = 50, 1e-10
 SIZES = {

@@ -15,8 +15,8 @@ from cpcompile.compat import ring_flash_attn as names
 from cpcompile.compat._ring_attention import Options, Place, terms_of
 from cpcompile.compat._ring_layouts import contiguous, starts_of_all
 from cpcompile.errors import ConfigError, InputError
-from cpcompile.runtime.dropout import is_kept
-from cpcompile.runtime.post import Ring
+from cpcompile.runtime.tokens.dropout import is_kept
+from cpcompile.runtime.transport.post import Ring
 
 HEAD_DIM, SEED = 8, 7
 FAMILIES = ("ring", "zigzag_ring", "stripe")

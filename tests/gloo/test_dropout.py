@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import cpcompile
-from cpcompile.collectives import COLLECTIVES, join, split
-from cpcompile.layout import LAYOUTS
-from cpcompile.order import Order
-from cpcompile.placement import Sharded
+from cpcompile.balance.layout import LAYOUTS
+from cpcompile.balance.token_order import TokenOrder
+from cpcompile.inspect.collective_definitions import COLLECTIVES, join, split
+from cpcompile.ir.placement import Sharded
 from tests.models import VOCABULARY, batch, error, errors, gradients
 
 ops = torch.ops.cpcompile
@@ -177,7 +177,7 @@ def arguments(at: Sharded, rank: Any, layout: str) -> list[dict[str, Any]]:
     x = torch.randn(SHAPES[at.dim, at.inner], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shared = {"seed": torch.tensor(-123456789), "site": 3, "p": 0.3, "dim": at.dim, "inner": at.inner, "length": 11}
     axis = {"layout": layout, "world_size": rank.world_size, "group": rank.group}
-    return [{"x": part, **shared, **axis} for part in split(x, at, Order(11, rank.world_size, layout))]
+    return [{"x": part, **shared, **axis} for part in split(x, at, TokenOrder(11, rank.world_size, layout))]
 
 
 def dropped(rank: Any, layout: str) -> list[tuple[Tensor, Tensor]]:
@@ -192,7 +192,7 @@ def dropped(rank: Any, layout: str) -> list[tuple[Tensor, Tensor]]:
                 join(
                     COLLECTIVES[ops.dropout_tokens.default](calls),
                     Sharded(dim, inner),
-                    Order(11, rank.world_size, layout),
+                    TokenOrder(11, rank.world_size, layout),
                 ),
             )
         )
@@ -203,7 +203,7 @@ def dropped(rank: Any, layout: str) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operator_is_its_definition(pool: Any, layout: str, world_size: int) -> None:
     for (dim, inner), *ranks in zip(SHAPES, *pool.run(world_size, dropped, layout), strict=True):
-        whole = join([mine for mine, _ in ranks], Sharded(dim, inner), Order(11, world_size, layout))
+        whole = join([mine for mine, _ in ranks], Sharded(dim, inner), TokenOrder(11, world_size, layout))
         for _, expected in ranks:
             assert torch.equal(whole == 0, expected == 0)
             assert torch.allclose(whole, expected, rtol=1e-14, atol=0)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cpcompile.collectives import COLLECTIVES
-from cpcompile.layout import LAYOUTS, local_length
+from cpcompile.balance.layout import LAYOUTS, local_length
+from cpcompile.inspect.collective_definitions import COLLECTIVES
 
 ops = torch.ops.cpcompile
 Calls = list[tuple[str, tuple[Any, ...]]]

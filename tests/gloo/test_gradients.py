@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import cpcompile
-from cpcompile import grad_sync
+from cpcompile.front import gradient_sums
 from tests.models import batch, error, errors, gradients, loss_of, make
 
 EXACT = 1e-12  # float64
@@ -207,12 +207,12 @@ def in_buckets(rank: Any, num_bytes: int) -> tuple[dict[str, float], int]:
     tensors = [p.detach().clone() for p in model.parameters()]
     grads = [torch.full_like(p, 1.0) for p in tensors]
     grads[1] = None
-    before = grad_sync.BUCKET_BYTES
+    before = gradient_sums.BUCKET_BYTES
     try:
-        grad_sync.BUCKET_BYTES, torch.distributed.all_reduce = num_bytes, counted
+        gradient_sums.BUCKET_BYTES, torch.distributed.all_reduce = num_bytes, counted
         summed = sync.sum(tensors, grads)
     finally:
-        grad_sync.BUCKET_BYTES, torch.distributed.all_reduce = before, all_reduce
+        gradient_sums.BUCKET_BYTES, torch.distributed.all_reduce = before, all_reduce
     assert summed[1] is None
     pairs = [(x, y) for x, y in zip(summed, grads, strict=True) if y is not None]
     assert all(x.dtype == y.dtype and x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes for x, y in pairs)
@@ -228,14 +228,14 @@ def test_buckets(pool: Any, num_bytes: int, num_sums: int) -> None:
 
 
 def bucketed(rank: Any) -> dict[str, float]:
-    before, grad_sync.BUCKET_BYTES = grad_sync.BUCKET_BYTES, 3000
+    before, gradient_sums.BUCKET_BYTES = gradient_sums.BUCKET_BYTES, 3000
     try:
         model, alone = new(rank)
         for module in (model, alone):
             loss_of(module(**batch(alone, 31))).backward()
         return errors(gradients(model), gradients(alone))
     finally:
-        grad_sync.BUCKET_BYTES = before
+        gradient_sums.BUCKET_BYTES = before
 
 
 def test_training_in_small_buckets(pool: Any) -> None:

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import cpcompile
 from cpcompile.errors import ConfigError, InputError
-from cpcompile.mesh import axis_of
-from cpcompile.runtime.transport import transport_of
+from cpcompile.options.mesh import axis_of
+from cpcompile.runtime.transport.choice import transport_of
 from tests.models import batch, error, errors, gradients, logits_of, loss_of, make
 
 FLOAT32 = 2e-5  # the transformers models cast to float32 themselves, even in float64: rounding, times the depth

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import cpcompile
 from cpcompile.errors import ConfigError, InputError
-from cpcompile.input_check import value_fingerprint
+from cpcompile.front.rank_agreement import value_fingerprint
 from tests.models import VOCABULARY, batch, error, errors, gradients, loss_of, make
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cpcompile.layout import LAYOUTS
-from cpcompile.runtime import transport
-from cpcompile.runtime.post import Ring, new_message, post, set_transport, transport_of
-from cpcompile.runtime.symmetric import Lane, Slot
+from cpcompile.balance.layout import LAYOUTS
+from cpcompile.runtime.transport import choice as transport
+from cpcompile.runtime.transport.post import Ring, new_message, post, set_transport, transport_of
+from cpcompile.runtime.transport.symmetric import Lane, Slot
 from tests.gloo import test_attention
 from tests.gloo.late_device import LateDevice
 
@@ -194,7 +194,7 @@ def choose(rank: Any, wanted: list[str], hosts: list[str], broken: int | None) -
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("cpcompile.runtime.transport")
+    log = logging.getLogger("cpcompile.runtime.transport.choice")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     real, socket.gethostname = socket.gethostname, lambda: hosts[rank.rank]

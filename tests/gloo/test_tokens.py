@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cpcompile.runtime  # noqa: F401  registers the operators
-from cpcompile.layout import LAYOUTS, local_length, positions
+from cpcompile.balance.layout import LAYOUTS, local_length, positions
 
 ops = torch.ops.cpcompile
 LENGTHS = (1, 5, 31, 64)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cpcompile.layout import local_length
+from cpcompile.balance.layout import local_length
 from cpcompile.runtime.traffic import Traffic, traffic
 
 HEADS, DIM, BATCH = (9, 3), 4, 2

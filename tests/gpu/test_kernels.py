@@ -12,11 +12,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import cpcompile
+from cpcompile.balance.token_spans import Rectangle
 from cpcompile.runtime import kernels
-from cpcompile.runtime.block import Block, Dropout
 from cpcompile.runtime.kernels import Case, cudnn_varlen
-from cpcompile.runtime.merge import merge_
-from cpcompile.spans import Rectangle
+from cpcompile.runtime.kernels.block import Block, Dropout
+from cpcompile.runtime.kernels.merge import merge_
 from tests.models import batch, error, llama
 
 pytestmark = [

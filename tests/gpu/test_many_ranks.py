@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import cpcompile.runtime  # noqa: F401  registers the operators
-from cpcompile.order import Order
-from cpcompile.runtime import transport
+from cpcompile.balance.token_order import TokenOrder
+from cpcompile.runtime.transport import choice as transport
 from tests.gpu.jobs import Named, Result, results_of, run_cases, run_ranks
 from tests.gpu.model_errors import check, model_errors
 from tests.models import Mixer, batch, llama
@@ -149,7 +149,7 @@ def error_of(case: Case, rank: int, seed: int, groups: dict[str, Any], device: t
     whole = [torch.randn(1, h, case.length, HEAD_DIM, generator=generator).to(device) for h in heads]
     whole = [x.to(getattr(torch, case.dtype)) for x in whole]
     bounds = torch.tensor([[len(STARTS), *STARTS]]) if case.kind == "documents" else None
-    at = Order.of(case.length, case.world_size, case.layout, bounds).positions(rank).to(device)
+    at = TokenOrder.of(case.length, case.world_size, case.layout, bounds).positions(rank).to(device)
     found = attention(case, [x.index_select(2, at.clamp(max=case.length - 1)) for x in whole], groups)
     expected = attention(case, [x.double() for x in whole], None)
     held = at < case.length

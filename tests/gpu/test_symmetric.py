@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 import cpcompile.runtime  # noqa: F401  registers the operators
-from cpcompile.layout import positions
-from cpcompile.runtime import transport
-from cpcompile.runtime.symmetric import CudaDevice, Device, Event, Memory
+from cpcompile.balance.layout import positions
+from cpcompile.runtime.transport import choice as transport
+from cpcompile.runtime.transport.symmetric import CudaDevice, Device, Event, Memory
 from tests.gpu.jobs import Named, results_of, run_cases, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]

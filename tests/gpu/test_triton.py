@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpcompile.runtime import merge
-from cpcompile.runtime.block import Block, Dropout
-from cpcompile.runtime.kernels import triton_backward, triton_forward, triton_merge
+from cpcompile.runtime.kernels import merge, triton_backward, triton_forward, triton_merge
+from cpcompile.runtime.kernels.block import Block, Dropout
 from tests import triton_cases
 from tests.models import error
 

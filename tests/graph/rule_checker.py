@@ -15,17 +15,17 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cpcompile.annotation import annotate, annotation
-from cpcompile.call import Call
+from cpcompile.balance.layout import local_length
+from cpcompile.balance.token_order import TokenOrder
 from cpcompile.errors import NoRule
-from cpcompile.layout import local_length
-from cpcompile.lockstep import Lockstep, whole_value
-from cpcompile.order import Order
+from cpcompile.inspect.lockstep import Lockstep, whole_value
+from cpcompile.ir.annotation import annotate, annotation
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import Sharded
+from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.passes.place_tokens import Placer
 from cpcompile.passes.rewrite_attention import rewrite_attention
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
-from cpcompile.placement import Sharded
-from cpcompile.plan import Lengths, Plan
 
 cp = torch.ops.cpcompile
 
@@ -55,9 +55,9 @@ class Setting:
     layout: str
 
     @property
-    def order(self) -> Order:
+    def order(self) -> TokenOrder:
         """The tokens of all ranks."""
-        return Order.of(self.length, self.world_size, self.layout)
+        return TokenOrder.of(self.length, self.world_size, self.layout)
 
 
 def is_member_list(argument: object) -> bool:

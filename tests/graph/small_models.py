@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from cpcompile.config import Config
+from cpcompile.compile.transform import Transformed
+from cpcompile.inspect.explain import plan_for
+from cpcompile.options.config import Config
 from cpcompile.passes import choose_strategies
-from cpcompile.survey import plan_for
-from cpcompile.transform import Transformed
 
 VOCABULARY = 13
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpcompile import verify
-from cpcompile.call import Call
+from cpcompile.choose.attention_sites import attention_nodes
+from cpcompile.ir.operator_call import Call
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.lift_masks import describe, lift_masks
-from cpcompile.sites import attention_nodes
 from tests.graph.small_models import TinyLM, batch
 from tests.graph.test_find_attention import H, S, captured, operands
 

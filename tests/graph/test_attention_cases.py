@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpcompile.attention_cases import Chosen, cases_of, chosen_kernels, likely_kernel, refuse_unable_kernel, strategy_of
+from cpcompile.choose.attention_sites import attention_nodes, rewritten_attentions
+from cpcompile.choose.kernels import (
+    Chosen,
+    cases_of,
+    chosen_kernels,
+    likely_kernel,
+    refuse_unable_kernel,
+    strategy_of,
+)
 from cpcompile.errors import ConfigError
 from cpcompile.runtime import kernels
 from cpcompile.runtime.kernels import Kernel
-from cpcompile.sites import attention_nodes, rewritten_attentions
 from tests.graph.small_models import TinyLM, batch, planned
 
 

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from cpcompile import collectives, verify
-from cpcompile.annotation import annotation
-from cpcompile.config import Config
-from cpcompile.divergence import Difference, first_difference
-from cpcompile.dynamo import by_name, compile_whole
-from cpcompile.in_process import LockstepBackend, default_objective, run_and_differentiate
-from cpcompile.mesh import Axis
+from cpcompile import verify
+from cpcompile.capture.dynamo import by_name, compile_whole
+from cpcompile.choose.attention_sites import attention_nodes
+from cpcompile.inspect import collective_definitions
+from cpcompile.inspect.first_difference import Difference, first_difference
+from cpcompile.inspect.model_runs import LockstepBackend, default_objective, run_and_differentiate
+from cpcompile.ir.annotation import annotation
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis
 from cpcompile.passes.lift_masks import describe
-from cpcompile.sites import attention_nodes
 from tests.graph.small_models import TinyLM, batch
 
 LONGEST = 40
@@ -219,12 +220,12 @@ LINES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_wrong_attention_is_named_by_its_own_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(calls: list[Any]) -> list[Any]:
-        return [(out + 1, *others) for out, *others in collectives._attention(calls)]
+        return [(out + 1, *others) for out, *others in collective_definitions._attention(calls)]
 
     make, line = LINES[name]
     model = make().double()
     assert difference(model) is None
-    monkeypatch.setitem(collectives.COLLECTIVES, cp.gather_attention.default, broken)
+    monkeypatch.setitem(collective_definitions.COLLECTIVES, cp.gather_attention.default, broken)
     found = difference(model)
     assert found is not None
     assert line in found.place

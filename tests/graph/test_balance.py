@@ -22,10 +22,10 @@ from cpcompile.balance import (
     simulate,
 )
 from cpcompile.balance.balanced import work
+from cpcompile.balance.layout import local_length, positions
+from cpcompile.balance.layout import of_groups as of_layout
+from cpcompile.balance.token_order import TokenOrder
 from cpcompile.errors import ConfigError, InputError
-from cpcompile.layout import local_length, positions
-from cpcompile.layout import of_groups as of_layout
-from cpcompile.order import Order
 from cpcompile.runtime.schedule import Band, Segments, Visible, by_position, needs
 
 TIMELESS = settings(max_examples=50, deadline=None)
@@ -112,7 +112,7 @@ def test_layouts_are_those_of_the_compiler(length: int, world_size: int, layout:
     sharding = BALANCERS[layout].shard(length, world_size)
     assert sharding.local_length == local_length(length, world_size, layout)
     for rank in range(world_size):
-        assert sharding.spans(rank) == by_position(Order(length, world_size, layout).spans[rank])
+        assert sharding.spans(rank) == by_position(TokenOrder(length, world_size, layout).spans[rank])
         there = positions(length, rank, world_size, layout)
         assert held(sharding, rank) == there[there < length].tolist()
 
@@ -180,7 +180,7 @@ def test_groups_share_what_they_are_dealt(packed: tuple[int, list[int]], num_gro
         parts = [held(sharding, group * size + i) for i in range(size)]
         assert [dealt[i * local : (i + 1) * local] for i in range(size)] == parts
     starts = tuple(torch.tensor(bounds).unique()[:-1].tolist())
-    order = Order(length, num_groups * size, of_layout(name, size), Segments.of((starts,)))
+    order = TokenOrder(length, num_groups * size, of_layout(name, size), Segments.of((starts,)))
     assert order.spans == tuple(sharding.spans(rank) for rank in range(num_groups * size))
     assert torch.cat([order.positions(rank) for rank in range(num_groups * size)]).sort().values.tolist() == [
         *range(num_groups * size * local)

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpcompile import verify
-from cpcompile.annotation import annotation
-from cpcompile.call import Call
+from cpcompile.choose.attention_sites import attention_nodes, rewritten_attentions
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.operator_call import Call
 from cpcompile.passes import choose_strategies
-from cpcompile.sites import attention_nodes, rewritten_attentions
 from tests.graph.small_models import TinyLM, batch, planned
 
 

@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from cpcompile.cost import CLOSE, GATHERING, PREFERENCE, Attention, Ranks, choose, compute_seconds, link, seconds
+from cpcompile.choose.cost import (
+    CLOSE,
+    GATHERING,
+    PREFERENCE,
+    Attention,
+    Ranks,
+    choose,
+    compute_seconds,
+    link,
+    seconds,
+)
 
 SITE = Attention(
     batch=1, heads=32, kv_heads=8, tokens=1 << 14, head_dim=128, value_dim=128, bytes_per_element=2, device="cuda",

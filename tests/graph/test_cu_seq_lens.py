@@ -13,12 +13,12 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 import cpcompile
-from cpcompile.config import Config
-from cpcompile.dynamo import by_name, compile_whole
-from cpcompile.in_process import LockstepBackend, default_objective, run_and_differentiate
-from cpcompile.mesh import Axis
+from cpcompile.capture.dynamo import by_name, compile_whole
+from cpcompile.inspect.float64 import Widen
+from cpcompile.inspect.model_runs import LockstepBackend, default_objective, run_and_differentiate
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis
 from cpcompile.passes.lift_masks import describe
-from cpcompile.widen import Widen
 from tests import models
 from tests.packing import GROUPED_HEADS
 

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpcompile import NoRule, collectives, explain, in_process, verify
-from cpcompile.annotation import annotation, placement_of
-from cpcompile.call import Call
-from cpcompile.config import Config
-from cpcompile.dynamo import by_name, compile_whole
-from cpcompile.in_process import LockstepBackend, default_objective, run_and_differentiate
-from cpcompile.mesh import Axis
+from cpcompile import NoRule, explain, verify
+from cpcompile.capture.dynamo import by_name, compile_whole
+from cpcompile.inspect import collective_definitions, in_process
+from cpcompile.inspect.model_runs import LockstepBackend, default_objective, run_and_differentiate
+from cpcompile.ir.annotation import annotation, placement_of
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, Sharded
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis
 from cpcompile.passes import place_tokens, rewrite_dropout
-from cpcompile.placement import FULL, Sharded
-from cpcompile.runtime.dropout import splitmix64
+from cpcompile.runtime.tokens.dropout import splitmix64
 from tests.graph.small_models import TinyLM, batch, before, count, planned
 from tests.models import batch as batch_of
 from tests.models import make
@@ -169,7 +170,7 @@ def test_parts_of_an_exact_dropout_are_not_compared_with_it(monkeypatch: pytest.
     def own_sums(calls: list[dict[str, Any]]) -> list[Tensor]:
         return [call["x"] for call in calls]
 
-    monkeypatch.setitem(collectives.COLLECTIVES, cp.all_reduce.default, own_sums)
+    monkeypatch.setitem(collective_definitions.COLLECTIVES, cp.all_reduce.default, own_sums)
     found = verify(Dropping(), batch(7), world_size=2, dtype=torch.float64, exact_dropout=True)
     assert found.first_difference is not None
     assert "F.cross_entropy(" in found.first_difference.place

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cpcompile.collectives import COLLECTIVES, join, split
-from cpcompile.layout import LAYOUTS
-from cpcompile.order import Order
-from cpcompile.placement import Sharded
-from cpcompile.runtime.exchange import halo_spans
-from cpcompile.runtime.moves import Move, Route
+from cpcompile.balance.layout import LAYOUTS
+from cpcompile.balance.token_order import TokenOrder
+from cpcompile.inspect.collective_definitions import COLLECTIVES, join, split
+from cpcompile.ir.placement import Sharded
 from cpcompile.runtime.schedule import Span
+from cpcompile.runtime.tokens.exchange import halo_spans
+from cpcompile.runtime.tokens.moves import Move, Route
 from cpcompile.runtime.traffic import Traffic, traffic
 
 ops = torch.ops.cpcompile
@@ -91,7 +91,7 @@ def test_moves_are_runs() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_token_of_a_halo_arrives_once(layout: str, world_size: int) -> None:
     length, before, after = 21, 9, 2
-    sources = Order(length, world_size, layout).spans
+    sources = TokenOrder(length, world_size, layout).spans
     for rank in range(world_size):
         targets = halo_spans(before, after, length, rank, world_size, layout)
         filled = [
@@ -126,7 +126,7 @@ def defined(name: str, x: torch.Tensor, world_size: int, layout: str, **argument
     """Return what the definition says for the ranks' tokens of `x` `[S, 2]`."""
     length = len(x)
     axis = {"dim": 0, "inner": 1, "length": length, "layout": layout, "world_size": world_size, "group": ""}
-    parts = split(x, Sharded(0), Order(length, world_size, layout))
+    parts = split(x, Sharded(0), TokenOrder(length, world_size, layout))
     return COLLECTIVES[getattr(ops, name).default]([{"x": part, **axis, **arguments} for part in parts])
 
 
@@ -138,7 +138,7 @@ def test_definitions_are_what_users_write(world_size: int, layout: str) -> None:
 
     def moved(sign: int, offset: int, wrap: bool) -> torch.Tensor:
         parts = defined("move_tokens", x, world_size, layout, sign=sign, offset=offset, wrap=wrap, fill=0.5)
-        return join(parts, Sharded(0), Order(length, world_size, layout))
+        return join(parts, Sharded(0), TokenOrder(length, world_size, layout))
 
     assert torch.equal(moved(1, -2, False), torch.nn.functional.pad(x, (0, 0, 2, 0), value=0.5)[:-2])
     assert torch.equal(moved(1, -2, True), x.roll(2, 0))
@@ -146,7 +146,7 @@ def test_definitions_are_what_users_write(world_size: int, layout: str) -> None:
     picked = defined("pick_tokens", x, world_size, layout, start=4, count=5)
     assert torch.equal(torch.stack(picked).sum(0), x[4:9])
     put = defined("put_tokens", x, world_size, layout, start=4, values=x[:5])
-    assert torch.equal(join(put, Sharded(0), Order(length, world_size, layout)), torch.cat([x[:4], x[:5], x[9:]]))
+    assert torch.equal(join(put, Sharded(0), TokenOrder(length, world_size, layout)), torch.cat([x[:4], x[:5], x[9:]]))
     # A causal convolution of every chunk with its halo.
     wide = defined("halo_tokens", x, world_size, layout, before=3, after=0)
     chunks = [chunk for part in wide for chunk in part.chunk(2 if layout == "zig_zag" else 1)]
@@ -154,13 +154,13 @@ def test_definitions_are_what_users_write(world_size: int, layout: str) -> None:
     per_rank = len(sums) // world_size
     local = [torch.cat(sums[rank * per_rank : (rank + 1) * per_rank]) for rank in range(world_size)]
     expected = torch.nn.functional.pad(x, (0, 0, 3, 0)).unfold(0, 4, 1).sum(-1)
-    torch.testing.assert_close(join(local, Sharded(0), Order(length, world_size, layout)), expected)
+    torch.testing.assert_close(join(local, Sharded(0), TokenOrder(length, world_size, layout)), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_join_of_a_range(layout: str) -> None:
     x = normal(13, 2)
-    parts = split(x, Sharded(0), Order(13, 3, layout))
-    assert torch.equal(join(parts, Sharded(0, front=1, back=2), Order(13, 3, layout)), x[1:-2])
-    shifted = join(parts, Sharded(0, front=-2, back=2, outside=0.5), Order(13, 3, layout))
+    parts = split(x, Sharded(0), TokenOrder(13, 3, layout))
+    assert torch.equal(join(parts, Sharded(0, front=1, back=2), TokenOrder(13, 3, layout)), x[1:-2])
+    shifted = join(parts, Sharded(0, front=-2, back=2, outside=0.5), TokenOrder(13, 3, layout))
     assert torch.equal(shifted, torch.nn.functional.pad(x[:-2], (0, 0, 2, 0), value=0.5))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpcompile import ConfigError, explain
-from cpcompile.explanation import size, table
+from cpcompile.inspect.explanation import size, table
 from tests.graph.small_models import TinyLM, batch
 
 B, S, HEADS, DIM, P = 2, 8, 2, 4, 4

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from cpcompile.call import Call
-from cpcompile.capture import capture
+from cpcompile.capture.lowering import capture
+from cpcompile.ir.operator_call import Call
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.functionalise_writes import functionalise_writes
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from cpcompile import verify
+from cpcompile.ir.placement import FULL, Sharded
 from cpcompile.passes import SHARDING, finish_outputs, place_tokens
 from cpcompile.passes.finish_outputs import output_placements
-from cpcompile.placement import FULL, Sharded
 from tests.graph.small_models import Logits, TinyLM, batch, before, count, planned
 
 cp = torch.ops.cpcompile

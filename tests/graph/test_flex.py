@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from torch.utils.checkpoint import checkpoint
 
 from cpcompile import NoRule, _torch
-from cpcompile.capture import capture
+from cpcompile.capture.lowering import capture
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.lift_masks import describe, lift_masks
 from cpcompile.passes.open_flex_attention import open_flex_attention

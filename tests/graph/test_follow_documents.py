@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import cpcompile
-from cpcompile import collectives, divergence
 from cpcompile.errors import ConfigError, NoChunks
+from cpcompile.inspect import collective_definitions, first_difference
 from tests.packing import PackedLM, packed_batch
 
 cp = torch.ops.cpcompile
@@ -22,8 +22,8 @@ def fresh_dynamo() -> None:
 
 
 def graph_of(model: nn.Module, balancer: str, **inputs: Tensor) -> Any:
-    from cpcompile.config import Config
-    from cpcompile.survey import plan_for
+    from cpcompile.inspect.explain import plan_for
+    from cpcompile.options.config import Config
 
     given = inputs or packed_batch("off_edges", 1)
     config = Config(balancer=balancer, strategy="ring", dynamic=False)
@@ -57,7 +57,7 @@ def test_the_first_difference_is_found_in_tokens_that_follow_documents(monkeypat
     """All values before it are joined in the order of the documents, which is found once."""
 
     def broken(calls: list[Any]) -> list[Any]:
-        return [(out + 1, *others) for out, *others in collectives._attention(calls)]
+        return [(out + 1, *others) for out, *others in collective_definitions._attention(calls)]
 
     found: list[Any] = []
 
@@ -65,9 +65,9 @@ def test_the_first_difference_is_found_in_tokens_that_follow_documents(monkeypat
         found.append(orders_of(*args))
         return found[-1]
 
-    orders_of = divergence.orders_of
-    monkeypatch.setitem(collectives.COLLECTIVES, cp.ring_attention.default, broken)
-    monkeypatch.setattr(divergence, "orders_of", counted)
+    orders_of = first_difference.orders_of
+    monkeypatch.setitem(collective_definitions.COLLECTIVES, cp.ring_attention.default, broken)
+    monkeypatch.setattr(first_difference, "orders_of", counted)
     options = {"balancer": "balanced", "strategy": "ring", "dtype": torch.float64}
     result = cpcompile.verify(PackedLM(), packed_batch("off_edges", 2), world_size=3, **options)
     assert result.first_difference is not None

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from cpcompile import NoRule, lockstep, verify
-from cpcompile.annotation import annotate, annotation
-from cpcompile.capture import capture
+from cpcompile import NoRule, verify
+from cpcompile.capture.lowering import capture
+from cpcompile.capture.writes.aliases import settled_writes, written_arguments
+from cpcompile.capture.writes.functional import functional_form
+from cpcompile.inspect import lockstep
+from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.passes import functionalise_writes
-from cpcompile.writes.aliases import settled_writes, written_arguments
-from cpcompile.writes.functional import functional_form
 from tests import models
 from tests.graph.small_models import TinyLM, batch, planned
 

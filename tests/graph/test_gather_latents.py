@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cpcompile
-from cpcompile.annotation import annotation, placement_of
-from cpcompile.call import Call
-from cpcompile.cost import MOST_HELD, Attention, Expansion, Ranks, choose, seconds
-from cpcompile.explanation import Explanation
-from cpcompile.layout import local_length
+from cpcompile.analysis.patterns.latent import find_latent
+from cpcompile.analysis.patterns.latent_heads import expansion_of
+from cpcompile.balance.layout import local_length
+from cpcompile.choose.attention_sites import attention_nodes
+from cpcompile.choose.cost import MOST_HELD, Attention, Expansion, Ranks, choose, seconds
+from cpcompile.inspect.explanation import Explanation
+from cpcompile.ir.annotation import annotation, placement_of
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import Full
 from cpcompile.passes import find_token_local, gather_latents, place_tokens
-from cpcompile.patterns.latent import find_latent
-from cpcompile.patterns.latent_heads import expansion_of
-from cpcompile.placement import Full
-from cpcompile.sites import attention_nodes
 from tests.graph.small_models import TinyLM, batch, before, count, planned
 from tests.models import rotate
 

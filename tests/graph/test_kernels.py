@@ -13,9 +13,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from cpcompile.balance.token_spans import Rectangle
 from cpcompile.runtime import kernels
-from cpcompile.runtime.block import Block, Dropout
-from cpcompile.runtime.dropout import is_kept
 from cpcompile.runtime.kernels import (
     Case,
     Kernel,
@@ -27,11 +26,12 @@ from cpcompile.runtime.kernels import (
     flash,
     flash_package,
     flex,
-    own,
+    triton,
 )
 from cpcompile.runtime.kernels import math as math_kernel
+from cpcompile.runtime.kernels.block import Block, Dropout
 from cpcompile.runtime.kernels.common import determinism
-from cpcompile.spans import Rectangle
+from cpcompile.runtime.tokens.dropout import is_kept
 
 SCALE = 0.3
 B, H, K, D, DV = 2, 4, 2, 6, 5
@@ -566,7 +566,7 @@ def case(device: str, dtype: torch.dtype = torch.bfloat16, head: int = 64, value
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Act as if there were a Hopper GPU, Triton and no other package."""
     monkeypatch.setattr(cudnn, "_version", lambda: 91900)
-    for module in (own, flash, flash_package, cudnn_varlen):
+    for module in (triton, flash, flash_package, cudnn_varlen):
         monkeypatch.setattr(module, "is_installed", lambda name: name == "triton")
     forget_choices()
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpcompile.collectives import join, split
-from cpcompile.layout import LAYOUTS, inverse, local_length, num_chunks, positions
-from cpcompile.order import Order
-from cpcompile.placement import Sharded
+from cpcompile.balance.layout import LAYOUTS, inverse, local_length, num_chunks, positions
+from cpcompile.balance.token_order import TokenOrder
+from cpcompile.inspect.collective_definitions import join, split
+from cpcompile.ir.placement import Sharded
 
 
 @given(st.integers(1, 70), st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from(LAYOUTS))
@@ -30,9 +30,9 @@ def test_ranks_hold_every_token_once(length: int, world_size: int, layout: str) 
 )
 def test_split_and_join_undo_each_other(length: int, world_size: int, layout: str, outer: int, inner: int) -> None:
     whole = torch.arange(2 * outer * length * inner).view(2, -1)
-    parts = split(whole, Sharded(1, inner), Order(length, world_size, layout))
+    parts = split(whole, Sharded(1, inner), TokenOrder(length, world_size, layout))
     assert {part.shape[1] for part in parts} == {outer * local_length(length, world_size, layout) * inner}
-    assert torch.equal(join(parts, Sharded(1, inner), Order(length, world_size, layout)), whole)
+    assert torch.equal(join(parts, Sharded(1, inner), TokenOrder(length, world_size, layout)), whole)
 
 
 def test_picture_of_8_tokens_on_2_ranks() -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import fx
 
-from cpcompile.capture import capture
+from cpcompile.capture.lowering import capture
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.lift_masks import describe, lift_masks
 

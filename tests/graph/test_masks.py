@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cpcompile.call import Call
+from cpcompile.ir.operator_call import Call
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.lift_masks import describe, lift_masks
 

@@ -8,7 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from cpcompile.runtime import kernels, partial, schedule, transport
+from cpcompile.runtime import kernels, schedule
+from cpcompile.runtime.attention import partial_results
+from cpcompile.runtime.transport import choice as transport
 
 
 @pytest.fixture
@@ -122,7 +124,12 @@ def test_profile_prints_a_table(one_rank: ModuleType, capsys: pytest.CaptureFixt
 def test_host_time_counts(one_rank: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     import host_time
 
-    for module, name in ((kernels, "KERNELS"), (partial, "merge_"), (partial, "add_"), (schedule, "GAP")):
+    for module, name in (
+        (kernels, "KERNELS"),
+        (partial_results, "merge_"),
+        (partial_results, "add_"),
+        (schedule, "GAP"),
+    ):
         monkeypatch.setattr(module, name, getattr(module, name))
     kernels.choose.cache_clear(), kernels.known_calls.cache_clear()
     host_time.without_devices()

@@ -12,13 +12,13 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from cpcompile import NoRule
-from cpcompile.annotation import annotation
-from cpcompile.call import Call
-from cpcompile.capture import capture
-from cpcompile.config import Config
-from cpcompile.dynamo import by_name, compile_whole
-from cpcompile.in_process import LockstepBackend, default_objective, run_and_differentiate
-from cpcompile.mesh import Axis
+from cpcompile.capture.dynamo import by_name, compile_whole
+from cpcompile.capture.lowering import capture
+from cpcompile.inspect.model_runs import LockstepBackend, default_objective, run_and_differentiate
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.operator_call import Call
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.lift_masks import describe, lift_masks
 from cpcompile.passes.open_varlen_attention import open_varlen_attention

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cpcompile.capture.writes.functional import functional_form
 from cpcompile.rules import REASONS, RULES
-from cpcompile.writes.functional import functional_form
 
 aten = torch.ops.aten
 # Those in the graphs of 209 architectures, before dispatch. Without tensor operands there is nothing to place.

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import cpcompile
-from cpcompile.config import Config
-from cpcompile.dynamo import compile_whole, token_length
-from cpcompile.in_process import LockstepBackend
-from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS
-from cpcompile.mesh import Axis
+from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS
+from cpcompile.capture.dynamo import compile_whole, token_length
+from cpcompile.inspect.model_runs import LockstepBackend
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis
 from tests.models import error, errors, gradients
 from tests.packing import MIXES, PackedLM, one_by_one, packed_batch
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from cpcompile import verify
-from cpcompile.annotation import annotation, placement_of
+from cpcompile.ir.annotation import annotation, placement_of
+from cpcompile.ir.placement import FULL, Full, Partial, Sharded
 from cpcompile.passes import place_tokens
-from cpcompile.placement import FULL, Full, Partial, Sharded
 from tests.graph.small_models import Logits, TinyLM, batch, before, count, planned
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile

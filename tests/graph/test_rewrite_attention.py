@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpcompile import verify
-from cpcompile.annotation import annotate, annotation, placement_of
-from cpcompile.call import Call
 from cpcompile.errors import ConfigError
+from cpcompile.ir.annotation import annotate, annotation, placement_of
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import Sharded
 from cpcompile.passes import place_tokens, rewrite_attention
 from cpcompile.passes.rewrite_attention import LATENT, OPERATORS
-from cpcompile.placement import Sharded
 from tests.graph.small_models import TinyLM, batch, before, count, planned
 
 cp = torch.ops.cpcompile

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpcompile import verify
-from cpcompile.annotation import annotation
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.placement import Partial
 from cpcompile.passes import place_tokens, rewrite_reductions
-from cpcompile.placement import Partial
 from tests.graph.small_models import VOCABULARY, TinyLM, batch, before, count, mean_loss, planned
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cpcompile.call import Call
-from cpcompile.placement import FULL, Partial, Placement, Sharded
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, Partial, Placement, Sharded
 from cpcompile.rules import RULES, Decision, rule
 from tests.graph.rule_cases import CASES, all_targets, cases_of, settings
 from tests.graph.rule_checker import Case, Setting, WrongRuleError, check_case, check_push

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 from cpcompile.errors import NoRule
-from cpcompile.placement import Sharded
+from cpcompile.ir.placement import Sharded
 from tests.graph.rule_checker import Case, Program, Setting
 
 aten = torch.ops.aten

@@ -10,13 +10,13 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import cpcompile.runtime  # noqa: F401  registers the operators
-from cpcompile.call import Call
-from cpcompile.collectives import COLLECTIVES
-from cpcompile.order import Order
+from cpcompile.balance.token_order import TokenOrder
+from cpcompile.inspect.collective_definitions import COLLECTIVES
+from cpcompile.ir.operator_call import Call
 from cpcompile.runtime import kernels
-from cpcompile.runtime.block import Block
-from cpcompile.runtime.heads import heads_of, storage
-from cpcompile.runtime.merge import merge_
+from cpcompile.runtime.attention.heads import heads_of, storage
+from cpcompile.runtime.kernels.block import Block
+from cpcompile.runtime.kernels.merge import merge_
 from cpcompile.runtime.schedule import Band, Piece, Segments, Span, Visible, pieces, whole
 
 ops = torch.ops.cpcompile
@@ -82,7 +82,7 @@ def test_pieces_cover_what_is_visible_once(layout: str, starts: str, band: str) 
     visible = Visible(BANDS[band], Segments.of(STARTS[starts]) if STARTS[starts] else None)  # type: ignore[arg-type]
     covered = torch.zeros(len(rows_of_batch), length, length, dtype=torch.int64)
     for rank, source in itertools.product(range(world_size), repeat=2):
-        rows, columns = (Order(length, world_size, layout).spans[r] for r in (rank, source))
+        rows, columns = (TokenOrder(length, world_size, layout).spans[r] for r in (rank, source))
         for piece in pieces(rows, columns, visible):
             q, k = slots(rows, piece.rows), slots(columns, piece.columns)
             covered[slice(None) if piece.batch is None else piece.batch, q[:, None], k] += seen_in(piece).long()
@@ -107,13 +107,13 @@ CAUSAL = Visible(Band(None, 0))
 
 def test_zig_zag_computes_half_a_block_at_each_step() -> None:
     for rank, source in itertools.product(range(4), repeat=2):
-        (piece,) = pieces(Order(64, 4, "zig_zag").spans[rank], Order(64, 4, "zig_zag").spans[source], CAUSAL)
+        (piece,) = pieces(TokenOrder(64, 4, "zig_zag").spans[rank], TokenOrder(64, 4, "zig_zag").spans[source], CAUSAL)
         assert (piece.low, piece.high) == (None, 0 if rank == source else None)
         assert piece.high == 0 or piece.rows.size * piece.columns.size == 16 * 16 // 2
 
 
 def test_gathered_causal_rows_need_no_mask() -> None:
-    found = pieces(Order(31, 4, "zig_zag").spans[1], whole(31), CAUSAL)
+    found = pieces(TokenOrder(31, 4, "zig_zag").spans[1], whole(31), CAUSAL)
     assert [(piece.rows.size, piece.columns.size, piece.high) for piece in found] == [
         (4, 4, None),
         (4, 4, 0),

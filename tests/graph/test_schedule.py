@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpcompile.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
-from cpcompile.order import Order
-from cpcompile.runtime import calls, schedule
+from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
+from cpcompile.balance.token_order import TokenOrder
+from cpcompile.runtime import schedule
+from cpcompile.runtime.kernels import calls
 from cpcompile.runtime.schedule import (
     Band,
     Needs,
@@ -122,7 +123,7 @@ def test_pieces_cover_what_is_visible_once(problem: tuple[int, int, str, Visible
     length, world_size, layout, visible = problem
     expected = seen(length, visible)
     covered = torch.zeros(expected.shape, dtype=torch.int64)
-    spans = Order(length, world_size, layout, visible.segments).spans
+    spans = TokenOrder(length, world_size, layout, visible.segments).spans
     plan = needs(spans, visible)
     for rank, rows in enumerate(spans):
         for visit in visits(spans, visible, rank):
@@ -142,7 +143,7 @@ def test_gathered_pieces_cover_what_is_visible_once(problem: tuple[int, int, str
     length, world_size, layout, visible = problem
     expected = seen(length, visible)
     covered = torch.zeros(expected.shape, dtype=torch.int64)
-    spans = Order(length, world_size, layout, visible.segments).spans
+    spans = TokenOrder(length, world_size, layout, visible.segments).spans
     plan = needs(spans, visible)
     for rows, held in zip(spans, plan.held, strict=True):
         for piece in pieces(rows, held, visible):
@@ -155,7 +156,7 @@ def test_gathered_pieces_cover_what_is_visible_once(problem: tuple[int, int, str
 def test_calls_cover_what_is_visible_once(problem: tuple[int, int, str, Visible], for_backward: bool) -> None:
     length, world_size, layout, visible = problem
     expected = seen(length, visible)
-    spans = Order(length, world_size, layout, visible.segments).spans
+    spans = TokenOrder(length, world_size, layout, visible.segments).spans
     for calls_of in (
         calls.of_known_widths,
         calls.windows_apart,
@@ -183,7 +184,7 @@ def test_a_long_window_is_computed_as_that_of_the_own_tokens_and_what_is_before(
 def test_a_kernel_of_variable_lengths_computes_what_a_rank_holds_in_few_calls() -> None:
     segments = Segments.of((tuple(range(0, 640, 40)),))
     visible = Visible(Band(None, 0), segments)
-    spans = Order(640, 4, "zig_zag_by_document", segments).spans
+    spans = TokenOrder(640, 4, "zig_zag_by_document", segments).spans
     for rows, held in list(zip(spans, needs(spans, visible).held, strict=True))[:-1]:
         found = pieces(rows, held, visible)
         assert len(found) > 30
@@ -196,7 +197,7 @@ def test_a_kernel_of_variable_lengths_computes_what_a_rank_holds_in_few_calls() 
 @given(problems())
 def test_what_is_held_is_what_is_needed(problem: tuple[int, int, str, Visible]) -> None:
     length, world_size, layout, visible = problem
-    spans = Order(length, world_size, layout, visible.segments).spans
+    spans = TokenOrder(length, world_size, layout, visible.segments).spans
     plan = needs(spans, visible)
     for receiver in range(world_size):
         at = positions_of(plan.held[receiver])
@@ -224,7 +225,7 @@ def test_what_is_held_is_what_is_needed(problem: tuple[int, int, str, Visible]) 
 
 def needed_tokens(length: int, window: int, world_size: int = 4) -> int:
     """Return the most tokens that a rank fetches from the others."""
-    spans = Order(length, world_size, "contiguous").spans
+    spans = TokenOrder(length, world_size, "contiguous").spans
     plan: Needs = needs(spans, Visible(Band(1 - window, 0)))
     return max(
         sum(s.size for source in range(world_size) if source != rank for s in plan.of[rank][source])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import cpcompile
 from cpcompile import GraphBreakError
-from cpcompile.survey import explain
+from cpcompile.inspect.explain import explain
 
 WIDTH, HEADS = 16, 2
 

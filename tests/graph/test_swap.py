@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpcompile.runtime.heads import heads_of, most_rounds, rounds
-from cpcompile.runtime.messages import _has_wide_rows, copy_
-from cpcompile.runtime.swap import _by_rank, _evenly_apart, _gaps
+from cpcompile.runtime.attention.heads import heads_of, most_rounds, rounds
+from cpcompile.runtime.transport.all_to_all import _by_rank, _evenly_apart, _gaps
+from cpcompile.runtime.transport.messages import _has_wide_rows, copy_
 
 
 def test_ranks_whose_heads_are_evenly_apart_are_laid_at_once() -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cpcompile
-from cpcompile.annotation import annotation
+from cpcompile.analysis.regions.rows import locate_rows
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.placement import Sharded
 from cpcompile.passes import find_token_local
-from cpcompile.placement import Sharded
-from cpcompile.regions.rows import locate_rows
 from tests.graph.small_models import TinyLM, batch, before, planned
 
 WIDTH, EXPERTS, TOP = 8, 5, 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cpcompile
-from cpcompile.placement import Sharded
+from cpcompile.ir.placement import Sharded
 from tests.models import VOCABULARY, RotaryLM, batch
 
 Loss = Callable[[Tensor, Tensor], Tensor]

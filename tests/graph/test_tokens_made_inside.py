@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cpcompile
-from cpcompile.survey import explain
+from cpcompile.inspect.explain import explain
 
 WIDTH, HEADS = 16, 2
 

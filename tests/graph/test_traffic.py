@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cpcompile.layout import local_length, positions
-from cpcompile.runtime import problem
-from cpcompile.runtime.problem import Problem, attention_bytes, memory_of, pairs, pieces_of, work_of
+from cpcompile.balance.layout import local_length, positions
+from cpcompile.runtime.attention import workload
+from cpcompile.runtime.attention.workload import Workload, attention_bytes, memory_of, pairs, pieces_of, work_of
 from cpcompile.runtime.schedule import Band, Piece, Segments, Span, Visible
 from cpcompile.runtime.traffic import Traffic, traffic
 
@@ -21,8 +21,8 @@ TOKEN = BATCH * KV_HEADS * 2 * DIM * ITEM  # bytes of a token's keys and values
 BANDS = {"causal": (None, 0), "window": (-6, 0), "both": (-3, 2), "full": (None, None)}
 
 
-def problem_at(length: int = 64, layout: str = "zig_zag", world_size: int = 4, **changes: Any) -> Problem:
-    made = Problem(BATCH, HEADS, KV_HEADS, DIM, DIM, ITEM, length, layout, world_size, CAUSAL)
+def problem_at(length: int = 64, layout: str = "zig_zag", world_size: int = 4, **changes: Any) -> Workload:
+    made = Workload(BATCH, HEADS, KV_HEADS, DIM, DIM, ITEM, length, layout, world_size, CAUSAL)
     return replace(made, **changes)
 
 
@@ -35,7 +35,7 @@ def seen(length: int, low: int | None, high: int | None) -> torch.Tensor:
     return visible & (distance <= high) if high is not None else visible
 
 
-def held(p: Problem, rank: int) -> torch.Tensor:
+def held(p: Workload, rank: int) -> torch.Tensor:
     """Return the positions of a rank's tokens."""
     at = positions(p.length, rank, p.world_size, p.layout)
     return at[at < p.length]
@@ -139,11 +139,11 @@ def test_of_many_ranks_the_ends_and_the_middle_are_busiest(
 ) -> None:
     p = problem_at(length, layout, 48, visible=Visible(Band(*band)))
     some = attention_bytes(p, "ring")
-    monkeypatch.setattr(problem, "MOST_RANKS", 48)
-    for cached in (problem.keys_sent, problem.sent_by_ranks):
+    monkeypatch.setattr(workload, "MOST_RANKS", 48)
+    for cached in (workload.keys_sent, workload.sent_by_ranks):
         cached.cache_clear()
     all_of_them = attention_bytes(p, "ring")
-    for cached in (problem.keys_sent, problem.sent_by_ranks):
+    for cached in (workload.keys_sent, workload.sent_by_ranks):
         cached.cache_clear()
     assert some == all_of_them
 
@@ -152,7 +152,7 @@ def test_memory() -> None:
     p = problem_at(world_size=2)
     local = 32 * BATCH * (ITEM * 2 * (HEADS + KV_HEADS) * DIM + 4 * HEADS)  # q, k, v, out and lse
     assert memory_of(p, "ring").kept == memory_of(p, "gather").kept == local
-    assert memory_of(p, "ulysses") == problem.Memory(2 * local, 0)
+    assert memory_of(p, "ulysses") == workload.Memory(2 * local, 0)
     assert memory_of(p, "ring").received == 32 * TOKEN
     assert memory_of(replace(p, world_size=4), "ring").received == 2 * 16 * TOKEN
     contiguous = replace(p, world_size=4, layout="contiguous")

@@ -10,8 +10,7 @@ import sys
 import pytest
 import torch
 
-from cpcompile.runtime import merge
-from cpcompile.runtime.kernels import triton_merge
+from cpcompile.runtime.kernels import merge, triton_merge
 from cpcompile.runtime.kernels.triton_launch import Tiles
 from tests import triton_cases
 

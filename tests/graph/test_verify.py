@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpcompile import ConfigError, VerificationError, collectives, verify
-from cpcompile.divergence import value_error
+from cpcompile import ConfigError, VerificationError, verify
+from cpcompile.inspect import collective_definitions
+from cpcompile.inspect.first_difference import value_error
 from cpcompile.passes import rewrite_reductions
 from tests.graph.small_models import VOCABULARY, Logits, TinyLM, batch
 
@@ -159,16 +160,16 @@ def test_sees_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def patched(name: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda monkeypatch: monkeypatch.setitem(
-        collectives.COLLECTIVES, getattr(torch.ops.cpcompile, name).default, value
+        collective_definitions.COLLECTIVES, getattr(torch.ops.cpcompile, name).default, value
     )
 
 
 def first_ranks_tokens(calls: list[Any]) -> list[Any]:
-    return [collectives._shard(calls)[0]] * len(calls)
+    return [collective_definitions._shard(calls)[0]] * len(calls)
 
 
 def without_mask(calls: list[Any]) -> list[Any]:
-    return collectives._attention([{**c, "is_causal": False} for c in calls])
+    return collective_definitions._attention([{**c, "is_causal": False} for c in calls])
 
 
 def own_sum_only(calls: list[Any]) -> list[Any]:

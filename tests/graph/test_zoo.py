@@ -180,7 +180,7 @@ class TestClassification:
         def broken(*args: Any, **kwargs: Any) -> Any:
             raise IndexError("list index 7 out of range")
 
-        monkeypatch.setattr("cpcompile.in_process.transform", broken)
+        monkeypatch.setattr("cpcompile.inspect.model_runs.transform", broken)
         (result,) = outcomes("causal:llama", STRICT)
         assert (result.outcome, result.reason[:38]) == (CRASH, "IndexError: list index N out of range ")
 

@@ -17,10 +17,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cpcompile.runtime.block import Block
-from cpcompile.runtime.kernels import adapt, cpu, cudnn, cudnn_varlen, efficient, flash, flash_package, flex, math, own
+from cpcompile.runtime.kernels import (
+    adapt,
+    cpu,
+    cudnn,
+    cudnn_varlen,
+    efficient,
+    flash,
+    flash_package,
+    flex,
+    math,
+    triton,
+)
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel, KernelError, features
-from cpcompile.runtime.merge import accumulation_dtype
+from cpcompile.runtime.kernels.merge import accumulation_dtype
 
 __all__ = [
     "FEATURES",
@@ -49,7 +60,7 @@ KERNELS: tuple[Kernel, ...] = (
     cudnn_varlen.KERNEL,
     flash.FLASH3,
     flash.FLASH4,
-    own.KERNEL,
+    triton.KERNEL,
     flash.FLASH2,
     flash_package.FLASH_ATTN,
     flash_package.RING_FLASH_ATTN,
@@ -73,8 +84,8 @@ class Choice:
 def _fastest_first(case: Case) -> tuple[Kernel, ...]:
     if max(case.head_dim, case.value_dim) <= MEASURED_DIM:
         return KERNELS
-    first, last = KERNELS.index(own.KERNEL), KERNELS.index(efficient.KERNEL)
-    return *KERNELS[:first], *KERNELS[first + 1 : last], own.KERNEL, *KERNELS[last:]
+    first, last = KERNELS.index(triton.KERNEL), KERNELS.index(efficient.KERNEL)
+    return *KERNELS[:first], *KERNELS[first + 1 : last], triton.KERNEL, *KERNELS[last:]
 
 
 @functools.cache

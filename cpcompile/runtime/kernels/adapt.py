@@ -7,8 +7,8 @@ from itertools import groupby
 
 import torch
 
-from cpcompile.runtime.block import Block
-from cpcompile.runtime.calls import LONG, STEP
+from cpcompile.runtime.kernels.block import Block
+from cpcompile.runtime.kernels.calls import LONG, STEP
 
 Tensor = torch.Tensor
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cpcompile.runtime.block import Block
+from cpcompile.runtime.kernels.block import Block
 
 Tensor = torch.Tensor
 Forward = Callable[[Tensor, Tensor, Tensor, Block], tuple[Tensor, Tensor]]

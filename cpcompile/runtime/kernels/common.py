@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from cpcompile.runtime.block import Block
+from cpcompile.runtime.kernels.block import Block
 
 Tensor = torch.Tensor
 

@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from cpcompile.runtime.block import Block
 from cpcompile.runtime.kernels import math
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.case import FORMS, HALF, Case, Kernel, round_up, runs_on
 
 Tensor = torch.Tensor

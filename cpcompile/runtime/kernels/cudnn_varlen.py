@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
-from cpcompile.runtime.block import Block
+from cpcompile.balance.token_spans import Rectangle
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.case import FORMS, Case, Kernel
 from cpcompile.runtime.kernels.common import on_device
 from cpcompile.runtime.kernels.cudnn import KERNEL as FIXED_SIZES
 from cpcompile.runtime.kernels.flash import is_installed, packed, unpacked
-from cpcompile.spans import Rectangle
 
 Tensor = torch.Tensor
 Rectangles = tuple[Rectangle, ...]

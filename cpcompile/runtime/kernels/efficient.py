@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cpcompile.runtime.block import Block
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.case import FLOATS, Case, Kernel, round_up, runs_on
 from cpcompile.runtime.kernels.common import determinism, finite_reciprocal, without_empty_rows
 

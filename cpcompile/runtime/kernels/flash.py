@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cpcompile.runtime.block import Block
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.case import HALF, Case, Kernel, round_up, runs_on
 from cpcompile.runtime.kernels.common import determinism
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from cpcompile.runtime.block import Block
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.case import Case, Kernel
 from cpcompile.runtime.kernels.flash import equal_dims, is_installed, limits_of, run_backward, run_forward
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from cpcompile._torch import recording_gradients
-from cpcompile.runtime.block import Block
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.case import FEATURES, FLOATS, Case, Kernel, runs_on
 
 Tensor = torch.Tensor

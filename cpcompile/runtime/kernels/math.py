@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from cpcompile.runtime.block import Block
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.case import FEATURES, Kernel
-from cpcompile.runtime.merge import accumulation_dtype
+from cpcompile.runtime.kernels.merge import accumulation_dtype
 
 Tensor = torch.Tensor
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from cpcompile.runtime.block import Block
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.triton_bounds import columns_of, hulls, rows_of
 from cpcompile.runtime.kernels.triton_extras import dense_rows, extras_of
 from cpcompile.runtime.kernels.triton_forward import walk

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from cpcompile.runtime.block import Block, Dropout
-from cpcompile.runtime.dropout import splitmix64
+from cpcompile.runtime.kernels.block import Block, Dropout
+from cpcompile.runtime.tokens.dropout import splitmix64
 
 Tensor = torch.Tensor
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from cpcompile.runtime.block import Block
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.triton_bounds import columns_of, hulls
 from cpcompile.runtime.kernels.triton_extras import dense_rows, extras_of
 from cpcompile.runtime.kernels.triton_language import LN_2, LOG2_E, Value, constexpr, jit, on_device_of, tl

@@ -1,10 +1,19 @@
-"""`merge_` and `add_` of `cpcompile.runtime.merge` in Triton: one pass over memory instead of several."""
+"""`merge_` and `add_` of `cpcompile.runtime.kernels.merge` in Triton: one pass over memory instead of several."""
 
 from __future__ import annotations
 
 import torch
 
-from cpcompile.runtime.kernels.triton_language import LN_2, LOG2_E, Value, constexpr, has_triton, jit, on_device_of, tl
+from cpcompile.runtime.kernels.triton_language import (
+    LN_2,
+    LOG2_E,
+    Value,
+    constexpr,
+    has_triton,
+    jit,
+    on_device_of,
+    tl,
+)
 
 Tensor = torch.Tensor
 _ELEMENTS = 4096

@@ -132,7 +132,7 @@ def _in_mask(mask: Value, i: Value, j: Value, b: Value, h: Value, x: Value) -> V
 
 @jit
 def is_kept(i: Value, j: Value, b: Value, h: Value, x: Value) -> Value:
-    """Return which weights dropout keeps: `cpcompile.runtime.dropout.is_kept` at the block's places."""
+    """Return which weights dropout keeps: `cpcompile.runtime.tokens.dropout.is_kept` at the block's places."""
     first = x.place + tl.cast(b, tl.int64) * x.batch_places + tl.cast(h, tl.int64) * x.head_places + 1
     of_row = (first + i.to(tl.int64) * x.row_places).to(tl.uint64) * _GAMMA + tl.load(x.key).to(tl.uint64)
     z = of_row + j.to(tl.uint64) * _GAMMA

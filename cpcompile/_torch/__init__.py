@@ -1,0 +1,35 @@
+"""The private parts of torch that cpcompile needs, each behind one function. Checked on torch 2.11 to 2.14."""
+
+from cpcompile._torch.autograd import assert_on_device, recording_gradients, run_backward
+from cpcompile._torch.distributed import SymmetricMemory, resolve_group, shares_gpus
+from cpcompile._torch.dynamo import break_frames, dynamo_break_reason, inner_compiler, source_name, tracing_one_graph
+from cpcompile._torch.functorch import TransformError
+from cpcompile._torch.tracing import (
+    SelectiveCheckpointError,
+    fake_inputs,
+    is_only_traced,
+    symbolic_operators,
+    trace_pre_dispatch,
+    trial_on_fake_tensors,
+)
+
+__all__ = [
+    "SelectiveCheckpointError",
+    "SymmetricMemory",
+    "TransformError",
+    "assert_on_device",
+    "break_frames",
+    "dynamo_break_reason",
+    "fake_inputs",
+    "inner_compiler",
+    "is_only_traced",
+    "recording_gradients",
+    "resolve_group",
+    "run_backward",
+    "shares_gpus",
+    "source_name",
+    "symbolic_operators",
+    "trace_pre_dispatch",
+    "tracing_one_graph",
+    "trial_on_fake_tensors",
+]

@@ -1,0 +1,111 @@
+"""What the patterns ask of nodes: operands, dtypes, shapes and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from cpcompile.analysis.masks.operands import CONVERSIONS
+from cpcompile.ir.insertion import insert_call
+from cpcompile.ir.operator_call import is_tensor, value_of
+
+aten = torch.ops.aten
+
+
+def source(node: fx.Node) -> fx.Node:
+    """Return the first operand."""
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node), node.format_node()
+    return operand
+
+
+def second(node: fx.Node) -> fx.Node:
+    """Return the second operand."""
+    operand = node.args[1]
+    assert isinstance(operand, fx.Node), node.format_node()
+    return operand
+
+
+def is_conversion(node: fx.Node) -> bool:
+    """Tell whether a node changes no more than the memory format, or one floating-point dtype to another."""
+    return node.target in CONVERSIONS and all(value_of(n).dtype.is_floating_point for n in (node, source(node)))
+
+
+def converted(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Return the node in `dtype`, the one in which autocast computes."""
+    return node if value_of(node).dtype == dtype else insert_call(before, aten.to.dtype, node, dtype)
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Tell whether two shapes are known to be equal."""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
+def may_need_gradient(mask: fx.Node) -> bool:
+    """Tell whether a mask depends on an input that takes a gradient: the operator has none for its mask."""
+    seen: set[fx.Node] = set()
+    waiting = [mask]
+    while waiting:
+        node = waiting.pop()
+        if (
+            node in seen
+            or not is_tensor(node)
+            or not value_of(node).dtype.is_floating_point
+            or node.target is aten.detach.default
+        ):
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            example = getattr(node.meta.get("grapharg"), "example", None)
+            if not isinstance(example, torch.Tensor) or example.requires_grad:
+                return True
+        waiting.extend(node.all_input_nodes)
+    return False
+
+
+def is_used(node: fx.Node) -> bool:
+    """Tell whether a result of the graph depends on a node, or an operator that is kept for what it does."""
+    waiting, seen = [node], {node}
+    while waiting:
+        user = waiting.pop()
+        if user.op == "output" or user.is_impure():
+            return True
+        waiting += [n for n in user.users if n not in seen]
+        seen.update(user.users)
+    return False
+
+
+def erase_with_users(node: fx.Node) -> None:
+    """Erase a node and all that depends on it."""
+    for user in list(node.users):
+        erase_with_users(user)
+    node.graph.erase_node(node)
+
+
+def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return a number for the value of each node: nodes that compute the same from the same have the same number."""
+    numbers: dict[fx.Node, int] = {}
+    known: dict[Any, int] = {}
+    for node in graph.nodes:
+        key: Any = node
+        if isinstance(node.target, torch._ops.OpOverload) and is_function(node.target):
+            arguments = fx.map_arg((node.args, node.kwargs), lambda operand: Numbered(numbers[operand]))
+            key = (node.target, repr(arguments))
+        numbers[node] = known.setdefault(key, len(numbers))
+    return numbers
+
+
+class Numbered(int):
+    """The number of a value, told apart from a number that the graph has."""
+
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+
+def is_function(target: torch._ops.OpOverload) -> bool:
+    """Tell whether an operator computes the same whenever it is called on the same, and does nothing else."""
+    is_random = torch.Tag.nondeterministic_seeded in target.tags
+    return not (is_random or target._schema.is_mutable)

@@ -1,0 +1,7 @@
+"""Token-local regions: parts of a model that compute each token from that token alone, whatever operators they use."""
+
+from cpcompile.analysis.regions.declare import token_local
+from cpcompile.analysis.regions.find import Region, find_regions, regions_of
+from cpcompile.analysis.regions.place import place_region
+
+__all__ = ["Region", "find_regions", "place_region", "regions_of", "token_local"]

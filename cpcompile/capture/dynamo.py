@@ -1,0 +1,125 @@
+"""Dynamo: how a model is called so that it traces as one graph with named inputs and a symbolic length."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from cpcompile import _torch
+from cpcompile.capture.lowering import describe_unsupported
+from cpcompile.capture.token_inputs import KNOWN
+from cpcompile.errors import ConfigError, CPError, GraphBreakError
+from cpcompile.options.config import Config
+
+
+def by_name(forward: Callable[..., Any], kwargs: Mapping[str, Any], *args: Any, beside: str = "") -> dict[str, Any]:
+    """Return all arguments of a call of `forward` by name, so that messages and options can name them.
+
+    One that is called `beside` is for us, if `forward` does not take it.
+    """
+    signature = inspect.signature(forward)
+    own = {beside: kwargs[beside]} if beside in kwargs and not takes(signature, beside) else {}
+    bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in own})
+    named = dict(bound.arguments) | own
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+        elif (
+            parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+            and parameter.name in named
+        ):
+            raise ConfigError(f"pass the arguments of the model by name: {parameter.name} is positional only.")
+    return named
+
+
+def takes(signature: inspect.Signature, name: str) -> bool:
+    """Tell whether a function has a parameter of that name, or takes any."""
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def reading(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return `forward`, called by names, as one that reads the input `name`, so that its graph has it, even if it takes none."""
+    is_taken = takes(inspect.signature(forward), name)
+
+    def call(**named: Any) -> Any:
+        told = named.get(name)
+        if told is not None:
+            torch.ops.aten.alias(told)
+            for x in named.values():
+                if isinstance(x, torch.Tensor) and x.dim() == told.dim() == 2 and x.shape[1] == told.shape[1]:
+                    told = x  # the comparison tells Dynamo that both dims are the same
+        return forward(**{key: value for key, value in named.items() if is_taken or key != name})
+
+    return call
+
+
+def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: bool) -> int | None:
+    """Return how many tokens the inputs have, as far as their names tell.
+
+    With `mark_dynamic`, every input dim of that size (or of that of a second sequence) may change without compiling
+    again.
+    """
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+    dims = config.token_dims or KNOWN
+    sizes = [x.shape[dims[name]] for name, x in tensors.items() if name in dims and x.dim() > dims[name]]
+    if not sizes:
+        sizes = [x.shape[-1] for x in tensors.values() if x.dim() >= 2 and not x.is_floating_point()]
+    if not sizes:
+        return None
+    labels = tensors.get("labels")
+    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+        sizes.append(labels.shape[1])
+    for x in tensors.values():
+        for dim, size in enumerate(x.shape):
+            if mark_dynamic and size in sizes and size > 1:
+                torch._dynamo.maybe_mark_dynamic(x, dim)
+    return int(sizes[0])
+
+
+def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], config: Config) -> Callable[..., Any]:
+    """Return `function` compiled as one graph by `backend`; errors come out as ours, with the user's line."""
+    # Not dynamic=True, which would make every size a symbol: `token_length` marks those that may change.
+    whole = reading(function, config.told_by) if config.told_by else function
+    compiled = torch.compile(whole, backend=backend, fullgraph=True, dynamic=None if config.dynamic else False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        install_recorders(getattr(function, "__self__", None), kwargs)
+        # DDP has Dynamo cut the model into a graph for each bucket; the parts could not be sharded.
+        with clear_errors(), _torch.tracing_one_graph(), torch._dynamo.config.patch(optimize_ddp=False):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def install_recorders(model: object, kwargs: Mapping[str, Any]) -> None:
+    """Put the hooks into a transformers model that record what is asked for (router logits, hidden states).
+
+    The model would do so itself at its first call, under a lock that does not trace.
+    """
+    recording = sys.modules.get("transformers.utils.output_capturing")
+    if recording is None or not isinstance(model, torch.nn.Module):
+        return
+    for module in model.modules():
+        names = getattr(module, "_can_record_outputs", None) or {}
+        config = getattr(module, "config", None)
+        if any(kwargs.get(f"output_{name}", getattr(config, f"output_{name}", False)) for name in names):
+            recording.maybe_install_capturing_hooks(module)
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Show our own error where Dynamo wraps it, and a graph break with the user's line."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, CPError):
+            raise error.inner_exception from None
+        raise
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+        raise GraphBreakError(describe_unsupported(error)) from None

@@ -1,0 +1,133 @@
+"""Lowering: the graph that Dynamo hands to a backend becomes the pre-dispatch ATen graph that the passes work on."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile import _torch
+from cpcompile.capture.block_masks import unread_nodes
+from cpcompile.errors import TORCH, CPError, GraphBreakError, where
+
+OWN_REMEDY = (
+    "Write it with operators that torch differentiates, or make it a custom operator "
+    "(torch.library.custom_op with register_autograd) and register a rule for it (cpcompile.rules.rule)."
+)
+FLASH_REMEDY = (
+    "This is the package flash-attn: use attn_implementation='sdpa' (packed documents are read from position_ids, or from "
+    "cu_seq_lens_q with documents='cu_seqlens'). cpcompile runs its kernels itself, with kernel='flash_attn'."
+)
+
+_KEPT_INPUT_META = ("tensor_dict", "grapharg")
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """Return `gm` as ATen before dispatch, with the same inputs in the same order.
+
+    Every node carries `stack_trace`, `nn_module_stack` and `val`. Raises `GraphBreakError` when `gm` is a
+    part of the model, and `CPError` for selective activation checkpointing and for gradients of the model's own.
+    """
+    reason = _torch.dynamo_break_reason(gm)
+    if reason is not None:
+        raise GraphBreakError(describe_break(reason))
+    refuse_own_gradients(gm)
+    mode, inputs = _torch.fake_inputs(example_inputs)
+    try:
+        traced = _torch.trace_pre_dispatch(gm, mode, inputs, unread_nodes(gm))
+    except _torch.SelectiveCheckpointError:
+        raise CPError(
+            "selective activation checkpointing (context_fn=...) is not supported yet: checkpoint without it, or not at all."
+        ) from None
+    except _torch.TransformError as error:
+        raise CPError(
+            f"a transform of torch.func (torch.vmap, torch.func.grad, ...) cannot be traced: {error.reason}.\n\n"
+            f"{where(error.node)}\n\nWrite this with operators on whole tensors."
+        ) from None
+    for new, old in zip(placeholders(traced), placeholders(gm), strict=True):
+        new.name = old.name
+        new.meta.update({key: old.meta[key] for key in _KEPT_INPUT_META if key in old.meta})
+    refuse_untraced_tensors(traced)
+    # Flex attention holds the functions of its scores as graphs inside the graph.
+    for graph in (module for module in traced.modules() if isinstance(module, fx.GraphModule)):
+        drop_metadata_asserts(graph)
+        detach_out_of_place(graph)
+        graph.recompile()
+    return traced
+
+
+def refuse_untraced_tensors(gm: fx.GraphModule) -> None:
+    """Refuse a graph that holds a tensor which exists only while tracing: it has no value.
+
+    A write to `parameter.data` leaves such tensors.
+
+    Raises:
+        CPError: with the user's line.
+    """
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target), None)
+        if isinstance(value, torch.Tensor) and _torch.is_only_traced(value):
+            user = next(iter(node.users), node)
+            raise CPError(
+                f"{user.target} reads a tensor that cannot be followed through the model.\n\n{where(user)}\n\n"
+                "Writes to the .data of a parameter cannot be traced: write under torch.no_grad() outside the model, or use "
+                "another implementation of the layer."
+            )
+
+
+def refuse_own_gradients(gm: fx.GraphModule) -> None:
+    """Refuse a `torch.autograd.Function` with inputs that take gradients: the graph holds its forward only."""
+    for graph in (module for module in gm.modules() if isinstance(module, fx.GraphModule)):
+        for node in graph.graph.nodes:
+            if getattr(node.target, "__name__", "") == "autograd_function_apply" and any(
+                getattr(given.meta.get("example_value"), "requires_grad", False) for given in node.all_input_nodes
+            ):
+                is_flash = "flash_attn" in (node.meta.get("stack_trace") or "")
+                raise CPError(
+                    f"a torch.autograd.Function has a backward of its own, which cannot be sharded yet.\n\n{where(node)}\n\n"
+                    + (FLASH_REMEDY if is_flash else OWN_REMEDY)
+                )
+
+
+def describe_break(reason: Any) -> str:
+    """Return the text for a graph that Dynamo ended early, with the user's line."""
+    return break_text(str(reason.reason), reason.user_stack)
+
+
+def describe_unsupported(error: torch._dynamo.exc.TorchDynamoException) -> str:
+    """Return the text for a model that Dynamo cannot trace whole, with the user's line."""
+    return break_text(str(error), _torch.break_frames(error))
+
+
+def break_text(reason: str, stack: Sequence[traceback.FrameSummary]) -> str:
+    """Return the text for a graph break: why, the innermost line outside torch, and what to do."""
+    frames = [frame for frame in stack if not frame.filename.startswith(TORCH)] or list(stack)
+    line = f"\n\n  {frames[-1].line or '':<60} {frames[-1].filename}:{frames[-1].lineno}\n" if frames else "\n"
+    return (
+        f"The model does not trace as one graph: {reason.splitlines()[0]}.{line}\n"
+        "A part of a model cannot be sharded safely. Change this line so that it traces, or move the call out of the model "
+        "(torch.compile(model, fullgraph=True) shows the full explanation)."
+    )
+
+
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the inputs of the graph."""
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def drop_metadata_asserts(gm: fx.GraphModule) -> None:
+    """Remove the checks of dtype and device that tracing leaves: they hold of any shard, and pin nothing else."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        gm.graph.erase_node(node)
+
+
+def detach_out_of_place(gm: fx.GraphModule) -> None:
+    """Make `detach_` a `detach`: it changes no data, and what comes after it in the graph already reads its result.
+
+    Before torch 2.13 every tensor made from a number in the model is traced with one.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
+        node.target = torch.ops.aten.detach.default

@@ -1,0 +1,69 @@
+"""Attention sites: the attentions of a graph as data."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from cpcompile import runtime  # noqa: F401  (registers the operators)
+from cpcompile.choose.cost import PREFERENCE, Attention
+from cpcompile.choose.kernels import sized
+from cpcompile.ir.operator_call import Call, size_hint
+
+aten, cp = torch.ops.aten, torch.ops.cpcompile
+
+# What every form of attention has in it before it is found.
+ATTENTION_LIKE = {
+    aten.scaled_dot_product_attention.default,
+    aten.softmax.int,
+    aten._softmax.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+REWRITTEN = {cp.attention.default, *(getattr(cp, f"{name}_attention").default for name in PREFERENCE)}
+
+
+def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the attentions of the graph, in order."""
+    return list(gm.graph.find_nodes(op="call_function", target=cp.attention.default))
+
+
+def rewritten_attentions(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the attentions of a rewritten graph, in order: collectives, and those that exchange nothing."""
+    return [node for node in gm.graph.nodes if node.target in REWRITTEN]
+
+
+def tokens_of_attention(gm: fx.GraphModule) -> int:
+    """Return how many tokens most attentions have among themselves, 0 where there is none or the number is symbolic."""
+    sizes = [Call.of(node).shape("q")[2] for node in attention_nodes(gm) if attends_to_itself(node)]
+    numbers = [size for size in sizes if isinstance(size, int) and size > 1]
+    return max(numbers, key=numbers.count, default=0)
+
+
+def attends_to_itself(node: fx.Node) -> bool:
+    """Tell whether an attention has as many keys as queries."""
+    call = Call.of(node)
+    return str(call.shape("q")[2]) == str(call.shape("k")[2])
+
+
+def attention_site(node: fx.Node, kernel: str = "cudnn") -> Attention:
+    """Return what the cost of the attention `node` depends on; `kernel`: by whose rate it is estimated."""
+    call, numbers = Call.of(node), sized(Call.of(node))
+    q, k, v = (call.tensor(name) for name in "qkv")
+    mask = call["mask"]
+    return Attention(
+        batch=size_hint(q.shape[0]),
+        heads=size_hint(q.shape[1]),
+        kv_heads=size_hint(k.shape[1]),
+        tokens=size_hint(q.shape[2]),
+        head_dim=size_hint(q.shape[3]),
+        value_dim=size_hint(v.shape[3]),
+        bytes_per_element=q.element_size(),
+        device=q.device.type,
+        is_causal=bool(call["is_causal"]),
+        window=numbers["window"],
+        is_additive=mask is not None and call.tensor("mask").is_floating_point(),
+        lookahead=numbers["lookahead"],
+        has_documents=call["documents"] is not None,
+        kernel=kernel,
+    )

@@ -1,0 +1,59 @@
+"""Inner compiler: from the graph that Dynamo hands over to a callable that runs this rank's part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from cpcompile import _torch
+from cpcompile.capture.lowering import capture, placeholders
+from cpcompile.compile.transform import Transformed, transform
+from cpcompile.ir.plan import Lengths
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis
+
+_ARGUMENT = re.compile(r"\['?(\w+)'?\]")
+
+
+def input_names(gm: fx.GraphModule) -> dict[str, str]:
+    """Return, for each placeholder that is an input of the model (no parameter, no buffer), the user's argument name.
+
+    Dynamo's source of an input reads `L['input_ids']` or `L['kwargs']['input_ids']`; a positional one in
+    `L['args'][0]` is called `args[0]`.
+    """
+    names: dict[str, str] = {}
+    for node in placeholders(gm):
+        text = _torch.source_name(node)
+        if re.search(r"_parameters|_buffers|_modules|\.\w", text) or not text.startswith("L["):
+            continue
+        parts = _ARGUMENT.findall(text)
+        names[node.name] = parts[-1] if not parts[-1].isdigit() else f"{parts[-2]}[{parts[-1]}]"
+    return names
+
+
+def transform_dynamo_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config, axis: Axis
+) -> Transformed:
+    """Capture and transform the graph of a whole model."""
+    captured = capture(gm, example_inputs)
+    return transform(captured, config=config, axis=axis, inputs=input_names(captured))
+
+
+def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
+    """Compile the transformed graph with the inner compiler.
+
+    Behind its own outputs it returns where the documents begin that the layout follows; there are as many as `Lengths.bounds_of`
+    finds.
+    """
+    graph = transformed.graph
+    (output,) = graph.graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *Lengths.bounds_of(graph)),)
+    graph.recompile()
+    for node in graph.graph.nodes:
+        # Values are those of the whole model; what runs here is local.
+        if node.op != "placeholder":
+            node.meta.pop("val", None)
+    return _torch.inner_compiler(inner)(graph, example_inputs)

@@ -1,0 +1,220 @@
+"""Transform: run the passes on a captured graph."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.analysis.patterns.latent_heads import expansion_of
+from cpcompile.capture.token_inputs import find_token_dims
+from cpcompile.choose.attention_sites import (
+    ATTENTION_LIKE,
+    attention_nodes,
+    attention_site,
+    rewritten_attentions,
+    tokens_of_attention,
+)
+from cpcompile.choose.cost import Attention, Choice, Ranks, choose
+from cpcompile.choose.kernels import likely_kernel, refuse_unable_kernel
+from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
+from cpcompile.ir.annotation import annotate, annotation
+from cpcompile.ir.operator_call import is_tensor
+from cpcompile.ir.plan import Plan, sequences_of
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis
+from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies, find_attention, separate_documents
+
+cp = torch.ops.cpcompile
+
+# Why an attention cannot be computed from a latent.
+NO_LATENT = {
+    "latent": "nothing narrower than its keys and values determines these token by token",
+    "latent_heads": "no latent determines its keys and values head by head, or the ranks do not divide its heads",
+}
+
+
+@dataclass(slots=True)
+class Transformed:
+    """A graph before and after the passes, with the decisions between.
+
+    Attributes:
+        original: the captured graph, untouched.
+        analysed: the graph with its attentions found and their masks lifted; still a single-device program.
+        graph: the graph of every rank.
+        plan: the decisions that all passes shared.
+        sequences: the sequence that each token input holds.
+        choice: the layout and strategies that were chosen, with their estimated costs.
+        changes: how many places each pass changed.
+        seconds: how long each pass took.
+    """
+
+    original: fx.GraphModule
+    analysed: fx.GraphModule
+    graph: fx.GraphModule
+    plan: Plan
+    sequences: dict[str, int]
+    choice: Choice
+    changes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: Mapping[str, str]) -> Transformed:
+    """Make the captured graph context parallel.
+
+    Args:
+        captured: the pre-dispatch ATen graph; it is edited.
+        config: the user's options.
+        axis: the ranks that share each sequence.
+        inputs: the user's argument name for each placeholder that is an input of the model.
+
+    Raises:
+        CPError: the graph cannot be sharded exactly.
+    """
+    original = copy.deepcopy(captured)
+    name_origins(captured)
+    changes: dict[str, int] = {}
+    times: dict[str, float] = {}
+    token_dims = token_inputs(captured, config, inputs)
+    for analysis in ANALYSIS:
+        options = {"exact_dropout": config.exact_dropout} if analysis is find_attention else {}
+        run_pass(captured, analysis, changes, times, **options)
+    if config.documents:
+        told = {
+            "source": config.documents,
+            "masks_labels": config.mask_labels,
+            "token_local": tuple(config.token_local),
+        }
+        run_pass(captured, separate_documents, changes, times, token_dims=token_dims, inputs=inputs, **told)
+        original = copy.deepcopy(captured)
+        name_origins(captured)
+    analysed = copy.deepcopy(captured)
+    num_tokens = tokens_of_attention(captured) if not token_dims else 0
+    ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)
+    sites = [attention_site(node, likely_kernel(node, config.kernel)) for node in attention_nodes(captured)]
+    if config.strategy in ("auto", "latent", "latent_heads"):
+        found = [expansion_of(node, token_dims) for node in attention_nodes(captured)]
+        sites = [replace(site, latent=latent) for site, latent in zip(sites, found, strict=True)]
+    choice = choose(sites, config.strategy, config.balancer, ranks)
+    warn_of_other_strategies(captured, sites, choice, config.strategy, ranks)
+    plan = Plan(
+        world_size=axis.world_size,
+        group=axis.group,
+        layout=choice.layout,
+        token_dims=token_dims,
+        outputs=config.outputs,
+        gradient_scale=float(axis.world_size) if config.grad_sync == "mean" else 1.0,
+        exact_dropout=config.exact_dropout,
+        strict=config.strict,
+        token_local=tuple(config.token_local),
+        num_tokens=num_tokens,
+        kernel=config.kernel,
+        heads_per_message=config.heads_per_message,
+        inner_size=axis.inner_size,
+        inner_group=axis.inner_group,
+        outer_group=axis.outer_group,
+    )
+    try:
+        shard(captured, choice, plan, changes, times)
+    except (CannotFollow, NoChunks):
+        if config.balancer != "auto":
+            raise
+        choice = choose(sites, config.strategy, config.balancer, ranks, follow=False)
+        captured, plan = copy.deepcopy(analysed), replace(plan, layout=choice.layout)
+        shard(captured, choice, plan, changes, times)
+    captured.graph.eliminate_dead_code()
+    captured.recompile()
+    warn_of_rows(captured, config.strategy)
+    if config.kernel != "auto":
+        refuse_unable_kernel(rewritten_attentions(captured), config.kernel)
+    check_legal(captured, config.strict)
+    return Transformed(original, analysed, captured, plan, sequences_of(captured, plan), choice, changes, times)
+
+
+def name_origins(gm: fx.GraphModule) -> None:
+    """Let every node be compared with the node of the same name in a copy of the graph as it is."""
+    for node in gm.graph.nodes:
+        annotate(node, origin=node.name)
+
+
+def shard(gm: fx.GraphModule, choice: Choice, plan: Plan, changes: dict[str, int], times: dict[str, float]) -> None:
+    """Go from one device to the ranks of an axis."""
+    run_pass(gm, choose_strategies, changes, times, strategies=choice.strategies, kernel=plan.kernel)
+    for sharding in SHARDING:
+        run_pass(gm, sharding, changes, times, plan=plan)
+
+
+def run_pass(
+    gm: fx.GraphModule,
+    function: Callable[..., int],
+    changes: dict[str, int],
+    times: dict[str, float],
+    **config: Any,
+) -> None:
+    """Run one pass with the chores around it: lint, recompile, counts and times; dead code while no pass keeps nodes."""
+    start = time.perf_counter()
+    changes[function.__name__] = function(gm, **config)
+    if function in ANALYSIS or function is separate_documents:
+        gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    times[function.__name__] = time.perf_counter() - start
+
+
+def warn_of_other_strategies(
+    gm: fx.GraphModule, sites: Sequence[Attention], choice: Choice, asked: str, ranks: Ranks
+) -> None:
+    """Say, once, which attentions cannot be computed as asked, and why."""
+    others: dict[str, list[fx.Node]] = {}
+    for node, site, strategy in zip(attention_nodes(gm), sites, choice.strategies, strict=True):
+        if asked not in ("auto", strategy):
+            obstacle = site.obstacle(asked, ranks)
+            others.setdefault(obstacle.reason if obstacle else NO_LATENT[asked], []).append(node)
+    for reason, nodes in others.items():
+        warn_of_gathers(nodes, asked, reason)
+
+
+def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
+    """Say, once, which attentions gather their keys although another strategy was asked for."""
+    gathers = gm.graph.find_nodes(op="call_function", target=cp.gather_attention.default)
+    others = [node for node in gathers if annotation(node).strategy == asked != "gather"]
+    warn_of_gathers(others, asked, "each rank computes the rows of its mask for its own queries only")
+
+
+def warn_of_gathers(nodes: list[fx.Node], asked: str, reason: str) -> None:
+    """Warn that attentions use gather in place of what was asked for, if there are any."""
+    if nodes:
+        lines = "\n".join(where(node) for node in nodes)
+        warnings.warn(f"{len(nodes)} attention(s) use gather in place of {asked}: {reason}.\n{lines}", stacklevel=3)
+
+
+def token_inputs(gm: fx.GraphModule, config: Config, inputs: Mapping[str, str]) -> dict[str, int]:
+    """Return the token dims of the inputs; none for a model that makes its tokens itself."""
+    try:
+        return find_token_dims(gm, inputs, config.token_dims)
+    except InputError:
+        makes_tokens = any(node.target in ATTENTION_LIKE for node in gm.graph.nodes)
+        if config.token_dims or (config.strict and not makes_tokens):
+            raise
+        return {}
+
+
+def check_legal(gm: fx.GraphModule, strict: bool) -> None:
+    """Check what every transformed graph must satisfy; warn when every rank computes the whole model.
+
+    Raises:
+        CPError: no attention or other operator runs on local tokens.
+    """
+    nodes = [node for node in gm.graph.nodes if node.op == "call_function" and is_tensor(node)]
+    if any(node.target is cp.shard_tokens.default for node in nodes):
+        return
+    nothing = "nothing in this model could be sharded: no embedding or product meets an input with tokens."
+    if strict:
+        raise CPError(f"{nothing} Name the inputs and the dims of their tokens with token_dims={{'name': dim}}.")
+    warnings.warn(f"{nothing} Every rank computes the whole model.", stacklevel=2)

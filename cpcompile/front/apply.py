@@ -1,0 +1,184 @@
+"""The front door: `apply` makes a model context parallel in place, `remove` undoes it, `shard` and `unshard` move tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from cpcompile.balance.layout import local_length
+from cpcompile.capture.dynamo import by_name, compile_whole, token_length
+from cpcompile.errors import ConfigError
+from cpcompile.front.backend import Compiled, gradient_sync, prepare
+from cpcompile.front.rank_agreement import check_same_inputs
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis, axis_of
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def apply(model: Model, mesh: DeviceMesh, *, axis: str | tuple[str, str] | None = None, **options: Any) -> Model:
+    """Make `model` context parallel, in place.
+
+    Each rank of the axis calls the model as a single-device script does, with the whole batch. The loss is
+    that of the whole batch on every rank, and after `loss.backward()` every parameter's gradient is that of
+    the single-device model. Sequence-shaped outputs (logits) hold this rank's tokens, or all with
+    `outputs="full"`; `unshard` joins them. Parameters, state-dict names, call signature and output type stay.
+
+    Args:
+        model: any module that traces as one graph.
+        mesh: a 1-D mesh of the ranks that share each sequence, or a larger one with `axis`.
+        axis: name of the context-parallel axis of `mesh`, or of two, `(ring axis, ulysses axis)` in the order of the mesh: the
+            ranks of both together share each sequence, and `strategy="usp"` exchanges heads along the second.
+        options: the fields of `cpcompile.Config`: `strategy`, `balancer`, `inner`, `outputs`, `grad_sync`,
+            ...
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigError: an option, the mesh or the axis does not fit.
+        CPError: at the first call: the model cannot be sharded exactly; the message has the line, the reason
+            and the remedy.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"cpcompile.apply takes a torch.nn.Module, not {type(model).__name__}.")
+    if isinstance(model.__dict__.get("forward"), ParallelForward):
+        raise ConfigError("this model is context parallel already: call cpcompile.remove(model) first.")
+    config, chosen = Config.of(options), axis_of(mesh, axis)
+    prepare(config, chosen)
+    model.forward = ParallelForward(model.forward, config, chosen)
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Undo `apply`: the model is the single-device one again. Returns the same object."""
+    forward = parallel_forward(model).__wrapped__
+    del model.__dict__["forward"]
+    if getattr(forward, "__self__", None) is not model:
+        model.forward = forward  # another library had replaced it before `apply` did
+    return model
+
+
+def no_sync(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which backward keeps gradients back; the next one outside delivers them too, summed."""
+    return parallel_forward(model).sync.no_sync()
+
+
+def parallel_forward(model: torch.nn.Module) -> ParallelForward:
+    """Return what `apply` put in place of the model's forward."""
+    forward = model.__dict__.get("forward")
+    if not isinstance(forward, ParallelForward):
+        raise ConfigError("this model is not context parallel: call cpcompile.apply(model, mesh) first.")
+    return forward
+
+
+class ParallelForward:
+    """What `apply` puts in place of a model's forward: checks the inputs, then runs the compiled, transformed program."""
+
+    def __init__(self, forward: Callable[..., Any], config: Config, axis: Axis) -> None:
+        self.config, self.axis = config, axis
+        self.length = 0  # tokens of the last call
+        self.layout = ""  # chosen when the model is first called
+        self.bounds: dict[int, torch.Tensor] = {}  # where documents began in the last call, by the number of tokens
+        self.__wrapped__ = forward  # `inspect.signature(model.forward)` stays that of the model
+        self.sync = gradient_sync(config, axis)
+        self._compiled = compile_whole(forward, self._backend, config)
+        self._is_checked = config.check_inputs == "never"
+
+    def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        # The first graph chooses the layout for all: `unshard` must know it whichever graph ran last.
+        config = replace(self.config, balancer=self.layout or self.config.balancer)
+        compiled = Compiled(gm, example_inputs, config, self.sync, bounds=self.bounds)
+        self.layout = compiled.transformed.plan.layout
+        return compiled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelForward:
+        """Return the same for a copy of the model, which has parameters of its own."""
+        return ParallelForward(copy.deepcopy(self.__wrapped__, memo), self.config, self.axis)
+
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "a context-parallel model cannot be pickled: its process group exists in this job only. Save "
+            "model.state_dict(), whose names apply leaves alone, or call cpcompile.remove(model) first."
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = by_name(self.__wrapped__, kwargs, *args, beside=self.config.told_by)
+        if not self._is_checked:
+            check_same_inputs({name: x for name, x in named.items() if isinstance(x, torch.Tensor)}, self.axis)
+            self._is_checked = self.config.check_inputs == "first"
+        self.length = token_length(named, self.config, mark_dynamic=self.config.dynamic) or 0
+        return self._compiled(**named)
+
+
+def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, length: int | None = None) -> torch.Tensor:
+    """Return the whole of a sequence-shaped output, in the user's token order, on every rank. Collective; differentiable.
+
+    Where the layout follows documents, they are those of the last call.
+
+    Every rank is expected to compute the same from it and to call backward, as with `outputs="full"`: each
+    back-propagates its share, so that the gradients are those of one device.
+
+    Args:
+        tensor: this rank's tokens, as the model returned them.
+        model: the context-parallel model.
+        dim: the dim of the tokens.
+        length: tokens of the whole sequence; by default those of the last call.
+    """
+    forward, at = _called(model), dim % tensor.dim()
+    whole = length if length is not None else forward.length
+    expected = local_length(whole, forward.axis.world_size, forward.layout)
+    if tensor.shape[at] != expected:
+        raise ConfigError(
+            f"dim {dim} has {tensor.shape[at]} token slots, but a rank's part of {whole} tokens has {expected}: "
+            "pass the dim of the tokens, and length= if this is not an output of the last call."
+        )
+    share = torch.ops.cpcompile.scale_gradient(tensor, 1 / forward.axis.world_size)
+    out: torch.Tensor = torch.ops.cpcompile.gather_tokens(share, at, 1, *_axis(forward, whole))
+    return out
+
+
+def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, padding: float | None = None) -> torch.Tensor:
+    """Return this rank's tokens of a whole tensor (labels, weights), in the order of the model's local outputs. Differentiable.
+
+    Where the layout follows documents, they are those of the last call, so that it has to be one on the same batch.
+
+    Where the length does not divide, the last slots of some ranks are padding: they repeat the last token, or
+    hold `padding`. A loss of one's own sums over the tokens of the rank and divides by the whole count; the
+    gradients are then those of one device, and the losses of the ranks add up to the loss:
+
+        mine = cpcompile.shard(labels, model, padding=-100)
+        total = F.cross_entropy(logits.flatten(0, 1), mine.flatten(), reduction="sum")
+        (total / (labels != -100).sum()).backward()
+
+    Args:
+        tensor: the whole tensor, the same on every rank.
+        model: the context-parallel model.
+        dim: the dim of the tokens.
+        padding: what padding slots hold, e.g. the label that a loss ignores.
+    """
+    forward, at = _called(model), dim % tensor.dim()
+    axis = _axis(forward, tensor.shape[at])
+    out: torch.Tensor = torch.ops.cpcompile.shard_tokens(tensor, at, 1, *axis)
+    return out if padding is None else torch.ops.cpcompile.fill_padding(out, at, 1, padding, 0, 0, *axis)
+
+
+def _axis(forward: ParallelForward, length: int) -> tuple[Any, ...]:
+    """Return the last arguments of the operators on tokens, as in the last call of the model."""
+    bounds = (forward.bounds[length],) if length in forward.bounds else ()
+    return length, forward.layout, forward.axis.world_size, forward.axis.group, *bounds
+
+
+def _called(model: torch.nn.Module) -> ParallelForward:
+    forward = parallel_forward(model)
+    if not forward.layout:
+        raise ConfigError(
+            "the layout is chosen when the model is first called: call the model before shard or unshard."
+        )
+    return forward

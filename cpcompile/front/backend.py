@@ -1,0 +1,157 @@
+"""The `torch.compile` backend: `torch.compile(model, backend="cpcompile", options={"mesh": mesh, ...})`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.capture.lowering import break_text, placeholders
+from cpcompile.compile.inner import compile_inner, input_names, transform_dynamo_graph
+from cpcompile.compile.transform import Transformed
+from cpcompile.errors import TORCH, ConfigError, GraphBreakError, InputError
+from cpcompile.front.gradient_sums import GradientSync
+from cpcompile.front.rank_agreement import check_same_generators, check_same_inputs
+from cpcompile.ir.plan import Lengths
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis, axis_of
+from cpcompile.passes.rewrite_dropout import drawing_devices
+from cpcompile.runtime.transport.choice import set_transport
+
+
+def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Compiled:
+    """Compile a Dynamo graph for this rank. `options` holds `mesh`, perhaps `axis`, and the fields of `cpcompile.Config`.
+
+    Raises:
+        CPError: the model cannot be sharded exactly; Dynamo reports it as the cause of its
+            `BackendCompilerFailed`.
+    """
+    given = dict(options or {})
+    if "mesh" not in given:
+        raise ConfigError(
+            'the mesh is missing: torch.compile(model, backend="cpcompile", options={"mesh": mesh, ...}).'
+        )
+    axis = axis_of(given.pop("mesh"), given.pop("axis", None))
+    config = Config.of(given)
+    prepare(config, axis)
+    refuse_parts()
+    return Compiled(gm, example_inputs, config, gradient_sync(config, axis), check_inputs=config.check_inputs)
+
+
+def prepare(config: Config, axis: Axis) -> None:
+    """Check that options and axis fit, and choose how its groups exchange messages; `auto` leaves an earlier choice.
+
+    Raises:
+        ConfigError: `usp` without a pair of axes, or symmetric memory without GPUs.
+    """
+    config.check_axis(axis.inner_size)
+    if config.transport == "symmetric" and axis.device_type != "cuda":
+        raise ConfigError(
+            f"transport='symmetric' needs memory that GPUs share, but the mesh is of {axis.device_type} devices: use 'auto'."
+        )
+    if config.transport != "auto":
+        for group in axis.groups:
+            set_transport(group, config.transport)
+
+
+def refuse_parts() -> None:
+    """Refuse, while Dynamo compiles, a function that an uncompiled frame of the model called.
+
+    Without `fullgraph=True`, Dynamo gives up a function that breaks inside a loop or a `with`, runs it as it
+    is, and compiles what it calls, each as if it were whole.
+
+    Raises:
+        GraphBreakError: with the line that runs uncompiled.
+    """
+    frame, is_caller = sys._getframe(), False
+    while frame.f_back is not None:
+        frame = frame.f_back
+        name, file = frame.f_code.co_name, frame.f_code.co_filename
+        if name == "compile_wrapper" and file.startswith(TORCH):
+            return
+        is_caller = is_caller or (file.startswith(TORCH) and file.endswith("convert_frame.py"))
+        # contextlib runs functions under decorators such as torch.no_grad().
+        if is_caller and not file.startswith((TORCH, contextlib.__file__)):
+            line = traceback.FrameSummary(file, frame.f_lineno, name)
+            raise GraphBreakError(break_text("Dynamo gave up the function of this line, which runs uncompiled", [line]))
+
+
+def gradient_sync(config: Config, axis: Axis) -> GradientSync:
+    """Return what sums the gradients of one model; where a wrapper averages parameters, gradients count P-fold until then."""
+    return GradientSync(axis, 1 / axis.world_size if config.grad_sync == "mean" else 1.0)
+
+
+class Compiled:
+    """One transformed and compiled graph; called with the flat inputs that Dynamo passes.
+
+    `bounds` gets, for each number of tokens, where documents began in the last call, if the layout follows them.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        config: Config,
+        sync: GradientSync,
+        check_inputs: str = "never",
+        bounds: dict[int, torch.Tensor] | None = None,
+    ) -> None:
+        axis = sync.axis
+        check_devices(example_inputs, axis)
+        self.transformed: Transformed = transform_dynamo_graph(gm, example_inputs, config=config, axis=axis)
+        self._drawing = drawing_devices(self.transformed.graph) if config.check_inputs != "never" else set()
+        self._checks_always = config.check_inputs == "always"
+        self._num_bounds = len(Lengths.bounds_of(self.transformed.graph))
+        self._bounds = {} if bounds is None else bounds
+        self._run = compile_inner(self.transformed, example_inputs, config.inner)
+        self._summed = [i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config)]
+        self._sync = sync
+        self._check = check_inputs
+        names, nodes = input_names(self.transformed.original), placeholders(self.transformed.original)
+        self._named = [
+            (names[node.name], i)
+            for i, (node, x) in enumerate(zip(nodes, example_inputs, strict=True))
+            if node.name in names and isinstance(x, torch.Tensor)
+        ]
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self._check != "never":
+            check_same_inputs({name: inputs[i] for name, i in self._named}, self._sync.axis)
+            self._check = "always" if self._check == "always" else "never"
+        check_same_generators(self._drawing, self._sync.axis)
+        self._drawing = self._drawing if self._checks_always else set()
+        given = list(inputs)
+        if self._sync.axis.world_size > 1 and self._summed and torch.is_grad_enabled():
+            for i, tensor in zip(self._summed, self._sync([inputs[i] for i in self._summed]), strict=True):
+                given[i] = tensor
+        results = self._run(*given)
+        if not self._num_bounds:
+            return results
+        self._bounds.update({x.shape[1] - 1: x for x in results[-self._num_bounds :]})
+        return results[: -self._num_bounds]
+
+
+def has_summed_gradient(value: Any, config: Config) -> bool:
+    """Tell whether the gradient of a graph input is summed here: with `mean`, a wrapper averages those of parameters."""
+    if not isinstance(value, torch.Tensor) or not value.requires_grad or config.grad_sync == "none":
+        return False
+    return config.grad_sync == "sum" or not isinstance(value, torch.nn.Parameter)
+
+
+def check_devices(inputs: Sequence[Any], axis: Axis) -> None:
+    """Check that the inputs are on devices of the mesh.
+
+    Raises:
+        InputError: a tensor is on another kind of device.
+    """
+    others = {x.device.type for x in inputs if isinstance(x, torch.Tensor)} - {axis.device_type}
+    if others:
+        raise InputError(
+            f"the mesh is of {axis.device_type} devices, but the model or its inputs are on {', '.join(sorted(others))}: "
+            f"move them with .to({axis.device_type!r}), or make the mesh of the other kind."
+        )

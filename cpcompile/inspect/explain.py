@@ -1,0 +1,252 @@
+"""Explain: the plan for a model, read out of the graph of every rank, without processes or GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.analysis.regions import regions_of
+from cpcompile.balance.layout import local_length
+from cpcompile.capture.dynamo import by_name, compile_whole, token_length
+from cpcompile.capture.lowering import placeholders
+from cpcompile.choose.attention_sites import attention_nodes, rewritten_attentions
+from cpcompile.choose.kernels import chosen_kernels, sized, strategy_of
+from cpcompile.compile.inner import transform_dynamo_graph
+from cpcompile.compile.transform import Transformed
+from cpcompile.errors import module_path, source_place
+from cpcompile.inspect.explanation import Collective, Explanation, GatheredValue, ShardedInput, Site, TokenLocal
+from cpcompile.inspect.graph_listing import input_name, listing, operator_name
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.operator_call import Call, is_tensor, size_hint
+from cpcompile.ir.placement import Sharded
+from cpcompile.ir.plan import Lengths
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis
+from cpcompile.passes.lift_masks import describe
+from cpcompile.runtime.attention.workload import Memory, memory_of, work_of
+from cpcompile.runtime.traffic import Traffic, attention_problem, sends, traffic
+
+cp = torch.ops.cpcompile
+
+
+def explain(
+    model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, inner_size: int = 0, **options: Any
+) -> Explanation:
+    """Return the plan for `model` on `world_size` ranks: nothing is run, and neither GPUs nor processes are needed.
+
+    Args:
+        model: the single-device model, on any device; `meta` too.
+        inputs: its keyword arguments, on the model's device; their shapes decide, not their values.
+        world_size: ranks that share the sequence.
+        inner_size: how many of them exchange heads in `strategy="usp"`, where they are a grid.
+        options: the fields of `cpcompile.Config`.
+
+    Raises:
+        CPError: the model is refused, with the line, the reason and the remedy.
+    """
+    config = Config.of({**options, "dynamic": False})
+    transformed = plan_for(model, inputs, world_size=world_size, inner_size=inner_size, config=config)
+    gm, plan = transformed.graph, transformed.plan
+    lengths = Lengths.all_of(gm)
+    length = size_hint(lengths[0].value) if lengths else 0
+    names = {node.name: input_name(node) for node in placeholders(gm)}
+    return Explanation(
+        world_size=world_size,
+        inner_size=inner_size,
+        tokens=length,
+        local_tokens=local_length(length, world_size, plan.layout),
+        layout=plan.layout,
+        token_inputs={names[name]: dim for name, dim in plan.token_dims.items()},
+        sites=tuple(attention_sites(transformed)),
+        regions=tuple(TokenLocal(r.name, source_place(r.nodes[0]), len(r.nodes)) for r in regions_of(gm)),
+        inputs=tuple(sharded_inputs(gm)),
+        gathered=tuple(gathered_values(gm)),
+        collectives=tuple(collectives(transformed)),
+        gradient_bytes=gradient_bytes(model, world_size, plan.gradient_scale == 1),
+        estimates={f"{layout}/{name}": cost for (layout, name), cost in transformed.choice.estimates.items()},
+        before=listing(transformed.original),
+        after=listing(gm),
+    )
+
+
+class _Planned(Exception):
+    """Ends the call of a model whose plan is made."""
+
+
+def plan_for(
+    model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, config: Config, inner_size: int = 0
+) -> Transformed:
+    """Trace and transform `model` without running it."""
+    axis = Axis.in_process(world_size, inner_size)
+    config.check_axis(inner_size)
+    made: list[Transformed] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        made.append(transform_dynamo_graph(gm, example_inputs, config=config, axis=axis))
+
+        def stop(*args: Any) -> Any:
+            raise _Planned
+
+        return stop
+
+    named = by_name(model.forward, inputs)
+    token_length(named, config, mark_dynamic=config.dynamic)
+    with contextlib.suppress(_Planned):
+        compile_whole(model.forward, backend, config)(**named)
+    return made[0]
+
+
+def local_arguments(node: fx.Node, transformed: Transformed) -> dict[str, Any]:
+    """Return the arguments of a call with meta tensors in the shapes that a rank holds."""
+    plan = transformed.plan
+
+    def local(argument: Any) -> Any:
+        if not isinstance(argument, fx.Node):
+            return argument
+        value, placement = argument.meta["val"], annotation(argument).placement
+        if not isinstance(value, torch.Tensor):
+            return size_hint(value)
+        shape = [size_hint(n) for n in value.shape]
+        if isinstance(placement, Sharded) and not annotation(argument).is_local:
+            length = size_hint(Lengths.of(transformed.graph, placement.sequence).value)
+            slots = local_length(length, plan.world_size, plan.layout)
+            shape[placement.dim] = shape[placement.dim] // placement.count(length) * slots
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+
+    return {name: local(argument) for name, argument in Call.of(node).arguments.items()}
+
+
+def traffic_of(node: fx.Node, transformed: Transformed) -> Traffic:
+    """Return what one rank sends for this call."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return traffic(node.target, local_arguments(node, transformed))
+
+
+def collective_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the calls of operators that know the group."""
+    return [
+        node
+        for node in gm.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and any(a.name == "group" for a in node.target._schema.arguments)
+    ]
+
+
+def attention_sites(transformed: Transformed) -> list[Site]:
+    """Return the attentions in order; those that exchange nothing have no strategy."""
+    plan = transformed.plan
+    calls = {annotation(n).site or n.name: n for n in rewritten_attentions(transformed.graph)}
+    sites = []
+    for node in attention_nodes(transformed.analysed):
+        call, made = Call.of(node), calls.get(node.name)
+        q, k = call.shape("q"), call.shape("k")
+        strategy = "" if made is None else strategy_of(made)
+        is_local = made is not None and isinstance(annotation(made).placement, Sharded)
+        kernels = () if made is None else chosen_kernels(made, plan.kernel)
+        numbers = numbers_of(made, transformed) if made is not None and strategy else NOTHING
+        of_latent = latent_traffic(node, transformed)
+        sites.append(
+            Site(
+                module=module_path(node),
+                line=source_place(node),
+                heads=size_hint(q[1]),
+                kv_heads=size_hint(k[1]),
+                head_dim=size_hint(q[3]),
+                mask=describe(node),
+                strategy=strategy or how_alone(is_local),
+                layout=plan.layout,
+                kernels=tuple(dict.fromkeys(chosen.name for chosen in kernels)),
+                reasons=tuple(dict.fromkeys(reason for chosen in kernels for reason in chosen.reasons)),
+                forward_bytes=numbers.sent.forward + of_latent.forward,
+                backward_bytes=numbers.sent.backward + of_latent.backward,
+                pairs=numbers.pairs,
+                kept_bytes=numbers.memory.kept,
+                received_bytes=numbers.memory.received,
+            )
+        )
+    return sites
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What an attention sends, computes and holds."""
+
+    sent: Traffic
+    pairs: tuple[int, ...]
+    memory: Memory
+
+
+NOTHING = Numbers(Traffic(0, 0), (), Memory(0, 0))
+
+
+def numbers_of(node: fx.Node, transformed: Transformed) -> Numbers:
+    """Return the numbers of a collective attention."""
+    plan, strategy = transformed.plan, strategy_of(node)
+    problem = attention_problem(sized(Call.of(node)))
+    if strategy == "latent_heads":  # the operator has the key heads of one rank
+        problem = replace(problem, kv_heads=problem.kv_heads * plan.world_size)
+    pairs = tuple(work_of(problem, strategy, rank) for rank in range(plan.world_size))
+    return Numbers(traffic_of(node, transformed), pairs, memory_of(problem, strategy, plan.heads_per_message))
+
+
+def latent_traffic(attention: fx.Node, transformed: Transformed) -> Traffic:
+    """Return what one rank sends for the values that an attention's keys and values are computed from."""
+    marks = transformed.graph.graph.find_nodes(op="call_function", target=cp.whole_tokens.default)
+    sources = [mark.args[0] for mark in marks if annotation(mark).site == attention.name]
+    sent = [traffic_of(node, transformed) for node in sources if node.target is cp.gather_tokens.default]
+    return Traffic(sum(t.forward for t in sent), sum(t.backward for t in sent))
+
+
+def how_alone(is_local: bool) -> str:
+    """Return how an attention is computed that exchanges nothing."""
+    return "local queries, whole keys" if is_local else "whole on every rank"
+
+
+def sharded_inputs(gm: fx.GraphModule) -> list[ShardedInput]:
+    """Return the places where whole values become local tokens."""
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=cp.shard_tokens.default):
+        source = node.args[0]
+        if annotation(node).is_local:
+            continue  # the heads of a weight
+        shape = tuple(size_hint(n) for n in source.meta["val"].shape) if is_tensor(source) else ()
+        name = input_name(source) if source.op == "placeholder" else f"{operator_name(source)} ({source.name})"
+        found.append(ShardedInput(name, shape, node.args[1], source_place(node) or "input"))
+    return found
+
+
+def gathered_values(gm: fx.GraphModule) -> list[GatheredValue]:
+    """Return the values that are made whole, with what needs them."""
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=cp.gather_tokens.default):
+        source = node.args[0]
+        shape = tuple(size_hint(n) for n in node.meta["val"].shape)
+        nbytes = math.prod(shape) * node.meta["val"].element_size()
+        name = f"{operator_name(source)} ({source.name})"
+        found.append(GatheredValue(name, shape, nbytes, annotation(node).reason, source_place(node)))
+    return found
+
+
+def collectives(transformed: Transformed) -> list[Collective]:
+    """Return the collectives by operator, those that send nothing left out."""
+    sums: dict[str, list[int]] = {}
+    for node in collective_nodes(transformed.graph):
+        if not sends(node.target):
+            continue
+        sent = traffic_of(node, transformed)
+        entry = sums.setdefault(operator_name(node), [0, 0, 0])
+        for i, count in enumerate((1, sent.forward, sent.backward)):
+            entry[i] += count
+    return [Collective(name, *entry) for name, entry in sums.items()]
+
+
+def gradient_bytes(model: torch.nn.Module, world_size: int, is_summed: bool) -> int:
+    """Return what one rank sends to sum the parameter gradients (a ring all-reduce)."""
+    total = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return 2 * total * (world_size - 1) // world_size if is_summed else 0

@@ -1,0 +1,219 @@
+"""Explanation: the plan for a model as data, and as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cpcompile.balance.layout import follows_documents
+from cpcompile.choose.cost import BYTES, CPU, FLASH2, RATES
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One attention: where it is, what it is, and how it will be computed.
+
+    Attributes:
+        kernels: what computes its blocks; none where that is not known, for a model without memory.
+        reasons: why none of the faster kernels, one line each.
+        forward_bytes, backward_bytes: what the busiest rank sends in a step.
+        pairs: for each rank, how many pairs of a query and a key it computes, over all its heads.
+        kept_bytes: what a rank keeps from forward to backward; received_bytes: others' keys that it holds at once.
+    """
+
+    module: str
+    line: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mask: str
+    strategy: str
+    layout: str
+    kernels: tuple[str, ...]
+    reasons: tuple[str, ...]
+    forward_bytes: int
+    backward_bytes: int
+    pairs: tuple[int, ...]
+    kept_bytes: int
+    received_bytes: int
+
+    @property
+    def imbalance(self) -> float:
+        """The work of the busiest rank over the mean."""
+        return max(self.pairs) * len(self.pairs) / sum(self.pairs) if any(self.pairs) else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLocal:
+    """One call of a token-local module or function: where it is, and how many operators are placed as one."""
+
+    module: str
+    line: str
+    operators: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedInput:
+    """Where whole values become this rank's tokens: the value, its shape, the dim, and the user's line."""
+
+    value: str
+    shape: tuple[int, ...]
+    dim: int
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredValue:
+    """A value that is made whole on every rank: its whole shape and bytes, what needs it, and the user's line."""
+
+    value: str
+    shape: tuple[int, ...]
+    nbytes: int
+    reason: str
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """All calls of one collective operator: how many, and the bytes that one rank sends in a step."""
+
+    operator: str
+    calls: int
+    forward_bytes: int
+    backward_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The plan of a model on `world_size` ranks. `print` it, or read its fields; `to_dict` for JSON."""
+
+    world_size: int
+    inner_size: int
+    tokens: int
+    local_tokens: int
+    layout: str
+    token_inputs: Mapping[str, int]
+    sites: tuple[Site, ...]
+    regions: tuple[TokenLocal, ...]
+    inputs: tuple[ShardedInput, ...]
+    gathered: tuple[GatheredValue, ...]
+    collectives: tuple[Collective, ...]
+    gradient_bytes: int
+    estimates: Mapping[str, float]
+    before: str
+    after: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        parts = [
+            *self._head_lines(),
+            "",
+            *self._site_lines(),
+            *self._kernel_lines(),
+            f"a rank keeps {size(sum(s.kept_bytes for s in self.sites))} of all attentions for backward, and holds at most "
+            f"{size(max((s.received_bytes for s in self.sites), default=0))} of other ranks' keys at once",
+            "",
+            *self._region_lines(),
+            "sharded where",
+            *table(("value", "shape", "dim", "line"), [(i.value, sizes(i.shape), i.dim, i.line) for i in self.inputs]),
+            "",
+            *self._gathered_lines(),
+            *self._collective_lines(),
+            *self._estimate_lines(),
+        ]
+        return "\n".join(parts)
+
+    def _head_lines(self) -> list[str]:
+        named = ", ".join(f"{name} (dim {dim})" for name, dim in self.token_inputs.items())
+        grid = f" ({self.world_size // self.inner_size} x {self.inner_size})" if self.inner_size else ""
+        lines = [
+            f"{self.tokens} tokens on {self.world_size} ranks{grid}, {self.local_tokens} slots each, layout {self.layout}; "
+            f"tokens of {named or 'the attentions, which no input holds'}"
+        ]
+        if follows_documents(self.layout):
+            lines.append(
+                "the layout follows the documents of each batch; what is said of work here is that of one document"
+            )
+        return lines
+
+    def _site_lines(self) -> list[str]:
+        head = ("module", "line", "heads", "kv", "dim", "mask", "strategy", "kernel", "work", "forward", "backward")
+        rows = [
+            (
+                *(s.module, s.line, s.heads, s.kv_heads, s.head_dim, s.mask, s.strategy, ", ".join(s.kernels) or "-"),
+                *(f"{s.imbalance:.2f}", size(s.forward_bytes), size(s.backward_bytes)),
+            )
+            for s in self.sites
+        ]
+        title = f"{len(rows)} attention(s): the work of the busiest rank over the mean, bytes that it sends in a step"
+        return [title, *table(head, rows)]
+
+    def _kernel_lines(self) -> list[str]:
+        """Return which faster kernels cannot be used, and why."""
+        found: dict[str, None] = dict.fromkeys(
+            f"{', '.join(s.kernels)}: {'; '.join(s.reasons)}" for s in self.sites if s.reasons
+        )
+        return ["why no faster kernel", *(f"  {text}" for text in found)] if found else []
+
+    def _region_lines(self) -> list[str]:
+        if not self.regions:
+            return []
+        rows = [(r.module, r.line, r.operators) for r in self.regions]
+        return [f"{len(rows)} token-local region(s)", *table(("module", "line", "operators"), rows), ""]
+
+    def _gathered_lines(self) -> list[str]:
+        if not self.gathered:
+            return []
+        rows = [(g.value, sizes(g.shape), size(g.nbytes), g.reason, g.line) for g in self.gathered]
+        return ["gathered on every rank", *table(("value", "shape", "bytes", "because", "line"), rows), ""]
+
+    def _collective_lines(self) -> list[str]:
+        rows = [(c.operator, c.calls, size(c.forward_bytes), size(c.backward_bytes)) for c in self.collectives]
+        of_parameters = ("gradient sum of parameters", "", "", size(self.gradient_bytes))
+        head = ("operator", "calls", "forward", "backward")
+        return ["collectives of a step, bytes that one rank sends", *table(head, [*rows, of_parameters])]
+
+    def _estimate_lines(self) -> list[str]:
+        if not self.estimates:
+            return []
+        rows = [(*key.split("/"), f"{seconds * 1e3:.3g}") for key, seconds in self.estimates.items()]
+        title = "estimated attention time of a step, slowest rank"
+        return ["", title, *table(("layout", "strategy", "ms"), rows), *rates()]
+
+
+def rates() -> list[str]:
+    """Return what the estimates assume."""
+    (forward, backward), (forward2, backward2) = RATES["cudnn"], FLASH2
+    return [
+        f"(at {forward / 1e12:.0f} TFLOP/s forward and {backward / 1e12:.0f} backward with cudnn, flash3 or flash4, "
+        f"{forward2 / 1e12:.0f} and {backward2 / 1e12:.0f} with other kernels;",
+        f" {BYTES['symmetric'] / 1e9:.0f} GB/s between GPUs of a host, {BYTES['network'] / 1e9:.0f} beyond; "
+        f"on CPUs {CPU[0] / 1e9:.0f} GFLOP/s and {BYTES['cpu'] / 1e9:.0f} GB/s)",
+    ]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return rows as aligned text."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
+
+
+def sizes(shape: Sequence[int]) -> str:
+    """Return a shape for people."""
+    return "x".join(map(str, shape))
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"

@@ -1,0 +1,88 @@
+"""Lockstep: all ranks of a transformed graph in one process, node by node, with plain autograd.
+
+Collectives are those of `collectives.py`, so that this checks the rewrite. A value that is the same on every rank by
+construction is computed once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.balance.token_order import TokenOrder
+from cpcompile.inspect.collective_definitions import COLLECTIVES, Calls, Ranks, join
+from cpcompile.ir.placement import Full, Partial, Placement, Sharded
+
+
+class Lockstep:
+    """Runs a transformed graph for all its ranks."""
+
+    def __init__(self, gm: fx.GraphModule, world_size: int) -> None:
+        self.gm, self.world_size = gm, world_size
+        self.bounds: dict[fx.Node, torch.Tensor] = {}  # where documents begin, as far as the graph has run
+
+    def run(self, *inputs: Any) -> list[Any]:
+        """Return the outputs of each rank, given the inputs that every rank has."""
+        outputs: list[Any] = []
+        for node, values in self.steps(*inputs):
+            if node.op == "output":
+                outputs = values
+        return outputs
+
+    def steps(self, *inputs: Any) -> Iterator[tuple[fx.Node, Ranks]]:
+        """Yield every node with its value on each rank. Values are dropped after their last use."""
+        given = iter(inputs)
+        values: dict[fx.Node, Ranks] = {}
+        last_use = {operand: node for node in self.gm.graph.nodes for operand in node.all_input_nodes}
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = [next(given)] * self.world_size
+            elif node.op == "get_attr":
+                values[node] = [operator.attrgetter(node.target)(self.gm)] * self.world_size
+            else:
+                values[node] = self._step(node, values)
+            if node.target is torch.ops.cpcompile.document_bounds.default:
+                self.bounds[node] = values[node][0]
+            yield node, values[node]
+            for operand in node.all_input_nodes:
+                if last_use[operand] is node:
+                    del values[operand]
+
+    def _step(self, node: fx.Node, values: Mapping[fx.Node, Ranks]) -> Ranks:
+        def of_rank(rank: int) -> tuple[Any, Any]:
+            return fx.map_arg((node.args, node.kwargs), lambda operand: values[operand][rank])
+
+        if node.op == "output":
+            return [of_rank(rank)[0][0] for rank in range(self.world_size)]
+        if node.target in COLLECTIVES:
+            calls: Calls = []
+            for rank in range(self.world_size):
+                args, kwargs = of_rank(rank)
+                schema = node.target._schema.arguments  # type: ignore[union-attr]
+                defaults = {argument.name: argument.default_value for argument in schema if not argument.is_out}
+                given = dict(zip(defaults, args, strict=False))
+                calls.append({**defaults, **given, **kwargs, "target": str(node.target)})
+            return COLLECTIVES[node.target](calls)
+        if self._is_shared(node, values):
+            args, kwargs = of_rank(0)
+            return [node.target(*args, **kwargs)] * self.world_size  # type: ignore[operator]
+        return [node.target(*args, **kwargs) for args, kwargs in map(of_rank, range(self.world_size))]  # type: ignore[operator]
+
+    def _is_shared(self, node: fx.Node, values: Mapping[fx.Node, Ranks]) -> bool:
+        """Tell whether every rank has the very same operands; then one run serves all."""
+        return all(value is values[operand][0] for operand in node.all_input_nodes for value in values[operand])
+
+
+def whole_value(values: Ranks, placement: Placement, orders: Sequence[TokenOrder]) -> Any:
+    """Return the value that the ranks hold together; `orders` of all sequences, which only a sharded value needs."""
+    match placement:
+        case Sharded():
+            return join(values, placement, orders[placement.sequence])
+        case Partial():
+            return sum(values[1:], values[0])
+        case Full():
+            return values[0]

@@ -1,0 +1,170 @@
+"""Model runs: run and differentiate a model here, as it is or as all of its ranks in lockstep."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile import _torch
+from cpcompile.balance.token_order import TokenOrder
+from cpcompile.capture.dynamo import token_length
+from cpcompile.capture.lowering import capture
+from cpcompile.compile.inner import input_names
+from cpcompile.compile.transform import Transformed, transform
+from cpcompile.errors import VerificationError, where
+from cpcompile.inspect.float64 import widen_graph
+from cpcompile.inspect.lockstep import Lockstep, whole_value
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import Full, Sharded
+from cpcompile.ir.plan import Lengths
+from cpcompile.options.config import Config
+from cpcompile.options.mesh import Axis
+from cpcompile.passes.finish_outputs import output_placements
+
+aten = torch.ops.aten
+
+
+@contextlib.contextmanager
+def seeded(model: torch.nn.Module) -> Iterator[None]:
+    """Begin with the same random numbers each time; leave the generators as they were."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(0)
+        yield
+
+
+def run_and_differentiate(
+    model: torch.nn.Module,
+    forward: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    objective: Callable[[Any], torch.Tensor],
+    config: Config | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the objective and the gradient of every parameter that requires one; leaves `.grad` as it was."""
+    before = {name: p.grad for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = None
+    try:
+        if config is not None:
+            token_length(inputs, config, mark_dynamic=config.dynamic)
+        loss = objective(forward(**inputs))
+        _torch.run_backward(loss)
+        zeros = {
+            name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad and p.grad is None
+        }
+        return loss.detach(), zeros | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    finally:
+        for name, p in model.named_parameters():
+            p.grad = before[name]
+
+
+def default_objective(output: Any) -> torch.Tensor:
+    """Return the loss of a model output, or a fixed random projection of its floating-point tensors."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    leaves = torch.utils._pytree.tree_leaves(output)
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point() and x.requires_grad]
+    if len(tensors) == 1 and tensors[0].dim() == 0:
+        return tensors[0]
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack(
+        [(x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum() for x in tensors]
+    ).sum()
+
+
+class LockstepBackend:
+    """A Dynamo backend that runs all ranks in lockstep and hands the joined outputs back to the model's own code."""
+
+    def __init__(self, config: Config, axis: Axis, is_wide: bool) -> None:
+        self.config, self.axis, self.is_wide = config, axis, is_wide
+        self.transformed: Transformed | None = None
+        self.inputs: tuple[Any, ...] = ()
+        self._scalars: list[list[torch.Tensor]] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured = capture(gm, example_inputs)
+        if not self.config.exact_dropout:
+            refuse_dropout(captured)
+        if self.is_wide:
+            widen_graph(captured)
+        self.transformed = transform(captured, config=self.config, axis=self.axis, inputs=input_names(captured))
+        return self._run
+
+    def _run(self, *inputs: Any) -> tuple[Any, ...]:
+        assert self.transformed is not None
+        graph = self.transformed.graph
+        self.inputs = inputs
+        lockstep = Lockstep(graph, self.axis.world_size)
+        outputs = lockstep.run(*inputs)
+        orders = orders_of(self.transformed, inputs, lockstep)
+        joined = []
+        for placement, *values in zip(output_placements(graph), *outputs, strict=True):
+            if isinstance(placement, Sharded):
+                joined.append(whole_value(values, placement, orders))
+            elif isinstance(placement, Full) and values[0].is_floating_point():
+                # Every rank back-propagates its own copy; the value is the first rank's.
+                joined.append(values[0] + sum(value - value.detach() for value in values[1:]))
+                if values[0].dim() == 0:
+                    self._scalars.append([value.detach() for value in values])
+            else:
+                joined.append(values[0])
+        return tuple(joined)
+
+    def scalars(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        """Return what each rank returned as the scalar output `loss`."""
+        return next((values for values in self._scalars if torch.equal(values[0], loss)), [])
+
+
+class OneDevice:
+    """A Dynamo backend that runs the program of one device in which documents are separated, as the option `documents` says."""
+
+    def __init__(self, config: Config, is_wide: bool) -> None:
+        # How ranks would share the work is not asked here.
+        self.config, self.is_wide = replace(config, strategy="auto", balancer="auto"), is_wide
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured = capture(gm, example_inputs)
+        if self.is_wide:
+            widen_graph(captured)
+        axis, names = Axis.in_process(1), input_names(captured)
+        return transform(captured, config=self.config, axis=axis, inputs=names).original
+
+
+def orders_of(transformed: Transformed, inputs: Sequence[Any], lockstep: Lockstep) -> list[TokenOrder]:
+    """Return which tokens each rank holds of each sequence of these flat inputs, which the ranks have started to run."""
+    plan = transformed.plan
+    bounds = [None if x.bounds is None else lockstep.bounds.get(x.bounds) for x in Lengths.all_of(transformed.graph)]
+    lengths = sequence_lengths(transformed, inputs)  # of none in a graph without tokens, where no value needs an order
+    return [TokenOrder.of(n, plan.world_size, plan.layout, found) for n, found in zip(lengths, bounds, strict=False)]
+
+
+def sequence_lengths(transformed: Transformed, inputs: Sequence[Any]) -> list[int]:
+    """Return the number of tokens of each sequence in these flat inputs."""
+    names = [node.name for node in transformed.graph.graph.find_nodes(op="placeholder")]
+    of_sequence: dict[int, int] = {}
+    for name, sequence in transformed.sequences.items():
+        of_sequence[sequence] = int(inputs[names.index(name)].shape[transformed.plan.token_dims[name]])
+    return [of_sequence[sequence] for sequence in sorted(of_sequence)] or [transformed.plan.num_tokens]
+
+
+def refuse_dropout(gm: fx.GraphModule) -> None:
+    """Refuse active dropout: no two runs agree then."""
+    for node in gm.graph.nodes:
+        if node.target in (aten.dropout.default, aten.native_dropout.default):
+            call = Call.of(node)
+            active = call["p"] > 0 and call["train"]
+        elif node.target is aten.scaled_dot_product_attention.default:
+            active = Call.of(node)["dropout_p"] > 0
+        else:
+            continue
+        if active:
+            raise VerificationError(
+                f"dropout is active, so that no two runs agree.\n\n{where(node)}\n\n"
+                "Call model.eval(), set the rate to 0, or pass exact_dropout=True to draw what one device draws."
+            )

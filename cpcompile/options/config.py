@@ -1,0 +1,139 @@
+"""Config: the options that `cpcompile.apply` and the `cpcompile` backend share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, group_size, is_of_groups, without_groups
+from cpcompile.errors import ConfigError
+from cpcompile.options.documents import Source
+from cpcompile.runtime.kernels import NAMES
+from cpcompile.runtime.transport.choice import TRANSPORTS
+
+STRATEGIES = ("ulysses", "ring", "gather", "halo", "usp", "latent", "latent_heads")
+INNER_COMPILERS = ("inductor", "aot_eager", "eager")
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "strategy": ("auto", *STRATEGIES),
+    "balancer": ("auto", *LAYOUTS, *DOCUMENT_LAYOUTS),
+    "kernel": ("auto", *NAMES),
+    "transport": TRANSPORTS,
+    "inner": INNER_COMPILERS,
+    "outputs": ("local", "full"),
+    "grad_sync": ("sum", "mean", "none"),
+    "check_inputs": ("always", "first", "never"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How a model is made context parallel.
+
+    Attributes:
+        strategy: how attention is computed: `ulysses` (all-to-all to heads), `ring` (KV blocks travel), `gather` (KV gathered,
+            local query rows), `halo` (only the neighbours' tokens within a sliding window), `usp` (heads exchanged along one axis
+            of a pair, ring along the other), `latent` (what keys and values are computed from is gathered where it is narrower,
+            and every rank computes them for all tokens), `latent_heads` (the same, for its own heads; queries and outputs
+            are exchanged as in `ulysses`) or `auto` (the cheapest by the printed cost model, one for each attention).
+        balancer: which tokens each rank holds: `contiguous`, `zig_zag` (equal causal work for one document), `balanced` or
+            `zig_zag_by_document` (equal work for packed documents: they follow the documents of each batch, see
+            `cpcompile.balance`) or `auto`. `usp` deals documents to groups of the ranks that exchange heads, which is called
+            `balanced:4` where they are four.
+        kernel: what computes a block of attention: `auto` (the fastest that can), or one name, for every attention of the model;
+            where that one cannot compute an attention, compilation ends with its line and the reason.
+        heads_per_message: how many key heads `gather` and `halo` gather at once, so that some are computed while the next arrive,
+            and less memory is held; 0: all.
+        transport: how keys, values and heads travel between GPUs: `symmetric` (copied from memory that the GPUs of a host
+            share, beside the computation), `p2p` (NCCL sends and receives) or `auto` (symmetric where it works). It holds for
+            the process groups of the axis, and so for every model on them.
+        inner: what compiles the transformed graph: `inductor`, `aot_eager` or `eager`.
+        outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's
+            order (`full`).
+        grad_sync: `sum`: parameter gradients are added over the axis, bucketed, at the end of backward.
+            `mean`: a DDP or FSDP wrapper over a mesh that contains the axis averages them. `none`: the caller
+            adds them.
+        check_inputs: when the inputs of all ranks are compared: at every step, at the first, or never.
+        token_dims: input name to the dim of its tokens, for models whose token inputs are not `input_ids` or
+            `inputs_embeds`.
+        exact_dropout: dropout draws what one device draws from the same seed, which costs the random numbers of the whole
+            tensor on every rank at each site; ranks must be seeded alike. Otherwise each rank draws for its own tokens,
+            and losses agree with those of one device in distribution.
+        token_local: modules that compute each token from that token alone, whatever operators they use, by path
+            (`model.layers.*.mlp`) or by class name. The experts of transformers are known; classes and functions may also
+            be decorated with `cpcompile.token_local`. A false declaration gives wrong results, which `verify` finds.
+        strict: refuse a model in which hidden states would have to be gathered (True), or gather them around every
+            operator that has no better rule and compute it whole on every rank (False), which `explain` lists.
+        documents: what tells the documents of a packed row apart, for a model that does not keep them apart itself: `eos:2` (the
+            id of the token that ends one), `positions` (`position_ids` that restart), `cu_seqlens` (`cu_seq_lens_q`), or one of
+            `positions`, `ids`, `cu_seqlens` with the name of an input, `ids:document_ids`. Each document is computed as if it
+            were alone: attention sees it only, and its places count from 0. '' leaves the model as it is.
+        mask_labels: losses ignore labels of another document than that of the token that predicts them; needs `documents`.
+        dynamic: one compiled graph for all lengths (True), or one for each length (False).
+    """
+
+    strategy: str = "auto"
+    balancer: str = "auto"
+    kernel: str = "auto"
+    heads_per_message: int = 0
+    transport: str = "auto"
+    inner: str = "inductor"
+    outputs: str = "local"
+    grad_sync: str = "sum"
+    check_inputs: str = "always"
+    token_dims: Mapping[str, int] = field(default_factory=dict)
+    exact_dropout: bool = False
+    token_local: Sequence[str] = ()
+    strict: bool = True
+    dynamic: bool = True
+    documents: str = ""
+    mask_labels: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (name == "balancer" and is_of_groups(str(value))):
+                raise ConfigError(f"{name}={value!r} is not an option: choose one of {', '.join(map(repr, choices))}.")
+        if self.heads_per_message < 0:
+            raise ConfigError(
+                f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
+            )
+        if self.documents:
+            Source.of(self.documents)
+        elif self.mask_labels:
+            raise ConfigError(
+                "mask_labels=True needs to know the documents: say what tells them apart, documents='eos:2'."
+            )
+        if isinstance(self.token_local, str):
+            raise ConfigError(f"token_local={self.token_local!r} is one string: give a list of paths or class names.")
+
+    @property
+    def told_by(self) -> str:
+        """The input that tells documents apart, or ''."""
+        return Source.of(self.documents).name if self.documents else ""
+
+    def check_axis(self, inner_size: int) -> None:
+        """Check that the axis is a pair where strategy and balancer need one; `inner_size` is 0 for a single axis.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if self.strategy == "usp" and not inner_size:
+            raise ConfigError(
+                "strategy='usp' exchanges heads along one axis and computes ring attention along another: pass a mesh with both, "
+                "and axis=('ring axis', 'ulysses axis') (inner_size=... for explain and verify)."
+            )
+        if group_size(self.balancer) not in (1, inner_size):
+            raise ConfigError(
+                f"balancer={self.balancer!r} is for {group_size(self.balancer)} ranks that exchange heads, and here are "
+                f"{inner_size or 'none'}: use balancer={without_groups(self.balancer)!r}, which follows the mesh."
+            )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Config:
+        """Build a config from keyword options; an unknown one is an error that lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}: the options are {', '.join(known)}.")
+        return cls(**options)

@@ -1,7 +1,0 @@
-"""Token-local regions: parts of a model that compute each token from that token alone, whatever operators they use."""
-
-from cpcompile.regions.declare import token_local
-from cpcompile.regions.find import Region, find_regions, regions_of
-from cpcompile.regions.place import place_region
-
-__all__ = ["Region", "find_regions", "place_region", "regions_of", "token_local"]
