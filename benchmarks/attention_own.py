@@ -12,7 +12,8 @@ import torch.distributed as dist
 from attention_cases import HEAD_DIM, HEADS, KV_HEADS, Case, Problem, usp_layout
 from attention_systems import Autograd, Runner, System
 
-from cpcompile.choose import cost
+from cpcompile.choose.attention import Attention, Ranks
+from cpcompile.choose.choice import choose
 
 OURS = {  # strategies and layouts for each kind of problem
     "causal": (("ring", "zig_zag"), ("gather", "zig_zag"), ("ulysses", "contiguous")),
@@ -112,12 +113,12 @@ def starts_of(problem: Problem) -> torch.Tensor | None:
 def pick(problem: Problem, kernel: str) -> tuple[str, str]:
     """Return the strategy and the layout that `auto` chooses for a model of such attentions."""
     site = site_of(problem.length, problem.window, problem.is_packed, kernel, problem.device.type)
-    choice = cost.choose([site], "auto", "auto", cost.Ranks(problem.world_size))
+    choice = choose([site], "auto", "auto", Ranks(problem.world_size))
     return choice.strategies[0], choice.layout
 
 
-def site_of(length: int, window: int, is_packed: bool, kernel: str, device: str) -> cost.Attention:
+def site_of(length: int, window: int, is_packed: bool, kernel: str, device: str) -> Attention:
     """Return what the cost model sees of a case: bfloat16, causal, on the kernel that computes most of it."""
     kernel = OUR_KERNELS["cuda"][kernel] if kernel else "cudnn_varlen" if window or is_packed else "cudnn"
     sizes = (1, HEADS, KV_HEADS, length, HEAD_DIM, HEAD_DIM, 2)
-    return cost.Attention(*sizes, device, True, window, False, has_documents=is_packed, kernel=kernel)
+    return Attention(*sizes, device, True, window, False, has_documents=is_packed, kernel=kernel)

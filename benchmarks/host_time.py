@@ -31,8 +31,8 @@ from attention_cases import DOCUMENT_SETS, HEADS, KV_HEADS, usp_layout
 from lone_rank import OnCpu, as_rank
 
 import cpcompile.runtime
-from cpcompile.runtime import kernels, schedule
-from cpcompile.runtime.attention import partial_results
+from cpcompile.runtime import kernels
+from cpcompile.runtime.attention import key_needs, partial_results
 from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel
 
 Tensor = torch.Tensor
@@ -130,7 +130,7 @@ def without_devices() -> None:
 
     kernels.KERNELS = (Kernel("none", forward, backward, _no_limits, FEATURES),)
     partial_results.merge_ = partial_results.add_ = merge  # type: ignore[assignment]
-    schedule.GAP = schedule.GAP * LENGTH // DOCUMENT_SETS["random_16"][-1]
+    key_needs.GAP = key_needs.GAP * LENGTH // DOCUMENT_SETS["random_16"][-1]
 
 
 def groups_of(rank: int, world_size: int) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ from scaling_plan import FLASH2_TIMES, area_of, kernel_seconds, plans_of, predic
 
 import cpcompile.runtime  # registers the operators
 from cpcompile.choose import cost
+from cpcompile.choose.attention import Ranks
 
 assert cpcompile.runtime
 
@@ -217,7 +218,7 @@ def compute_seconds(item: Item) -> float:
     """Return what the cost model says of the kernels of the slowest rank, without what messages add."""
     strategy, layout = item.plan.split("/")
     name, case = strategy.partition(" ")[0], item.case
-    axis = cost.Ranks(item.ranks, item.inner if name == "usp" else 0)
+    axis = Ranks(item.ranks, item.inner if name == "usp" else 0)
     site = site_of(case.length, case.window, bool(case.documents), case.kernel, "cuda")
     return cost.compute_seconds(site, site.problem(axis, layout), name) * area_of(case, item.ranks)
 

@@ -9,7 +9,10 @@ from typing import Any
 from attention_cases import Case, case_of, document_bounds, usp_layout
 from attention_own import site_of
 
-from cpcompile.choose import cost
+from cpcompile.choose import attention, choice, rates
+from cpcompile.choose.attention import Attention, Ranks
+from cpcompile.choose.choice import choose
+from cpcompile.choose.cost import device_seconds, host_seconds, seconds
 
 Row = dict[str, Any]
 
@@ -114,8 +117,8 @@ def seconds_of(case: Case, ranks: int, strategy: str, layout: str) -> float:
     name, _, shape = strategy.partition(" ")
     inner = int(shape.split("x")[1]) if shape else 0
     site = site_of(case.length, case.window, bool(case.documents), case.kernel, "cuda")
-    on = site, name, layout, cost.Ranks(ranks, inner)
-    return max(cost.device_seconds(*on) * area_of(case, ranks), cost.host_seconds(*on) - AHEAD)
+    on = site, name, layout, Ranks(ranks, inner)
+    return max(device_seconds(*on) * area_of(case, ranks), host_seconds(*on) - AHEAD)
 
 
 def area_of(case: Case, ranks: int) -> float:
@@ -129,7 +132,7 @@ def area_of(case: Case, ranks: int) -> float:
 def pick_of(case: Case, ranks: int) -> tuple[str, str]:
     """Return what `auto` takes on ranks that are no grid."""
     site = site_of(case.length, case.window, bool(case.documents), case.kernel, "cuda")
-    choice = cost.choose([site], "auto", "auto", cost.Ranks(ranks))
+    choice = choose([site], "auto", "auto", Ranks(ranks))
     return choice.strategies[0], choice.layout
 
 
@@ -280,21 +283,21 @@ def train_flops(tokens: int) -> float:
     return 6.0 * WEIGHTS * tokens + 6.0 * tokens**2 * HEADS * HEAD_DIM * LAYERS
 
 
-def train_site(tokens: int) -> cost.Attention:
+def train_site(tokens: int) -> Attention:
     """Return one attention of the model."""
-    return cost.Attention(1, HEADS, KV_HEADS, tokens, HEAD_DIM, HEAD_DIM, 2, "cuda", True, 0, False)
+    return Attention(1, HEADS, KV_HEADS, tokens, HEAD_DIM, HEAD_DIM, 2, "cuda", True, 0, False)
 
 
 def train_pick(ranks: int, tokens: int) -> tuple[str, str]:
     """Return what `auto` takes for the model."""
-    choice = cost.choose([train_site(tokens)], "auto", "auto", cost.Ranks(ranks))
+    choice = choose([train_site(tokens)], "auto", "auto", Ranks(ranks))
     return choice.strategies[0], choice.layout
 
 
 def train_seconds(ranks: int, tokens: int) -> float:
     """Return the predicted seconds of a step: attentions by the cost model, the rest at the rate that was once measured."""
     strategy, layout = train_pick(ranks, tokens)
-    attentions = LAYERS * cost.seconds(train_site(tokens), strategy, layout, cost.Ranks(ranks))
+    attentions = LAYERS * seconds(train_site(tokens), strategy, layout, Ranks(ranks))
     return attentions + 6.0 * WEIGHTS * tokens / ranks / REST
 
 
@@ -316,7 +319,11 @@ def prediction(name: str, ranks: int, key: str) -> Row:
 
 def constants() -> Row:
     """Return what the predictions were made from."""
-    known = {name: value for name, value in vars(cost).items() if name.isupper() and not name.startswith("_")}
+    known = {
+        name: value
+        for name, value in (vars(attention) | vars(rates) | vars(choice)).items()
+        if name.isupper() and not name.startswith("_")
+    }
     return {name: value for name, value in known.items() if isinstance(value, int | float | tuple | dict)} | {
         "REST": REST
     }

@@ -21,9 +21,10 @@ from cpcompile.ir.operator_call import Call, is_tensor, value_of
 from cpcompile.ir.placement import Full, Partial, Placement, Sharded
 from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
-from cpcompile.rules import KEEPS_OUTSIDE, REASONS, RULES, Decision, no_rule
+from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, no_rule
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.partial import stays_partial
+from cpcompile.rules.push import push
 
 aten = torch.ops.aten
 
@@ -37,10 +38,6 @@ HEAVY = {
     aten.addmm.default,
 }
 
-# Operators that may read single tokens, which their owners send to all ranks, and how often one value may be read so.
-READS_A_FEW = {aten.select.int, aten.slice.Tensor}
-MAX_READS = 16
-
 
 def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
     """Place every node and return how many `shard_tokens` were inserted."""
@@ -51,7 +48,12 @@ def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
 
 
 class Placer:
-    """Walks the graph once in order; every node before the current one has its placement."""
+    """Walks the graph once in order; every node before the current one has its placement.
+
+    A call of whole operands stays whole, until a heavy one meets tokens and starts the sharded stream (`_place_whole`). A call of
+    sharded operands follows its rule: *push* (`_place_sharded`). A whole operand that meets sharded ones is localised: *pull*
+    (`_localise_call`, `_as_wanted`). Sizes stay those of the whole (`_place_size`).
+    """
 
     def __init__(self, gm: fx.GraphModule, plan: Plan, sequences: Mapping[str, int]) -> None:
         self.gm, self.plan, self.sequences = gm, plan, sequences
@@ -78,26 +80,6 @@ class Placer:
             else:
                 self._require_whole(node)
 
-    def _place_item(self, node: fx.Node) -> None:
-        source = annotation(node.args[0]).placement  # type: ignore[arg-type]
-        annotate(node, placement=source[node.args[1]] if isinstance(source, tuple) else source)  # type: ignore[index]
-
-    def _require_whole(self, node: fx.Node) -> None:
-        """Give an operator that is no ATen operator whole operands."""
-        for operand in node.all_input_nodes:
-            placement = annotation(operand).placement
-            if not is_tensor(operand) or isinstance(placement, Full):
-                continue
-            if isinstance(placement, Partial):
-                node.replace_input_with(operand, self.resharder.reduce(operand))
-            elif not self.plan.strict:
-                node.replace_input_with(operand, self.resharder.gather(operand, f"{node.target}"))
-            else:
-                raise NoRule(
-                    f"no rule for {node.target} on an operand that is {placement}.\n\n{where(node)}\n\n"
-                    "Move it out of the model, or pass strict=False to gather its operands."
-                )
-
     def _place_call(self, node: fx.Node) -> None:
         call = Call.of(node)
         if node.target is aten.sym_size.int:
@@ -117,6 +99,37 @@ class Placer:
             self._place_sharded(node, call)
         else:
             self._place_whole(node, call, hints_of(call))
+
+    def _place_whole(self, node: fx.Node, call: Call, hints: Mapping[str, Sharded]) -> None:
+        """Place a call of whole operands: a heavy one that meets tokens starts the sharded stream."""
+        annotate(node, placement=whole_placement(node))
+        if annotation(node).is_table:
+            return
+        if not hints and (node.target is aten.embedding.default or (self.plan.num_tokens and node.target in HEAVY)):
+            hints = self._hint_by_size(call)
+        if not hints or node.target not in RULES:
+            return
+        try:
+            decision = self._push(call, hints)
+        except NoRule:
+            return
+        if decision.lower is not None:
+            return
+        first = decision.results[0]
+        if node.target in HEAVY and any(isinstance(p, Sharded) for p in decision.results):
+            self._localise_call(node, call, decision)
+        elif len(decision.results) == 1 and isinstance(first, Sharded) and first.covers_all:
+            annotate(node, placement=Full(first))
+
+    def _hint_by_size(self, call: Call) -> Mapping[str, Sharded]:
+        """Return where an operand may hold tokens, by its sizes: any dim of a whole value is right to shard."""
+        name = "indices" if "indices" in call else next(name for name, _ in call.operands())
+        sizes = call.shape(name)[: None if name == "indices" else -1]
+        for sequence, lengths in enumerate(Lengths.all_of(self.gm)):
+            dims = [dim for dim, size in enumerate(sizes) if str(size) == str(lengths.value)]
+            if len(dims) == 1:
+                return {name: Sharded(dims[0], sequence=sequence)}
+        return {}
 
     def _place_sharded(self, node: fx.Node, call: Call) -> None:
         """Place a call of sharded operands: by its rule, by its rule on aligned operands, or on whole operands."""
@@ -171,36 +184,57 @@ class Placer:
         if new:
             node.args, node.kwargs = call.rebound(new)
 
-    def _place_whole(self, node: fx.Node, call: Call, hints: Mapping[str, Sharded]) -> None:
-        """Place a call of whole operands: a heavy one that meets tokens starts the sharded stream."""
-        annotate(node, placement=whole_placement(node))
-        if annotation(node).is_table:
-            return
-        if not hints and (node.target is aten.embedding.default or (self.plan.num_tokens and node.target in HEAVY)):
-            hints = self._hint_by_size(call)
-        if not hints or node.target not in RULES:
-            return
-        try:
-            decision = self._push(call, hints)
-        except NoRule:
-            return
-        if decision.lower is not None:
-            return
-        first = decision.results[0]
-        if node.target in HEAVY and any(isinstance(p, Sharded) for p in decision.results):
-            self._localise_call(node, call, decision)
-        elif len(decision.results) == 1 and isinstance(first, Sharded) and first.covers_all:
-            annotate(node, placement=Full(first))
+    def _push(self, call: Call, sharded: Mapping[str, Sharded]) -> Decision:
+        return push(call, sharded, lambda at: self.resharder.lengths(at).value)
 
-    def _hint_by_size(self, call: Call) -> Mapping[str, Sharded]:
-        """Return where an operand may hold tokens, by its sizes: any dim of a whole value is right to shard."""
-        name = "indices" if "indices" in call else next(name for name, _ in call.operands())
-        sizes = call.shape(name)[: None if name == "indices" else -1]
-        for sequence, lengths in enumerate(Lengths.all_of(self.gm)):
-            dims = [dim for dim, size in enumerate(sizes) if str(size) == str(lengths.value)]
-            if len(dims) == 1:
-                return {name: Sharded(dims[0], sequence=sequence)}
-        return {}
+    def _localise_call(self, node: fx.Node, call: Call, decision: Decision) -> None:
+        """Make `node` run on local tokens as decided."""
+        changes: dict[str, Any] = dict(decision.arguments)
+        for name, operand in call.operands():
+            wanted = decision.operands.get(name)
+            if wanted is not None:
+                changes[name] = self._as_wanted(call, name, operand, wanted, name in decision.gathers)
+            if name in decision.padding and isinstance(wanted, Sharded):
+                changes[name] = self.resharder.fill_padding(changes[name], wanted, decision.padding[name], node)
+        annotate(node, placement=decision.results if call.is_tuple else decision.results[0])
+        if decision.lower is None:
+            self.localiser.apply(node, call, changes)
+        else:
+            node.args, node.kwargs = call.rebound(changes)
+            at = next(iter(sharded_operands(Call.of(node)).values()))
+            results = decision.lower(Writer(self.resharder, Call.of(node), at))
+            self._replace_by(node, results, decision.results)
+
+    def _as_wanted(self, call: Call, name: str, operand: fx.Node, wanted: Placement, may_gather: bool) -> fx.Node:
+        have = placement_of(operand)
+        match have, wanted:
+            case Full(), Full():
+                return operand
+            case Full(), Sharded():
+                return self.localiser.localise(operand, wanted)
+            case Sharded(), Full() if may_gather:
+                reason = annotation(call.node).reason or f"{call.target}: its {name} is needed whole"
+                return self.resharder.gather(operand, reason)
+            case _ if have == wanted:
+                return operand
+        operands = {n: placement_of(o) for n, o in call.operands()}
+        raise no_rule(call, operands, f"{name} is {have} but must be {wanted}", RULES[call.target].notation)
+
+    def _replace_by(self, node: fx.Node, results: Sequence[fx.Node], placements: Sequence[Placement]) -> None:
+        """Put the nodes of a lowering in the place of `node`, or of the items that are taken of it."""
+        by_item = {u.args[1]: u for u in node.users} if isinstance(value_of(node), tuple | list) else {0: node}
+        for i, (new, placement) in enumerate(zip(results, placements, strict=True)):
+            old = by_item.get(i)
+            if old is None:
+                continue
+            assert annotation(new).is_local or new.op != "call_function", "a lowering returns nodes of its own"
+            new.meta["val"] = old.meta["val"]
+            annotate(new, placement=placement, origin=annotation(old).origin or old.name, is_local=False)
+            old.replace_all_uses_with(new)
+        for old in {*by_item.values(), node}:
+            self.replaced.add(old)
+        for old in [*(item for item in by_item.values() if item is not node), node]:
+            self.gm.graph.erase_node(old)
 
     def _place_size(self, node: fx.Node, call: Call) -> None:
         """Keep sizes those of the whole: what needs a local size asks for it."""
@@ -222,87 +256,25 @@ class Placer:
         whole.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not outer)
 
-    def _push(self, call: Call, sharded: Mapping[str, Sharded]) -> Decision:
-        if call.target not in RULES:
-            reason = REASONS.get(call.target)
-            missing = "there is no rule for this operator, so its operands cannot stay sharded"
-            raise no_rule(call, sharded, reason(call) if reason else missing)
-        at = next(iter(sharded.values()))
-        decision = RULES[call.target].push(call, sharded, self.resharder.lengths(at).value)
-        if not all(self._is_cut_back(call.node, result) for result in decision.results):
-            raise no_rule(call, sharded, "tokens outside the sequence would be read, and what they hold is not known")
-        if call.target in READS_A_FEW and decision.results == (Partial(),):
-            self._count_reads(call, sharded)
-        return decision
+    def _place_item(self, node: fx.Node) -> None:
+        source = annotation(node.args[0]).placement  # type: ignore[arg-type]
+        annotate(node, placement=source[node.args[1]] if isinstance(source, tuple) else source)  # type: ignore[index]
 
-    def _count_reads(self, call: Call, sharded: Mapping[str, Sharded]) -> None:
-        """Refuse a loop over the tokens: each one that is read by itself is sent to all ranks by itself."""
-        (operand,) = (node for name, node in call.operands() if name in sharded)
-        reads = [user for user in operand.users if user.target in READS_A_FEW]
-        if len(reads) > MAX_READS:
-            how = "are read one by one, as a loop over the tokens does, and each is sent by itself"
-            raise no_rule(call, sharded, f"{len(reads)} tokens of one value {how}")
-
-    def _is_cut_back(self, node: fx.Node, at: Placement) -> bool:
-        """Tell whether what is not known of a value, its tokens outside the sequence, is cut off by all who read it."""
-        if not isinstance(at, Sharded) or not at.reaches_outside or at.outside is not None:
-            return True
-        for user in node.users:
-            if user.target not in KEEPS_OUTSIDE or user.args[0] is not node:
-                return False
-            decision = RULES[user.target].push(Call.of(user), {"self": at}, self.resharder.lengths(at).value)
-            if not all(self._is_cut_back(user, result) for result in decision.results):
-                return False
-        return True
-
-    def _localise_call(self, node: fx.Node, call: Call, decision: Decision) -> None:
-        """Make `node` run on local tokens as decided."""
-        changes: dict[str, Any] = dict(decision.arguments)
-        for name, operand in call.operands():
-            wanted = decision.operands.get(name)
-            if wanted is not None:
-                changes[name] = self._as_wanted(call, name, operand, wanted, name in decision.gathers)
-            if name in decision.padding and isinstance(wanted, Sharded):
-                changes[name] = self.resharder.fill_padding(changes[name], wanted, decision.padding[name], node)
-        annotate(node, placement=decision.results if call.is_tuple else decision.results[0])
-        if decision.lower is None:
-            self.localiser.apply(node, call, changes)
-        else:
-            node.args, node.kwargs = call.rebound(changes)
-            at = next(iter(sharded_operands(Call.of(node)).values()))
-            results = decision.lower(Writer(self.resharder, Call.of(node), at))
-            self._replace_by(node, results, decision.results)
-
-    def _replace_by(self, node: fx.Node, results: Sequence[fx.Node], placements: Sequence[Placement]) -> None:
-        """Put the nodes of a lowering in the place of `node`, or of the items that are taken of it."""
-        by_item = {u.args[1]: u for u in node.users} if isinstance(value_of(node), tuple | list) else {0: node}
-        for i, (new, placement) in enumerate(zip(results, placements, strict=True)):
-            old = by_item.get(i)
-            if old is None:
+    def _require_whole(self, node: fx.Node) -> None:
+        """Give an operator that is no ATen operator whole operands."""
+        for operand in node.all_input_nodes:
+            placement = annotation(operand).placement
+            if not is_tensor(operand) or isinstance(placement, Full):
                 continue
-            assert annotation(new).is_local or new.op != "call_function", "a lowering returns nodes of its own"
-            new.meta["val"] = old.meta["val"]
-            annotate(new, placement=placement, origin=annotation(old).origin or old.name, is_local=False)
-            old.replace_all_uses_with(new)
-        for old in {*by_item.values(), node}:
-            self.replaced.add(old)
-        for old in [*(item for item in by_item.values() if item is not node), node]:
-            self.gm.graph.erase_node(old)
-
-    def _as_wanted(self, call: Call, name: str, operand: fx.Node, wanted: Placement, may_gather: bool) -> fx.Node:
-        have = placement_of(operand)
-        match have, wanted:
-            case Full(), Full():
-                return operand
-            case Full(), Sharded():
-                return self.localiser.localise(operand, wanted)
-            case Sharded(), Full() if may_gather:
-                reason = annotation(call.node).reason or f"{call.target}: its {name} is needed whole"
-                return self.resharder.gather(operand, reason)
-            case _ if have == wanted:
-                return operand
-        operands = {n: placement_of(o) for n, o in call.operands()}
-        raise no_rule(call, operands, f"{name} is {have} but must be {wanted}", RULES[call.target].notation)
+            if isinstance(placement, Partial):
+                node.replace_input_with(operand, self.resharder.reduce(operand))
+            elif not self.plan.strict:
+                node.replace_input_with(operand, self.resharder.gather(operand, f"{node.target}"))
+            else:
+                raise NoRule(
+                    f"no rule for {node.target} on an operand that is {placement}.\n\n{where(node)}\n\n"
+                    "Move it out of the model, or pass strict=False to gather its operands."
+                )
 
 
 def sharded_operands(call: Call) -> dict[str, Sharded]:

@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from cpcompile.analysis.patterns.nodes import value_numbers
+from cpcompile.choose.attention import Ranks
 from cpcompile.choose.attention_sites import attention_site
-from cpcompile.choose.cost import Ranks
 from cpcompile.errors import ConfigError, where
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.insertion import insert_document_bounds, replace_uses

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operators)
-from cpcompile.choose.cost import PREFERENCE, Attention
+from cpcompile.choose.attention import PREFERENCE, Attention
 from cpcompile.choose.kernels import sized
 from cpcompile.ir.operator_call import Call, size_hint
 

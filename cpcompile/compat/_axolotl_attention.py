@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from cpcompile.balance.token_spans import Segments, Spans
 from cpcompile.compat._axolotl_layout import RingAttnFunc, Shards
 from cpcompile.compat._axolotl_masks import REMEDY, Mask
 from cpcompile.compat._axolotl_state import state
@@ -17,7 +18,6 @@ from cpcompile.errors import InputError
 from cpcompile.runtime import shared_seed
 from cpcompile.runtime.attention import gather, ring
 from cpcompile.runtime.attention.arguments import AttentionArguments
-from cpcompile.runtime.schedule import Segments, Spans
 from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor

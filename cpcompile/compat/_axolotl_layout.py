@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from cpcompile.balance.token_spans import Spans
 from cpcompile.compat._ring_layouts import contiguous, zig_zag
-from cpcompile.runtime.schedule import Spans
 from cpcompile.runtime.transport import process_group
 from cpcompile.runtime.transport.post import Ring
 

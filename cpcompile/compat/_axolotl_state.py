@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from cpcompile.balance.token_spans import Starts
 from cpcompile.compat._axolotl_layout import RingAttnFunc, Shards
 from cpcompile.errors import ConfigError, InputError
-from cpcompile.runtime.schedule import Starts
 from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from cpcompile.balance.token_spans import Segments, Spans, Starts
 from cpcompile.errors import ConfigError, InputError
 from cpcompile.runtime import shared_seed
 from cpcompile.runtime.attention import gather, ring
 from cpcompile.runtime.attention.arguments import AttentionArguments
 from cpcompile.runtime.kernels.block import Block
-from cpcompile.runtime.schedule import Piece, Segments, Spans, Starts
+from cpcompile.runtime.schedule import Piece
 from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor

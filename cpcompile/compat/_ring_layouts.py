@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cpcompile.balance.token_spans import Span, Spans, Starts
 from cpcompile.errors import InputError
-from cpcompile.runtime.schedule import Span, Spans, Starts
 from cpcompile.runtime.transport import process_group
 from cpcompile.runtime.transport.post import Ring
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from cpcompile.analysis.patterns.latent_heads import expansion_of
 from cpcompile.capture.token_inputs import find_token_dims
+from cpcompile.choose.attention import Attention, Ranks
 from cpcompile.choose.attention_sites import (
     ATTENTION_LIKE,
     attention_nodes,
@@ -21,7 +22,7 @@ from cpcompile.choose.attention_sites import (
     rewritten_attentions,
     tokens_of_attention,
 )
-from cpcompile.choose.cost import Attention, Choice, Ranks, choose
+from cpcompile.choose.choice import Choice, choose
 from cpcompile.choose.kernels import likely_kernel, refuse_unable_kernel
 from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
 from cpcompile.ir.annotation import annotate, annotation

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cpcompile.balance.layout import follows_documents
-from cpcompile.choose.cost import BYTES, CPU, FLASH2, RATES
+from cpcompile.choose.rates import BYTES, CPU, FLASH2, RATES
 
 
 @dataclass(frozen=True, slots=True)

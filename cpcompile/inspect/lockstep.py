@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from cpcompile.balance.token_order import TokenOrder
-from cpcompile.inspect.collective_definitions import COLLECTIVES, Calls, Ranks, join
+from cpcompile.inspect.definitions import COLLECTIVES
+from cpcompile.inspect.definitions.slices import Calls, Ranks, join
 from cpcompile.ir.placement import Full, Partial, Placement, Sharded
 
 

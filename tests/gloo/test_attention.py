@@ -11,7 +11,9 @@ import torch
 import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
 from cpcompile.balance.token_order import TokenOrder
-from cpcompile.runtime import kernels, schedule
+from cpcompile.runtime import kernels
+from cpcompile.runtime.attention import key_needs
+from cpcompile.runtime.attention.key_needs import needs, visits
 from cpcompile.runtime.tokens.dropout import is_kept
 
 ALL_LAYOUTS = (*LAYOUTS, *DOCUMENT_LAYOUTS)
@@ -244,7 +246,7 @@ def attend_in_other_calls(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "takes_rectangles", lambda *_: True)
         patch.setattr(kernels, "prefers_squares", lambda *_: True)
-        patch.setattr(schedule, "GAP", 0)
+        patch.setattr(key_needs, "GAP", 0)
         forget_schedules()
         found = attend(rank, strategy, layout, cases)
     forget_schedules()
@@ -253,7 +255,7 @@ def attend_in_other_calls(
 
 def forget_schedules() -> None:
     """Forget what was found with another gap."""
-    for function in (schedule.needs, schedule.visits):
+    for function in (needs, visits):
         function.cache_clear()
 
 

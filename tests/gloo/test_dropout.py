@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import cpcompile
 from cpcompile.balance.layout import LAYOUTS
 from cpcompile.balance.token_order import TokenOrder
-from cpcompile.inspect.collective_definitions import COLLECTIVES, join, split
+from cpcompile.inspect.definitions import COLLECTIVES
+from cpcompile.inspect.definitions.slices import join, split
 from cpcompile.ir.placement import Sharded
 from tests.models import VOCABULARY, batch, error, errors, gradients
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpcompile.balance.layout import LAYOUTS, local_length
-from cpcompile.inspect.collective_definitions import COLLECTIVES
+from cpcompile.inspect.definitions import COLLECTIVES
 
 ops = torch.ops.cpcompile
 Calls = list[tuple[str, tuple[Any, ...]]]

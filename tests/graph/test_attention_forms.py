@@ -15,7 +15,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cpcompile import verify
 from cpcompile.capture.dynamo import by_name, compile_whole
 from cpcompile.choose.attention_sites import attention_nodes
-from cpcompile.inspect import collective_definitions
+from cpcompile.inspect.definitions import COLLECTIVES
+from cpcompile.inspect.definitions.attention import attention
 from cpcompile.inspect.first_difference import Difference, first_difference
 from cpcompile.inspect.model_runs import LockstepBackend, default_objective, run_and_differentiate
 from cpcompile.ir.annotation import annotation
@@ -220,12 +221,12 @@ LINES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_wrong_attention_is_named_by_its_own_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(calls: list[Any]) -> list[Any]:
-        return [(out + 1, *others) for out, *others in collective_definitions._attention(calls)]
+        return [(out + 1, *others) for out, *others in attention(calls)]
 
     make, line = LINES[name]
     model = make().double()
     assert difference(model) is None
-    monkeypatch.setitem(collective_definitions.COLLECTIVES, cp.gather_attention.default, broken)
+    monkeypatch.setitem(COLLECTIVES, cp.gather_attention.default, broken)
     found = difference(model)
     assert found is not None
     assert line in found.place

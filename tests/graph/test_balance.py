@@ -25,8 +25,10 @@ from cpcompile.balance.balanced import work
 from cpcompile.balance.layout import local_length, positions
 from cpcompile.balance.layout import of_groups as of_layout
 from cpcompile.balance.token_order import TokenOrder
+from cpcompile.balance.token_spans import Segments
 from cpcompile.errors import ConfigError, InputError
-from cpcompile.runtime.schedule import Band, Segments, Visible, by_position, needs
+from cpcompile.runtime.attention.key_needs import needs
+from cpcompile.runtime.schedule import Band, Visible, by_position
 
 TIMELESS = settings(max_examples=50, deadline=None)
 EACH = pytest.mark.parametrize("name", BALANCERS)

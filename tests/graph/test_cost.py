@@ -6,17 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from cpcompile.choose.cost import (
-    CLOSE,
-    GATHERING,
-    PREFERENCE,
-    Attention,
-    Ranks,
-    choose,
-    compute_seconds,
-    link,
-    seconds,
-)
+from cpcompile.choose.attention import PREFERENCE, Attention, Ranks
+from cpcompile.choose.choice import CLOSE, choose
+from cpcompile.choose.cost import compute_seconds, link, seconds
+from cpcompile.choose.rates import GATHERING
 
 SITE = Attention(
     batch=1, heads=32, kv_heads=8, tokens=1 << 14, head_dim=128, value_dim=128, bytes_per_element=2, device="cuda",

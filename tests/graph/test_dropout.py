@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from cpcompile import NoRule, explain, verify
 from cpcompile.capture.dynamo import by_name, compile_whole
-from cpcompile.inspect import collective_definitions, in_process
+from cpcompile.inspect import model_runs
+from cpcompile.inspect.definitions import COLLECTIVES
 from cpcompile.inspect.model_runs import LockstepBackend, default_objective, run_and_differentiate
 from cpcompile.ir.annotation import annotation, placement_of
 from cpcompile.ir.operator_call import Call
@@ -100,7 +101,7 @@ def test_no_tensor_of_all_weights_is_left() -> None:
 
 @pytest.mark.parametrize("length", [8, 11])
 def test_weights_are_dropped_whatever_the_number_of_ranks(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_process, "refuse_dropout", lambda gm: None)
+    monkeypatch.setattr(model_runs, "refuse_dropout", lambda gm: None)
     model, inputs, config = DroppingWeights().double(), batch(length), Config()
     found = []
     for world_size in (1, 2, 3):
@@ -170,7 +171,7 @@ def test_parts_of_an_exact_dropout_are_not_compared_with_it(monkeypatch: pytest.
     def own_sums(calls: list[dict[str, Any]]) -> list[Tensor]:
         return [call["x"] for call in calls]
 
-    monkeypatch.setitem(collective_definitions.COLLECTIVES, cp.all_reduce.default, own_sums)
+    monkeypatch.setitem(COLLECTIVES, cp.all_reduce.default, own_sums)
     found = verify(Dropping(), batch(7), world_size=2, dtype=torch.float64, exact_dropout=True)
     assert found.first_difference is not None
     assert "F.cross_entropy(" in found.first_difference.place

@@ -10,9 +10,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from cpcompile.balance.layout import LAYOUTS
 from cpcompile.balance.token_order import TokenOrder
-from cpcompile.inspect.collective_definitions import COLLECTIVES, join, split
+from cpcompile.balance.token_spans import Span
+from cpcompile.inspect.definitions import COLLECTIVES
+from cpcompile.inspect.definitions.slices import join, split
 from cpcompile.ir.placement import Sharded
-from cpcompile.runtime.schedule import Span
 from cpcompile.runtime.tokens.exchange import halo_spans
 from cpcompile.runtime.tokens.moves import Move, Route
 from cpcompile.runtime.traffic import Traffic, traffic

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import cpcompile
 from cpcompile.errors import ConfigError, NoChunks
-from cpcompile.inspect import collective_definitions, first_difference
+from cpcompile.inspect import first_difference
+from cpcompile.inspect.definitions import COLLECTIVES
+from cpcompile.inspect.definitions.attention import attention
 from tests.packing import PackedLM, packed_batch
 
 cp = torch.ops.cpcompile
@@ -57,7 +59,7 @@ def test_the_first_difference_is_found_in_tokens_that_follow_documents(monkeypat
     """All values before it are joined in the order of the documents, which is found once."""
 
     def broken(calls: list[Any]) -> list[Any]:
-        return [(out + 1, *others) for out, *others in collective_definitions._attention(calls)]
+        return [(out + 1, *others) for out, *others in attention(calls)]
 
     found: list[Any] = []
 
@@ -66,7 +68,7 @@ def test_the_first_difference_is_found_in_tokens_that_follow_documents(monkeypat
         return found[-1]
 
     orders_of = first_difference.orders_of
-    monkeypatch.setitem(collective_definitions.COLLECTIVES, cp.ring_attention.default, broken)
+    monkeypatch.setitem(COLLECTIVES, cp.ring_attention.default, broken)
     monkeypatch.setattr(first_difference, "orders_of", counted)
     options = {"balancer": "balanced", "strategy": "ring", "dtype": torch.float64}
     result = cpcompile.verify(PackedLM(), packed_batch("off_edges", 2), world_size=3, **options)

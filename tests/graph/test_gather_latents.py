@@ -15,8 +15,10 @@ import cpcompile
 from cpcompile.analysis.patterns.latent import find_latent
 from cpcompile.analysis.patterns.latent_heads import expansion_of
 from cpcompile.balance.layout import local_length
+from cpcompile.choose.attention import MOST_HELD, Attention, Expansion, Ranks
 from cpcompile.choose.attention_sites import attention_nodes
-from cpcompile.choose.cost import MOST_HELD, Attention, Expansion, Ranks, choose, seconds
+from cpcompile.choose.choice import choose
+from cpcompile.choose.cost import seconds
 from cpcompile.inspect.explanation import Explanation
 from cpcompile.ir.annotation import annotation, placement_of
 from cpcompile.ir.operator_call import Call

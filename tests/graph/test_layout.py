@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cpcompile.balance.layout import LAYOUTS, inverse, local_length, num_chunks, positions
 from cpcompile.balance.token_order import TokenOrder
-from cpcompile.inspect.collective_definitions import join, split
+from cpcompile.inspect.definitions.slices import join, split
 from cpcompile.ir.placement import Sharded
 
 

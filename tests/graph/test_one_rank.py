@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from cpcompile.runtime import kernels, schedule
-from cpcompile.runtime.attention import partial_results
+from cpcompile.runtime import kernels
+from cpcompile.runtime.attention import key_needs, partial_results
 from cpcompile.runtime.transport import choice as transport
 
 
@@ -128,7 +128,7 @@ def test_host_time_counts(one_rank: ModuleType, monkeypatch: pytest.MonkeyPatch)
         (kernels, "KERNELS"),
         (partial_results, "merge_"),
         (partial_results, "add_"),
-        (schedule, "GAP"),
+        (key_needs, "GAP"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
     kernels.choose.cache_clear(), kernels.known_calls.cache_clear()

@@ -11,13 +11,14 @@ from torch._dynamo.testing import CompileCounter
 
 import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.balance.token_order import TokenOrder
-from cpcompile.inspect.collective_definitions import COLLECTIVES
+from cpcompile.balance.token_spans import Segments, Span
+from cpcompile.inspect.definitions import COLLECTIVES
 from cpcompile.ir.operator_call import Call
 from cpcompile.runtime import kernels
 from cpcompile.runtime.attention.heads import heads_of, storage
 from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.merge import merge_
-from cpcompile.runtime.schedule import Band, Piece, Segments, Span, Visible, pieces, whole
+from cpcompile.runtime.schedule import Band, Piece, Visible, pieces, whole
 
 ops = torch.ops.cpcompile
 STRATEGIES = ("ring", "gather", "halo", "ulysses", "usp")

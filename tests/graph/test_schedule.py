@@ -12,22 +12,11 @@ from hypothesis import strategies as st
 
 from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
 from cpcompile.balance.token_order import TokenOrder
-from cpcompile.runtime import schedule
+from cpcompile.balance.token_spans import Segments, Span, Spans
+from cpcompile.runtime.attention import key_needs
+from cpcompile.runtime.attention.key_needs import Needs, needs, visits
 from cpcompile.runtime.kernels import calls
-from cpcompile.runtime.schedule import (
-    Band,
-    Needs,
-    Piece,
-    Segments,
-    Span,
-    Spans,
-    Visible,
-    by_position,
-    needs,
-    pieces,
-    visits,
-    whole,
-)
+from cpcompile.runtime.schedule import Band, Piece, Visible, by_position, pieces, whole
 
 GAP = 3
 BANDS = st.one_of(
@@ -42,7 +31,7 @@ def short_rectangles_are_long() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls, "LONG", 4)
         patch.setattr(calls, "STEP", 2)
-        patch.setattr(schedule, "GAP", GAP)
+        patch.setattr(key_needs, "GAP", GAP)
         forget()
         yield
     forget()

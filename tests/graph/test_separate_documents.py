@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import cpcompile
 from cpcompile.capture.dynamo import by_name, compile_whole
-from cpcompile.inspect import collective_definitions
+from cpcompile.inspect.definitions import COLLECTIVES
+from cpcompile.inspect.definitions.attention import attention
 from cpcompile.inspect.float64 import Widen
 from cpcompile.inspect.model_runs import LockstepBackend, run_and_differentiate
 from cpcompile.options.config import Config
@@ -310,9 +311,9 @@ def test_a_wrong_attention_is_named_by_its_own_line(monkeypatch: pytest.MonkeyPa
     """What the ranks are compared with is the graph in which documents were separated."""
 
     def broken(calls: list[Any]) -> list[Any]:
-        return [(out + 1, *others) for out, *others in collective_definitions._attention(calls)]
+        return [(out + 1, *others) for out, *others in attention(calls)]
 
-    monkeypatch.setitem(collective_definitions.COLLECTIVES, torch.ops.cpcompile.ring_attention.default, broken)
+    monkeypatch.setitem(COLLECTIVES, torch.ops.cpcompile.ring_attention.default, broken)
     options = {"documents": f"eos:{EOS}", "strategy": "ring", "dtype": torch.float64}
     found = cpcompile.verify(LM(), batch_of("lm", BATCHES["two rows"]), world_size=2, **options)
     assert found.first_difference is not None

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from cpcompile.balance.layout import local_length, positions
+from cpcompile.balance.token_spans import Segments, Span
 from cpcompile.runtime.attention import workload
 from cpcompile.runtime.attention.workload import Workload, attention_bytes, memory_of, pairs, pieces_of, work_of
-from cpcompile.runtime.schedule import Band, Piece, Segments, Span, Visible
+from cpcompile.runtime.schedule import Band, Piece, Visible
 from cpcompile.runtime.traffic import Traffic, traffic
 
 ops = torch.ops.cpcompile

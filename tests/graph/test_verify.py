@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpcompile import ConfigError, VerificationError, verify
-from cpcompile.inspect import collective_definitions
+from cpcompile.inspect.definitions import COLLECTIVES
+from cpcompile.inspect.definitions.attention import attention
+from cpcompile.inspect.definitions.tokens import shard
 from cpcompile.inspect.first_difference import value_error
 from cpcompile.passes import rewrite_reductions
 from tests.graph.small_models import VOCABULARY, Logits, TinyLM, batch
@@ -159,17 +161,15 @@ def test_sees_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def patched(name: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda monkeypatch: monkeypatch.setitem(
-        collective_definitions.COLLECTIVES, getattr(torch.ops.cpcompile, name).default, value
-    )
+    return lambda monkeypatch: monkeypatch.setitem(COLLECTIVES, getattr(torch.ops.cpcompile, name).default, value)
 
 
 def first_ranks_tokens(calls: list[Any]) -> list[Any]:
-    return [collective_definitions._shard(calls)[0]] * len(calls)
+    return [shard(calls)[0]] * len(calls)
 
 
 def without_mask(calls: list[Any]) -> list[Any]:
-    return collective_definitions._attention([{**c, "is_causal": False} for c in calls])
+    return attention([{**c, "is_causal": False} for c in calls])
 
 
 def own_sum_only(calls: list[Any]) -> list[Any]:

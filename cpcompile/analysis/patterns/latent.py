@@ -18,7 +18,7 @@ import networkx  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
-from cpcompile.choose.cost import Expansion
+from cpcompile.choose.attention import Expansion
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.operator_call import Call, is_tensor, size_hint, value_of
 from cpcompile.ir.placement import FULL, Sharded

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from cpcompile.analysis.patterns.latent import Latent, find_latent
-from cpcompile.choose.cost import Expansion
+from cpcompile.choose.attention import Expansion
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, Full, Sharded
 from cpcompile.rules import RULES, Decision

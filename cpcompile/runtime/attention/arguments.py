@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from cpcompile.balance.token_order import segments_of
+from cpcompile.balance.token_spans import Spans
 from cpcompile.runtime.kernels.block import Block, Dropout
-from cpcompile.runtime.schedule import Band, Piece, Spans, Visible, pieces
+from cpcompile.runtime.schedule import Band, Piece, Visible, pieces
 
 Tensor = torch.Tensor
 

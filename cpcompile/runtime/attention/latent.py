@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 
+from cpcompile.balance.token_spans import Spans
 from cpcompile.runtime.attention.arguments import AttentionArguments
 from cpcompile.runtime.attention.partial_results import Gradient, Result, add_gradients
 from cpcompile.runtime.attention.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.kernels.lanes import Lanes
-from cpcompile.runtime.schedule import Spans, whole
+from cpcompile.runtime.schedule import whole
 
 Tensor = torch.Tensor
 

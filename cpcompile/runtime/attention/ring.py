@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+from cpcompile.balance.token_spans import Span, Spans
 from cpcompile.runtime.attention.arguments import AttentionArguments
+from cpcompile.runtime.attention.key_needs import Needs, Visit, needs, visits
 from cpcompile.runtime.attention.partial_results import Gradient, Result, add_gradients
 from cpcompile.runtime.attention.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.kernels.lanes import Lanes
-from cpcompile.runtime.schedule import Needs, Span, Spans, Visit, needs, num_tokens, visits
+from cpcompile.runtime.schedule import num_tokens
 from cpcompile.runtime.transport.messages import by_head, by_token, room, runs
 from cpcompile.runtime.transport.post import Posted, Ring, Transfer, post
 

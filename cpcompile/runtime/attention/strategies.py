@@ -16,12 +16,12 @@ import torch
 
 from cpcompile.balance.layout import local_length
 from cpcompile.balance.token_order import TokenOrder
+from cpcompile.balance.token_spans import Spans
 from cpcompile.runtime.attention import gather, latent, latent_heads, registration, ring, ulysses
 from cpcompile.runtime.attention.arguments import NAMES, AttentionArguments
 from cpcompile.runtime.attention.heads import NUM_ROUNDS, most_rounds, rounds, storage
 from cpcompile.runtime.attention.partial_results import empty_result
 from cpcompile.runtime.kernels.merge import accumulation_dtype
-from cpcompile.runtime.schedule import Spans
 from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor

@@ -14,12 +14,14 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from cpcompile.balance.token_spans import Spans
 from cpcompile.runtime.attention import ring as ring_attention
 from cpcompile.runtime.attention.arguments import AttentionArguments
 from cpcompile.runtime.attention.heads import Heads, rounds, storage
+from cpcompile.runtime.attention.key_needs import place
 from cpcompile.runtime.attention.partial_results import empty_result
 from cpcompile.runtime.kernels.merge import accumulation_dtype
-from cpcompile.runtime.schedule import Spans, by_position, num_tokens, place
+from cpcompile.runtime.schedule import by_position, num_tokens
 from cpcompile.runtime.transport.all_to_all import Swap, send_heads, send_tokens
 from cpcompile.runtime.transport.post import Ring
 

@@ -9,8 +9,10 @@ from functools import lru_cache
 import torch
 
 from cpcompile.balance.token_order import TokenOrder
+from cpcompile.balance.token_spans import Spans
 from cpcompile.runtime.attention.heads import Heads, heads_of
-from cpcompile.runtime.schedule import Piece, Spans, Visible, by_position, needed, num_tokens, pieces, whole
+from cpcompile.runtime.attention.key_needs import needed
+from cpcompile.runtime.schedule import Piece, Visible, by_position, num_tokens, pieces, whole
 
 MOST_RANKS = 32  # of more ranks only the ends and the middle are looked at: one of them is the busiest
 

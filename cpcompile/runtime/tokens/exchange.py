@@ -11,7 +11,7 @@ import torch
 
 from cpcompile.balance.layout import chunk_length, local_length, rank_chunks
 from cpcompile.balance.token_order import TokenOrder
-from cpcompile.runtime.schedule import Span
+from cpcompile.balance.token_spans import Span
 from cpcompile.runtime.tokens.moves import Route, exchange
 from cpcompile.runtime.tokens.shard import factors, resized
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cpcompile.runtime.schedule import Span
+from cpcompile.balance.token_spans import Span
 from cpcompile.runtime.transport import process_group
 
 Spans = Sequence[Span]

@@ -9,7 +9,7 @@ import torch
 from cpcompile._torch import assert_on_device
 from cpcompile.balance.layout import local_length, rank_chunks
 from cpcompile.balance.token_order import TokenOrder
-from cpcompile.runtime.schedule import Span
+from cpcompile.balance.token_spans import Span
 from cpcompile.runtime.tokens.moves import move_within
 from cpcompile.runtime.tokens.shard import factors, resized
 from cpcompile.runtime.transport import process_group

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from cpcompile.runtime.schedule import Span
+from cpcompile.balance.token_spans import Span
 from cpcompile.runtime.transport.post import Ring, new_message
 
 Tensor = torch.Tensor

@@ -1,0 +1,60 @@
+"""Choice: the layout of a model and the strategy of each attention that cost the slowest rank least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
+from cpcompile.choose.attention import Attention, Ranks
+from cpcompile.choose.cost import seconds
+
+# Of strategies within this factor of the cheapest, the first of these is taken: the one that sends least, then those whose work
+# does not depend on the mask.
+CLOSE = 1.03
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A layout, the strategy of each attention, and the estimates that led to them."""
+
+    layout: str
+    strategies: tuple[str, ...]
+    estimates: dict[tuple[str, str], float]
+
+
+def choose(sites: list[Attention], strategy: str, balancer: str, axis: Ranks, *, follow: bool = True) -> Choice:
+    """Choose what costs least among what was asked for; `auto` leaves all open. One layout serves all attentions.
+
+    Layouts that follow documents are for those who have some, and only `auto` with `follow` takes one by itself.
+    """
+    layouts = _layouts(strategy, balancer, axis, follow=follow and any(site.has_documents for site in sites))
+    best: tuple[float, Choice] | None = None
+    estimates: dict[tuple[str, str], float] = {}
+    for layout in layouts:
+        chosen, total = [], 0.0
+        for site in sites:
+            allowed = [s for s in site.strategies(axis) if strategy == s or (strategy == "auto" and site.fits(s, axis))]
+            allowed = allowed or ["gather"]
+            costs = {name: seconds(site, name, layout, axis) for name in allowed}
+            least = min(costs.values())
+            name = next(name for name in allowed if costs[name] <= CLOSE * least)
+            chosen.append(name)
+            total += costs[name]
+            for key, cost in costs.items():
+                estimates[layout, key] = estimates.get((layout, key), 0.0) + cost
+        if best is None or total < best[0]:
+            best = total, Choice(layout, tuple(chosen), estimates)
+    assert best is not None
+    return best[1]
+
+
+def _layouts(strategy: str, balancer: str, axis: Ranks, *, follow: bool) -> tuple[str, ...]:
+    """Return the layouts to choose among. Where heads are exchanged in groups, documents are dealt to these."""
+    names = (balancer,) if balancer != "auto" else (*LAYOUTS, "balanced") if follow else LAYOUTS
+    followers = [name for name in names if name in DOCUMENT_LAYOUTS and axis.inner_size > 1]
+    dealt = {name: of_groups(name, axis.inner_size) for name in followers}
+    if strategy == "usp":
+        return tuple(dealt.get(name, name) for name in names)
+    if strategy == balancer == "auto":  # of equals the first is taken
+        return (*(name for name in names if name not in dealt), *dealt.values(), *dealt)
+    return names
