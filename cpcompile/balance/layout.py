@@ -8,7 +8,7 @@ on 2 ranks, with the causal work of each:
     zig_zag      rank 0: 0 1 6 7 (18 pairs)   rank 1: 2 3 4 5 (18 pairs)
 
 These are known when a model is compiled. The others follow the documents of each batch: how many slots a rank has is known
-then, and which tokens are in them when the batch is there, see `order.py`. Where ranks exchange heads in groups, and groups
+then, and which tokens are in them when the batch is there, see `token_order.py`. Where ranks exchange heads in groups, and groups
 are a ring, it is the groups that documents are dealt to: `balanced:4` gives groups of 4 neighbours what `balanced` gives
 ranks, and each rank of a group a quarter of that, in one piece as far as it is one.
 """

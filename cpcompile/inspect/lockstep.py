@@ -1,6 +1,6 @@
 """Lockstep: all ranks of a transformed graph in one process, node by node, with plain autograd.
 
-Collectives are those of `collectives.py`, so that this checks the rewrite. A value that is the same on every rank by
+Collectives are those of `definitions`, so that this checks the rewrite. A value that is the same on every rank by
 construction is computed once.
 """
 

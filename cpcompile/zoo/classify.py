@@ -37,7 +37,7 @@ def is_from_dynamo(error: BaseException) -> bool:
     """Tell whether Dynamo gave up on the model's own code: nothing of ours ran but the call of the compiled model."""
     own = own_frames(error)
     is_from_tracing = any("/torch/_dynamo/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
-    return is_from_tracing and (not own or own[-1].filename.endswith("/cpcompile/dynamo.py"))
+    return is_from_tracing and (not own or own[-1].filename.endswith("/cpcompile/capture/dynamo.py"))
 
 
 def own_failure(error: BaseException) -> tuple[str, str, str]:
