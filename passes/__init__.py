@@ -19,6 +19,7 @@ from cpcompile.passes.rewrite_attention import rewrite_attention
 from cpcompile.passes.rewrite_dropout import rewrite_dropout
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
 from cpcompile.passes.separate_documents import separate_documents
+from cpcompile.passes.unshard_parameters import unshard_parameters
 
 # Still a single-device program: these only say what the attentions are.
 ANALYSIS = (functionalise_writes, open_products, open_flex_attention, open_varlen_attention, find_attention, lift_masks)
@@ -54,4 +55,5 @@ __all__ = [
     "rewrite_dropout",
     "rewrite_reductions",
     "separate_documents",
+    "unshard_parameters",
 ]

@@ -1,12 +1,13 @@
 """The private parts of torch that cpcompile needs, each behind one function. Checked on torch 2.11 to 2.14."""
 
 from cpcompile._torch.autograd import assert_on_device, recording_gradients, run_backward
-from cpcompile._torch.distributed import SymmetricMemory, resolve_group, shares_gpus
+from cpcompile._torch.distributed import SymmetricMemory, resolve_group, shares_gpus, twin_group
 from cpcompile._torch.dynamo import break_frames, dynamo_break_reason, inner_compiler, source_name, tracing_one_graph
 from cpcompile._torch.functorch import TransformError
 from cpcompile._torch.tracing import (
     SelectiveCheckpointError,
     fake_inputs,
+    fake_static_input,
     is_only_traced,
     symbolic_operators,
     trace_pre_dispatch,
@@ -21,6 +22,7 @@ __all__ = [
     "break_frames",
     "dynamo_break_reason",
     "fake_inputs",
+    "fake_static_input",
     "inner_compiler",
     "is_only_traced",
     "recording_gradients",
@@ -32,4 +34,5 @@ __all__ = [
     "trace_pre_dispatch",
     "tracing_one_graph",
     "trial_on_fake_tensors",
+    "twin_group",
 ]

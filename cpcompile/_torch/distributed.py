@@ -18,6 +18,23 @@ def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
+def twin_group(group: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup | None:
+    """Return another group of the same ranks, None where torch cannot make one without the ranks outside. Collective.
+
+    Torch names a group that some ranks make alone by how many groups a rank belongs to: where these numbers differ, it would wait
+    for ever.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    numbers: list[int] = [0] * group.size()
+    dist.all_gather_object(numbers, len(_world.pg_names), group=group)
+    if len(set(numbers)) > 1:
+        return None
+    twin: dist.ProcessGroup = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    return twin
+
+
 def shares_gpus() -> bool:
     """Whether torch lets several ranks have symmetric memory on one GPU, which somebody has to ask for."""
     return os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "").lower() in ("1", "y", "yes", "t", "true")

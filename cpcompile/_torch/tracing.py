@@ -47,6 +47,14 @@ def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any
     return mode, [fake(value) for value in example_inputs]
 
 
+def fake_static_input(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in the fake mode of the compilation under way, with its sizes as they are; outside of one, the tensor."""
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return value
+    return context.fake_mode.from_tensor(value, static_shapes=True)
+
+
 class SelectiveCheckpointError(Exception):
     """A checkpoint that chooses what to recompute by a `context_fn`, which the graph in line could not honour."""
 

@@ -22,6 +22,12 @@ FLASH_REMEDY = (
     "cu_seq_lens_q with documents='cu_seqlens'). cpcompile runs its kernels itself, with kernel='flash_attn'."
 )
 
+FSDP_REMEDY = (
+    "The model, or a part of it, is wrapped by fully_shard, whose hooks do not trace. Use cpcompile.apply(model, mesh), before or "
+    "after fully_shard: it takes the sharded parameters over. If fully_shard came after the first call of the model, call "
+    "cpcompile.remove(model) and apply it again; torch.compile(backend='cpcompile') takes models without it."
+)
+
 _KEPT_INPUT_META = ("tensor_dict", "grapharg")
 
 
@@ -104,6 +110,8 @@ def describe_unsupported(error: torch._dynamo.exc.TorchDynamoException) -> str:
 
 def break_text(reason: str, stack: Sequence[traceback.FrameSummary]) -> str:
     """Return the text for a graph break: why, the innermost line outside torch, and what to do."""
+    if "FSDP" in reason:
+        return FSDP_REMEDY
     frames = [frame for frame in stack if not frame.filename.startswith(TORCH)] or list(stack)
     line = f"\n\n  {frames[-1].line or '':<60} {frames[-1].filename}:{frames[-1].lineno}\n" if frames else "\n"
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -11,6 +11,7 @@ from torch import fx
 from cpcompile import _torch
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.compile.transform import Transformed, transform
+from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
@@ -35,11 +36,18 @@ def input_names(gm: fx.GraphModule) -> dict[str, str]:
 
 
 def transform_dynamo_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config, axis: Axis
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    config: Config,
+    axis: Axis,
+    shards: Mapping[int, ParameterShard] | None = None,
 ) -> Transformed:
-    """Capture and transform the graph of a whole model."""
+    """Capture and transform the graph of a whole model; `shards` says which inputs are parameters that FSDP shards."""
     captured = capture(gm, example_inputs)
-    return transform(captured, config=config, axis=axis, inputs=input_names(captured))
+    nodes = placeholders(captured)
+    of_node = {nodes[i].name: shard for i, shard in (shards or {}).items()}
+    return transform(captured, config=config, axis=axis, inputs=input_names(captured), shards=of_node)
 
 
 def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:

@@ -27,10 +27,18 @@ from cpcompile.choose.kernels import likely_kernel, refuse_unable_kernel
 from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
 from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.operator_call import is_tensor
+from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Plan, sequences_of
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
-from cpcompile.passes import ANALYSIS, SHARDING, choose_strategies, find_attention, separate_documents
+from cpcompile.passes import (
+    ANALYSIS,
+    SHARDING,
+    choose_strategies,
+    find_attention,
+    separate_documents,
+    unshard_parameters,
+)
 
 cp = torch.ops.cpcompile
 
@@ -66,7 +74,14 @@ class Transformed:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: Mapping[str, str]) -> Transformed:
+def transform(
+    captured: fx.GraphModule,
+    *,
+    config: Config,
+    axis: Axis,
+    inputs: Mapping[str, str],
+    shards: Mapping[str, ParameterShard] | None = None,
+) -> Transformed:
     """Make the captured graph context parallel.
 
     Args:
@@ -74,6 +89,7 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
         config: the user's options.
         axis: the ranks that share each sequence.
         inputs: the user's argument name for each placeholder that is an input of the model.
+        shards: how FSDP shards each placeholder that is a parameter which it shards.
 
     Raises:
         CPError: the graph cannot be sharded exactly.
@@ -129,6 +145,8 @@ def transform(captured: fx.GraphModule, *, config: Config, axis: Axis, inputs: M
         choice = choose(sites, config.strategy, config.balancer, ranks, follow=False)
         captured, plan = copy.deepcopy(analysed), replace(plan, layout=choice.layout)
         shard(captured, choice, plan, changes, times)
+    if shards:
+        run_pass(captured, unshard_parameters, changes, times, shards=shards)
     captured.graph.eliminate_dead_code()
     captured.recompile()
     warn_of_rows(captured, config.strategy)

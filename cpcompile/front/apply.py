@@ -16,6 +16,7 @@ from cpcompile.capture.dynamo import by_name, compile_whole, token_length
 from cpcompile.errors import ConfigError
 from cpcompile.front.backend import Compiled, gradient_sync, prepare
 from cpcompile.front.rank_agreement import check_same_inputs
+from cpcompile.front.sharded_parameters import ShardedParameters, adopt
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis, axis_of
 
@@ -52,13 +53,15 @@ def apply(model: Model, mesh: DeviceMesh, *, axis: str | tuple[str, str] | None 
         raise ConfigError("this model is context parallel already: call cpcompile.remove(model) first.")
     config, chosen = Config.of(options), axis_of(mesh, axis)
     prepare(config, chosen)
-    model.forward = ParallelForward(model.forward, config, chosen)
+    model.forward = ParallelForward(model, model.forward, config, chosen)
     return model
 
 
 def remove(model: Model) -> Model:
     """Undo `apply`: the model is the single-device one again. Returns the same object."""
-    forward = parallel_forward(model).__wrapped__
+    parallel = parallel_forward(model)
+    parallel.release()
+    forward = parallel.__wrapped__
     del model.__dict__["forward"]
     if getattr(forward, "__self__", None) is not model:
         model.forward = forward  # another library had replaced it before `apply` did
@@ -81,8 +84,8 @@ def parallel_forward(model: torch.nn.Module) -> ParallelForward:
 class ParallelForward:
     """What `apply` puts in place of a model's forward: checks the inputs, then runs the compiled, transformed program."""
 
-    def __init__(self, forward: Callable[..., Any], config: Config, axis: Axis) -> None:
-        self.config, self.axis = config, axis
+    def __init__(self, model: torch.nn.Module, forward: Callable[..., Any], config: Config, axis: Axis) -> None:
+        self.model, self.config, self.axis = model, config, axis
         self.length = 0  # tokens of the last call
         self.layout = ""  # chosen when the model is first called
         self.bounds: dict[int, torch.Tensor] = {}  # where documents began in the last call, by the number of tokens
@@ -90,17 +93,20 @@ class ParallelForward:
         self.sync = gradient_sync(config, axis)
         self._compiled = compile_whole(forward, self._backend, config)
         self._is_checked = config.check_inputs == "never"
+        self._sharded: ShardedParameters | None = None
+        self._adopted: type | None = None  # the class of the model when FSDP's modules were looked for
 
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         # The first graph chooses the layout for all: `unshard` must know it whichever graph ran last.
         config = replace(self.config, balancer=self.layout or self.config.balancer)
-        compiled = Compiled(gm, example_inputs, config, self.sync, bounds=self.bounds)
+        compiled = Compiled(gm, example_inputs, config, self.sync, bounds=self.bounds, sharded=self._sharded)
         self.layout = compiled.transformed.plan.layout
         return compiled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelForward:
         """Return the same for a copy of the model, which has parameters of its own."""
-        return ParallelForward(copy.deepcopy(self.__wrapped__, memo), self.config, self.axis)
+        model = copy.deepcopy(self.model, memo)
+        return ParallelForward(model, copy.deepcopy(self.__wrapped__, memo), self.config, self.axis)
 
     def __reduce__(self) -> Any:
         raise ConfigError(
@@ -114,7 +120,20 @@ class ParallelForward:
             check_same_inputs({name: x for name, x in named.items() if isinstance(x, torch.Tensor)}, self.axis)
             self._is_checked = self.config.check_inputs == "first"
         self.length = token_length(named, self.config, mark_dynamic=self.config.dynamic) or 0
-        return self._compiled(**named)
+        with self._plain_modules():
+            return self._compiled(**named)
+
+    def _plain_modules(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which modules that `fully_shard` wrapped, before or after `apply`, are plain ones."""
+        if self._adopted is not type(self.model):
+            self._adopted = type(self.model)
+            self._sharded = adopt(self.model, self.config, self.axis) or self._sharded
+        return contextlib.nullcontext() if self._sharded is None else self._sharded.inside_call()
+
+    def release(self) -> None:
+        """Give the modules that `fully_shard` wrapped their own hooks back."""
+        if self._sharded is not None:
+            self._sharded.release()
 
 
 def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, length: int | None = None) -> torch.Tensor:

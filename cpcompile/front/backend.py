@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.capture.lowering import break_text, placeholders
+from cpcompile import _torch
+from cpcompile._torch import fsdp
+from cpcompile.capture.lowering import FSDP_REMEDY, break_text, placeholders
 from cpcompile.compile.inner import compile_inner, input_names, transform_dynamo_graph
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import TORCH, ConfigError, GraphBreakError, InputError
 from cpcompile.front.gradient_sums import GradientSync
 from cpcompile.front.rank_agreement import check_same_generators, check_same_inputs
+from cpcompile.front.sharded_parameters import Entry, LocalShards, ShardedParameters, local_rows
 from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis, axis_of
@@ -77,6 +80,9 @@ def refuse_parts() -> None:
         is_caller = is_caller or (file.startswith(TORCH) and file.endswith("convert_frame.py"))
         # contextlib runs functions under decorators such as torch.no_grad().
         if is_caller and not file.startswith((TORCH, contextlib.__file__)):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.nn.Module) and fsdp.fsdp_modules(owner):
+                raise GraphBreakError(FSDP_REMEDY)
             line = traceback.FrameSummary(file, frame.f_lineno, name)
             raise GraphBreakError(break_text("Dynamo gave up the function of this line, which runs uncompiled", [line]))
 
@@ -100,16 +106,25 @@ class Compiled:
         sync: GradientSync,
         check_inputs: str = "never",
         bounds: dict[int, torch.Tensor] | None = None,
+        sharded: ShardedParameters | None = None,
     ) -> None:
         axis = sync.axis
         check_devices(example_inputs, axis)
-        self.transformed: Transformed = transform_dynamo_graph(gm, example_inputs, config=config, axis=axis)
+        found = [sharded.entry(x) if sharded is not None else None for x in example_inputs]
+        self._sharded, self._entries = sharded, {i: entry for i, entry in enumerate(found) if entry is not None}
+        shards = {i: entry.shard for i, entry in self._entries.items()}
+        self.transformed: Transformed = transform_dynamo_graph(
+            gm, example_inputs, config=config, axis=axis, shards=shards
+        )
         self._drawing = drawing_devices(self.transformed.graph) if config.check_inputs != "never" else set()
         self._checks_always = config.check_inputs == "always"
         self._num_bounds = len(Lengths.bounds_of(self.transformed.graph))
         self._bounds = {} if bounds is None else bounds
-        self._run = compile_inner(self.transformed, example_inputs, config.inner)
-        self._summed = [i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config)]
+        self._run = compile_inner(self.transformed, local_inputs(example_inputs, self._entries), config.inner)
+        summed_apart = {i for i, shard in shards.items() if shard.sums_axis}
+        self._summed = [
+            i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config) and i not in summed_apart
+        ]
         self._sync = sync
         self._check = check_inputs
         names, nodes = input_names(self.transformed.original), placeholders(self.transformed.original)
@@ -125,15 +140,36 @@ class Compiled:
             self._check = "always" if self._check == "always" else "never"
         check_same_generators(self._drawing, self._sync.axis)
         self._drawing = self._drawing if self._checks_always else set()
-        given = list(inputs)
+        given = self._with_local_rows(inputs)
         if self._sync.axis.world_size > 1 and self._summed and torch.is_grad_enabled():
-            for i, tensor in zip(self._summed, self._sync([inputs[i] for i in self._summed]), strict=True):
+            keys = [inputs[i] for i in self._summed]
+            for i, tensor in zip(self._summed, self._sync([given[i] for i in self._summed], keys), strict=True):
                 given[i] = tensor
         results = self._run(*given)
         if not self._num_bounds:
             return results
         self._bounds.update({x.shape[1] - 1: x for x in results[-self._num_bounds :]})
         return results[: -self._num_bounds]
+
+    def _with_local_rows(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return the inputs with this rank's rows in the place of what stands in for sharded parameters."""
+        given = list(inputs)
+        if self._sharded is None or not self._entries:
+            return given
+        entries = [self._sharded.entry(inputs[i]) or entry for i, entry in self._entries.items()]
+        rows = LocalShards.apply([e.shard for e in entries], *(e.parameter for e in entries))  # type: ignore[no-untyped-call]
+        for i, own in zip(self._entries, rows, strict=True):
+            given[i] = own
+        return given
+
+
+def local_inputs(example_inputs: Sequence[Any], entries: Mapping[int, Entry]) -> list[Any]:
+    """Return example inputs with fake rows of one rank in the place of what stands in for sharded parameters."""
+    given = list(example_inputs)
+    for i, entry in entries.items():
+        rows = local_rows(entry.parameter, entry.shard).requires_grad_(entry.stand_in.requires_grad)
+        given[i] = _torch.fake_static_input(rows)
+    return given
 
 
 def has_summed_gradient(value: Any, config: Config) -> bool:

@@ -28,9 +28,12 @@ class GradientSync:
         self.enabled = True
         self._unsummed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Return `tensors` such that the gradients that flow back through them are summed over the axis."""
-        return SumGradients.apply(self, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    def __call__(self, tensors: Sequence[torch.Tensor], keys: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Return `tensors` such that the gradients that flow back through them are summed over the axis.
+
+        `keys` are the same at each call: gradients that `no_sync` keeps back are kept under them.
+        """
+        return SumGradients.apply(self, keys, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
     def sum(self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Return the summed gradients, or None for all inside `no_sync`, which keeps them for the next backward outside."""
@@ -72,14 +75,16 @@ class SumGradients(torch.autograd.Function):
     """Identity on the inputs of a graph; backward runs once, with the gradients of all of them."""
 
     @staticmethod
-    def forward(ctx: Any, sync: GradientSync, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, sync: GradientSync, keys: Sequence[torch.Tensor], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.sync, ctx.tensors = sync, tensors
+        ctx.sync, ctx.keys = sync, keys
         return tensors
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        return None, *ctx.sync.sum(ctx.tensors, grads)
+        return None, None, *ctx.sync.sum(ctx.keys, grads)
 
 
 def buckets(grads: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -1,0 +1,355 @@
+"""Models that `fully_shard` wrapped, on gloo ranks against the untouched one on one device: loss, every gradient, training."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import cpcompile
+from tests.models import batch, error, errors, loss_of, make
+
+EXACT = 1e-12  # float64
+FLOAT32 = 2e-5  # rounding of float32, in which such a model or such sums run, times the depth
+LENGTH = 29  # no number of ranks divides it, nor the widths of some layers
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    found = model.blocks if hasattr(model, "blocks") else model.model.layers
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
+def wrap(model: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
+    """Wrap blocks and root; an output dtype is for what leaves the model."""
+    policy = options.get("mp_policy", MixedPrecisionPolicy())
+    of_blocks = options | {"mp_policy": dataclasses.replace(policy, output_dtype=None)}
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, **of_blocks)
+    fully_shard(model, mesh=mesh, **options)
+
+
+def meshes(rank: Any, data: int) -> tuple[DeviceMesh, DeviceMesh]:
+    """Return the mesh of (data, context) ranks, or of context ranks only, and the one to shard over."""
+    if data == 1:
+        return rank.mesh(), rank.mesh()
+    assert rank.world_size == 4, "meshes of two axes are made by all processes"
+    mesh = init_device_mesh("cpu", (data, rank.world_size // data), mesh_dim_names=("dp", "cp"))
+    return mesh, mesh["dp", "cp"]._flatten("dp_cp")
+
+
+def new(mesh: DeviceMesh, sharded_over: DeviceMesh | None, name: str, *, when: str = "before", **options: Any) -> Any:
+    """Return (the context-parallel model sharded over a mesh, an untouched one)."""
+    torch._dynamo.reset()
+    policy = options.pop("fsdp", {})
+    model, alone = make(name, **options.pop("changes", {})), make(name, **options.pop("alone", {}))
+    if when == "before" and sharded_over is not None:
+        wrap(model, sharded_over, **policy)
+    cpcompile.apply(model, mesh, axis="cp", **{"inner": "eager"} | options)
+    if when == "after" and sharded_over is not None:
+        wrap(model, sharded_over, **policy)
+    return model, alone
+
+
+def whole_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
+
+
+def step(model: nn.Module, alone: nn.Module, mesh: DeviceMesh, seed: int = 0) -> dict[str, float]:
+    """Return the errors of the loss and of every gradient; each data-parallel rank has a batch of its own."""
+    data, own = (mesh["dp"].size(), mesh["dp"].get_local_rank()) if mesh.ndim == 2 else (1, 0)
+    batches = [batch(alone, LENGTH, seed=seed + index) for index in range(data)]
+    loss = loss_of(model(**batches[own]))
+    loss.backward()
+    losses = [loss_of(alone(**each)) for each in batches]
+    torch.stack(losses).mean().backward()
+    expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    return {"loss": error(loss.detach(), losses[own].detach())} | errors(whole_gradients(model), expected)
+
+
+def train(model: nn.Module, alone: nn.Module, mesh: DeviceMesh, steps: int = 2, seed: int = 0) -> dict[str, float]:
+    """Return the errors of clipped steps: losses, gradients, and the parameters at the end.
+
+    Not AdamW, which makes of a gradient that is rounding only a step as long as any.
+    """
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2, momentum=0.9) for m in (model, alone)]
+    found: dict[str, float] = {}
+    for index in range(steps):
+        for name, value in step(model, alone, mesh, seed=seed + 10 * index).items():
+            found[f"{name} {index}"] = value
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), 0.5) for m in (model, alone)]
+        norm = norms[0].full_tensor() if isinstance(norms[0], DTensor) else norms[0]
+        found[f"norm {index}"] = error(norm, norms[1])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    ours = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    return found | {f"{name} trained": error(ours[name].detach(), p.detach()) for name, p in alone.named_parameters()}
+
+
+def assert_exact(results: list[dict[str, float]], tolerance: float = EXACT) -> None:
+    for rank, found in enumerate(results):
+        name = max(found, key=found.__getitem__)
+        assert found[name] < tolerance, f"rank {rank}: {name} is off by {found[name]:.1e}"
+
+
+def trained(rank: Any, data: int, name: str, over: str, when: str, options: dict[str, Any]) -> dict[str, float]:
+    mesh, flat = meshes(rank, data)
+    sharded_over = flat if over == "dp_cp" else mesh if over == "hsdp" else mesh[over] if mesh.ndim > 1 else mesh
+    model, alone = new(mesh, sharded_over, name, when=when, **options)
+    found = train(model, alone, mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters()), "parameters stay FSDP's"
+    assert isinstance(model, FSDPModule) and all(isinstance(block, FSDPModule) for block in blocks_of(model))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "data", "over", "when"),
+    [
+        (1, 1, "dp_cp", "before"),
+        (2, 1, "dp_cp", "before"),
+        (2, 1, "cp", "after"),
+        (4, 4, "dp_cp", "after"),
+        (3, 1, "cp", "before"),
+        (4, 2, "dp_cp", "before"),
+        (4, 2, "dp", "after"),
+        (4, 2, "hsdp", "before"),
+        (4, 1, "cp", "after"),
+    ],
+)
+def test_trains_exactly(pool: Any, world_size: int, data: int, over: str, when: str) -> None:
+    options = {"changes": {"num_layers": 1}, "alone": {"num_layers": 1}}
+    assert_exact(pool.run(world_size, trained, data, "rotary", over, when, options))
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "strategy"),
+    [("nanogpt", "eager", "ring"), ("rotary", "aot_eager", "ulysses"), ("rotary", "inductor", "gather")],
+)
+def test_tied_weights_and_compilers(pool: Any, name: str, inner: str, strategy: str) -> None:
+    options = {"inner": inner, "strategy": strategy}
+    assert_exact(pool.run(2, trained, 1, name, "dp_cp", "before", options, timeout=200))
+
+
+@pytest.mark.parametrize("reshard", [True, False, 2])
+def test_reshards_as_told(pool: Any, reshard: bool | int) -> None:
+    options = {"inner": "aot_eager", "fsdp": {"reshard_after_forward": reshard}}
+    assert_exact(pool.run(4, trained, 2, "rotary", "dp_cp", "before", options))
+
+
+def test_transformers_under_checkpoints(pool: Any) -> None:
+    assert_exact(pool.run(2, checkpointed, timeout=200), FLOAT32)
+
+
+def checkpointed(rank: Any) -> dict[str, float]:
+    mesh, flat = meshes(rank, 1)
+    model, alone = new(mesh, None, "llama", inner="aot_eager")
+    model.train()
+    model.activation_checkpointing_enable() if hasattr(model, "activation_checkpointing_enable") else (
+        model.gradient_checkpointing_enable()
+    )
+    wrap(model, flat)
+    return train(model, alone, mesh)
+
+
+def in_mixed_precision(rank: Any, policy: dict[str, Any]) -> dict[str, float]:
+    """Errors where a float64 model computes in float32, against a float32 one."""
+    mesh, flat = meshes(rank, 2 if rank.world_size == 4 else 1)
+    model, alone = new(mesh, flat, "rotary", fsdp={"mp_policy": MixedPrecisionPolicy(**policy)})
+    found = step(model, alone.float(), mesh)
+    assert all(p.dtype == p.grad.dtype == torch.float64 for p in model.parameters() if p.grad is not None)
+    logits = model(**batch(alone, LENGTH))["logits"]
+    assert logits.dtype == policy.get("output_dtype", torch.float32)
+    return found
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"param_dtype": torch.float32},
+        {"param_dtype": torch.float32, "reduce_dtype": torch.float64},
+        {"param_dtype": torch.float32, "output_dtype": torch.float64},
+    ],
+)
+def test_mixed_precision(pool: Any, policy: dict[str, Any]) -> None:
+    assert_exact(pool.run(4, in_mixed_precision, policy), FLOAT32)
+
+
+def embeds_are_cast(rank: Any) -> dict[str, float]:
+    """Inputs of blocks and of the model are cast where the policy says so."""
+    mesh, flat = meshes(rank, 1)
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32)
+    model, alone = new(mesh, flat, "rotary", fsdp={"mp_policy": policy})
+    inputs = batch(alone, LENGTH)
+    embeds = torch.randn(2, LENGTH, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss = loss_of(model(inputs_embeds=embeds, labels=inputs["labels"]))
+    expected = loss_of(alone.float()(inputs_embeds=embeds.float(), labels=inputs["labels"]))
+    return {"loss": error(loss.detach(), expected.detach())}
+
+
+def test_inputs_are_cast(pool: Any) -> None:
+    assert_exact(pool.run(2, embeds_are_cast), FLOAT32)
+
+
+def from_meta(rank: Any) -> dict[str, float]:
+    mesh, flat = meshes(rank, 1)
+    alone = make("rotary")
+    with torch.device("meta"):
+        model = make("rotary")
+    wrap(model, flat)
+    cpcompile.apply(model, mesh, axis="cp", inner="eager")
+    model.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True)
+    torch.distributed.checkpoint.state_dict.set_model_state_dict(model, alone.state_dict(), options=options)
+    return train(model, alone, mesh)
+
+
+def test_meta_init(pool: Any) -> None:
+    assert_exact(pool.run(2, from_meta))
+
+
+def frozen(rank: Any) -> dict[str, float]:
+    """Some parameters are frozen, one of them only after the first step."""
+    mesh, flat = meshes(rank, 1)
+    model, alone = new(mesh, None, "rotary")
+    for m in (model, alone):
+        m.blocks[0].qkv.weight.requires_grad_(False)
+    wrap(model, flat)
+    found = step(model, alone, mesh)
+    for m in (model, alone):
+        m.zero_grad()
+        m.head.weight.requires_grad_(False)
+    again = step(model, alone, mesh, seed=5)
+    assert model.head.weight.grad is None and model.blocks[0].qkv.weight.grad is None
+    return found | {f"{name} again": value for name, value in again.items()}
+
+
+def test_frozen_parameters(pool: Any) -> None:
+    assert_exact(pool.run(2, frozen))
+
+
+def accumulated(rank: Any, how: str) -> dict[str, float]:
+    mesh, flat = meshes(rank, 2)
+    model, alone = new(mesh, mesh["dp"] if how == "no_sync of dp" else flat, "rotary")
+    found = {}
+    for index in range(3):
+        is_last = index == 2
+        model.set_requires_gradient_sync(is_last)
+        context = cpcompile.no_sync(model) if how != "requires_gradient_sync" and not is_last else None
+        with context or torch.enable_grad():
+            found = step(model, alone, mesh, seed=7 * index)
+    return found
+
+
+@pytest.mark.parametrize("how", ["requires_gradient_sync", "no_sync of dp_cp", "no_sync of dp"])
+def test_accumulation(pool: Any, how: str) -> None:
+    assert_exact(pool.run(4, accumulated, how))
+
+
+def save(rank: Any, folder: str) -> dict[str, float]:
+    mesh, flat = meshes(rank, 2)
+    model, alone = new(mesh, flat, "rotary")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    step(model, alone, mesh)
+    optimizer.step()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: float(x.double().sum()) for name, x in whole.items()}
+
+
+def load(rank: Any, folder: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Load what other ranks saved, and train on: the sums of the weights, and the errors of a step against one device."""
+    mesh, flat = meshes(rank, 1)
+    model, _ = new(mesh, flat, "rotary", when="after")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in whole.items()}
+    alone = make("rotary")
+    alone.load_state_dict(whole)
+    found = step(model, alone, mesh)
+    optimizer.step()
+    return {name: float(x.double().sum()) for name, x in whole.items()}, found
+
+
+def test_checkpoints_move_between_meshes(pool: Any, tmp_path: Any) -> None:
+    """2 x 2 ranks save, 4 load, then 1, which sees the same weights and trains on."""
+    (saved, *_) = pool.run(4, save, str(tmp_path))
+    for world_size in (4, 1):
+        for sums, found in pool.run(world_size, load, str(tmp_path)):
+            assert all(abs(sums[name] - total) < 1e-9 for name, total in saved.items() if name in sums)
+            assert_exact([found])
+
+
+def removed(rank: Any) -> dict[str, float]:
+    """`remove` gives FSDP its hooks back: the model runs as FSDP2 runs it."""
+    mesh, flat = meshes(rank, 1)
+    model, alone = new(mesh, flat, "rotary")
+    found = step(model, alone, mesh)
+    cpcompile.remove(model)
+    model.zero_grad()
+    alone.zero_grad()
+    again = step(model, alone, mesh, seed=3)  # every rank has the whole batch: the mean of equal gradients
+    return found | {f"{name} removed": value for name, value in again.items()}
+
+
+def test_remove(pool: Any) -> None:
+    assert_exact(pool.run(2, removed))
+
+
+def refusal(rank: Any, kind: str) -> str:
+    mesh, flat = meshes(rank, 2)
+    torch._dynamo.reset()
+    model = make("rotary")
+    axis = "cp"
+    if kind == "offload":
+        wrap(model, flat, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    elif kind == "tensor parallel":
+        parallelize_module(model.blocks[0].mlp, mesh["dp"], {"0": ColwiseParallel()})
+    elif kind == "overlap":
+        wrap(model, mesh["dp"])
+        mesh, axis = flat, "dp_cp"
+    else:
+        wrap(model, flat)
+        compiled = torch.compile(model, backend="cpcompile", options={"mesh": mesh, "axis": axis, "inner": "eager"})
+        try:
+            compiled(**batch(model, LENGTH))
+        except Exception as error:
+            return str(error)
+    try:
+        cpcompile.apply(model, mesh, axis=axis, inner="eager")(**batch(model, LENGTH))
+    except cpcompile.CPError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts"),
+    [
+        ("offload", ("embed.weight", "CPUOffloadPolicy", "Call fully_shard without it")),
+        ("tensor parallel", ("blocks.0.mlp.0.weight", "tensor parallelism", "parallelize_module")),
+        ("overlap", ("which hold 2 of the 4 ranks", "Shard it over all of these")),
+        ("backend", ("fully_shard", "cpcompile.apply")),
+    ],
+)
+def test_what_cannot_be_gathered_is_refused(pool: Any, kind: str, texts: tuple[str, ...]) -> None:
+    for message in pool.run(4, refusal, kind):
+        assert all(text in message for text in texts), message
