@@ -22,26 +22,18 @@ from cpcompile.ir.insertion import insert_document_bounds, replace_uses
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
 from cpcompile.ir.plan import Lengths, Plan
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 
 cp = torch.ops.cpcompile
 
-OPERATORS = {
-    "ring": cp.ring_attention.default,
-    "gather": cp.gather_attention.default,
-    "halo": cp.halo_attention.default,
-    "ulysses": cp.ulysses_attention.default,
-    "usp": cp.usp_attention.default,
-    "latent": cp.latent_attention.default,
-    "latent_heads": cp.latent_heads_attention.default,
-}
-
-# These want a dense mask whole, the others the rows of their own queries.
-LATENT = ("latent", "latent_heads")
-EXCHANGE_HEADS = ("ulysses", "usp")
+OPERATORS = {strategy: getattr(cp, f"{strategy}_attention").default for strategy in STRATEGIES}
 
 
 def rewrite_attention(gm: fx.GraphModule, *, plan: Plan) -> int:
-    """Return how many attentions were rewritten. Runs after `place_tokens`.
+    """Return how many attentions were rewritten.
+
+    Needs: placements (`place_tokens`), strategies (`choose_strategies`), seeds of dropped weights (`rewrite_dropout`).
+    Gives: the operator of `cpcompile.runtime.attention` of each strategy, with all that it must know as arguments.
 
     Raises:
         ConfigError: an attention cannot be computed by its strategy.
@@ -58,7 +50,8 @@ def is_along_one_sequence(node: fx.Node) -> bool:
     """Tell whether an attention is one of local rows that needs other tokens' keys, or has them from a latent."""
     call = Call.of(node)
     placements = [placement_of(call[name]) for name in ("q", "k")]
-    if annotation(node).strategy in LATENT and isinstance(placements[0], Sharded):
+    is_latent = STRATEGIES[annotation(node).strategy].is_latent
+    if is_latent and isinstance(placements[0], Sharded):
         return str(call.shape("q")[2]) == str(call.shape("k")[2])
     if annotation(node).strategy == "latent_heads":
         raise ConfigError(
@@ -92,10 +85,11 @@ def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan)
     exchange heads would need them all, so that the keys are gathered instead.
     """
     call, known, at = Call.of(node), annotation(node), placement_of(node)
+    asked = STRATEGIES[known.strategy]
     assert isinstance(at, Sharded)
     has_rows = call["mask"] is not None and isinstance(placement_of(call["mask"]), Sharded)
     is_sharded = isinstance(placement_of(call["k"]), Sharded)
-    needs_gather = is_sharded if known.strategy in LATENT else has_rows and known.strategy in EXCHANGE_HEADS
+    needs_gather = is_sharded if asked.is_latent else has_rows and asked.takes_whole_mask
     strategy = "gather" if needs_gather else known.strategy
     refuse_unable(node, strategy, plan)
     lengths = Lengths.of(gm, at.sequence)

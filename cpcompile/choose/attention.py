@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.workload import Workload
 from cpcompile.runtime.schedule import Band, Visible
-
-PREFERENCE = ("halo", "ulysses", "usp", "ring", "gather", "latent_heads", "latent")
 
 # Each rank holds whole keys and values of a layer, and twice to three times that of their gradients: `auto` takes no more bytes.
 MOST_HELD = 4 * 2**30
@@ -94,7 +93,7 @@ class Attention:
 
     def strategies(self, axis: Ranks) -> tuple[str, ...]:
         """Return the strategies that are exact here, and of use."""
-        return tuple(name for name in PREFERENCE if self.expands(name, axis) and self.obstacle(name, axis) is None)
+        return tuple(name for name in STRATEGIES if self.expands(name, axis) and self.obstacle(name, axis) is None)
 
     def obstacle(self, strategy: str, axis: Ranks) -> Obstacle | None:
         """Return why the ranks, the mask or the window do not let a strategy be exact, or as it promises; None where they do.
@@ -102,9 +101,11 @@ class Attention:
         An additive mask may hide every key with a finite bias; such rows average over all keys, which merging blocks cannot keep
         exactly.
         """
-        is_merged = strategy == "ring" or (strategy == "usp" and axis.inner_size < axis.world_size)
-        if strategy == "usp" and not axis.inner_size:
+        known = STRATEGIES[strategy]
+        if known.exchange == "inner" and not axis.inner_size:
             return NO_GRID
+        merges_all = known.exchange == "inner" and axis.inner_size < axis.world_size
+        is_merged = not known.is_at_once and (not known.exchange or merges_all)
         if is_merged and self.is_additive:
             return HIDDEN_ROWS
         if strategy == "halo" and not self.has_window:
@@ -122,7 +123,7 @@ class Attention:
 
     def fits(self, strategy: str, axis: Ranks) -> bool:
         """Tell whether a strategy may be taken without being asked for: a latent that is clearly narrower, of keys that fit."""
-        if self.latent is None or not strategy.startswith("latent"):
+        if self.latent is None or not STRATEGIES[strategy].is_latent:
             return True
         held = self.latent.key_bytes * self.tokens // (axis.world_size if strategy == "latent_heads" else 1)
         return 2 * self.latent.latent_bytes < self.latent.key_bytes and held <= MOST_HELD

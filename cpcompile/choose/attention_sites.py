@@ -6,9 +6,10 @@ import torch
 from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operators)
-from cpcompile.choose.attention import PREFERENCE, Attention
+from cpcompile.choose.attention import Attention
 from cpcompile.choose.kernels import sized
 from cpcompile.ir.operator_call import Call, size_hint
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
@@ -20,7 +21,7 @@ ATTENTION_LIKE = {
     torch.ops.higher_order.flex_attention,
 }
 
-REWRITTEN = {cp.attention.default, *(getattr(cp, f"{name}_attention").default for name in PREFERENCE)}
+REWRITTEN = {cp.attention.default, *(getattr(cp, f"{name}_attention").default for name in STRATEGIES)}
 
 
 def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:

@@ -35,6 +35,7 @@ from cpcompile.choose.rates import (
     SLOWDOWN,
     UNEVEN,
 )
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.heads import most_rounds, rounds
 from cpcompile.runtime.attention.workload import Workload, keys_sent, pairs, pieces_of, sampled, sent_by_ranks
 from cpcompile.runtime.schedule import Piece
@@ -51,7 +52,7 @@ def device_seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> 
     problem = site.problem(axis, layout)
     work = compute_seconds(site, problem, strategy)
     inner = problem.inner(strategy)
-    if strategy.startswith("latent"):
+    if STRATEGIES[strategy].is_latent:
         work += expansion_seconds(site, axis, parts=inner)
     if strategy == "latent":
         return work
@@ -63,9 +64,9 @@ def device_seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> 
         hops = max(ring.sources for ring in keys_sent(problem, strategy).values())
         messages = 3 * (math.ceil(site.kv_heads / axis.heads_per_message) if axis.heads_per_message else 1)
         # Keys twice and their gradients: a ring waits for one message of them all, `gather` for the first of each kind.
-        count, shown = (messages, 3) if strategy in ("gather", "halo") else (3 * hops, 1)
+        count, shown = (messages, 3) if STRATEGIES[strategy].is_at_once else (3 * hops, 1)
         total += _exposed(keys, count, shown, work, link(site, axis, axis.world_size))
-        if strategy in ("gather", "halo") and is_gpu(site):
+        if STRATEGIES[strategy].is_at_once and is_gpu(site):
             own = problem.key_width * problem.itemsize * site.kv_heads * site.tokens // axis.world_size
             total += (own + max(r.forward_keys for r in ranks)) / GATHERING
     if swapped:

@@ -9,10 +9,10 @@ from typing import Any
 from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, group_size, is_of_groups, without_groups
 from cpcompile.errors import ConfigError
 from cpcompile.options.documents import Source
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.kernels import NAMES
 from cpcompile.runtime.transport.choice import TRANSPORTS
 
-STRATEGIES = ("ulysses", "ring", "gather", "halo", "usp", "latent", "latent_heads")
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "strategy": ("auto", *STRATEGIES),

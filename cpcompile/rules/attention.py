@@ -14,6 +14,7 @@ from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, Placement, Sharded
 from cpcompile.rules.pointwise import is_one
 from cpcompile.rules.registry import Decision, no_rule, register
+from cpcompile.runtime.attention.catalogue import STRATEGIES, Strategy
 
 QUERY_TOKENS = Sharded(2)
 
@@ -44,14 +45,15 @@ class AttentionRule:
         return self._across(call, operands)
 
     def _along_one_sequence(self, call: Call, at: Sharded, given: Set[str], is_sharded: bool) -> Decision:
+        strategy = STRATEGIES.get(annotation(call.node).strategy, Strategy())
         # Keys and values of a latent that was gathered are whole already.
-        is_expanded = annotation(call.node).strategy in ("latent", "latent_heads") and given == {"q"}
+        is_expanded = strategy.is_latent and given == {"q"}
         keys: Placement = FULL if is_expanded else at
         wanted: dict[str, Placement] = {"q": at, "k": keys, "v": keys}
         vectors = {name for name in WHOLE if call[name] is not None}
         if call["mask"] is not None:
             rows = replace(at, dim=len(call.shape("mask")) - 2)
-            by_rows = is_sharded or annotation(call.node).strategy not in ("ulysses", "usp")
+            by_rows = is_sharded or not strategy.takes_whole_mask
             if is_one(call.shape("mask")[rows.dim]):
                 vectors.add("mask")
             else:

@@ -11,6 +11,7 @@ import torch
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.runtime.attention import strategies  # noqa: F401  (registers the operators)
 from cpcompile.runtime.attention.arguments import AttentionArguments
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.workload import Workload, attention_bytes, problem_of
 from cpcompile.runtime.tokens.exchange import halo_spans, route_of
 from cpcompile.runtime.tokens.moves import Route, Spans, most_sent
@@ -105,5 +106,5 @@ _COUNTS: dict[str, Callable[[Arguments], Traffic]] = {
     "stack_ranks": _stack_ranks,
     "latent_heads_attention": _latent_heads,
     "shared_seed": lambda a: Traffic(torch.int64.itemsize, 0),
-    **{f"{strategy}_attention": _attention(strategy) for strategy in ("ring", "gather", "halo", "ulysses", "usp")},
+    **{f"{name}_attention": _attention(name) for name, known in STRATEGIES.items() if not known.is_latent},
 }

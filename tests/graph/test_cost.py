@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from cpcompile.choose.attention import PREFERENCE, Attention, Ranks
+from cpcompile.choose.attention import Attention, Ranks
 from cpcompile.choose.choice import CLOSE, choose
 from cpcompile.choose.cost import compute_seconds, link, seconds
 from cpcompile.choose.rates import GATHERING
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 
 SITE = Attention(
     batch=1, heads=32, kv_heads=8, tokens=1 << 14, head_dim=128, value_dim=128, bytes_per_element=2, device="cuda",
@@ -76,7 +77,7 @@ def test_preferences_break_ties() -> None:
     assert max(ring, ulysses) < CLOSE * min(ring, ulysses)
     assert chosen(LONG, TWO)[0] == "ulysses"
     assert chosen(SITE, TWO)[0] == "ring"  # laying the heads of fewer tokens counts for more
-    assert PREFERENCE.index("ulysses") < PREFERENCE.index("ring")
+    assert list(STRATEGIES).index("ulysses") < list(STRATEGIES).index("ring")
 
 
 def test_what_is_right_where() -> None:

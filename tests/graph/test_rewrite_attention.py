@@ -15,13 +15,15 @@ from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
 from cpcompile.passes import place_tokens, rewrite_attention
-from cpcompile.passes.rewrite_attention import LATENT, OPERATORS
+from cpcompile.passes.rewrite_attention import OPERATORS
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 from tests.graph.small_models import TinyLM, batch, before, count, planned
 
 cp = torch.ops.cpcompile
 
 
-@pytest.mark.parametrize("strategy", [name for name in OPERATORS if name not in LATENT])  # those: test_gather_latents
+# Latents are in test_gather_latents.py.
+@pytest.mark.parametrize("strategy", [name for name, known in STRATEGIES.items() if not known.is_latent])
 def test_rewrites_each_attention_to_its_strategy(strategy: str) -> None:
     transformed = planned(TinyLM(), batch())
     gm = before(transformed, place_tokens)

@@ -12,6 +12,7 @@ import torch
 from cpcompile import runtime  # noqa: F401  (registers the operators)
 from cpcompile.inspect.definitions import attention, dropout, tokens
 from cpcompile.inspect.definitions.slices import Calls, Ranks
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 
 cp = torch.ops.cpcompile
 
@@ -35,7 +36,8 @@ COLLECTIVES: dict[Any, Callable[[Calls], Ranks]] = {
     cp.latent_attention.default: attention.latent_attention,
     cp.latent_heads_attention.default: attention.latent_heads_attention,
     **{
-        getattr(cp, f"{strategy}_attention").default: attention.attention
-        for strategy in ("ring", "gather", "halo", "ulysses", "usp")
+        getattr(cp, f"{name}_attention").default: attention.attention
+        for name, strategy in STRATEGIES.items()
+        if not strategy.is_latent
     },
 }

@@ -10,6 +10,7 @@ import torch
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.inspect.definitions.slices import Calls, Ranks, join, split
 from cpcompile.ir.placement import Sharded
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.tokens.dropout import is_kept
 
 
@@ -18,8 +19,8 @@ def attention(calls: Calls) -> Ranks:
     order, at = TokenOrder.of_call(c), Sharded(2)
     q, k, v = (join([c[name] for c in calls], at, order) for name in "qkv")
     mask = c["mask"]
-    exchanges_heads = any(name in c["target"] for name in ("ulysses", "usp"))
-    if mask is not None and mask.shape[-2] != 1 and not exchanges_heads:  # the others hold their query rows
+    strategy = STRATEGIES[c["target"].split(".")[1].removesuffix("_attention")]
+    if mask is not None and mask.shape[-2] != 1 and not strategy.takes_whole_mask:
         mask = join([c["mask"] for c in calls], Sharded(mask.dim() - 2), order)
     out = reference_attention(q, k, v, mask, c)
     return [(part, None) for part in split(out, at, order)]

@@ -10,6 +10,7 @@ import torch
 
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.balance.token_spans import Spans
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.heads import Heads, heads_of
 from cpcompile.runtime.attention.key_needs import needed
 from cpcompile.runtime.schedule import Piece, Visible, by_position, num_tokens, pieces, whole
@@ -42,7 +43,7 @@ class Workload:
 
     def inner(self, strategy: str) -> int:
         """Return how many ranks exchange heads: ring is a grid of one inner rank, Ulysses of one outer rank."""
-        return {"ulysses": self.world_size, "latent_heads": self.world_size, "usp": self.inner_size}.get(strategy, 1)
+        return STRATEGIES[strategy].inner_size(self.world_size, self.inner_size)
 
     def spans(self, rank: int) -> Spans:
         """Return the tokens of a rank."""
@@ -75,7 +76,7 @@ def sampled(count: int) -> Sequence[int]:
 def pieces_of(problem: Workload, strategy: str, outer: int) -> tuple[Piece, ...]:
     """Return the rectangles that a rank at `outer` computes."""
     rows, count = problem.rows(strategy, outer), problem.world_size // problem.inner(strategy)
-    if strategy in ("gather", "halo", "latent") or count == 1:
+    if STRATEGIES[strategy].is_at_once or count == 1:
         return pieces(rows, whole(problem.length), problem.visible)
     columns = [problem.rows(strategy, source) for source in range(count)]
     return tuple(piece for spans in columns for piece in pieces(rows, spans, problem.visible))
@@ -154,7 +155,7 @@ def sent_by_ranks(problem: Workload, strategy: str) -> tuple[Sent, ...]:
     ranks = []
     for outer, ring in keys_sent(problem, strategy).items():
         tokens = [num_tokens(problem.spans(outer * inner + i)) for i in range(inner)]
-        swapped = _exchanged(problem, heads, tokens, has_keys=strategy != "latent_heads")
+        swapped = _exchanged(problem, heads, tokens, has_keys=not STRATEGIES[strategy].is_latent)
         for own, (forward, backward) in zip(heads, swapped, strict=True):
             width = size * problem.key_width * num_keys(own)
             ranks.append(Sent(size * forward, size * backward, ring.sent * width, (ring.sent + ring.fetched) * width))
@@ -211,13 +212,13 @@ def memory_of(problem: Workload, strategy: str, heads_per_message: int = 0) -> M
     slots = max(num_tokens(problem.spans(rank)) for rank in sampled(problem.world_size))
     kept = slots * (token + statistics) * (2 if inner > 1 else 1)
     count = problem.world_size // inner
-    if strategy in ("latent", "latent_heads"):
+    if STRATEGIES[strategy].is_latent:
         keys = size * problem.kv_heads * problem.key_width
         return Memory(kept - (2 if inner > 1 else 1) * slots * keys, problem.length * keys // inner)
     if count == 1:
         return Memory(kept, 0)
     width = size * problem.key_width * max(map(num_keys, problem.heads_of(strategy)))
-    if strategy in ("gather", "halo"):
+    if STRATEGIES[strategy].is_at_once:
         fetched = max(ring.fetched for ring in keys_sent(problem, strategy).values())
         parts = min(1.0, 2 * heads_per_message / problem.kv_heads) if heads_per_message else 1.0
         return Memory(kept, int(fetched * width * parts))
