@@ -1,4 +1,4 @@
-"""The passes. Each is a plain function on the graph; `cpcompile.compile.transform` runs `PIPELINE` in order."""
+"""The passes: plain functions on the graph, which `cpcompile.compile.transform` runs in the order of `PIPELINE`."""
 
 if __name__ != "cpcompile.passes":
     raise ImportError("import this package as cpcompile.passes")
@@ -36,8 +36,13 @@ SHARDING = (
     finish_outputs,
 )
 
+# All of them in order. `separate_documents` runs for packed documents that a model does not keep apart, `choose_strategies` marks
+# what `cpcompile.choose` decided in between.
+PIPELINE = (*ANALYSIS, separate_documents, choose_strategies, *SHARDING)
+
 __all__ = [
     "ANALYSIS",
+    "PIPELINE",
     "SHARDING",
     "choose_strategies",
     "find_attention",

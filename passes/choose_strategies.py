@@ -16,7 +16,11 @@ from cpcompile.ir.operator_call import Call
 
 
 def choose_strategies(gm: fx.GraphModule, *, strategies: Sequence[str], kernel: str = "auto") -> int:
-    """Mark the attentions with `strategies`, in order, and name their kernel; return how many there are."""
+    """Return how many attentions were marked, each with its strategy (`strategies` are in their order) and the kernel.
+
+    Needs: attentions with their masks lifted (`lift_masks`), and one strategy for each (`cpcompile.choose`).
+    Gives: the annotation `strategy`, and the kernel by name.
+    """
     nodes = attention_nodes(gm)
     for node, strategy in zip(nodes, strategies, strict=True):
         annotate(node, strategy=strategy)

@@ -26,7 +26,10 @@ aten = torch.ops.aten
 
 
 def find_attention(gm: fx.GraphModule, *, exact_dropout: bool = False) -> int:
-    """Return how many attentions were found. Runs first: later passes know no other form of attention.
+    """Return how many attentions were found.
+
+    Needs: products and flex attention are opened (`open_products`, `open_flex_attention`).
+    Gives: `cp.attention` wherever rows of tokens attend to others; no later pass knows another form.
 
     With `exact_dropout`, weights that are dropped as one device drops them need a tensor of all weights: they stay written out.
     """

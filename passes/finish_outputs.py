@@ -2,8 +2,7 @@
 
 before  return (loss, logits)                                      # loss: Partial(sum), logits: Sharded(1)
 after   loss = cp.scale_gradient(cp.all_reduce(loss), 1 / P)       # every rank returns it, so each back-propagates 1 / P of it
-        return (loss, logits)                                      # with outputs="full":
-        cp.gather_tokens(logits, 1)
+        return (loss, logits)                                      # with outputs="full": cp.gather_tokens(logits, 1)
 """
 
 from __future__ import annotations
@@ -23,7 +22,11 @@ cp = torch.ops.cpcompile
 
 
 def finish_outputs(gm: fx.GraphModule, *, plan: Plan) -> int:
-    """Return how many outputs were changed. Runs last: afterwards every output is `Full` or `Sharded`."""
+    """Return how many outputs were changed.
+
+    Needs: every `Partial` is an addend of each rank (`rewrite_reductions`).
+    Gives: outputs that are `Full` or `Sharded`, and gradients that count once.
+    """
     (output,) = gm.graph.find_nodes(op="output")
     finished: dict[fx.Node, fx.Node] = {}
 

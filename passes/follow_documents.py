@@ -24,7 +24,10 @@ OF_HIDDEN_STATES = {aten.embedding.default, aten.linear.default, aten.matmul.def
 
 
 def follow_documents(gm: fx.GraphModule, *, plan: Plan) -> int:
-    """Return how many sequences have documents that the layout follows. Runs before `place_tokens`.
+    """Return how many sequences have documents that the layout follows.
+
+    Needs: `cp.attention` with documents (`lift_masks`), and a layout that follows them.
+    Gives: `cp.document_bounds` before anything is sharded, annotated `is_of_layout`.
 
     Raises:
         CannotFollow: attentions see different documents, or documents that the model computes from hidden states.

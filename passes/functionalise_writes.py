@@ -34,7 +34,10 @@ aten = torch.ops.aten
 
 
 def functionalise_writes(gm: fx.GraphModule) -> int:
-    """Return how many operators in place were replaced. Runs first: no later pass has to think of aliases.
+    """Return how many operators in place were replaced.
+
+    Needs: the graph of one device as it was captured: operators in place, views of one memory.
+    Gives: values only, so that no later pass thinks of aliases.
 
     What an input holds afterwards (a buffer, a parameter without gradients) is copied to it at the end of the graph.
 

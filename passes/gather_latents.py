@@ -5,7 +5,8 @@ before  k, v = aten.split(aten.linear(c, up)...)                         # strat
 after   w = cp.whole_tokens(c)                                           # gathered, once it is placed
         k, v = aten.split(aten.linear(w, up)...)                         # of all tokens, again in backward
         o = cp.attention(q, k, v, ...)
-        with strategy latent_heads:
+
+        # with strategy latent_heads
         part = cp.shard_tokens(up, 0, width of a head, heads, ...)       # the rows of this rank's heads
         k, v = aten.split(aten.linear(w, part)...)                       # of all tokens, and this rank's heads
 """
@@ -33,7 +34,11 @@ aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 
 def gather_latents(gm: fx.GraphModule, *, plan: Plan) -> int:
-    """Return of how many attentions the latent will travel. Runs before `place_tokens`."""
+    """Return how many attentions get their keys and values from a latent that travels.
+
+    Needs: the annotation `strategy` (`choose_strategies`).
+    Gives: `cp.whole_tokens` where a value is needed of all tokens, for strategies that gather a latent.
+    """
     count = 0
     for number, node in enumerate(attention_nodes(gm)):
         if annotation(node).strategy not in ("latent", "latent_heads"):

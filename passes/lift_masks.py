@@ -4,9 +4,8 @@ before  mask = aten.expand((kv <= q) & (id[b, q] == id[b, kv]) & padding[b, kv])
         out = cpcompile.attention(q, k, v, mask, None, None, 0.25, False, 0, 0.0)
 after   out = cpcompile.attention(q, k, v, None, id, padding, 0.25, True, 0, 0.0)    # no S x S tensor is left
 
-A mask that is not recognised whole stays as it is. One that adds a finite number is lifted only where every
-row provably keeps a
-key: a row without one attends to all keys evenly, which no predicate says.
+A mask that is not recognised whole stays as it is. One that adds a finite number is lifted only where every row
+provably keeps a key: a row without one attends to all keys evenly, which no predicate says.
 """
 
 from __future__ import annotations
@@ -27,7 +26,11 @@ from cpcompile.ir.operator_call import Call, value_of
 
 
 def lift_masks(gm: fx.GraphModule) -> int:
-    """Return how many attentions lost their dense mask. Runs after `find_attention`, before anything is sharded."""
+    """Return how many attentions lost their dense mask.
+
+    Needs: `cp.attention` nodes, whose masks are tensors (`find_attention`).
+    Gives: masks and biases as arguments: `is_causal`, `window`, `documents`, `key_padding`, `slopes`, ...
+    """
     reader, biases = Reader(gm), {dtype: BiasReader(gm, dtype) for dtype in (torch.float32, torch.float64)}
     count = 0
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.attention.default):

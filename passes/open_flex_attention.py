@@ -1,4 +1,4 @@
-"""Open flex attention: it becomes its formula, with its functions of one place run for all places at once.
+"""Open flex attention: each one becomes its formula, with its functions of one place run for all places at once.
 
 before  out = flex_attention(q, k, v, score_mod, (..., mask_mod), 0.25, ...)[0]
 after   scores = aten.where(kv <= q, aten.matmul(q, k^T) * 0.25, -inf)
@@ -43,7 +43,10 @@ class Flex(NamedTuple):
 
 
 def open_flex_attention(gm: fx.GraphModule) -> int:
-    """Return how many flex attentions were opened. Runs before `find_attention`.
+    """Return how many flex attentions were opened.
+
+    Needs: no operator writes (`functionalise_writes`).
+    Gives: the formula of each flex attention: products, masks and a softmax.
 
     Raises:
         NoRule: a score_mod or mask_mod has an operator that is neither pointwise nor an index.

@@ -22,7 +22,11 @@ aten = torch.ops.aten
 
 
 def open_products(gm: fx.GraphModule) -> int:
-    """Return how many products were opened. Runs before `find_attention`."""
+    """Return how many products were opened.
+
+    Needs: no operator writes (`functionalise_writes`).
+    Gives: `matmul`, `bmm`, `mul` and `add` in place of `einsum` and `baddbmm`.
+    """
     count = 0
     for target in (aten.einsum.default, aten.baddbmm.default):
         for node in gm.graph.find_nodes(op="call_function", target=target):

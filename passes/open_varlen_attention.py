@@ -38,7 +38,10 @@ _KNOWN = {
 
 
 def open_varlen_attention(gm: fx.GraphModule) -> int:
-    """Return how many were opened. Runs before `lift_masks`.
+    """Return how many were opened.
+
+    Needs: no operator writes (`functionalise_writes`).
+    Gives: `cp.attention` of one row of tokens, with a document for each.
 
     Raises:
         NoRule: queries and keys are packed differently, a cache is read, or the logsumexp is used.

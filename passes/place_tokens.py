@@ -40,7 +40,11 @@ HEAVY = {
 
 
 def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
-    """Place every node and return how many `shard_tokens` were inserted."""
+    """Return how many `shard_tokens` were inserted; every node has its placement then.
+
+    Needs: regions, strategies and the bounds of the layout (`find_token_local`, `choose_strategies`, `follow_documents`).
+    Gives: the annotation `placement` of every node, and operands as the rules of `cpcompile.rules` want them.
+    """
     placer = Placer(gm, plan, Lengths.insert(gm, plan))
     for node in list(gm.graph.nodes):
         placer.place(node)

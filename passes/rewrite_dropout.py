@@ -4,7 +4,8 @@ before  y = aten.dropout(x, 0.1, True)                                       # x
 after   seed = cp.shared_seed(device)                                        # once in a graph
         y = cp.dropout_tokens(x, seed, site, 0.1, 1)                         # x, y: Sharded(1)
         o = cp.attention(q, k, v, ..., dropout=0.1, seed=seed, site=site)    # an attention stays what it is
-        with exact_dropout=True:
+
+        # with exact_dropout=True
         kept = cp.draw_kept(x, kept of the previous site, ..., 0.1, 1)       # draws for the whole tensor, keeps its tokens
         y = aten.mul(x, aten.div(aten.type_as(kept, x), 0.9))
 """
@@ -32,7 +33,10 @@ DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, cp.attention.def
 
 
 def rewrite_dropout(gm: fx.GraphModule, *, plan: Plan) -> int:
-    """Return how many dropouts were rewritten. Runs after `place_tokens`.
+    """Return how many dropouts were rewritten.
+
+    Needs: the placement of every value (`place_tokens`).
+    Gives: dropout that does not depend on the rank; seeds and sites as arguments of attentions.
 
     Raises:
         NoRule: another operator draws random numbers for local tokens.

@@ -2,9 +2,8 @@
 
 before  loss = aten.cross_entropy_loss(logits, labels)                      # Partial(sum), in name only
 after   total = aten.cross_entropy_loss(logits, labels, None, SUM)          # Partial(sum)
-        count = cp.all_reduce(aten.sum(aten.ne(labels, -100)))              # the same on every rank, also
-        where no label counts loss = aten.div(total, count)                                       #
-        Partial(sum)
+        count = cp.all_reduce(aten.sum(aten.ne(labels, -100)))              # the same on every rank, also where none counts
+        loss = aten.div(total, count)                                       # Partial(sum)
 """
 
 from __future__ import annotations
@@ -30,7 +29,11 @@ Insert = Callable[..., fx.Node]
 
 
 def rewrite_reductions(gm: fx.GraphModule, *, plan: Plan) -> int:
-    """Return how many means were rewritten. Runs after `place_tokens`."""
+    """Return how many means were rewritten.
+
+    Needs: placements (`place_tokens`); a mean over tokens is `Partial` in name only.
+    Gives: a true addend of every rank wherever a value is `Partial`.
+    """
     count = 0
     for node in list(gm.graph.nodes):
         rewrite = MEANS.get(node.target) if node.op == "call_function" else None

@@ -37,7 +37,10 @@ def separate_documents(
     inputs: Mapping[str, str],
     token_local: tuple[str, ...] = (),
 ) -> int:
-    """Return how many attentions see documents now. Runs after `lift_masks`, on the program of one device.
+    """Return how many attentions see documents now.
+
+    Needs: attentions with their masks lifted (`lift_masks`), and the option `documents`.
+    Gives: a program of one device that computes each document as if it were alone.
 
     Raises:
         InputError: the input that tells documents apart is missing, or the model reads several sequences.
