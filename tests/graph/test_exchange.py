@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cpcompile.balance.layout import LAYOUTS
+from cpcompile.balance.layout import LAYOUTS, num_chunks
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.balance.token_spans import Span
 from cpcompile.inspect.definitions import COLLECTIVES
@@ -150,7 +150,7 @@ def test_definitions_are_what_users_write(world_size: int, layout: str) -> None:
     assert torch.equal(join(put, Sharded(0), TokenOrder(length, world_size, layout)), torch.cat([x[:4], x[:5], x[9:]]))
     # A causal convolution of every chunk with its halo.
     wide = defined("halo_tokens", x, world_size, layout, before=3, after=0)
-    chunks = [chunk for part in wide for chunk in part.chunk(2 if layout == "zig_zag" else 1)]
+    chunks = [chunk for part in wide for chunk in part.chunk(num_chunks(world_size, layout) // world_size)]
     sums = [chunk.unfold(0, 4, 1).sum(-1) for chunk in chunks]
     per_rank = len(sums) // world_size
     local = [torch.cat(sums[rank * per_rank : (rank + 1) * per_rank]) for rank in range(world_size)]
