@@ -12,7 +12,7 @@ PYTEST ?= -n 2 -m "not slow and not gpu"
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test lint format reference clean help
 
 help: ## Show the targets.
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -32,6 +32,10 @@ lint: $(VENV)/dev.stamp ## Lint and type-check.
 format: $(VENV)/dev.stamp ## Format the code in place.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: $(VENV)/dev.stamp ## Write what docs/ has from the code: the picture of the architecture, passes and rules.
+	$(BIN)/python docs/draw_architecture.py
+	$(BIN)/python docs/write_reference.py
 
 clean: ## Remove the environment.
 	rm -rf $(VENV)
