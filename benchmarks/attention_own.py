@@ -12,7 +12,7 @@ import torch.distributed as dist
 from attention_cases import HEAD_DIM, HEADS, KV_HEADS, Case, Problem, usp_layout
 from attention_systems import Autograd, Runner, System
 
-from cpcompile.choose.attention import Attention, Ranks
+from cpcompile.choose.attention import AttentionSite, Ranks
 from cpcompile.choose.choice import choose
 
 OURS = {  # strategies and layouts for each kind of problem
@@ -117,8 +117,8 @@ def pick(problem: Problem, kernel: str) -> tuple[str, str]:
     return choice.strategies[0], choice.layout
 
 
-def site_of(length: int, window: int, is_packed: bool, kernel: str, device: str) -> Attention:
+def site_of(length: int, window: int, is_packed: bool, kernel: str, device: str) -> AttentionSite:
     """Return what the cost model sees of a case: bfloat16, causal, on the kernel that computes most of it."""
     kernel = OUR_KERNELS["cuda"][kernel] if kernel else "cudnn_varlen" if window or is_packed else "cudnn"
     sizes = (1, HEADS, KV_HEADS, length, HEAD_DIM, HEAD_DIM, 2)
-    return Attention(*sizes, device, True, window, False, has_documents=is_packed, kernel=kernel)
+    return AttentionSite(*sizes, device, True, window, False, has_documents=is_packed, kernel=kernel)

@@ -220,7 +220,7 @@ def compute_seconds(item: Item) -> float:
     name, case = strategy.partition(" ")[0], item.case
     axis = Ranks(item.ranks, item.inner if name == "usp" else 0)
     site = site_of(case.length, case.window, bool(case.documents), case.kernel, "cuda")
-    return cost.compute_seconds(site, site.problem(axis, layout), name) * area_of(case, item.ranks)
+    return cost.compute_seconds(site, site.workload(axis, layout), name) * area_of(case, item.ranks)
 
 
 # The estimate

@@ -10,7 +10,7 @@ from attention_cases import Case, case_of, document_bounds, usp_layout
 from attention_own import site_of
 
 from cpcompile.choose import attention, choice, rates
-from cpcompile.choose.attention import Attention, Ranks
+from cpcompile.choose.attention import AttentionSite, Ranks
 from cpcompile.choose.choice import choose
 from cpcompile.choose.cost import device_seconds, host_seconds, seconds
 
@@ -283,9 +283,9 @@ def train_flops(tokens: int) -> float:
     return 6.0 * WEIGHTS * tokens + 6.0 * tokens**2 * HEADS * HEAD_DIM * LAYERS
 
 
-def train_site(tokens: int) -> Attention:
+def train_site(tokens: int) -> AttentionSite:
     """Return one attention of the model."""
-    return Attention(1, HEADS, KV_HEADS, tokens, HEAD_DIM, HEAD_DIM, 2, "cuda", True, 0, False)
+    return AttentionSite(1, HEADS, KV_HEADS, tokens, HEAD_DIM, HEAD_DIM, 2, "cuda", True, 0, False)
 
 
 def train_pick(ranks: int, tokens: int) -> tuple[str, str]:

@@ -48,14 +48,14 @@ def functionalise_writes(gm: fx.GraphModule) -> int:
     refuse_hidden_writes(gm, writes)
     if set(writes) == set(settled_writes(gm)):
         return 0
-    walk = Walk(gm, writes)
+    walk = WriteWalk(gm, writes)
     for node in list(gm.graph.nodes):
         walk.step(node)
     walk.finish()
     return len(writes)
 
 
-class Walk:
+class WriteWalk:
     """Walks the graph once in order: what reads gets the latest values, what writes is replaced."""
 
     def __init__(self, gm: fx.GraphModule, writes: dict[fx.Node, dict[str, Any]]) -> None:

@@ -39,17 +39,17 @@ def lift_masks(gm: fx.GraphModule) -> int:
             continue
         is_double = call.tensor("q").dtype == torch.float64
         found = read_summands(call["mask"], reader, biases[torch.float64 if is_double else torch.float32])
-        mask = None if found is None else meaning(call, found, reader)
+        mask = None if found is None else understood(call, found, reader)
         if mask is not None and found is not None:
-            put(call, mask, found.bias)
+            give_arguments(call, mask, found.bias)
             count += 1
     return count
 
 
-def meaning(call: Call, found: Summands, reader: Reader) -> Mask | None:
+def understood(call: Call, found: Summands, reader: Reader) -> Mask | None:
     """Return what the dense mask of an attention hides in the terms of the operator, beside those that it has, or None."""
-    mask = recognise(found.visible, reader, taken(call))
-    if mask is None or not fits(call, mask) or not (found.bias is None or can_slope(call, mask, found.bias)):
+    mask = recognise(found.visible, reader, mask_of(call))
+    if mask is None or not can_say(call, mask) or not (found.bias is None or can_slope(call, mask, found.bias)):
         return None
     return mask if found.is_infinite or mask.shows_own_token else None
 
@@ -63,13 +63,13 @@ def can_slope(call: Call, mask: Mask, bias: Bias) -> bool:
     return means_distance and is_self and num_heads == call.shape("q")[1] and call["slopes"] is None
 
 
-def taken(call: Call) -> Mask:
+def mask_of(call: Call) -> Mask:
     """Return what an attention says already of the places that a query sees."""
     ahead = 0 if call["is_causal"] else call["lookahead"] if call["lookahead"] >= 0 else None
     return Mask(ahead=ahead, window=call["window"])
 
 
-def fits(call: Call, mask: Mask) -> bool:
+def can_say(call: Call, mask: Mask) -> bool:
     """Tell whether the operator can say the mask at the sizes of the attention."""
     batch, _, num_queries, _ = call.shape("q")
     num_keys = call.shape("k")[2]
@@ -86,7 +86,7 @@ def is_vector(load: Load, batch: Any, tokens: Any) -> bool:
     return is_long and (not rows or statically_known_true(rows[0] == batch) or statically_known_true(rows[0] == 1))
 
 
-def put(call: Call, mask: Mask, bias: Bias | None) -> None:
+def give_arguments(call: Call, mask: Mask, bias: Bias | None) -> None:
     """Give the attention the arguments that mean the mask, beside those that it has."""
     changes: dict[str, Any] = {
         "mask": None,

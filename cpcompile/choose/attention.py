@@ -67,8 +67,8 @@ class Ranks:
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
-    """What the cost of an attention depends on. Sizes are those of the whole problem."""
+class AttentionSite:
+    """What the cost of an attention depends on. Sizes are those of the whole attention."""
 
     batch: int
     heads: int
@@ -128,7 +128,7 @@ class Attention:
         held = self.latent.key_bytes * self.tokens // (axis.world_size if strategy == "latent_heads" else 1)
         return 2 * self.latent.latent_bytes < self.latent.key_bytes and held <= MOST_HELD
 
-    def problem(self, axis: Ranks, layout: str) -> Workload:
+    def workload(self, axis: Ranks, layout: str) -> Workload:
         """Return the attention on ranks, as numbers."""
         high = 0 if self.is_causal else None if self.lookahead < 0 else self.lookahead
         visible = Visible(Band(1 - self.window if self.window else None, high))

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operators)
-from cpcompile.choose.attention import Attention
+from cpcompile.choose.attention import AttentionSite
 from cpcompile.choose.kernels import sized
 from cpcompile.ir.operator_call import Call, size_hint
 from cpcompile.runtime.attention.catalogue import STRATEGIES
@@ -47,12 +47,12 @@ def attends_to_itself(node: fx.Node) -> bool:
     return str(call.shape("q")[2]) == str(call.shape("k")[2])
 
 
-def attention_site(node: fx.Node, kernel: str = "cudnn") -> Attention:
+def attention_site(node: fx.Node, kernel: str = "cudnn") -> AttentionSite:
     """Return what the cost of the attention `node` depends on; `kernel`: by whose rate it is estimated."""
     call, numbers = Call.of(node), sized(Call.of(node))
     q, k, v = (call.tensor(name) for name in "qkv")
     mask = call["mask"]
-    return Attention(
+    return AttentionSite(
         batch=size_hint(q.shape[0]),
         heads=size_hint(q.shape[1]),
         kv_heads=size_hint(k.shape[1]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
-from cpcompile.choose.attention import Attention, Ranks
+from cpcompile.choose.attention import AttentionSite, Ranks
 from cpcompile.choose.cost import seconds
 
 # Of strategies within this factor of the cheapest, the first of these is taken: the one that sends least, then those whose work
@@ -22,7 +22,7 @@ class Choice:
     estimates: dict[tuple[str, str], float]
 
 
-def choose(sites: list[Attention], strategy: str, balancer: str, axis: Ranks, *, follow: bool = True) -> Choice:
+def choose(sites: list[AttentionSite], strategy: str, balancer: str, axis: Ranks, *, follow: bool = True) -> Choice:
     """Choose what costs least among what was asked for; `auto` leaves all open. One layout serves all attentions.
 
     Layouts that follow documents are for those who have some, and only `auto` with `follow` takes one by itself.

@@ -13,7 +13,7 @@ import math
 from functools import lru_cache
 
 from cpcompile.balance.layout import follows_documents, group_size
-from cpcompile.choose.attention import Attention, Ranks
+from cpcompile.choose.attention import AttentionSite, Ranks
 from cpcompile.choose.rates import (
     BACKWARD_SLOPE,
     BYTES,
@@ -42,32 +42,32 @@ from cpcompile.runtime.schedule import Piece
 
 
 @lru_cache(maxsize=1024)
-def seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
+def seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -> float:
     """Return the estimated seconds of one attention, forward and backward, on the slowest rank."""
     return max(device_seconds(site, strategy, layout, axis), host_seconds(site, strategy, layout, axis))
 
 
-def device_seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
+def device_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -> float:
     """Return the seconds of the slowest rank whose host is ahead: of its kernels, and of messages that these do not hide."""
-    problem = site.problem(axis, layout)
-    work = compute_seconds(site, problem, strategy)
-    inner = problem.inner(strategy)
+    workload = site.workload(axis, layout)
+    work = compute_seconds(site, workload, strategy)
+    inner = workload.inner(strategy)
     if STRATEGIES[strategy].is_latent:
         work += expansion_seconds(site, axis, parts=inner)
     if strategy == "latent":
         return work
-    ranks = sent_by_ranks(problem, strategy)
+    ranks = sent_by_ranks(workload, strategy)
     keys = max(r.forward_keys + r.backward_keys for r in ranks)
     swapped = max(r.forward_swap + r.backward_swap for r in ranks)
     total = work
     if keys:
-        hops = max(ring.sources for ring in keys_sent(problem, strategy).values())
+        hops = max(traffic.sources for traffic in keys_sent(workload, strategy).values())
         messages = 3 * (math.ceil(site.kv_heads / axis.heads_per_message) if axis.heads_per_message else 1)
         # Keys twice and their gradients: a ring waits for one message of them all, `gather` for the first of each kind.
         count, shown = (messages, 3) if STRATEGIES[strategy].is_at_once else (3 * hops, 1)
         total += _exposed(keys, count, shown, work, link(site, axis, axis.world_size))
         if STRATEGIES[strategy].is_at_once and is_gpu(site):
-            own = problem.key_width * problem.itemsize * site.kv_heads * site.tokens // axis.world_size
+            own = workload.key_width * workload.itemsize * site.kv_heads * site.tokens // axis.world_size
             total += (own + max(r.forward_keys for r in ranks)) / GATHERING
     if swapped:
         most = most_rounds(layout, is_ring=inner < axis.world_size)
@@ -77,22 +77,22 @@ def device_seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> 
     return total
 
 
-def host_seconds(site: Attention, strategy: str, layout: str, axis: Ranks) -> float:
+def host_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -> float:
     """Return the seconds that the host takes to launch an attention and its gradient on a GPU; on a CPU it computes itself."""
     if not is_gpu(site) or strategy not in HOST or axis.world_size == 1:
         return 0.0
-    problem = site.problem(axis, layout)
-    inner = problem.inner(strategy)
-    hops = max(ring.sources for ring in keys_sent(problem, strategy).values())
+    workload = site.workload(axis, layout)
+    inner = workload.inner(strategy)
+    hops = max(traffic.sources for traffic in keys_sent(workload, strategy).values())
     least, of_keys, of_heads = (HOST_OF_DOCUMENTS if _deals_evenly(layout, inner) else HOST)[strategy]
     return least + of_keys * (1 + hops) + of_heads * inner
 
 
-def compute_seconds(site: Attention, problem: Workload, strategy: str) -> float:
+def compute_seconds(site: AttentionSite, workload: Workload, strategy: str) -> float:
     """Return the seconds of the kernels of the slowest rank."""
     rates = RATES.get(site.kernel, FLASH2) if is_gpu(site) else CPU
-    inner = problem.inner(strategy)
-    heads = site.batch * max(h.num_query for h in problem.heads_of(strategy))
+    inner = workload.inner(strategy)
+    heads = site.batch * max(h.num_query for h in workload.heads_of(strategy))
     per_pair = 2.0 * (site.head_dim + site.value_dim) * heads
 
     def of(piece: Piece) -> float:
@@ -101,20 +101,20 @@ def compute_seconds(site: Attention, problem: Workload, strategy: str) -> float:
         forward, backward = rates[0] * size**FORWARD_SLOPE, rates[1] * size**BACKWARD_SLOPE
         return per_pair * count * (1 / forward + 2.5 / backward) if count else 0.0  # five products against two
 
-    whole = max(sum(map(of, pieces_of(problem, strategy, at))) for at in sampled(problem.world_size // inner))
-    return whole * _of_documents(site, problem, inner)
+    whole = max(sum(map(of, pieces_of(workload, strategy, at))) for at in sampled(workload.world_size // inner))
+    return whole * _of_documents(site, workload, inner)
 
 
-def _of_documents(site: Attention, problem: Workload, inner: int) -> float:
+def _of_documents(site: AttentionSite, workload: Workload, inner: int) -> float:
     """Return by how much packed documents take longer than one of the same area; `inner` ranks compute heads of the same rows."""
     if not site.has_documents:
         return 1.0
     of_rows, of_heads = PACKED.get(site.kernel, PACKED_ELSEWHERE)
     if inner == 1:
         of_heads = 1.0
-    if inner == problem.world_size:
+    if inner == workload.world_size:
         return of_heads
-    return max(of_heads, of_rows) * (1.0 if _deals_evenly(problem.layout, inner) else UNEVEN)
+    return max(of_heads, of_rows) * (1.0 if _deals_evenly(workload.layout, inner) else UNEVEN)
 
 
 def _deals_evenly(layout: str, inner: int) -> bool:
@@ -122,7 +122,7 @@ def _deals_evenly(layout: str, inner: int) -> bool:
     return follows_documents(layout) and group_size(layout) in (1, inner)
 
 
-def expansion_seconds(site: Attention, axis: Ranks, parts: int = 1) -> float:
+def expansion_seconds(site: AttentionSite, axis: Ranks, parts: int = 1) -> float:
     """Return the seconds by which a latent costs more than the work of the attention; nothing of it is hidden.
 
     Keys and values of all tokens are computed in forward and again in backward, whose two products take twice as long; other
@@ -138,7 +138,7 @@ def expansion_seconds(site: Attention, axis: Ranks, parts: int = 1) -> float:
     return site.tokens * (products + memory + travel) + 2 * site.latent.messages * LATENCY
 
 
-def link(site: Attention, axis: Ranks, num_ranks: int) -> str:
+def link(site: AttentionSite, axis: Ranks, num_ranks: int) -> str:
     """Return what connects so many ranks, a key of `BYTES`."""
     if not is_gpu(site):
         return "cpu"
@@ -155,6 +155,6 @@ def _exposed(sent: int, count: int, shown: int, work: float, kind: str) -> float
     return waited + max(0.0, transfer - waited - work) + slowdown
 
 
-def is_gpu(site: Attention) -> bool:
+def is_gpu(site: AttentionSite) -> bool:
     """Tell whether the attention will run on a GPU; a model without memory is planned for one."""
     return site.device in ("cuda", "meta")

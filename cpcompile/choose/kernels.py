@@ -17,7 +17,7 @@ from cpcompile.runtime.attention.workload import pieces_of, sampled
 from cpcompile.runtime.kernels import Case, adapt
 from cpcompile.runtime.kernels.calls import windows_apart
 from cpcompile.runtime.schedule import Piece, pieces, whole
-from cpcompile.runtime.traffic import TERMS, attention_problem
+from cpcompile.runtime.traffic import TERMS, attention_workload
 
 # Reasons that say no more than that a kernel is for another device.
 ELSEWHERE = {"cpu": ("runs on cuda", "pip install"), "cuda": ("runs on cpu",)}
@@ -89,9 +89,9 @@ def _pieces(arguments: Mapping[str, Any], terms: AttentionArguments, strategy: s
     if not strategy:
         rows, columns = (whole(arguments[name].shape[2]) for name in "qk")
         return windows_apart(pieces(rows, columns, terms.visible))
-    problem = attention_problem(arguments)
-    places = sampled(problem.world_size // problem.inner(strategy))
-    found = [piece for place in places for piece in pieces_of(problem, strategy, place)]
+    workload = attention_workload(arguments)
+    places = sampled(workload.world_size // workload.inner(strategy))
+    found = [piece for place in places for piece in pieces_of(workload, strategy, place)]
     return {(p.rows.size, p.columns.size, p.low, p.high): p for p in windows_apart(tuple(found))}.values()
 
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from cpcompile.analysis.patterns.latent_heads import expansion_of
 from cpcompile.capture.token_inputs import find_token_dims
-from cpcompile.choose.attention import Attention, Ranks
+from cpcompile.choose.attention import AttentionSite, Ranks
 from cpcompile.choose.attention_sites import (
     ATTENTION_LIKE,
     attention_nodes,
@@ -138,13 +138,13 @@ def transform(
         outer_group=axis.outer_group,
     )
     try:
-        shard(captured, choice, plan, changes, times)
+        shard_graph(captured, choice, plan, changes, times)
     except (CannotFollow, NoChunks):
         if config.balancer != "auto":
             raise
         choice = choose(sites, config.strategy, config.balancer, ranks, follow=False)
         captured, plan = copy.deepcopy(analysed), replace(plan, layout=choice.layout)
-        shard(captured, choice, plan, changes, times)
+        shard_graph(captured, choice, plan, changes, times)
     if shards:
         run_pass(captured, unshard_parameters, changes, times, shards=shards)
     captured.graph.eliminate_dead_code()
@@ -162,7 +162,9 @@ def name_origins(gm: fx.GraphModule) -> None:
         annotate(node, origin=node.name)
 
 
-def shard(gm: fx.GraphModule, choice: Choice, plan: Plan, changes: dict[str, int], times: dict[str, float]) -> None:
+def shard_graph(
+    gm: fx.GraphModule, choice: Choice, plan: Plan, changes: dict[str, int], times: dict[str, float]
+) -> None:
     """Go from one device to the ranks of an axis."""
     run_pass(gm, choose_strategies, changes, times, strategies=choice.strategies, kernel=plan.kernel)
     for sharding in SHARDING:
@@ -187,7 +189,7 @@ def run_pass(
 
 
 def warn_of_other_strategies(
-    gm: fx.GraphModule, sites: Sequence[Attention], choice: Choice, asked: str, ranks: Ranks
+    gm: fx.GraphModule, sites: Sequence[AttentionSite], choice: Choice, asked: str, ranks: Ranks
 ) -> None:
     """Say, once, which attentions cannot be computed as asked, and why."""
     others: dict[str, list[fx.Node]] = {}

@@ -30,7 +30,7 @@ from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 from cpcompile.passes.lift_masks import describe
 from cpcompile.runtime.attention.workload import Memory, memory_of, work_of
-from cpcompile.runtime.traffic import Traffic, attention_problem, sends, traffic
+from cpcompile.runtime.traffic import Traffic, attention_workload, sends, traffic
 
 cp = torch.ops.cpcompile
 
@@ -188,11 +188,11 @@ NOTHING = Numbers(Traffic(0, 0), (), Memory(0, 0))
 def numbers_of(node: fx.Node, transformed: Transformed) -> Numbers:
     """Return the numbers of a collective attention."""
     plan, strategy = transformed.plan, strategy_of(node)
-    problem = attention_problem(sized(Call.of(node)))
+    workload = attention_workload(sized(Call.of(node)))
     if strategy == "latent_heads":  # the operator has the key heads of one rank
-        problem = replace(problem, kv_heads=problem.kv_heads * plan.world_size)
-    pairs = tuple(work_of(problem, strategy, rank) for rank in range(plan.world_size))
-    return Numbers(traffic_of(node, transformed), pairs, memory_of(problem, strategy, plan.heads_per_message))
+        workload = replace(workload, kv_heads=workload.kv_heads * plan.world_size)
+    pairs = tuple(work_of(workload, strategy, rank) for rank in range(plan.world_size))
+    return Numbers(traffic_of(node, transformed), pairs, memory_of(workload, strategy, plan.heads_per_message))
 
 
 def latent_traffic(attention: fx.Node, transformed: Transformed) -> Traffic:

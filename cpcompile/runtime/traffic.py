@@ -12,7 +12,7 @@ from cpcompile.balance.token_order import TokenOrder
 from cpcompile.runtime.attention import strategies  # noqa: F401  (registers the operators)
 from cpcompile.runtime.attention.arguments import AttentionArguments
 from cpcompile.runtime.attention.catalogue import STRATEGIES
-from cpcompile.runtime.attention.workload import Workload, attention_bytes, problem_of
+from cpcompile.runtime.attention.workload import Workload, attention_bytes, workload_of
 from cpcompile.runtime.tokens.exchange import halo_spans, route_of
 from cpcompile.runtime.tokens.moves import Route, Spans, most_sent
 
@@ -80,20 +80,20 @@ def _halo_tokens(a: Arguments) -> Traffic:
 
 
 def _attention(strategy: str) -> Callable[[Arguments], Traffic]:
-    return lambda a: Traffic(*attention_bytes(attention_problem(a), strategy))
+    return lambda a: Traffic(*attention_bytes(attention_workload(a), strategy))
 
 
 def _latent_heads(a: Arguments) -> Traffic:
-    problem = attention_problem(a)
-    return Traffic(*attention_bytes(replace(problem, kv_heads=problem.kv_heads * a["world_size"]), "latent_heads"))
+    workload = attention_workload(a)
+    return Traffic(*attention_bytes(replace(workload, kv_heads=workload.kv_heads * a["world_size"]), "latent_heads"))
 
 
-def attention_problem(a: Arguments) -> Workload:
-    """Return an attention operator's arguments as a problem. Where documents begin is not read: they hide nothing here."""
+def attention_workload(a: Arguments) -> Workload:
+    """Return an attention operator's arguments as a workload. Where documents begin is not read: they hide nothing here."""
     given = [None if name == "bounds" else a[name] for name in TERMS]
     visible = AttentionArguments.of(a["q"], a["k"], given, a["length"]).visible
     axis = {name: a[name] for name in ("length", "layout", "world_size")}
-    return problem_of(a["q"], a["k"], a["v"], visible=visible, inner_size=a.get("inner_size", 0), **axis)
+    return workload_of(a["q"], a["k"], a["v"], visible=visible, inner_size=a.get("inner_size", 0), **axis)
 
 
 # The arguments behind q, k and v, in the order of `AttentionArguments`.

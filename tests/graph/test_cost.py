@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from cpcompile.choose.attention import Attention, Ranks
+from cpcompile.choose.attention import AttentionSite, Ranks
 from cpcompile.choose.choice import CLOSE, choose
 from cpcompile.choose.cost import compute_seconds, link, seconds
 from cpcompile.choose.rates import GATHERING
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
-SITE = Attention(
+SITE = AttentionSite(
     batch=1, heads=32, kv_heads=8, tokens=1 << 14, head_dim=128, value_dim=128, bytes_per_element=2, device="cuda",
     is_causal=True, window=0, is_additive=False,
 )  # fmt: skip
@@ -21,7 +21,7 @@ WINDOW = replace(SITE, window=4096, tokens=1 << 16, kernel="flash")
 TWO, EIGHT = Ranks(2), Ranks(8)
 
 
-def chosen(site: Attention, axis: Ranks, strategy: str = "auto", balancer: str = "auto") -> tuple[str, str]:
+def chosen(site: AttentionSite, axis: Ranks, strategy: str = "auto", balancer: str = "auto") -> tuple[str, str]:
     choice = choose([site], strategy, balancer, axis)
     return choice.strategies[0], choice.layout
 
@@ -65,7 +65,7 @@ def test_additive_masks_are_not_for_rings() -> None:
 
 @pytest.mark.parametrize("site", [SITE, LONG, WINDOW, replace(SITE, has_documents=True)])
 @pytest.mark.parametrize("axis", [TWO, Ranks(8, inner_size=4), Ranks(32, inner_size=8)])
-def test_auto_takes_one_that_is_close_to_the_cheapest(site: Attention, axis: Ranks) -> None:
+def test_auto_takes_one_that_is_close_to_the_cheapest(site: AttentionSite, axis: Ranks) -> None:
     choice = choose([site], "auto", "auto", axis)
     found = choice.estimates[choice.layout, choice.strategies[0]]
     assert found <= CLOSE * min(choice.estimates.values())
@@ -93,7 +93,7 @@ def test_a_ring_hides_its_messages_when_there_is_much_work() -> None:
     ring, gather = (seconds(LONG, strategy, "zig_zag", EIGHT) for strategy in ("ring", "gather"))
     assert ring < gather
     # What remains is the last message.
-    work = compute_seconds(LONG, LONG.problem(EIGHT, "zig_zag"), "ring")
+    work = compute_seconds(LONG, LONG.workload(EIGHT, "zig_zag"), "ring")
     assert work < ring < 1.01 * work
 
 
@@ -102,8 +102,8 @@ def test_gather_by_heads_hides_what_gather_does_not() -> None:
 
 
 def test_windows_cost_no_more_for_longer_sequences_but_for_their_work() -> None:
-    def messages(site: Attention) -> float:
-        work = compute_seconds(site, site.problem(EIGHT, "contiguous"), "ring")
+    def messages(site: AttentionSite) -> float:
+        work = compute_seconds(site, site.workload(EIGHT, "contiguous"), "ring")
         return seconds(site, "ring", "contiguous", EIGHT) - work
 
     long = replace(WINDOW, tokens=1 << 19)
@@ -131,7 +131,7 @@ def test_slower_kernels_cost_more_and_heads_that_do_not_divide_too() -> None:
     assert seconds(replace(SITE, kernel="flash"), "ring", "zig_zag", TWO) > seconds(SITE, "ring", "zig_zag", TWO)
     nine = replace(SITE, heads=9, kv_heads=9)
     ten = replace(SITE, heads=10, kv_heads=10)
-    work = [compute_seconds(site, site.problem(TWO, "zig_zag"), "ulysses") for site in (nine, ten)]
+    work = [compute_seconds(site, site.workload(TWO, "zig_zag"), "ulysses") for site in (nine, ten)]
     assert work[0] == work[1]
 
 

@@ -15,7 +15,7 @@ import cpcompile
 from cpcompile.analysis.patterns.latent import find_latent
 from cpcompile.analysis.patterns.latent_heads import expansion_of
 from cpcompile.balance.layout import local_length
-from cpcompile.choose.attention import MOST_HELD, Attention, Expansion, Ranks
+from cpcompile.choose.attention import MOST_HELD, AttentionSite, Expansion, Ranks
 from cpcompile.choose.attention_sites import attention_nodes
 from cpcompile.choose.choice import choose
 from cpcompile.choose.cost import seconds
@@ -353,7 +353,7 @@ def test_other_users_of_the_latent_keep_their_tokens() -> None:
 
 
 # DeepSeek-V3: 128 heads of 128 + 64 and 128, a latent of 512 + 64, in bf16.
-SITE = Attention(1, 128, 128, 8192, 192, 128, 2, "cuda", True, 0, False)
+SITE = AttentionSite(1, 128, 128, 8192, 192, 128, 2, "cuda", True, 0, False)
 LATENT = Expansion(2 * 576, 2 * 128 * 320, 2 * 512 * 128 * 256)
 
 

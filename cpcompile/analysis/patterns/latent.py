@@ -57,7 +57,7 @@ def find_latent(attention: fx.Node, token_inputs: Collection[str] = ()) -> Laten
     call = Call.of(attention)
     if str(call.shape("q")[2]) != str(call.shape("k")[2]):
         return None
-    walk = Walk(attention, token_inputs)
+    walk = LatentWalk(attention, token_inputs)
     if call["q"] not in walk.sharded:
         return None
     keys = list(dict.fromkeys((call["k"], call["v"])))
@@ -75,7 +75,7 @@ def find_latent(attention: fx.Node, token_inputs: Collection[str] = ()) -> Laten
     return Latent(narrow, expansion, numbers)
 
 
-class Walk:
+class LatentWalk:
     """What the keys and values of one attention are computed from, up to where tokens mix.
 
     Attributes:

@@ -26,7 +26,7 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class GatheredHeads:
     """Some key heads, the query heads that read them, and the keys that this rank's rows see, in the order of their positions."""
 
     query: slice
@@ -57,7 +57,7 @@ class Gathered:
             for i in range(0, num_key, size)
         ]
 
-    def __iter__(self) -> Iterator[Heads]:
+    def __iter__(self) -> Iterator[GatheredHeads]:
         """Yield the keys of some heads; the next ones are on their way meanwhile."""
         heads = self.heads()
         arriving = self._fetch(*heads[0])
@@ -69,7 +69,7 @@ class Gathered:
                 arriving = self._fetch(*following)
             yield block
 
-    def _fetch(self, query: slice, key: slice) -> Heads:
+    def _fetch(self, query: slice, key: slice) -> GatheredHeads:
         own, rank = (self.k[:, key], self.v[:, key]), self.ring.rank
         whole = room(num_tokens(self.needs.held[rank]), own)
         for x, to in zip(own, whole, strict=True):
@@ -86,7 +86,7 @@ class Gathered:
             into = [[to[run.slots] for to in whole for run in runs_of] for runs_of in slots_of]
             transfer = posted.start(self.needs.steps, into, parts)
         k, v = map(by_head, whole)
-        return Heads(query, key, k, v, transfer)
+        return GatheredHeads(query, key, k, v, transfer)
 
     def send_home(self, dk: Tensor, dv: Tensor, total: tuple[Gradient, Gradient]) -> None:
         """Add to `total` what all ranks found of this rank's keys; dk and dv are of what it gathered."""

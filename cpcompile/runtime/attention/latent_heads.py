@@ -16,7 +16,7 @@ from cpcompile.runtime.attention.arguments import AttentionArguments
 from cpcompile.runtime.attention.heads import Heads, rounds
 from cpcompile.runtime.attention.partial_results import empty_result
 from cpcompile.runtime.attention.ulysses import Grid, tokens_to_heads
-from cpcompile.runtime.transport.all_to_all import Swap, send_heads
+from cpcompile.runtime.transport.all_to_all import HeadExchange, send_heads
 
 Tensor = torch.Tensor
 Kept = tuple[Tensor, Tensor, Tensor]  # lse, q and out of some of this rank's heads
@@ -37,7 +37,7 @@ def _keys(each: list[list[Heads]], number: int, rank: int) -> slice:
     return slice(own.key_start - first.key_start, own.key_stop - first.key_start)
 
 
-def _to_heads(x: Tensor, ranks: Sequence[Heads], grid: Grid) -> tuple[list[Tensor], Swap]:
+def _to_heads(x: Tensor, ranks: Sequence[Heads], grid: Grid) -> tuple[list[Tensor], HeadExchange]:
     """Start to turn local tokens of all heads into all tokens of this rank's heads."""
     return tokens_to_heads([x], _queries(ranks), [ranks[grid.inner.rank].num_query], grid)
 
@@ -51,7 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Gri
         terms: what is computed.
         grid: the ranks; all of them exchange heads.
     """
-    rank, each, kept, homes = grid.inner.rank, rounds_of(q, k, grid.inner.size), list[Kept](), list[Swap]()
+    rank, each, kept, homes = grid.inner.rank, rounds_of(q, k, grid.inner.size), list[Kept](), list[HeadExchange]()
     out = empty_result(q, v)[0].zero_()
     arriving = _to_heads(q, each[0], grid)
     for number, (ranks, following) in enumerate(zip(each, (*each[1:], None), strict=True)):
@@ -73,7 +73,7 @@ def attend_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Sequence[Kept], terms: AttentionArguments, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (dq, dk, dv, dsinks); dk and dv are of this rank's heads."""
-    rank, each, homes = grid.inner.rank, rounds_of(q, k, grid.inner.size), list[Swap]()
+    rank, each, homes = grid.inner.rank, rounds_of(q, k, grid.inner.size), list[HeadExchange]()
     dq, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
     dsinks = None if terms.sinks is None else torch.zeros_like(terms.sinks)
     arriving = _to_heads(dout, each[0], grid)

@@ -30,7 +30,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
+class AxisArguments:
     """The keyword arguments of an attention operator.
 
     Attributes:
@@ -54,7 +54,7 @@ class Axis:
     bounds: Tensor | None = None
 
     @classmethod
-    def of(cls, values: Sequence[Any], axis: Mapping[str, Any]) -> Axis:
+    def of(cls, values: Sequence[Any], axis: Mapping[str, Any]) -> AxisArguments:
         """Return the axis of an operator's arguments: the values of the terms, and its keyword arguments."""
         return cls(**axis, bounds=values[BOUNDS] if len(values) > BOUNDS else None)
 
@@ -105,7 +105,7 @@ def _results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tupl
 
 
 def _ring(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
-    at = Axis.of(values, axis)
+    at = AxisArguments.of(values, axis)
     terms = AttentionArguments.of(q, k, values, at.length)
     ring.refuse_bias(terms)
     return ring.attend(q, k, v, terms, at.spans, at.ring)
@@ -114,14 +114,14 @@ def _ring(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[T
 def _ring_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: object, *values: Any, **axis: Any
 ) -> Gradients:
-    at = Axis.of(values, axis)
+    at = AxisArguments.of(values, axis)
     return ring.attend_backward(
         dout, q, k, v, out, lse, AttentionArguments.of(q, k, values, at.length), at.spans, at.ring
     )
 
 
 def _gather(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
-    at = Axis.of(values, axis)
+    at = AxisArguments.of(values, axis)
     return gather.attend(
         q, k, v, AttentionArguments.of(q, k, values, at.length), at.spans, at.ring, at.heads_per_message
     )
@@ -130,26 +130,26 @@ def _gather(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple
 def _gather_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: object, *values: Any, **axis: Any
 ) -> Gradients:
-    at = Axis.of(values, axis)
+    at = AxisArguments.of(values, axis)
     terms = AttentionArguments.of(q, k, values, at.length)
     return gather.attend_backward(dout, q, k, v, out, lse, terms, at.spans, at.ring, at.heads_per_message)
 
 
 def _latent(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
-    at = Axis.of(values, axis)
+    at = AxisArguments.of(values, axis)
     return latent.attend(q, k, v, AttentionArguments.of(q, k, values, at.length), at.spans[at.ring.rank])
 
 
 def _latent_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: object, *values: Any, **axis: Any
 ) -> Gradients:
-    at = Axis.of(values, axis)
+    at = AxisArguments.of(values, axis)
     terms = AttentionArguments.of(q, k, values, at.length)
     return latent.attend_backward(dout, q, k, v, out, lse, terms, at.spans[at.ring.rank])
 
 
 def _latent_heads(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
-    at = Axis.of(values, _as_grid(axis))
+    at = AxisArguments.of(values, _as_grid(axis))
     out, kept = latent_heads.attend(q, k, v, AttentionArguments.of(q, k, values, at.length), at.grid)
     none = [q.new_empty(0) for _ in range(3 * (NUM_ROUNDS - len(kept)))]
     return out, *(x for each in kept for x in each), *none
@@ -166,7 +166,7 @@ def _latent_heads_backward(
     *values: Any,
     **axis: Any,
 ) -> Gradients:
-    at = Axis.of(values, _as_grid(axis))
+    at = AxisArguments.of(values, _as_grid(axis))
     stored = [lse, *kept]
     each = [(stored[i], stored[i + 1], stored[i + 2]) for i in range(0, len(stored), 3) if stored[i].numel()]
     return latent_heads.attend_backward(dout, q, k, v, each, AttentionArguments.of(q, k, values, at.length), at.grid)
@@ -192,7 +192,7 @@ def _in_grid(terms: AttentionArguments, grid: ulysses.Grid) -> AttentionArgument
 
 
 def _usp(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
-    at = Axis.of(values, axis)
+    at = AxisArguments.of(values, axis)
     grid = at.grid
     terms = _in_grid(AttentionArguments.of(q, k, values, at.length), grid)
     if at.inner_size < at.world_size:
@@ -213,7 +213,7 @@ def _usp_backward(
     *values: Any,
     **axis: Any,
 ) -> Gradients:
-    at = Axis.of(values, axis)
+    at = AxisArguments.of(values, axis)
     grid = at.grid
     terms = _in_grid(AttentionArguments.of(q, k, values, at.length), grid)
     stored = [lse, *kept]
@@ -222,7 +222,7 @@ def _usp_backward(
 
 
 def _usp_results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
-    at = Axis(**axis)
+    at = AxisArguments(**axis)
     # All ranks run the graph that one of them traced: sizes do not depend on the rank.
     count = len(rounds(at.inner_size, q.shape[1], k.shape[1], at.most_rounds))
     num_query, num_key = (room // count for room in storage(at.inner_size, q.shape[1], k.shape[1]))

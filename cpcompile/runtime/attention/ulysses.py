@@ -22,7 +22,7 @@ from cpcompile.runtime.attention.key_needs import place
 from cpcompile.runtime.attention.partial_results import empty_result
 from cpcompile.runtime.kernels.merge import accumulation_dtype
 from cpcompile.runtime.schedule import by_position, num_tokens
-from cpcompile.runtime.transport.all_to_all import Swap, send_heads, send_tokens
+from cpcompile.runtime.transport.all_to_all import HeadExchange, send_heads, send_tokens
 from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor
@@ -70,7 +70,7 @@ class Grid:
 
 def tokens_to_heads(
     tensors: Sequence[Tensor], of_rank: Sequence[Sequence[slice]], stored: Sequence[int], grid: Grid
-) -> tuple[list[Tensor], Swap]:
+) -> tuple[list[Tensor], HeadExchange]:
     """Start to turn local tokens of some heads into all tokens of the group for this rank's heads.
 
     Args:
@@ -108,13 +108,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Gri
     rooms = storage(grid.inner.size, q.shape[1], k.shape[1])
     each = grid.rounds(q, k)
 
-    def start(ranks: list[Heads]) -> tuple[list[Tensor], Swap]:
+    def start(ranks: list[Heads]) -> tuple[list[Tensor], HeadExchange]:
         of_rank = [_slices(heads) for heads in ranks]
         num_query, num_key = (room // len(each) for room in rooms)
         return tokens_to_heads((q, k, v), of_rank, (num_query, num_key, num_key), grid)
 
     kept: list[Kept] = []
-    homes: list[Swap] = []
+    homes: list[HeadExchange] = []
     arriving = start(each[0])
     for ranks, following in zip(each, (*each[1:], None), strict=True):
         tensors, swap = arriving
@@ -150,12 +150,12 @@ def attend_backward(
     each = grid.rounds(q, k)
     dsinks = None if terms.sinks is None else torch.zeros_like(terms.sinks)
     is_shared = any(a.key_stop > b.key_start for a, b in pairwise(each[0]))
-    homes: list[Swap] = []
+    homes: list[HeadExchange] = []
     # The gradients of a key head that several ranks read come from each, one behind the other.
     num_keys = sum(heads.num_key for heads in each[0]) if is_shared else k.shape[1]
     targets = [_blank(x, count, grid) for x, count in ((q, q.shape[1]), (k, num_keys), (v, num_keys))]
 
-    def start(ranks: list[Heads]) -> tuple[list[Tensor], Swap]:
+    def start(ranks: list[Heads]) -> tuple[list[Tensor], HeadExchange]:
         return tokens_to_heads([dout], [_slices(h)[:1] for h in ranks], [ranks[grid.inner.rank].num_query], grid)
 
     arriving = start(each[0])

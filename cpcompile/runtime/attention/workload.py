@@ -73,13 +73,13 @@ def sampled(count: int) -> Sequence[int]:
 
 
 @lru_cache(maxsize=1024)
-def pieces_of(problem: Workload, strategy: str, outer: int) -> tuple[Piece, ...]:
+def pieces_of(workload: Workload, strategy: str, outer: int) -> tuple[Piece, ...]:
     """Return the rectangles that a rank at `outer` computes."""
-    rows, count = problem.rows(strategy, outer), problem.world_size // problem.inner(strategy)
+    rows, count = workload.rows(strategy, outer), workload.world_size // workload.inner(strategy)
     if STRATEGIES[strategy].is_at_once or count == 1:
-        return pieces(rows, whole(problem.length), problem.visible)
-    columns = [problem.rows(strategy, source) for source in range(count)]
-    return tuple(piece for spans in columns for piece in pieces(rows, spans, problem.visible))
+        return pieces(rows, whole(workload.length), workload.visible)
+    columns = [workload.rows(strategy, source) for source in range(count)]
+    return tuple(piece for spans in columns for piece in pieces(rows, spans, workload.visible))
 
 
 def pairs(piece: Piece) -> int:
@@ -100,16 +100,16 @@ def _triangle(largest: int, rows: int, columns: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def work_of(problem: Workload, strategy: str, rank: int) -> int:
+def work_of(workload: Workload, strategy: str, rank: int) -> int:
     """Return how many (query, key) pairs a rank computes, over its heads and the batch."""
-    inner = problem.inner(strategy)
-    heads = problem.heads_of(strategy)[rank % inner].num_query
-    seen = pieces(problem.rows(strategy, rank // inner), whole(problem.length), problem.visible)
-    return problem.batch * heads * sum(map(pairs, seen))
+    inner = workload.inner(strategy)
+    heads = workload.heads_of(strategy)[rank % inner].num_query
+    seen = pieces(workload.rows(strategy, rank // inner), whole(workload.length), workload.visible)
+    return workload.batch * heads * sum(map(pairs, seen))
 
 
 @dataclass(frozen=True, slots=True)
-class Ring:
+class KeyTraffic:
     """What a place of a ring sends and fetches, as numbers of tokens, and of how many others it fetches."""
 
     sent: int
@@ -118,19 +118,21 @@ class Ring:
 
 
 @lru_cache(maxsize=1024)
-def keys_sent(problem: Workload, strategy: str) -> dict[int, Ring]:
+def keys_sent(workload: Workload, strategy: str) -> dict[int, KeyTraffic]:
     """Return for each outer place of a ring, or for some of many, which keys travel."""
-    count = problem.world_size // problem.inner(strategy)
-    rows = [problem.rows(strategy, outer) for outer in range(count)]
+    count = workload.world_size // workload.inner(strategy)
+    rows = [workload.rows(strategy, outer) for outer in range(count)]
 
     def fetched(receiver: int, source: int) -> int:
-        found = needed(pieces(rows[receiver], rows[source], problem.visible), rows[source])
+        found = needed(pieces(rows[receiver], rows[source], workload.visible), rows[source])
         return sum(span.size for span in found) if receiver != source else 0
 
     found = {}
     for outer in sampled(count):
         sizes = [fetched(outer, other) for other in range(count)]
-        found[outer] = Ring(sum(fetched(other, outer) for other in range(count)), sum(sizes), sum(map(bool, sizes)))
+        found[outer] = KeyTraffic(
+            sum(fetched(other, outer) for other in range(count)), sum(sizes), sum(map(bool, sizes))
+        )
     return found
 
 
@@ -145,26 +147,26 @@ class Sent:
 
 
 @lru_cache(maxsize=1024)
-def sent_by_ranks(problem: Workload, strategy: str) -> tuple[Sent, ...]:
+def sent_by_ranks(workload: Workload, strategy: str) -> tuple[Sent, ...]:
     """Return what each rank sends, or some of many.
 
     Keys and values go to the ranks whose rows see them, in backward once more, and their gradients go back; inner ranks exchange
     q, k, v and the output, in backward their gradients.
     """
-    inner, heads, size = problem.inner(strategy), problem.heads_of(strategy), problem.itemsize
+    inner, heads, size = workload.inner(strategy), workload.heads_of(strategy), workload.itemsize
     ranks = []
-    for outer, ring in keys_sent(problem, strategy).items():
-        tokens = [num_tokens(problem.spans(outer * inner + i)) for i in range(inner)]
-        swapped = _exchanged(problem, heads, tokens, has_keys=not STRATEGIES[strategy].is_latent)
+    for outer, keys in keys_sent(workload, strategy).items():
+        tokens = [num_tokens(workload.spans(outer * inner + i)) for i in range(inner)]
+        swapped = _exchanged(workload, heads, tokens, has_keys=not STRATEGIES[strategy].is_latent)
         for own, (forward, backward) in zip(heads, swapped, strict=True):
-            width = size * problem.key_width * num_keys(own)
-            ranks.append(Sent(size * forward, size * backward, ring.sent * width, (ring.sent + ring.fetched) * width))
+            width = size * workload.key_width * num_keys(own)
+            ranks.append(Sent(size * forward, size * backward, keys.sent * width, (keys.sent + keys.fetched) * width))
     return tuple(ranks)
 
 
-def attention_bytes(problem: Workload, strategy: str) -> tuple[int, int]:
+def attention_bytes(workload: Workload, strategy: str) -> tuple[int, int]:
     """Return the most bytes that a rank sends, in the forward and in the backward."""
-    ranks = sent_by_ranks(problem, strategy)
+    ranks = sent_by_ranks(workload, strategy)
     return max(r.forward_swap + r.forward_keys for r in ranks), max(r.backward_swap + r.backward_keys for r in ranks)
 
 
@@ -174,12 +176,12 @@ def num_keys(heads: Heads) -> int:
 
 
 def _exchanged(
-    problem: Workload, heads: Sequence[Heads], tokens: Sequence[int], has_keys: bool = True
+    workload: Workload, heads: Sequence[Heads], tokens: Sequence[int], has_keys: bool = True
 ) -> list[tuple[int, int]]:
     """Return the elements that each inner rank sends of its `tokens` and heads to the other inner ranks."""
-    keys = problem.key_width if has_keys else 0
-    given = [problem.batch * h.num_query * problem.head_dim + keys * h.num_key for h in heads]
-    results = [problem.batch * h.num_query * problem.value_dim for h in heads]
+    keys = workload.key_width if has_keys else 0
+    given = [workload.batch * h.num_query * workload.head_dim + keys * h.num_key for h in heads]
+    results = [workload.batch * h.num_query * workload.value_dim for h in heads]
     return [
         (
             tokens[i] * (sum(given) - given[i]) + (sum(tokens) - tokens[i]) * results[i],
@@ -198,35 +200,35 @@ class Memory:
 
 
 @lru_cache(maxsize=1024)
-def memory_of(problem: Workload, strategy: str, heads_per_message: int = 0) -> Memory:
+def memory_of(workload: Workload, strategy: str, heads_per_message: int = 0) -> Memory:
     """Return the memory of the rank that needs most.
 
     Every strategy keeps local q, k, v and out. Those that exchange heads keep them by heads too, and compute from these; a ring
     holds the block that it computes and the one that arrives; `gather` holds all keys that its rows see, of as many heads as a
     message has; `latent` holds the keys of all tokens, `latent_heads` those of its heads, and neither keeps them.
     """
-    inner, size = problem.inner(strategy), problem.itemsize
-    query = problem.batch * problem.heads * (problem.head_dim + problem.value_dim)
-    token = size * (query + problem.kv_heads * problem.key_width)
-    statistics = 4 * problem.batch * problem.heads
-    slots = max(num_tokens(problem.spans(rank)) for rank in sampled(problem.world_size))
+    inner, size = workload.inner(strategy), workload.itemsize
+    query = workload.batch * workload.heads * (workload.head_dim + workload.value_dim)
+    token = size * (query + workload.kv_heads * workload.key_width)
+    statistics = 4 * workload.batch * workload.heads
+    slots = max(num_tokens(workload.spans(rank)) for rank in sampled(workload.world_size))
     kept = slots * (token + statistics) * (2 if inner > 1 else 1)
-    count = problem.world_size // inner
+    count = workload.world_size // inner
     if STRATEGIES[strategy].is_latent:
-        keys = size * problem.kv_heads * problem.key_width
-        return Memory(kept - (2 if inner > 1 else 1) * slots * keys, problem.length * keys // inner)
+        keys = size * workload.kv_heads * workload.key_width
+        return Memory(kept - (2 if inner > 1 else 1) * slots * keys, workload.length * keys // inner)
     if count == 1:
         return Memory(kept, 0)
-    width = size * problem.key_width * max(map(num_keys, problem.heads_of(strategy)))
+    width = size * workload.key_width * max(map(num_keys, workload.heads_of(strategy)))
     if STRATEGIES[strategy].is_at_once:
-        fetched = max(ring.fetched for ring in keys_sent(problem, strategy).values())
-        parts = min(1.0, 2 * heads_per_message / problem.kv_heads) if heads_per_message else 1.0
+        fetched = max(keys.fetched for keys in keys_sent(workload, strategy).values())
+        parts = min(1.0, 2 * heads_per_message / workload.kv_heads) if heads_per_message else 1.0
         return Memory(kept, int(fetched * width * parts))
-    block = max(num_tokens(problem.rows(strategy, outer)) for outer in sampled(count))
+    block = max(num_tokens(workload.rows(strategy, outer)) for outer in sampled(count))
     return Memory(kept, min(2, count - 1) * block * width)
 
 
-def problem_of(
+def workload_of(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -237,7 +239,7 @@ def problem_of(
     visible: Visible,
     inner_size: int = 0,
 ) -> Workload:
-    """Return the problem of tensors `[B, heads, any tokens, D]`; they may be fake, sizes must be known."""
+    """Return the workload of tensors `[B, heads, any tokens, D]`; they may be fake, sizes must be known."""
     return Workload(
         batch=int(q.shape[0]),
         heads=int(q.shape[1]),

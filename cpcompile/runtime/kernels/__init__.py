@@ -38,8 +38,8 @@ __all__ = [
     "KERNELS",
     "NAMES",
     "Case",
-    "Choice",
     "Kernel",
+    "KernelChoice",
     "KernelError",
     "backward",
     "choose",
@@ -74,7 +74,7 @@ NAMES: tuple[str, ...] = tuple(kernel.name for kernel in KERNELS)
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class KernelChoice:
     """The kernel for a case, and why not each of those before it: `name reason`."""
 
     kernel: Kernel
@@ -97,7 +97,7 @@ def _say_what_is_missing(name: str) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def choose(case: Case, kernel: str = "auto") -> Choice:
+def choose(case: Case, kernel: str = "auto") -> KernelChoice:
     """Return the fastest kernel that takes the case, or the one of that name.
 
     Raises:
@@ -110,7 +110,7 @@ def choose(case: Case, kernel: str = "auto") -> Choice:
             if not reason:
                 if cudnn_varlen.is_missed(case):
                     _say_what_is_missing(candidate.name)
-                return Choice(candidate, tuple(reasons))
+                return KernelChoice(candidate, tuple(reasons))
             reasons.append(f"{candidate.name} {reason}")
         raise AssertionError("the math kernel takes every case")
     if kernel not in NAMES:
@@ -120,7 +120,7 @@ def choose(case: Case, kernel: str = "auto") -> Choice:
     if reason:
         able = ", ".join(other.name for other in KERNELS if not other.refuses(case))
         raise KernelError(f"the kernel {kernel!r} {reason}. Kernels for this attention: auto, {able}")
-    return Choice(asked)
+    return KernelChoice(asked)
 
 
 def takes_rectangles(q: Tensor, v: Tensor, block: Block, kernel: str = "auto") -> bool:
@@ -151,7 +151,7 @@ def explain(case: Case, kernel: str = "auto") -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class KernelCall:
     """One call of a kernel: for some rows and columns of a block, with head dims of its own."""
 
     part: adapt.Part
@@ -166,7 +166,7 @@ class Call:
         return block.with_dense_mask(q.shape[2], k.shape[2], q.device) if self.needs_dense_mask else block
 
 
-def _calls(q: Tensor, k: Tensor, v: Tensor, block: Block, kernel: str) -> tuple[Call, ...]:
+def _calls(q: Tensor, k: Tensor, v: Tensor, block: Block, kernel: str) -> tuple[KernelCall, ...]:
     """Return what to compute call by call, nothing where nothing is visible."""
     if q.numel() == 0 or k.numel() == 0:
         # The CPU kernel divides by the number of keys; no kernel promises anything for empty operands.
@@ -187,7 +187,7 @@ def known_calls(
     dtype: torch.dtype,
     head_dim: int,
     value_dim: int,
-) -> tuple[Call, ...]:
+) -> tuple[KernelCall, ...]:
     """Return what to compute call by call, planned once for all layers and steps that compute the same block."""
 
     def case_of(block: Block) -> Case:
@@ -202,7 +202,7 @@ def known_calls(
         case = case_of(part.block)
         chosen = choose(case, asked).kernel
         is_whole, is_dense = part.is_whole(rows, columns), chosen.needs_dense_mask(case)
-        found.append(Call(part, chosen, chosen.dims(case), is_whole, is_dense))
+        found.append(KernelCall(part, chosen, chosen.dims(case), is_whole, is_dense))
     return tuple(found)
 
 
@@ -252,7 +252,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block: Block, kernel: str = "auto")
     return out, lse
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, call: KernelCall) -> tuple[Tensor, Tensor]:
     (head_dim, value_dim), block = call.dims, call.block(q, k)
     q, k, wide_v = adapt.with_dim(q, head_dim), adapt.with_dim(k, head_dim), adapt.with_dim(v, value_dim)
     out, lse = call.kernel.forward(q, k, wide_v, block)
@@ -282,7 +282,7 @@ def backward(
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: KernelCall
 ) -> tuple[Tensor, Tensor, Tensor]:
     (head_dim, value_dim), block = call.dims, call.block(q, k)
     wide_q, wide_k = adapt.with_dim(q, head_dim), adapt.with_dim(k, head_dim)

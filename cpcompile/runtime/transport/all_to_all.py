@@ -21,7 +21,7 @@ Places = Sequence[Sequence[tuple[slice, slice]]]  # for each rank, runs of its s
 
 
 @dataclass(frozen=True, slots=True)
-class Swap:
+class HeadExchange:
     """Tensors on their way; `staged` are pairs of a place and what arrives for it elsewhere."""
 
     transfer: Transfer | None
@@ -37,7 +37,7 @@ class Swap:
 
 def send_tokens(
     tensors: Sequence[Tensor], results: Sequence[Tensor], of_rank: Heads, places: Places, ring: Ring
-) -> Swap:
+) -> HeadExchange:
     """Start to turn all heads of local tokens into all tokens of this rank's heads.
 
     Args:
@@ -82,7 +82,7 @@ def send_tokens(
 
 def send_heads(
     tensors: Sequence[Tensor], targets: Sequence[Tensor], of_rank: Heads, places: Places, ring: Ring
-) -> Swap:
+) -> HeadExchange:
     """Start to turn all tokens of this rank's heads into all heads of local tokens: the adjoint of `send_tokens`.
 
     Args:
@@ -138,15 +138,15 @@ def _start(
     parts: Parts,
     staged: Sequence[tuple[Tensor, Tensor]],
     ring: Ring,
-) -> Swap:
+) -> HeadExchange:
     """Lay a message and start fetching those of the others; `totals` are the elements of the message of each rank."""
     if ring.size == 1:
-        return Swap(None, staged)
+        return HeadExchange(None, staged)
     message = new_message(totals[ring.rank], like, ring, max(totals))
     lay_all(message)
     steps = range(1, ring.size)
     posted = post(message, ring, num_starts=len(steps))
-    return Swap(posted.start(steps, [into[ring.before(step)] for step in steps], parts), staged)
+    return HeadExchange(posted.start(steps, [into[ring.before(step)] for step in steps], parts), staged)
 
 
 def _others(ring: Ring) -> list[int]:
