@@ -13,6 +13,7 @@ from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.runtime import kernels
 from cpcompile.runtime.attention import key_needs
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.key_needs import needs, visits
 from cpcompile.runtime.tokens.dropout import is_kept
 
@@ -204,15 +205,21 @@ def local(x: torch.Tensor, dim: int, rank: int, order: TokenOrder) -> torch.Tens
     )
 
 
+def parts_of(strategy: str) -> tuple[str, int]:
+    """Return the name and the number of `gather_1`, 0 where there is none."""
+    name, _, number = strategy.rpartition("_")
+    return (name, int(number)) if number.isdecimal() else (strategy, 0)
+
+
 def axis_of(rank: Any, strategy: str, layout: str, length: int) -> dict[str, Any]:
     """Return the keyword arguments of a strategy; `gather_1` sends one key head a message, `usp_2` has 2 inner ranks."""
     axis = {"length": length, "layout": layout, "world_size": rank.world_size, "group": rank.group}
-    name, _, number = strategy.partition("_")
+    name, number = parts_of(strategy)
     if name == "usp":
-        inner = int(number)
+        inner = number
         inner_group, outer_group = rank.grid(inner)
         return axis | {"inner_size": inner, "inner_group": inner_group, "outer_group": outer_group}
-    return axis | ({"heads_per_message": int(number)} if number else {})
+    return axis | ({"heads_per_message": number} if number else {})
 
 
 def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
@@ -222,9 +229,9 @@ def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any
         x = inputs_of(case)
         order = TokenOrder.of(x["length"], rank.world_size, layout, x["bounds"])
         q, k, v, dout = (local(x[n], 2, rank.rank, order) for n in ("q", "k", "v", "dout"))
-        family = strategy.partition("_")[0]
+        family, _ = parts_of(strategy)
         mask = x["mask"]
-        if mask is not None and family not in ("ulysses", "usp") and mask.shape[2] > 1:
+        if mask is not None and not STRATEGIES[family].takes_whole_mask and mask.shape[2] > 1:
             mask = local(mask, 2, rank.rank, order)
         leaves = [t.requires_grad_() for t in (q, k, v, x["sinks"]) if t is not None]
         operator = getattr(torch.ops.cpcompile, f"{family}_attention")
