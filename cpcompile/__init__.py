@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from cpcompile.front.apply import apply, no_sync, remove, shard, unshard
     from cpcompile.inspect.explain import explain
     from cpcompile.inspect.explanation import Explanation
-    from cpcompile.inspect.verify import Verification, verify
+    from cpcompile.inspect.verification import Verification
+    from cpcompile.inspect.verify import verify
     from cpcompile.options.config import Config
 
 __version__ = "0.1.0"
@@ -28,7 +29,8 @@ _MODULES = {
     "inspect.explanation": ("Explanation",),
     "analysis.regions": ("token_local",),
     "inspect.explain": ("explain",),
-    "inspect.verify": ("Verification", "verify"),
+    "inspect.verification": ("Verification",),
+    "inspect.verify": ("verify",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

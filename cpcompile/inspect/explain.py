@@ -141,15 +141,12 @@ def collective_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 def attention_sites(transformed: Transformed) -> list[Site]:
     """Return the attentions in order; those that exchange nothing have no strategy."""
     plan = transformed.plan
-    calls = {annotation(n).site or n.name: n for n in rewritten_attentions(transformed.graph)}
     sites = []
-    for node in attention_nodes(transformed.analysed):
-        call, made = Call.of(node), calls.get(node.name)
+    for node, made in made_attentions(transformed):
+        call = Call.of(node)
         q, k = call.shape("q"), call.shape("k")
-        strategy = "" if made is None else strategy_of(made)
-        is_local = made is not None and isinstance(annotation(made).placement, Sharded)
         kernels = () if made is None else chosen_kernels(made, plan.kernel)
-        numbers = numbers_of(made, transformed) if made is not None and strategy else NOTHING
+        numbers = numbers_of(made, transformed) if made is not None and strategy_of(made) else NOTHING
         of_latent = latent_traffic(node, transformed)
         sites.append(
             Site(
@@ -159,7 +156,7 @@ def attention_sites(transformed: Transformed) -> list[Site]:
                 kv_heads=size_hint(k[1]),
                 head_dim=size_hint(q[3]),
                 mask=describe(node),
-                strategy=strategy or how_alone(is_local),
+                strategy=how_computed(made),
                 layout=plan.layout,
                 kernels=tuple(dict.fromkeys(chosen.name for chosen in kernels)),
                 reasons=tuple(dict.fromkeys(reason for chosen in kernels for reason in chosen.reasons)),
@@ -203,8 +200,17 @@ def latent_traffic(attention: fx.Node, transformed: Transformed) -> Traffic:
     return Traffic(sum(t.forward for t in sent), sum(t.backward for t in sent))
 
 
-def how_alone(is_local: bool) -> str:
-    """Return how an attention is computed that exchanges nothing."""
+def made_attentions(transformed: Transformed) -> list[tuple[fx.Node, fx.Node | None]]:
+    """Return the attentions in order, each with the node that computes it in the graph of every rank."""
+    made = {annotation(n).site or n.name: n for n in rewritten_attentions(transformed.graph)}
+    return [(node, made.get(node.name)) for node in attention_nodes(transformed.analysed)]
+
+
+def how_computed(made: fx.Node | None) -> str:
+    """Return the strategy of an attention, or how it is computed where it exchanges nothing."""
+    if made is not None and strategy_of(made):
+        return strategy_of(made)
+    is_local = made is not None and isinstance(annotation(made).placement, Sharded)
     return "local queries, whole keys" if is_local else "whole on every rank"
 
 

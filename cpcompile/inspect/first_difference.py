@@ -13,13 +13,13 @@ import torch
 from torch import fx
 
 from cpcompile.balance.token_order import TokenOrder
-from cpcompile.capture.writes.aliases import written_arguments
+from cpcompile.capture.writes.aliases import hidden_writes, written_arguments
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import where
 from cpcompile.inspect.lockstep import Lockstep, whole_value
 from cpcompile.inspect.model_runs import orders_of, seeded
 from cpcompile.ir.annotation import annotation
-from cpcompile.ir.placement import Sharded
+from cpcompile.ir.placement import Full, Sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,8 @@ def first_difference(
 ) -> Difference | None:
     """Return the first node of the transformed graph whose joined value is not that of the captured graph."""
     values: dict[str, Any] = {}
-    is_written = any(written_arguments(node) for node in transformed.original.graph.nodes)
+    nodes = transformed.original.graph.nodes
+    is_written = any(written_arguments(node) or any(hidden_writes(node)) for node in nodes)
 
     def kept(value: Any) -> Any:
         """Return a value as it is now: operators in place may change it later."""
@@ -64,8 +65,9 @@ def first_difference(
                     continue
                 # No value is sharded before the bounds of all documents are known.
                 orders = orders or orders_of(transformed, inputs, lockstep)
-            found = whole_value(ranks, at, orders)
-            error = value_error(found, expected)
+            # A value that every rank holds whole is right only if it is on each.
+            found = {id(x): x for x in ranks}.values() if isinstance(at, Full) else [whole_value(ranks, at, orders)]
+            error = max(value_error(value, expected) for value in found)
             if error > tolerance:
                 return Difference(known.origin, error, where(node).strip())
     return None

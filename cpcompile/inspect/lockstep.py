@@ -1,11 +1,13 @@
 """Lockstep: all ranks of a transformed graph in one process, node by node, with plain autograd.
 
 Collectives are those of `definitions`, so that this checks the rewrite. A value that is the same on every rank by
-construction is computed once.
+construction is computed once. What ranks do not share, they do not share here: each has its own copy of what the graph
+writes (buffers, inputs), and a random generator in the state that all have.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import fx
 
 from cpcompile.balance.token_order import TokenOrder
+from cpcompile.capture.writes.aliases import hidden_writes, written_arguments
 from cpcompile.inspect.definitions import COLLECTIVES
 from cpcompile.inspect.definitions.slices import Calls, Ranks, join
 from cpcompile.ir.placement import Full, Partial, Placement, Sharded
@@ -25,6 +28,9 @@ class Lockstep:
     def __init__(self, gm: fx.GraphModule, world_size: int) -> None:
         self.gm, self.world_size = gm, world_size
         self.bounds: dict[fx.Node, torch.Tensor] = {}  # where documents begin, as far as the graph has run
+        self.written: dict[
+            fx.Node, Ranks
+        ] = {}  # inputs that the graph writes: that of the first rank, copies of the others
 
     def run(self, *inputs: Any) -> list[Any]:
         """Return the outputs of each rank, given the inputs that every rank has."""
@@ -38,10 +44,14 @@ class Lockstep:
         """Yield every node with its value on each rank. Values are dropped after their last use."""
         given = iter(inputs)
         values: dict[fx.Node, Ranks] = {}
+        written = written_inputs(self.gm)
         last_use = {operand: node for node in self.gm.graph.nodes for operand in node.all_input_nodes}
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
                 values[node] = [next(given)] * self.world_size
+                if node in written:
+                    values[node][1:] = [values[node][0].clone() for _ in range(1, self.world_size)]
+                    self.written[node] = list(values[node])
             elif node.op == "get_attr":
                 values[node] = [operator.attrgetter(node.target)(self.gm)] * self.world_size
             else:
@@ -71,11 +81,30 @@ class Lockstep:
         if self._is_shared(node, values):
             args, kwargs = of_rank(0)
             return [node.target(*args, **kwargs)] * self.world_size  # type: ignore[operator]
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            return self._draw(node, [of_rank(rank) for rank in range(self.world_size)])
         return [node.target(*args, **kwargs) for args, kwargs in map(of_rank, range(self.world_size))]  # type: ignore[operator]
+
+    def _draw(self, node: fx.Node, arguments: Sequence[tuple[Any, Any]]) -> Ranks:
+        """Let each rank draw from a generator in the same state, as ranks do; the first rank's goes on."""
+        leaves = torch.utils._pytree.tree_leaves(arguments)
+        devices = {x.device for x in leaves if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
+        results = []
+        for rank in reversed(range(self.world_size)):
+            args, kwargs = arguments[rank]
+            with torch.random.fork_rng(devices=list(devices)) if rank else contextlib.nullcontext():
+                results.append(node.target(*args, **kwargs))  # type: ignore[operator]
+        return results[::-1]
 
     def _is_shared(self, node: fx.Node, values: Mapping[fx.Node, Ranks]) -> bool:
         """Tell whether every rank has the very same operands; then one run serves all."""
         return all(value is values[operand][0] for operand in node.all_input_nodes for value in values[operand])
+
+
+def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:
+    """Return the placeholders that operators of the graph write, running statistics included."""
+    places = {x for node in gm.graph.nodes for x in (*written_arguments(node).values(), *hidden_writes(node))}
+    return {node for node in gm.graph.find_nodes(op="placeholder") if node in places}
 
 
 def whole_value(values: Ranks, placement: Placement, orders: Sequence[TokenOrder]) -> Any:

@@ -18,7 +18,7 @@ from cpcompile.compile.inner import input_names
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import VerificationError, where
 from cpcompile.inspect.float64 import widen_graph
-from cpcompile.inspect.lockstep import Lockstep, whole_value
+from cpcompile.inspect.lockstep import Lockstep, whole_value, written_inputs
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Lengths
@@ -84,8 +84,8 @@ class LockstepBackend:
     def __init__(self, config: Config, axis: Axis, is_wide: bool) -> None:
         self.config, self.axis, self.is_wide = config, axis, is_wide
         self.transformed: Transformed | None = None
-        self.inputs: tuple[Any, ...] = ()
-        self._scalars: list[list[torch.Tensor]] = []
+        self.inputs: tuple[Any, ...] = ()  # of the last run, as they were before it
+        self._held: list[list[torch.Tensor]] = []  # what each rank has of results and of inputs that it wrote
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = capture(gm, example_inputs)
@@ -99,26 +99,40 @@ class LockstepBackend:
     def _run(self, *inputs: Any) -> tuple[Any, ...]:
         assert self.transformed is not None
         graph = self.transformed.graph
-        self.inputs = inputs
+        written = written_inputs(graph)
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        self.inputs = tuple(x.clone() if node in written else x for node, x in zip(placeholders, inputs, strict=True))
         lockstep = Lockstep(graph, self.axis.world_size)
         outputs = lockstep.run(*inputs)
+        self._held = [[value.detach() for value in values] for values in lockstep.written.values()]
         orders = orders_of(self.transformed, inputs, lockstep)
         joined = []
         for placement, *values in zip(output_placements(graph), *outputs, strict=True):
             if isinstance(placement, Sharded):
                 joined.append(whole_value(values, placement, orders))
-            elif isinstance(placement, Full) and values[0].is_floating_point():
-                # Every rank back-propagates its own copy; the value is the first rank's.
-                joined.append(values[0] + sum(value - value.detach() for value in values[1:]))
-                if values[0].dim() == 0:
-                    self._scalars.append([value.detach() for value in values])
             else:
-                joined.append(values[0])
+                is_trained = isinstance(placement, Full) and values[0].requires_grad
+                joined.append(_OfFirstRank.apply(*values) if is_trained else values[0])  # type: ignore[no-untyped-call]
+                if isinstance(placement, Full):
+                    self._held.append([joined[-1].detach(), *(value.detach() for value in values[1:])])
         return tuple(joined)
 
-    def scalars(self, loss: torch.Tensor) -> list[torch.Tensor]:
-        """Return what each rank returned as the scalar output `loss`."""
-        return next((values for values in self._scalars if torch.equal(values[0], loss)), [])
+    def of_ranks(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return what each rank holds of a result of the last run, or of a buffer; `x` is that of the first."""
+        return next((held for held in self._held if held[0].is_set_to(x)), [x])
+
+
+class _OfFirstRank(torch.autograd.Function):
+    """The value of the first rank; every rank back-propagates its own."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: torch.Tensor) -> torch.Tensor:
+        ctx.num_ranks = len(values)
+        return values[0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads * ctx.num_ranks
 
 
 class OneDevice:

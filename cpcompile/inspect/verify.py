@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from cpcompile.capture.dynamo import by_name, compile_whole
-from cpcompile.compile.transform import Transformed
-from cpcompile.errors import VerificationError
-from cpcompile.inspect.first_difference import Difference, first_difference
+from cpcompile.inspect.first_difference import first_difference, value_error
 from cpcompile.inspect.float64 import Widen
 from cpcompile.inspect.model_runs import LockstepBackend, OneDevice, default_objective, run_and_differentiate, seeded
+from cpcompile.inspect.not_finite import Watch, kind_of
+from cpcompile.inspect.state import State, is_same, own_inputs
+from cpcompile.inspect.verification import LOSS, Verification
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 
@@ -31,63 +32,24 @@ NOISE_FLOOR = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
-class Verification:
-    """What `verify` found.
+class Outcome:
+    """What one run of a model computes, and what it leaves behind: of each rank, the first rank's first.
 
     Attributes:
-        world_size: ranks of the axis.
-        loss: the transformed program's objective on each rank.
-        reference_loss: the untouched model's.
-        loss_error: largest relative difference between them.
-        gradient_errors: relative difference of each parameter's gradient (norm of the difference over norm).
-        tolerance: what both must stay under.
-        first_difference: where the forward values first differ, if they do.
-        transformed: the graphs and the plan.
+        loss: the objective.
+        gradients: of parameters and inputs.
+        state: what is not as it was before, of buffers, parameters and inputs.
     """
 
-    world_size: int
-    loss: tuple[float, ...]
-    reference_loss: float
-    loss_error: float
-    gradient_errors: Mapping[str, float]
-    tolerance: float
-    first_difference: Difference | None
-    transformed: Transformed
+    loss: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    state: dict[str, list[torch.Tensor]]
 
     @property
-    def ok(self) -> bool:
-        """Whether loss and every gradient agree."""
-        return not math.isnan(self.loss_error) and max(self.loss_error, self.worst_gradient[1]) <= self.tolerance
-
-    @property
-    def worst_gradient(self) -> tuple[str, float]:
-        """The parameter whose gradient differs most, and by how much; NaN counts as most."""
-        return max(
-            self.gradient_errors.items(),
-            key=lambda item: math.inf if math.isnan(item[1]) else item[1],
-            default=("", 0.0),
-        )
-
-    def raise_if_wrong(self) -> None:
-        """Raise `VerificationError` unless `ok`."""
-        if not self.ok:
-            raise VerificationError(str(self))
-
-    def __str__(self) -> str:
-        plan, (name, error) = self.transformed.plan, self.worst_gradient
-        lines = [
-            f"{'exact' if self.ok else 'WRONG'} for {self.world_size} ranks, layout {plan.layout}, attention "
-            f"{', '.join(sorted(set(self.transformed.choice.strategies))) or 'none'} (tolerance {self.tolerance:.1e}, relative)",
-            f"  loss       {self.loss[0]:.10g}   single device {self.reference_loss:.10g}   error {self.loss_error:.1e}",
-            f"  gradients  {len(self.gradient_errors)} compared   worst {name or '-'}   error {error:.1e}",
-        ]
-        if self.first_difference is not None:
-            first = self.first_difference
-            lines += [f"  first diverging node: {first.node}, error {first.error:.1e}", f"  {first.place}"]
-        elif not self.ok:
-            wrong = [n for n, e in self.gradient_errors.items() if not e <= self.tolerance]
-            lines.append(f"  every forward value agrees; {len(wrong)} gradient(s) differ: {', '.join(wrong[:8])}")
-        return "\n".join(lines)
+    def not_finite(self) -> list[str]:
+        """What is not finite."""
+        values = [(LOSS, self.loss), *((n, [g]) for n, g in self.gradients.items()), *self.state.items()]
+        return [name for name, found in values if any(kind_of(x) for x in found)]
 
 
 def verify(
@@ -101,10 +63,11 @@ def verify(
     objective: Callable[[Any], torch.Tensor] | None = None,
     **options: Any,
 ) -> Verification:
-    """Run `model` untouched, and as `world_size` ranks in lockstep, and compare loss and every gradient.
+    """Run `model` untouched, and as `world_size` ranks in lockstep, and compare loss, every gradient and every buffer.
 
-    Needs no processes and no GPU. The model's gradients are left as they were. With `documents`, the model is not untouched: the
-    program of one device in which documents are separated is what the ranks are compared with.
+    Needs no processes and no GPU. The model, its inputs, their gradients and the random generators are left as they were. With
+    `documents`, the model is not untouched: the program of one device in which documents are separated is what the ranks are
+    compared with.
 
     Args:
         model: the single-device model, on any device.
@@ -133,35 +96,85 @@ def verify(
         }
     objective = objective or default_objective
     is_wide = dtype == torch.float64
+    state = State(model)
+
+    def run(backend: Callable[..., Any] | None, of_ranks: Callable[[torch.Tensor], list[torch.Tensor]]) -> Outcome:
+        """Run the model as it is, or compiled; it begins as it is now, and is left so."""
+        own = own_inputs(inputs)
+        forward, given = model.forward, own
+        if backend is not None:
+            forward = compile_whole(model.forward, backend, config)
+            given = by_name(model.forward, own, beside=config.told_by)
+        try:
+            with seeded(model):
+                loss, gradients = run_and_differentiate(model, forward, given, objective, config if backend else None)
+            changed = state.changes() | changed_inputs(own, inputs)
+            left = {name: [value.detach().clone() for value in of_ranks(x)] for name, x in changed.items()}
+            return Outcome(of_ranks(loss), gradients | input_gradients(own), left)
+        finally:
+            state.restore()
+
     # The graph in which documents are separated is widened itself, and Dynamo does not trace everything under the mode.
-    with Widen() if is_wide and not config.documents else contextlib.nullcontext(), seeded(model):
-        if config.documents:
-            whole = compile_whole(model.forward, OneDevice(config, is_wide), config)
-            named = by_name(model.forward, inputs, beside=config.told_by)
-            reference_loss, reference = run_and_differentiate(model, whole, named, objective, config)
-        else:
-            reference_loss, reference = run_and_differentiate(model, model.forward, inputs, objective)
+    with Widen() if is_wide and not config.documents else contextlib.nullcontext():
+        one = run(OneDevice(config, is_wide) if config.documents else None, lambda x: [x])
     ranks = LockstepBackend(config, axis, is_wide)
-    with seeded(model):
-        loss, gradients = run_and_differentiate(
-            model,
-            compile_whole(model.forward, ranks, config),
-            by_name(model.forward, inputs, beside=config.told_by),
-            objective,
-            config,
-        )
+    all_ranks = run(ranks, ranks.of_ranks)
     assert ranks.transformed is not None
-    error = max(relative(value, reference_loss) for value in (loss, *ranks.scalars(loss)))
-    largest = max((g.norm().item() for g in reference.values()), default=0.0)
-    errors = {name: gradient_error(gradients.get(name), grad, largest) for name, grad in reference.items()}
+    reference_loss, unfit = one.loss[0], set(one.not_finite)
+    largest = max((g.norm().item() for g in one.gradients.values()), default=0.0)
+    errors = {
+        name: gradient_error(all_ranks.gradients.get(name), grad, largest)
+        for name, grad in one.gradients.items()
+        if name not in unfit
+    }
     limit = tolerance if tolerance is not None else default_tolerance(model_dtype(model))
     result = Verification(
-        world_size, (float(loss),), float(reference_loss), error, errors, limit, None, ranks.transformed
+        world_size,
+        tuple(map(float, all_ranks.loss)),
+        float(reference_loss),
+        math.nan if LOSS in unfit else max(relative(value, reference_loss) for value in all_ranks.loss),
+        errors,
+        limit,
+        None,
+        ranks.transformed,
+        {name: error for name, error in state_errors(one, all_ranks, state, inputs).items() if name not in unfit},
     )
-    if result.ok:
+    if unfit:
+        watch = Watch(ranks.transformed.original)
+        with watch.hooks():
+            run(watch, lambda x: [x])
+        result = replace(result, not_finite=watch.first(reference_loss, one.not_finite))
+    if not result.is_wrong:
         return result
     first = first_difference(model, ranks.transformed, ranks.inputs, world_size, limit)
     return replace(result, first_difference=first)
+
+
+def input_gradients(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the gradients of the inputs that require one, by name."""
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+    return {f"input {name}": torch.zeros_like(x) if x.grad is None else x.grad for name, x in tensors.items()}
+
+
+def changed_inputs(own: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the inputs that a run has written, by name."""
+    tensors = {name: x for name, x in own.items() if isinstance(x, torch.Tensor)}
+    return {f"input {name}": x for name, x in tensors.items() if not is_same(x, inputs[name])}
+
+
+def state_errors(one: Outcome, ranks: Outcome, state: State, inputs: Mapping[str, Any]) -> dict[str, float]:
+    """Return the error of each thing that a run of one device or of the ranks leaves changed, on the worst rank."""
+
+    def values(outcome: Outcome, name: str) -> list[torch.Tensor | None]:
+        unchanged = inputs[name.removeprefix("input ")] if name.startswith("input ") else state.of(name)
+        return [*outcome.state.get(name, [unchanged])]
+
+    def error(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+        # One side may make a buffer that the other has not.
+        return math.inf if found is None or expected is None else value_error(found, expected)
+
+    names = one.state | ranks.state
+    return {name: max(error(x, values(one, name)[0]) for x in values(ranks, name)) for name in names}
 
 
 def model_dtype(model: torch.nn.Module) -> torch.dtype:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpcompile.inspect.verify import Verification, verify
+from cpcompile.inspect.verification import Verification
+from cpcompile.inspect.verify import verify
 from cpcompile.zoo.build import build
 from cpcompile.zoo.classify import classify, own_failure
 from cpcompile.zoo.evidence import Evidence, gather_evidence
