@@ -75,14 +75,6 @@ def test_exact_where_ranks_have_no_label() -> None:
     verify(TinyLM(), inputs, world_size=4, dtype=DOUBLE, balancer="contiguous").raise_if_wrong()
 
 
-def test_no_label_at_all_is_nan_on_both_sides() -> None:
-    inputs = batch(8)
-    inputs["labels"].fill_(-100)
-    result = verify(TinyLM(), inputs, world_size=2, dtype=DOUBLE)
-    assert result.ok
-    assert str(result.reference_loss) == "nan"
-
-
 def test_fewer_tokens_than_ranks() -> None:
     verify(TinyLM(), batch(3), world_size=8, dtype=DOUBLE).raise_if_wrong()
 
@@ -207,6 +199,20 @@ def test_sees_gradients_that_are_counted_twice(monkeypatch: pytest.MonkeyPatch) 
     assert result.first_difference is None
     assert result.worst_gradient[1] == pytest.approx(1.0)
     assert "every forward value agrees; 5 gradient(s) differ: embedding.weight" in str(result)
+
+
+class Sorted(TinyLM):
+    """An attention of tokens that are gathered to be sorted."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2).sort(2).values for t in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
+
+
+def test_says_how_attentions_are_computed_in_the_end() -> None:
+    whole = verify(Sorted(), batch(7), world_size=2, strict=False)
+    assert str(whole).startswith("exact for 2 ranks, layout contiguous, attention whole on every rank (")
+    assert ", attention ring (" in str(verify(TinyLM(), batch(7), world_size=2, strategy="ring"))
 
 
 def test_nan_on_one_side_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
