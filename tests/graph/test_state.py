@@ -83,6 +83,14 @@ class NormOfMeans(Norm):
         return x + self.norm(x.mean(1))[:, None]
 
 
+class NormOfDrawn(Norm):
+    """What ranks draw, each for itself, each normalises for itself."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        noise = x.new_empty(x.shape[0], 8).normal_()
+        return x + self.norm(x.mean(1) + noise)[:, None]
+
+
 class Attributes(Mixed):
     def mix(self, x: Tensor) -> Tensor:
         self.steps += 1
@@ -106,7 +114,7 @@ SEEN = {"seen": "seen"}
 NORM = dict.fromkeys(("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"))
 CHANGES: dict[type[Mixed], Any] = {
     **dict.fromkeys((Counter, CounterBehind, Running, Replaced, Bias), SEEN),
-    **dict.fromkeys((Norm, NormOfMeans), NORM),
+    **dict.fromkeys((Norm, NormOfMeans, NormOfDrawn), NORM),
     Attributes: {},
     Weights: {"embedding.weight": ""},
 }
@@ -173,6 +181,7 @@ def test_a_buffer_is_compared_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(COLLECTIVES, all_reduce, wrong_on_the_last_rank)
     found = verify(Running(), batch(16), world_size=2, dtype=DOUBLE)
     assert found.state_errors["seen"] > 0.1
+    assert found.first_difference is not None and "x.mean((0, 1))" in found.first_difference.place
 
 
 class Written(TinyLM):
