@@ -95,7 +95,7 @@ def gradient_sync(config: Config, axis: Axis) -> GradientSync:
 class Compiled:
     """One transformed and compiled graph; called with the flat inputs that Dynamo passes.
 
-    `bounds` gets, for each number of tokens, where documents began in the last call, if the layout follows them.
+    `bounds` holds where documents began in the last call, by the number of tokens, if the layout follows them.
     """
 
     def __init__(
@@ -146,6 +146,7 @@ class Compiled:
             for i, tensor in zip(self._summed, self._sync([given[i] for i in self._summed], keys), strict=True):
                 given[i] = tensor
         results = self._run(*given)
+        self._bounds.clear()  # of an earlier call: each is as long as its sequence, and no two need be of one length
         if not self._num_bounds:
             return results
         self._bounds.update({x.shape[1] - 1: x for x in results[-self._num_bounds :]})

@@ -28,8 +28,8 @@ class ModelSource:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments that every `from_pretrained` takes."""
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        """The keyword arguments that every `from_pretrained` takes; without the first it would ask on the terminal."""
+        return {"trust_remote_code": False} | ({} if self.gguf_file is None else {"gguf_file": self.gguf_file})
 
 
 def find_model(path: Path | None) -> ModelSource:
@@ -98,7 +98,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **source.arguments)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigError(f"--model {source.folder} does not load: {first_line(error)}") from error
+        raise ConfigError(f"--model {source.folder} does not load: {reason(error)}") from error
     model.config.use_cache = False
     # What was read from GGUF is dense from here on; saved with this entry, transformers would look for the GGUF file again.
     if source.gguf_file is not None and hasattr(model.config, "quantization_config"):
@@ -112,13 +112,23 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source.folder, **source.arguments)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigError(f"--model {source.folder}: its tokenizer does not load: {first_line(error)}") from error
+        raise ConfigError(f"--model {source.folder}: its tokenizer does not load: {reason(error)}") from error
 
 
 def active_dropout(model: torch.nn.Module) -> list[str]:
     """Return the names of the dropout rates of `model.config` that are not zero."""
     values = vars(model.config)
     return [name for name, value in values.items() if "drop" in name and isinstance(value, float) and value > 0]
+
+
+def reason(error: BaseException) -> str:
+    """Return why something does not load."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs code that lies in that folder, which cpcompile train does not run. Load it in a script of your own, with "
+            "trust_remote_code=True, and call cpcompile.apply(model, mesh) there."
+        )
+    return first_line(error)
 
 
 def first_line(error: BaseException) -> str:
