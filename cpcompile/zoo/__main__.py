@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cpcompile.zoo.catalogue import Entry, find_entries
-from cpcompile.zoo.result import Result, Variant, append, read
+from cpcompile.zoo.progress import Limits, run_and_keep
+from cpcompile.zoo.result import Variant, read
 from cpcompile.zoo.run import Job
 
 ATTENTION = ("sdpa", "eager", "flex_attention")
@@ -39,17 +39,41 @@ def zoo(
     timeout: Annotated[float, typer.Option(help="Seconds for one variant of one model.")] = 300.0,
     memory: Annotated[float, typer.Option(help="GiB for one process.")] = 8.0,
     output: Annotated[
-        Path, typer.Option(help="Where results go: this name with .jsonl (every run), .json and .md (tables).")
-    ] = Path("zoo"),
+        Path | None,
+        typer.Option(
+            help="Where results go: this name with .jsonl (every run), .json and .md (tables) [default: zoo, or random]"
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the results that are there, run the rest.")] = False,
+    random: Annotated[
+        int, typer.Option(min=0, help="Run this many configurations that are drawn at random instead.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="What --random draws from.")] = 0,
+    first: Annotated[int, typer.Option(min=0, help="The index of the first configuration of --random.")] = 0,
+    only: Annotated[
+        str, typer.Option(help="Only those of --random whose description has this regular expression: 'mpt.*left'.")
+    ] = "",
 ) -> None:
     """Run transformers architectures as tiny random models through `cpcompile.verify`.
+
+    With --random, sizes, heads, inputs and options are drawn too; one of the same seed and index is always the same.
 
     Exit code 1: something is wrong or crashes. Ctrl-C keeps what is done; continue with --resume.
     """
     # Tiny tensors: more threads only wait for each other. Before anything imports torch, so that workers have it too.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     console = Console()
+    output = output or Path("random" if random else "zoo")
+    results_path = output.with_suffix(".jsonl")
+    limits = Limits(num_workers=jobs, timeout=timeout, memory=memory)
+    if random:
+        if models or attention or world_size or packed is not None or strict is not None:
+            raise typer.BadParameter("draws these itself: choose with --only.", param_hint="--random")
+        from cpcompile.zoo.drawn.command import run_random
+
+        raise typer.Exit(
+            run_random(range(first, first + random), seed, only, results_path, console, limits, device, resume)
+        )
     try:
         entries = find_entries(models or [])
     except KeyError as error:
@@ -57,7 +81,6 @@ def zoo(
     for name in attention or []:
         if name not in ATTENTION:
             raise typer.BadParameter(f"{name} is none of {', '.join(ATTENTION)}.", param_hint="--attention")
-    results_path = output.with_suffix(".jsonl")
     if not resume:
         results_path.unlink(missing_ok=True)
     plan = [
@@ -69,11 +92,8 @@ def zoo(
     ]
     done = {result.id for result in read(results_path)}
     missing = [rest for job in plan if (rest := without(job, done)).variants]
-    try:
-        run_all(missing, results_path, console, jobs, timeout, memory)
-    except KeyboardInterrupt:
-        console.print(f"interrupted: {results_path} keeps what is done; continue with --resume.")
-        raise typer.Exit(130) from None
+    if not run_and_keep(missing, results_path, console, limits):
+        raise typer.Exit(130)
     finish(results_path, console, device)
 
 
@@ -92,30 +112,6 @@ def without(job: Job, done: set[tuple[str, Variant]]) -> Job:
     """Return the part of a job that has no result yet."""
     rest = tuple(variant for variant in job.variants if (job.key, variant) not in done)
     return Job(job.key, rest, job.device)
-
-
-def run_all(jobs: list[Job], path: Path, console: Console, num_workers: int, timeout: float, memory: float) -> None:
-    """Run jobs behind a progress bar and keep each result as soon as it is there."""
-    from cpcompile.zoo.pool import run_jobs
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=len(jobs))
-
-        def report(job: Job, results: list[Result]) -> None:
-            append(path, results)
-            progress.update(task, advance=1, description=job.key)
-            if not console.is_terminal:
-                outcomes = ", ".join(dict.fromkeys(result.outcome for result in results))
-                console.print(f"{job.key} {job.variants[0].text}: {outcomes}", highlight=False, soft_wrap=True)
-
-        run_jobs(jobs, report, num_workers=num_workers, timeout=timeout, memory=memory)
 
 
 def finish(results_path: Path, console: Console, device: str = "cpu") -> None:

@@ -15,7 +15,7 @@ from cpcompile.zoo.catalogue import ENTRIES, Entry
 from cpcompile.zoo.composite import COMPOSITES
 from cpcompile.zoo.flex import allow_flex_attention_on_cpu
 from cpcompile.zoo.inputs import make_inputs
-from cpcompile.zoo.sizes import tiny_settings
+from cpcompile.zoo.sizes import SHARED, tiny_settings
 
 # Large enough that attention, gates and experts differ between tokens: with the usual 0.02 the softmax of a tiny
 # model is nearly flat, and a wrong mask would hardly show.
@@ -60,11 +60,29 @@ NO_FLEX_REFERENCE = dict.fromkeys(
 )
 
 
-def make_model(entry: Entry, attention: str) -> nn.Module:
-    """Return the random model of `entry` in float32."""
+def make_model(
+    entry: Entry,
+    attention: str,
+    *,
+    class_name: str | None = None,
+    shared: Mapping[str, Any] = SHARED,
+    changes: Mapping[str, Any] = {},
+) -> nn.Module:
+    """Return the random model of `entry` in float32.
+
+    Args:
+        entry: the architecture.
+        attention: transformers' name of the attention implementation.
+        class_name: the class, if not that of the entry.
+        shared: what a config takes those settings of which it has fields for.
+        changes: settings that hold whatever the entry says.
+
+    Raises:
+        NotAvailable: transformers has no such class, or the class does not offer this attention.
+    """
     transformers = import_transformers()
-    model_class = find_class(transformers, entry)
-    config = make_config(transformers, entry)
+    model_class = find_class(transformers, entry, class_name)
+    config = make_config(transformers, entry, shared, changes)
     silence(config)
     if attention == "flex_attention":
         allow_flex_attention_on_cpu()
@@ -89,32 +107,34 @@ def import_transformers() -> Any:
     return transformers
 
 
-def find_class(transformers: Any, entry: Entry) -> Any:
-    """Return the class of an entry. Raises `NotAvailable`."""
+def find_class(transformers: Any, entry: Entry, class_name: str | None = None) -> Any:
+    """Return the class of an entry, or the one of this name. Raises `NotAvailable`."""
     auto = transformers.models.auto.modeling_auto
     mappings = {
         "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "mlm": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         "s2s": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     }
-    name = entry.class_name or mappings[entry.category].get(entry.model_type)
+    name = class_name or entry.class_name or mappings[entry.category].get(entry.model_type)
     if name is None or not hasattr(transformers, name):
         raise NotAvailable(f"transformers {transformers.__version__} has no {name or entry.model_type}")
     return getattr(transformers, name)
 
 
-def make_config(transformers: Any, entry: Entry) -> Any:
-    """Return the tiny config of an entry."""
+def make_config(
+    transformers: Any, entry: Entry, shared: Mapping[str, Any] = SHARED, changes: Mapping[str, Any] = {}
+) -> Any:
+    """Return the tiny config of an entry, in which `changes` hold whatever the entry says."""
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
 
     def tiny(model_type: str, changes: Mapping[str, Any] | None = None) -> Any:
-        return tiny_settings(known[model_type], changes or {})
+        return tiny_settings(known[model_type], changes or {}, shared)
 
     if entry.name in COMPOSITES:
         return COMPOSITES[entry.name](transformers, tiny)
     if entry.model_type not in known:
         raise NotAvailable(f"transformers {transformers.__version__} has no config {entry.model_type}")
-    settings = tiny(entry.model_type, entry.changes)
+    settings = tiny(entry.model_type, {**entry.changes, **changes})
     if entry.category == "causal" and hasattr(known[entry.model_type](), "is_decoder"):
         settings["is_decoder"] = True
     return known[entry.model_type](**settings)

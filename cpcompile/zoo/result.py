@@ -59,6 +59,7 @@ class Result:
         replicated: nothing was sharded.
         evaluation: compared in evaluation mode, because in training mode the model draws random numbers.
         seconds: of this variant.
+        drawn: the configuration in words, of one drawn at random.
     """
 
     key: str
@@ -74,6 +75,7 @@ class Result:
     replicated: bool = False
     evaluation: bool = False
     seconds: float = 0.0
+    drawn: str = ""
 
     @property
     def id(self) -> tuple[str, Variant]:

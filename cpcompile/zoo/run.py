@@ -75,19 +75,23 @@ def one_of(device: str) -> str:
     return f"cuda:{os.getpid() % torch.cuda.device_count()}" if device == "cuda" else device
 
 
-def run_variant(key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence) -> Result:
-    """Compare the transformed model with the untouched one.
+def run_variant(
+    key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence, **options: Any
+) -> Result:
+    """Compare the transformed model with the untouched one; `options` of `verify` beside those of the variant.
 
     A model that branches on random numbers while training is compared in evaluation mode.
     """
-    result = compare(key, variant, model.train(evidence.training), inputs, evidence)
+    result = compare(key, variant, model.train(evidence.training), inputs, evidence, **options)
     if result.outcome == NOT_CAPTURED and evidence.is_random and model.training:
-        evaluated = compare(key, variant, model.eval(), inputs, evidence)
+        evaluated = compare(key, variant, model.eval(), inputs, evidence, **options)
         return result if evaluated.outcome == NOT_CAPTURED else evaluated
     return result
 
 
-def compare(key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence) -> Result:
+def compare(
+    key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence, **options: Any
+) -> Result:
     """Compare in the mode that the model is in."""
     is_double = evidence.dtype == torch.float64
     torch._dynamo.reset()
@@ -99,6 +103,7 @@ def compare(key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, A
             dtype=torch.float64 if is_double else None,
             tolerance=TOLERANCE if is_double else None,
             strict=variant.strict,
+            **options,
         )
     except Exception as error:
         return Result(key, variant, *classify(error), dtype=str(evidence.dtype)[6:], evaluation=not model.training)
