@@ -17,7 +17,7 @@ from cpcompile.zoo.result import Variant
 WEIGHTS = {"causal": 55, "mlm": 22, "s2s": 13, "textenc": 2, "vlm": 4, "vision": 2, "audio": 2}
 TEXT = ("causal", "mlm", "s2s", "textenc")
 WORLD_SIZES = {1: 1, 2: 3, 3: 3, 4: 2, 8: 1}
-# Which implementation is tried first; with padding, flex attention branches on the mask's values, which is no graph.
+# Which implementation is tried first. With padding never flex attention, which branches on the mask's values: that is no graph.
 FIRST_ATTENTION = {"sdpa": 45, "eager": 40, "flex_attention": 15}
 LAYOUTS = ("auto", "contiguous", "zig_zag", "balanced", "zig_zag_by_document")
 PADDINGS = ("none", "none", "left", "right", "ones")
@@ -108,6 +108,7 @@ def draw(seed: int, index: int) -> Draw:
     entry = ENTRIES[f"{category}:{source.choice(list(CATEGORIES[category]))}"]
     world_size = source.choices(list(WORLD_SIZES), list(WORLD_SIZES.values()))[0]
     attention = source.choices(list(FIRST_ATTENTION), list(FIRST_ATTENTION.values()))[0]
+    padding = source.choice(PADDINGS) if attention != "flex_attention" else "none"
     options = draw_options(source, world_size)
     settings, rope = draw_settings(source)
     return Draw(
@@ -121,7 +122,7 @@ def draw(seed: int, index: int) -> Draw:
         batch=source.randint(1, 3),
         length=source.randint(SHORTEST, LONGEST),
         decoder_length=source.randint(SHORTEST, LONGEST),
-        padding=source.choice(PADDINGS),
+        padding=padding,
         is_packed=source.random() < 0.2,
         takes_embeddings=source.random() < 0.25,
         has_types=source.random() < 0.2,

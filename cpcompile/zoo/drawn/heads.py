@@ -13,6 +13,7 @@ from cpcompile.zoo.build import import_transformers
 from cpcompile.zoo.catalogue import Entry
 
 NUM_LABELS = 3
+NUM_ENDS = 2  # the start and the end of an answer
 CHOICES = 2
 
 # The names of transformers' tables of classes.
@@ -53,6 +54,11 @@ def heads_of(entry: Entry) -> list[str]:
 def class_name(entry: Entry, head: str) -> str | None:
     """Return the class of an entry with a head, or None for the entry's own."""
     return None if head in ("", _OWN.get(entry.category)) else tables()[head][entry.model_type]
+
+
+def num_labels(head: str) -> int:
+    """Return the number of logits of a head that has labels of its own."""
+    return NUM_ENDS if head == "question answering" else NUM_LABELS
 
 
 def labels_of(head: str, tokens: Callable[[int], Tensor], batch: int, length: int) -> dict[str, Tensor]:

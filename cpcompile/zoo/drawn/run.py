@@ -15,7 +15,7 @@ from cpcompile.zoo.build import NO_FLEX_REFERENCE, NotAvailable, import_transfor
 from cpcompile.zoo.classify import own_failure
 from cpcompile.zoo.drawn.batch import Batch
 from cpcompile.zoo.drawn.draw import TEXT, Draw, draw
-from cpcompile.zoo.drawn.heads import NUM_LABELS, class_name
+from cpcompile.zoo.drawn.heads import class_name, num_labels
 from cpcompile.zoo.drawn.settings import shared_settings
 from cpcompile.zoo.evidence import Evidence, Unsound, gather_evidence
 from cpcompile.zoo.result import Result
@@ -108,7 +108,7 @@ def model_of(drawn: Draw) -> nn.Module:
         return make_model(entry, attention)
     own_class = class_name(entry, drawn.head)
     changes = rope_changes(entry.model_type, drawn.rope)
-    changes |= {} if own_class is None else {"num_labels": NUM_LABELS}
+    changes |= {} if own_class is None else {"num_labels": num_labels(drawn.head)}
     shared = shared_settings(drawn.settings) if drawn.settings else SHARED
     model = make_model(entry, attention, class_name=own_class, shared=shared, changes=changes)
     if hasattr(model, "set_experts_implementation"):

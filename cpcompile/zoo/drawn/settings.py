@@ -8,11 +8,11 @@ from typing import Any
 
 from cpcompile.zoo.sizes import SHARED, sizes_by_name
 
-# By transformers' name of the kind; the numbers are such that tiny models differ by them.
+# By transformers' name of the kind; the numbers are such that tiny models differ by them. Those that depend on the length,
+# `dynamic` and `longrope`, branch on the positions' values: such a model is no graph.
 ROPES: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "linear": {"factor": 2.0},
-    "dynamic": {"factor": 2.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
     "llama3": {
         "factor": 4.0,
