@@ -4,6 +4,7 @@ if __name__ != "cpcompile.passes":
     raise ImportError("import this package as cpcompile.passes")
 
 from cpcompile.passes.choose_strategies import choose_strategies
+from cpcompile.passes.cut_hidden_rows import cut_hidden_rows
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.find_token_local import find_token_local
 from cpcompile.passes.finish_outputs import finish_outputs
@@ -22,7 +23,15 @@ from cpcompile.passes.separate_documents import separate_documents
 from cpcompile.passes.unshard_parameters import unshard_parameters
 
 # Still a single-device program: these only say what the attentions are.
-ANALYSIS = (functionalise_writes, open_products, open_flex_attention, open_varlen_attention, find_attention, lift_masks)
+ANALYSIS = (
+    functionalise_writes,
+    open_products,
+    open_flex_attention,
+    open_varlen_attention,
+    find_attention,
+    lift_masks,
+    cut_hidden_rows,
+)
 
 # From one device to the ranks of an axis; each takes the plan.
 SHARDING = (
@@ -45,6 +54,7 @@ __all__ = [
     "PIPELINE",
     "SHARDING",
     "choose_strategies",
+    "cut_hidden_rows",
     "find_attention",
     "find_token_local",
     "finish_outputs",

@@ -19,6 +19,7 @@ from cpcompile.analysis.patterns.formula import written_out
 from cpcompile.analysis.patterns.fused import is_one_operator, read_fused
 from cpcompile.analysis.patterns.repeated_heads import unrepeated
 from cpcompile.analysis.patterns.written_out import read_written_out
+from cpcompile.ir.annotation import annotate
 from cpcompile.ir.insertion import insert_call, replace_uses
 from cpcompile.ir.operator_call import value_of
 
@@ -60,6 +61,7 @@ def write_operator(found: Attention) -> None:
     settings = (found.scale, found.is_causal, 0, found.softcap)
     terms = {name: term for name, term in (("dropout", found.dropout), ("sinks", found.sinks)) if term}
     new = insert_call(end, torch.ops.cpcompile.attention.default, *operands, None, None, *settings, **terms)
+    annotate(new, is_filled=found.is_filled)
     if value_of(end).dim() == 3:
         new = insert_call(end, aten.squeeze.dim, new, 1)
     replace_by(found, new)

@@ -25,6 +25,7 @@ class Annotation:
         region: the token-local region that the node is a part of.
         is_of_layout: these are the bounds of the documents that the layout follows.
         is_table: its rows are read by positions in documents, so that every rank needs them all.
+        is_filled: the mask of this attention replaces scores in the model, in place of being added.
         is_local: the recorded value is what one rank holds; elsewhere it is the whole.
     """
 
@@ -36,6 +37,7 @@ class Annotation:
     region: str = ""
     is_of_layout: bool = False
     is_table: bool = False
+    is_filled: bool = False
     is_local: bool = False
 
 

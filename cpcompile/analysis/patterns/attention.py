@@ -14,7 +14,10 @@ from cpcompile.ir.operator_call import value_of
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One attention as found: what it computes, and the nodes that compute it, in their order."""
+    """One attention as found: what it computes, and the nodes that compute it, in their order.
+
+    `is_filled`: its mask, which the operator adds, replaces scores in the model; only a row that sees no key tells the two apart.
+    """
 
     nodes: tuple[fx.Node, ...]
     q: fx.Node
@@ -26,6 +29,7 @@ class Attention:
     softcap: float = 0.0
     dropout: float = 0.0
     sinks: fx.Node | None = None
+    is_filled: bool = False
 
 
 def is_batched(q: Any, k: Any, v: Any) -> bool:

@@ -16,17 +16,25 @@ aten = torch.ops.aten
 
 # A score that is replaced by at most this and one to which it is added are the same number, whatever the
 # score.
-_ABSORBING = torch.finfo(torch.bfloat16).min
+ABSORBING = torch.finfo(torch.bfloat16).min
 
 
 def can_mask(masks: tuple[Masking, ...], reader: Reader) -> bool:
-    """Tell whether one mask means all of them: a finite fill is like an addition when it absorbs what it is added to."""
+    """Tell whether one mask means all of them: a finite fill is like an addition when it absorbs what it is added to.
+
+    Its gradient is another one in rows that it hides whole: see `is_filled`.
+    """
     if any(may_need_gradient(masking.tensor) for masking in masks):
         return False
     fills = [masking for masking in masks if masking.fill is not None and masking.fill != float("-inf")]
     others = [masking for masking in masks if masking not in fills]
-    can_absorb = len(fills) == 1 and fills[0].fill is not None and fills[0].fill <= _ABSORBING
+    can_absorb = len(fills) == 1 and fills[0].fill is not None and fills[0].fill <= ABSORBING
     return not fills or (can_absorb and all(is_small(masking, reader) for masking in others))
+
+
+def is_filled(masks: tuple[Masking, ...]) -> bool:
+    """Tell whether hidden scores are replaced by a finite number, so that rows without a visible key have no gradient."""
+    return any(masking.fill not in (None, float("-inf")) for masking in masks)
 
 
 def is_small(masking: Masking, reader: Reader) -> bool:

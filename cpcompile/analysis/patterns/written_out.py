@@ -7,7 +7,7 @@ from torch import fx
 
 from cpcompile.analysis.masks.read import Reader
 from cpcompile.analysis.patterns.attention import Attention, can_drop, is_batched
-from cpcompile.analysis.patterns.masking import can_mask, written_mask
+from cpcompile.analysis.patterns.masking import can_mask, is_filled, written_mask
 from cpcompile.analysis.patterns.nodes import converted, is_conversion, second, source
 from cpcompile.analysis.patterns.scores import PRODUCTS, read_scores
 from cpcompile.analysis.patterns.sinks import drops_column, of_heads, read_sinks
@@ -58,6 +58,7 @@ def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Atte
         softcap=scores.softcap,
         dropout=dropout,
         sinks=None if with_sinks is None else of_heads(end, with_sinks.column, q_shape[1]),
+        is_filled=is_filled(scores.masks),
     )
 
 
