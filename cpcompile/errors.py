@@ -22,7 +22,15 @@ class ConfigError(CPError):
 
 
 class InputError(CPError):
-    """Inputs that differ between ranks, or whose token dim cannot be found."""
+    """Inputs that do not fit, or whose token dim cannot be found."""
+
+
+class RanksDiffer(InputError):
+    """What all ranks must have alike differs between them: inputs, weights, options, modes, versions or graphs."""
+
+
+class RankFailed(RanksDiffer):
+    """Another rank has ended a call with an error, so that this one cannot go on."""
 
 
 class GraphBreakError(CPError):

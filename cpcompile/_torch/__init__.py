@@ -4,6 +4,7 @@ from cpcompile._torch.autograd import assert_on_device, recording_gradients, run
 from cpcompile._torch.distributed import SymmetricMemory, resolve_group, shares_gpus, twin_group
 from cpcompile._torch.dynamo import break_frames, dynamo_break_reason, inner_compiler, source_name, tracing_one_graph
 from cpcompile._torch.functorch import TransformError
+from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.tracing import (
     SelectiveCheckpointError,
     fake_inputs,
@@ -23,8 +24,11 @@ __all__ = [
     "dynamo_break_reason",
     "fake_inputs",
     "fake_static_input",
+    "holdings",
     "inner_compiler",
+    "inner_tensors",
     "is_only_traced",
+    "num_writes",
     "recording_gradients",
     "resolve_group",
     "run_backward",

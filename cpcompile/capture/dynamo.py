@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 from cpcompile import _torch
 from cpcompile.capture.lowering import describe_unsupported
-from cpcompile.capture.token_inputs import KNOWN
+from cpcompile.capture.token_inputs import KNOWN, token_dim
 from cpcompile.errors import ConfigError, CPError, GraphBreakError
 from cpcompile.options.config import Config
 
@@ -66,7 +68,9 @@ def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: boo
     again.
     """
     tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
-    dims = config.token_dims or KNOWN
+    dims = {
+        name: token_dim(name, tensors[name], dim) for name, dim in config.token_dims.items() if name in tensors
+    } or KNOWN
     sizes = [x.shape[dims[name]] for name, x in tensors.items() if name in dims and x.dim() > dims[name]]
     if not sizes:
         sizes = [x.shape[-1] for x in tensors.values() if x.dim() >= 2 and not x.is_floating_point()]
@@ -85,7 +89,7 @@ def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: boo
 def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], config: Config) -> Callable[..., Any]:
     """Return `function` compiled as one graph by `backend`; errors come out as ours, with the user's line."""
     # Not dynamic=True, which would make every size a symbol: `token_length` marks those that may change.
-    whole = reading(function, config.told_by) if config.told_by else function
+    whole = with_own_code(reading(function, config.told_by) if config.told_by else function)
     compiled = torch.compile(whole, backend=backend, fullgraph=True, dynamic=None if config.dynamic else False)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -95,6 +99,25 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], con
             return compiled(*args, **kwargs)
 
     return call
+
+
+_number = itertools.count()
+
+
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function or a method as one with code of its own, of which Dynamo remembers nothing.
+
+    Dynamo makes a size a symbol when it has seen the same code with another one. One rank may have, to explain the model or to
+    evaluate it, and would compile another graph than the others.
+    """
+    inner = function.__func__ if isinstance(function, types.MethodType) else function
+    if not isinstance(inner, types.FunctionType):
+        return function
+    code = inner.__code__.replace(co_name=f"{inner.__code__.co_name}_{next(_number)}")
+    own = types.FunctionType(code, inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__)
+    own.__kwdefaults__, own.__qualname__ = inner.__kwdefaults__, inner.__qualname__
+    own.__dict__.update(inner.__dict__)
+    return types.MethodType(own, function.__self__) if isinstance(function, types.MethodType) else own
 
 
 def install_recorders(model: object, kwargs: Mapping[str, Any]) -> None:

@@ -23,8 +23,8 @@ FLASH_REMEDY = (
 )
 
 FSDP_REMEDY = (
-    "The model, or a part of it, is wrapped by fully_shard, whose hooks do not trace. Use cpcompile.apply(model, mesh), before or "
-    "after fully_shard: it takes the sharded parameters over. If fully_shard came after the first call of the model, call "
+    "The model, or a part of it, is wrapped by fully_shard, whose hooks do not trace. Use cpcompile.apply(model, mesh), before "
+    "or after fully_shard: it takes the sharded parameters over. If fully_shard came after the first call of the model, call "
     "cpcompile.remove(model) and apply it again; torch.compile(backend='cpcompile') takes models without it."
 )
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from cpcompile.errors import InputError
+from cpcompile.options.checking import did_you_mean
 
 KNOWN = {
     "input_ids": 1,
@@ -37,11 +38,14 @@ def find_token_dims(gm: fx.GraphModule, inputs: Mapping[str, str], declared: Map
     for wanted in (declared, KNOWN):
         for name, node in tensors.items():
             if inputs[name] in wanted and not found.keys() & {name}:
-                found[name] = wanted[inputs[name]] % node.meta["val"].dim()
+                found[name] = token_dim(inputs[name], node.meta["val"], wanted[inputs[name]])
         unknown = sorted(set(declared) - set(inputs.values()))
         if wanted is declared and unknown:
             listed = ", ".join(sorted(set(inputs.values()))) or "none"
-            raise InputError(f"token_dims names {', '.join(unknown)}, but the inputs of the model are: {listed}.")
+            meant = "".join(did_you_mean(name, inputs.values()) for name in unknown)
+            raise InputError(
+                f"token_dims names {', '.join(unknown)}, but the inputs of the model are: {listed}.{meant}"
+            )
         if found:
             break
     found = found or {name: node.meta["val"].dim() - 1 for name, node in tensors.items() if is_looked_up(node)}
@@ -53,6 +57,20 @@ def find_token_dims(gm: fx.GraphModule, inputs: Mapping[str, str], declared: Map
             f"token_dims={{{example!r}: 1}}. If the model was cut by a graph break, remove the break (fullgraph=True shows it)."
         )
     return found | labels_of_another_sequence(tensors, inputs, found)
+
+
+def token_dim(name: str, x: torch.Tensor, dim: int) -> int:
+    """Return the dim of the tokens of an input, counted from the front.
+
+    Raises:
+        InputError: the input has no such dim.
+    """
+    if not -x.dim() <= dim < x.dim():
+        raise InputError(
+            f"token_dims={{{name!r}: {dim}}}: the input {name!r} of shape [{', '.join(map(str, x.shape))}] has "
+            f"{x.dim()} dims: the dim of its tokens is one of {', '.join(map(str, range(x.dim()))) or 'none'}."
+        )
+    return dim % x.dim()
 
 
 def labels_of_another_sequence(

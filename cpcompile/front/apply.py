@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.hooks import RemovableHandle
 
 from cpcompile.balance.layout import local_length
 from cpcompile.capture.dynamo import by_name, compile_whole, token_length
 from cpcompile.errors import ConfigError
 from cpcompile.front.backend import Compiled, gradient_sync, prepare
-from cpcompile.front.rank_agreement import check_same_inputs
+from cpcompile.front.call_agreement import CallAgreement
+from cpcompile.front.module_state import ModuleState
 from cpcompile.front.sharded_parameters import ShardedParameters, adopt
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis, axis_of
@@ -53,7 +55,8 @@ def apply(model: Model, mesh: DeviceMesh, *, axis: str | tuple[str, str] | None 
         raise ConfigError("this model is context parallel already: call cpcompile.remove(model) first.")
     config, chosen = Config.of(options), axis_of(mesh, axis)
     prepare(config, chosen)
-    model.forward = ParallelForward(model, model.forward, config, chosen)
+    model.forward = forward = ParallelForward(model, model.forward, config, chosen)
+    forward.on_load = model.register_load_state_dict_post_hook(weights_loaded)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -62,6 +65,8 @@ def remove(model: Model) -> Model:
     parallel = parallel_forward(model)
     parallel.release()
     forward = parallel.__wrapped__
+    if parallel.on_load is not None:
+        parallel.on_load.remove()
     del model.__dict__["forward"]
     if getattr(forward, "__self__", None) is not model:
         model.forward = forward  # another library had replaced it before `apply` did
@@ -81,8 +86,15 @@ def parallel_forward(model: torch.nn.Module) -> ParallelForward:
     return forward
 
 
+def weights_loaded(model: torch.nn.Module, keys: object) -> None:
+    """Have the ranks' weights compared again. A function of the module, so that copies of a model have it too."""
+    forward = model.__dict__.get("forward")
+    if isinstance(forward, ParallelForward):
+        forward.agreement.weights_changed()
+
+
 class ParallelForward:
-    """What `apply` puts in place of a model's forward: checks the inputs, then runs the compiled, transformed program."""
+    """What `apply` puts in place of a model's forward: compares the ranks, then runs the compiled, transformed program."""
 
     def __init__(self, model: torch.nn.Module, forward: Callable[..., Any], config: Config, axis: Axis) -> None:
         self.model, self.config, self.axis = model, config, axis
@@ -92,21 +104,24 @@ class ParallelForward:
         self.__wrapped__ = forward  # `inspect.signature(model.forward)` stays that of the model
         self.sync = gradient_sync(config, axis)
         self._compiled = compile_whole(forward, self._backend, config)
-        self._is_checked = config.check_inputs == "never"
+        self.agreement = CallAgreement(config, self.sync, ModuleState(model))
+        self.on_load: RemovableHandle | None = None
         self._sharded: ShardedParameters | None = None
         self._adopted: type | None = None  # the class of the model when FSDP's modules were looked for
 
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         # The first graph chooses the layout for all: `unshard` must know it whichever graph ran last.
         config = replace(self.config, balancer=self.layout or self.config.balancer)
-        compiled = Compiled(gm, example_inputs, config, self.sync, bounds=self.bounds, sharded=self._sharded)
+        compiled = Compiled(
+            gm, example_inputs, config, self.sync, self.agreement, bounds=self.bounds, sharded=self._sharded
+        )
         self.layout = compiled.transformed.plan.layout
         return compiled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelForward:
         """Return the same for a copy of the model, which has parameters of its own."""
-        model = copy.deepcopy(self.model, memo)
-        return ParallelForward(model, copy.deepcopy(self.__wrapped__, memo), self.config, self.axis)
+        model, forward = copy.deepcopy((self.model, self.__wrapped__), memo)
+        return ParallelForward(model, forward, self.config, self.axis)
 
     def __reduce__(self) -> Any:
         raise ConfigError(
@@ -115,12 +130,10 @@ class ParallelForward:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        named = by_name(self.__wrapped__, kwargs, *args, beside=self.config.told_by)
-        if not self._is_checked:
-            check_same_inputs({name: x for name, x in named.items() if isinstance(x, torch.Tensor)}, self.axis)
-            self._is_checked = self.config.check_inputs == "first"
-        self.length = token_length(named, self.config, mark_dynamic=self.config.dynamic) or 0
-        with self._plain_modules():
+        with self._plain_modules(), self.agreement.call():
+            named = by_name(self.__wrapped__, kwargs, *args, beside=self.config.told_by)
+            self.agreement.before_compiling(named)
+            self.length = token_length(named, self.config, mark_dynamic=self.config.dynamic) or 0
             return self._compiled(**named)
 
     def _plain_modules(self) -> contextlib.AbstractContextManager[None]:

@@ -13,12 +13,14 @@ from torch import fx
 
 from cpcompile import _torch
 from cpcompile._torch import fsdp
-from cpcompile.capture.lowering import FSDP_REMEDY, break_text, placeholders
-from cpcompile.compile.inner import compile_inner, input_names, transform_dynamo_graph
+from cpcompile.capture.lowering import FSDP_REMEDY, break_text
+from cpcompile.compile.inner import compile_inner, transform_dynamo_graph
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import TORCH, ConfigError, GraphBreakError, InputError
+from cpcompile.front.call_agreement import CallAgreement
 from cpcompile.front.gradient_sums import GradientSync
-from cpcompile.front.rank_agreement import check_same_generators, check_same_inputs
+from cpcompile.front.graph_inputs import GraphInputs
+from cpcompile.front.graph_text import GraphText
 from cpcompile.front.sharded_parameters import Entry, LocalShards, ShardedParameters, local_rows
 from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
@@ -34,6 +36,8 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
         CPError: the model cannot be sharded exactly; Dynamo reports it as the cause of its
             `BackendCompilerFailed`.
     """
+    if not isinstance(options or {}, Mapping):
+        raise ConfigError(f"options={options!r} is no mapping: options={{'mesh': mesh, ...}}.")
     given = dict(options or {})
     if "mesh" not in given:
         raise ConfigError(
@@ -42,8 +46,11 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     axis = axis_of(given.pop("mesh"), given.pop("axis", None))
     config = Config.of(given)
     prepare(config, axis)
-    refuse_parts()
-    return Compiled(gm, example_inputs, config, gradient_sync(config, axis), check_inputs=config.check_inputs)
+    sync, inputs = gradient_sync(config, axis), GraphInputs(gm)
+    agreement = CallAgreement(config, sync, inputs)
+    with agreement.compilation(inputs.read(example_inputs)):
+        refuse_parts()
+        return Compiled(gm, example_inputs, config, sync, agreement, inputs=inputs)
 
 
 def prepare(config: Config, axis: Axis) -> None:
@@ -95,7 +102,8 @@ def gradient_sync(config: Config, axis: Axis) -> GradientSync:
 class Compiled:
     """One transformed and compiled graph; called with the flat inputs that Dynamo passes.
 
-    `bounds` holds where documents began in the last call, by the number of tokens, if the layout follows them.
+    `agreement` compares the ranks before it runs, and what is given to it where `inputs` says how to read that. `bounds` holds
+    where documents began in the last call, by the number of tokens, if the layout follows them.
     """
 
     def __init__(
@@ -104,9 +112,10 @@ class Compiled:
         example_inputs: Sequence[Any],
         config: Config,
         sync: GradientSync,
-        check_inputs: str = "never",
+        agreement: CallAgreement,
         bounds: dict[int, torch.Tensor] | None = None,
         sharded: ShardedParameters | None = None,
+        inputs: GraphInputs | None = None,
     ) -> None:
         axis = sync.axis
         check_devices(example_inputs, axis)
@@ -116,8 +125,10 @@ class Compiled:
         self.transformed: Transformed = transform_dynamo_graph(
             gm, example_inputs, config=config, axis=axis, shards=shards
         )
-        self._drawing = drawing_devices(self.transformed.graph) if config.check_inputs != "never" else set()
-        self._checks_always = config.check_inputs == "always"
+        self._agreement, self._inputs = agreement, inputs
+        self._drawing = drawing_devices(self.transformed.graph)
+        fsdp_groups = {group for shard in shards.values() for group in (shard.group, shard.replica_group)}
+        self._text = GraphText.of(self.transformed.graph, axis, fsdp_groups)
         self._num_bounds = len(Lengths.bounds_of(self.transformed.graph))
         self._bounds = {} if bounds is None else bounds
         self._run = compile_inner(self.transformed, local_inputs(example_inputs, self._entries), config.inner)
@@ -126,20 +137,10 @@ class Compiled:
             i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config) and i not in summed_apart
         ]
         self._sync = sync
-        self._check = check_inputs
-        names, nodes = input_names(self.transformed.original), placeholders(self.transformed.original)
-        self._named = [
-            (names[node.name], i)
-            for i, (node, x) in enumerate(zip(nodes, example_inputs, strict=True))
-            if node.name in names and isinstance(x, torch.Tensor)
-        ]
 
     def __call__(self, *inputs: Any) -> Any:
-        if self._check != "never":
-            check_same_inputs({name: inputs[i] for name, i in self._named}, self._sync.axis)
-            self._check = "always" if self._check == "always" else "never"
-        check_same_generators(self._drawing, self._sync.axis)
-        self._drawing = self._drawing if self._checks_always else set()
+        told = self._inputs.read(inputs) if self._inputs is not None else None
+        self._agreement.before_running(self._text, self._drawing, told)
         given = self._with_local_rows(inputs)
         if self._sync.axis.world_size > 1 and self._summed and torch.is_grad_enabled():
             keys = [inputs[i] for i in self._summed]

@@ -1,100 +1,178 @@
-"""Rank agreement: every rank of the axis must be given the same batch.
+"""Rank agreement: what every rank of the axis must have alike, compared in one small all-reduce before ranks wait for each other.
 
-Each rank passes the whole batch; ranks whose data loaders differ would train on a sequence that nobody has.
-One fingerprint of names, shapes, dtypes and values is compared in one small all-reduce; only when it differs
-do the ranks say what they hold.
+Each rank passes the whole batch to the same model with the same weights, modes and options, and all run the same graph. Where
+they do not, they would train on a sequence that nobody has, or wait for each other without an end. What is compared every time
+is a fingerprint; only when it differs do the ranks say what they hold.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from cpcompile.errors import InputError
+from cpcompile.errors import RankFailed, RanksDiffer
+from cpcompile.front.fingerprint import joined, text_fingerprint, value_fingerprint
+from cpcompile.front.graph_text import means_same
+from cpcompile.front.weights import describe_weight
 from cpcompile.options.mesh import Axis
 
-# The step and the first multiplier of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
-_MIX = 0x9E3779B97F4A7C15 - (1 << 64)
-_SCRAMBLE = 0xBF58476D1CE4E5B9 - (1 << 64)
+# What a rank holds, by (kind, name); and the same with the fingerprints of values, where there are any.
+Details = Mapping[tuple[str, str], str]
+Held = Mapping[tuple[str, str], tuple[str, int]]
 
 
-def value_fingerprint(x: torch.Tensor) -> torch.Tensor:
-    """Return an int64 scalar on the device of `x` that depends on every element and its place."""
-    flat = x.detach().contiguous().reshape(-1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).reshape(-1)
-    if flat.is_floating_point():
-        flat = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}[flat.element_size()])
-    places = torch.arange(flat.numel(), device=x.device, dtype=torch.int64)
-    # Not linear in the values: a sum of products with the places is the same for 0 1 1 0 and 1 0 0 1.
-    mixed = places.add_(1).mul_(_MIX).add_(flat.to(torch.int64))
-    mixed = mixed.bitwise_xor_(mixed >> 30).mul_(_SCRAMBLE)
-    return mixed.bitwise_xor_(mixed >> 27).sum()
+class Kind(NamedTuple):
+    """How a difference is told: what differs, what a rank has that lacks it, and the remedy."""
+
+    title: str
+    lacking: str
+    remedy: str
 
 
-def describe(name: str, x: torch.Tensor) -> str:
-    """Return name, dtype and shape, which must agree before values can."""
-    return f"{name}: {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+_MODEL = "Every rank of the context-parallel axis must call the same model in the same state"
+NO_CALL, FAILURE = (
+    "no call",
+    "failure",
+)  # a rank ended a call with an error, before it could say what it was given, or after
+# In the order in which they are told: what differs first may be why the others do.
+KINDS: Mapping[str, Kind] = {
+    NO_CALL: Kind("", "", ""),
+    "version": Kind("the version of {!r}", "not installed", "Install the same versions for every rank."),
+    "option": Kind("the option {!r}", "not given", "Every rank must pass the same options to cpcompile."),
+    "setting": Kind("{}", "not set", f"{_MODEL} and under the same settings."),
+    "training": Kind("the training mode of {!r}", "no such module", f"{_MODEL}: call train() or eval() on every rank."),
+    "weight": Kind("the parameter or buffer {!r}", "not there", f"{_MODEL}: make it alike on every rank."),
+    "input": Kind(
+        "the input {!r}",
+        "not given",
+        "Every rank of the context-parallel axis must be given the same whole batch: shard data over the other axes only.",
+    ),
+    "generator": Kind(
+        "the state of the {} generator",
+        "not drawn from",
+        "The random generators of the ranks are in different states, but this model draws numbers that all ranks must "
+        "draw alike (dropout with exact_dropout=True, or another random operator on values that every rank holds whole). "
+        "Call torch.manual_seed with the same seed on every rank of the context-parallel axis, and draw nothing on some "
+        "ranks only (shuffle data by a torch.Generator of its own), or leave exact_dropout off.",
+    ),
+    FAILURE: Kind("", "", ""),
+    "operator": Kind(
+        "operator {} of the transformed graph",
+        "not there",
+        "Every rank must run the same program: nothing that the model computes may depend on the rank, on the time or on the "
+        "environment.",
+    ),
+}
+
+
+def agree(
+    header: int,
+    tensors: Mapping[tuple[str, str], torch.Tensor],
+    axis: Axis,
+    details: Callable[[], Details],
+    *flags: int,
+) -> tuple[list[int], Details | None]:
+    """Compare a fingerprint, and the values of tensors, with those of the other ranks. Collective.
+
+    Args:
+        header: a fingerprint of all that `details` says.
+        tensors: by kind and name; `details` has their dtypes and shapes.
+        axis: the ranks.
+        details: what this rank holds; called when fingerprints differ.
+        flags: numbers of which the least of all ranks is wanted.
+
+    Returns:
+        The least of each flag; and what rank 0 holds, where its fingerprint was another one though it means the same.
+
+    Raises:
+        RanksDiffer: the ranks do not hold the same; raised on every rank.
+    """
+    device = device_of(axis)
+    host = torch.tensor([header, *flags]).to(device, non_blocking=True)
+    total = joined([host[0], *(value_fingerprint(x).to(device) for x in tensors.values())])
+    least = torch.cat([torch.stack([total, ~total]), host[1:]])  # the least of ~x is the complement of the most of x
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=axis.process_group)
+    low, complement, *lowest = least.tolist()
+    if low == ~complement:
+        return lowest, None
+    values = {entry: int(value_fingerprint(x)) for entry, x in tensors.items()}
+    held: list[Held] = [{} for _ in range(axis.world_size)]
+    own = {entry: (text, values.get(entry, 0)) for entry, text in details().items()}
+    dist.all_gather_object(held, own, group=axis.process_group)
+    error = difference(held)
+    if error is not None:
+        raise error
+    return lowest, {entry: text for entry, (text, _) in held[0].items()}
+
+
+def device_of(axis: Axis) -> torch.device:
+    """Return a device whose tensors the group of the axis sends."""
+    is_on_gpu = axis.device_type == "cuda"
+    return torch.device("cuda", torch.cuda.current_device()) if is_on_gpu else torch.device("cpu")
+
+
+def difference(held: Sequence[Held]) -> RanksDiffer | None:
+    """Return the error that says what differs between what the ranks hold, and on which ranks; None if nothing does."""
+    first = held[0]
+    entries = dict.fromkeys(entry for of_rank in held for entry in of_rank)
+    others = {
+        entry: [rank for rank, of_rank in enumerate(held) if not is_same(entry, first.get(entry), of_rank.get(entry))]
+        for entry in entries
+    }
+    differing = sorted((entry for entry in entries if others[entry]), key=lambda entry: [*KINDS].index(entry[0]))
+    for kind, name in differing:
+        texts = [of_rank[kind, name][0] if (kind, name) in of_rank else None for of_rank in held]
+        if kind in (NO_CALL, FAILURE):
+            return failure([rank for rank, text in enumerate(texts) if text is not None], texts)
+        what = by_rank([KINDS[kind].lacking if text is None else text for text in texts])
+        num_more = sum(entry[0] == kind for entry in differing) - 1
+        more = f"; {num_more} more" if num_more else ""
+        title = KINDS[kind].title.format(name)
+        return RanksDiffer(
+            f"{title} differs between rank 0 and {named(others[kind, name])} ({what}{more}). {KINDS[kind].remedy}"
+        )
+    return None
+
+
+def is_same(entry: tuple[str, str], one: tuple[str, int] | None, other: tuple[str, int] | None) -> bool:
+    """Tell whether what two ranks have of an entry may be the same."""
+    if one == other or one is None or other is None:
+        return one == other
+    return entry[0] == "operator" and means_same(one[0], other[0])
+
+
+def failure(ranks: Sequence[int], texts: Sequence[str | None]) -> RankFailed:
+    """Return the error that tells the other ranks why they cannot go on."""
+    return RankFailed(
+        f"{named(ranks)} ended this call with an error, so that the others cannot go on:\n\n{texts[ranks[0]]}"
+    )
+
+
+def by_rank(texts: Sequence[str]) -> str:
+    """Return what each rank has, ranks with the same together."""
+    if len(set(texts)) == 1:
+        return f"{texts[0]}, in its values"
+    ranks = {text: [rank for rank, other in enumerate(texts) if other == text] for text in texts}
+    return "; ".join(f"{named(of_text) if of_text != [0] else 'rank 0'}: {text}" for text, of_text in ranks.items())
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Return ranks for people."""
+    return f"rank(s) {', '.join(map(str, ranks))}"
 
 
 def check_same_inputs(inputs: Mapping[str, torch.Tensor], axis: Axis) -> None:
-    """Compare the inputs of all ranks of the axis.
+    """Compare inputs of all ranks of the axis. Collective.
 
     Raises:
-        InputError: they differ; the message names the first input that does, and the ranks. Raised on every
+        RanksDiffer: they differ; the message names the first input that does, and the ranks. Raised on every
             rank.
     """
-    inputs = dict(sorted(inputs.items()))  # the order of keyword arguments means nothing
-    if not are_same(inputs, axis):
-        raise InputError(
-            difference({name: (describe(name, x), int(value_fingerprint(x))) for name, x in inputs.items()}, axis)
-        )
-
-
-def check_same_generators(device_types: Set[str], axis: Axis) -> None:
-    """Compare the states of the ranks' default generators, from which ranks draw what all must hold alike.
-
-    Raises:
-        InputError: they differ. Raised on every rank.
-    """
-    if not device_types:
-        return
-    states = {"cpu": torch.get_rng_state, "cuda": torch.cuda.get_rng_state}
-    if not are_same({kind: states[kind]() for kind in sorted(device_types)}, axis):
-        raise InputError(
-            "the random generators of the ranks are in different states, but this model draws numbers that all ranks must "
-            "draw alike (dropout with exact_dropout=True, or another random operator on values that every rank holds whole). "
-            "Call torch.manual_seed with the same seed on every rank of the context-parallel axis, and draw nothing on some "
-            "ranks only (shuffle data by a torch.Generator of its own), or leave exact_dropout off."
-        )
-
-
-def are_same(inputs: Mapping[str, torch.Tensor], axis: Axis) -> bool:
-    """Tell whether the named tensors of all ranks are the same. Collective; the same answer on every rank."""
     if axis.world_size == 1:
-        return True
-    device = torch.device("cuda", torch.cuda.current_device()) if axis.device_type == "cuda" else torch.device("cpu")
-    header = zlib.crc32(";".join(describe(name, x) for name, x in inputs.items()).encode())
-    values = [value_fingerprint(x).to(device) for x in inputs.values()]
-    total = torch.stack([torch.tensor(header, device=device), *values]).mul(_MIX).cumsum(0).sum()
-    low_and_high = torch.stack([total, ~total])  # the minimum of ~x is that of the complement of the maximum
-    dist.all_reduce(low_and_high, op=dist.ReduceOp.MIN, group=axis.process_group)
-    return bool(low_and_high[0] == ~low_and_high[1])
-
-
-def difference(own: Mapping[str, tuple[str, int]], axis: Axis) -> str:
-    """Return the text that says which input differs, and on which ranks. Collective."""
-    held: list[Mapping[str, tuple[str, int]]] = [{} for _ in range(axis.world_size)]
-    dist.all_gather_object(held, own, group=axis.process_group)
-    remedy = "Every rank of the context-parallel axis must be given the same whole batch: shard data over the other axes only."
-    for name in sorted({name for inputs in held for name in inputs}):
-        of_rank = [inputs.get(name) for inputs in held]
-        if len(set(of_rank)) > 1:
-            shapes = {str(entry[0]) if entry else f"{name}: not given" for entry in of_rank}
-            others = [rank for rank, entry in enumerate(of_rank) if entry != of_rank[0]]
-            what = "; ".join(sorted(shapes)) if len(shapes) > 1 else f"{shapes.pop()}, in its values"
-            return f"the input {name!r} differs between rank 0 and rank(s) {', '.join(map(str, others))} ({what}). {remedy}"
-    return f"the inputs differ between the ranks. {remedy}"
+        return
+    tensors = {("input", name): inputs[name] for name in sorted(inputs)}  # the order of keyword arguments means nothing
+    details = {entry: describe_weight(x) for entry, x in tensors.items()}
+    agree(text_fingerprint(repr(details).encode()), tensors, axis, lambda: details)

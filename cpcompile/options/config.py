@@ -8,6 +8,7 @@ from typing import Any
 
 from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, group_size, is_of_groups, without_groups
 from cpcompile.errors import ConfigError
+from cpcompile.options.checking import check_types, did_you_mean
 from cpcompile.options.documents import Source
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.kernels import NAMES
@@ -53,8 +54,11 @@ class Config:
         grad_sync: `sum`: parameter gradients are added over the axis, bucketed, at the end of backward.
             `mean`: a DDP or FSDP wrapper over a mesh that contains the axis averages them. `none`: the caller
             adds them.
-        check_inputs: when the inputs of all ranks are compared: at every step, at the first, or never.
-        token_dims: input name to the dim of its tokens, for models whose token inputs are not `input_ids` or
+        check_inputs: when the ranks are compared, in inputs, weights, modes, options and the graph: at every call, at the first,
+            or never.
+        sync_weights: the first rank of the axis sends its parameters and buffers to all at the first call, and when they were
+            replaced or loaded since; otherwise ranks whose weights differ are refused.
+        token_dims: input name to the dim of its tokens (-1: the last), for models whose token inputs are not `input_ids` or
             `inputs_embeds`.
         exact_dropout: dropout draws what one device draws from the same seed, which costs the random numbers of the whole
             tensor on every rank at each site; ranks must be seeded alike. Otherwise each rank draws for its own tokens,
@@ -81,6 +85,7 @@ class Config:
     outputs: str = "local"
     grad_sync: str = "sum"
     check_inputs: str = "always"
+    sync_weights: bool = False
     token_dims: Mapping[str, int] = field(default_factory=dict)
     exact_dropout: bool = False
     token_local: Sequence[str] = ()
@@ -90,10 +95,14 @@ class Config:
     mask_labels: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (name == "balancer" and is_of_groups(str(value))):
-                raise ConfigError(f"{name}={value!r} is not an option: choose one of {', '.join(map(repr, choices))}.")
+                raise ConfigError(
+                    f"{name}={value!r} is not an option: choose one of {', '.join(map(repr, choices))}."
+                    + did_you_mean(value, choices)
+                )
         if self.heads_per_message < 0:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
@@ -104,8 +113,6 @@ class Config:
             raise ConfigError(
                 "mask_labels=True needs to know the documents: say what tells them apart, documents='eos:2'."
             )
-        if isinstance(self.token_local, str):
-            raise ConfigError(f"token_local={self.token_local!r} is one string: give a list of paths or class names.")
 
     @property
     def told_by(self) -> str:
@@ -131,9 +138,12 @@ class Config:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Config:
-        """Build a config from keyword options; an unknown one is an error that lists the known ones."""
+        """Build a config from keyword options; an unknown one is an error that lists the known ones and says which was meant."""
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}: the options are {', '.join(known)}.")
+            meant = "".join(did_you_mean(name, [*known, "axis", "mesh"]) for name in unknown)
+            raise ConfigError(
+                f"unknown option {', '.join(map(repr, unknown))}: the options are {', '.join(known)}.{meant}"
+            )
         return cls(**options)

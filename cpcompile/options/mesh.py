@@ -9,6 +9,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from cpcompile.errors import ConfigError
+from cpcompile.options.checking import an, did_you_mean, fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +70,18 @@ def axis_of(mesh: DeviceMesh, axis: str | Sequence[str] | None) -> Axis:
         raise ConfigError(f"mesh must be a DeviceMesh (torch.distributed.init_device_mesh), not {type(mesh).__name__}.")
     names = mesh.mesh_dim_names or ()
     listed = ", ".join(repr(name) for name in names) or "none has a name"
+    if not fits(axis, str | Sequence[str] | None):
+        raise ConfigError(
+            f"axis={axis!r} is {an(type(axis).__name__)}: name an axis of the mesh ({listed}), or two, "
+            "axis=('ring axis', 'ulysses axis')."
+        )
     wanted = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
-    missing = ", ".join(repr(name) for name in wanted if name not in names)
+    missing = [name for name in wanted if name not in names]
     if missing:
-        raise ConfigError(f"the mesh has no axis {missing} (its axes: {listed}; shape {tuple(mesh.shape)}).")
+        raise ConfigError(
+            f"the mesh has no axis {', '.join(map(repr, missing))} (its axes: {listed}; shape {tuple(mesh.shape)})."
+            + did_you_mean(missing[0], names)
+        )
     if not wanted and mesh.ndim != 1:
         raise ConfigError(
             f"the mesh has {mesh.ndim} axes ({listed}; shape {tuple(mesh.shape)}): say which one shards the sequence, "

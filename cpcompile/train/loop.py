@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import cpcompile
 from cpcompile.errors import InputError, VerificationError
+from cpcompile.front.weights import differing_weights
 from cpcompile.train import checkpoint, data
 from cpcompile.train.events import Comparison, Event, Gradients, Note, Phase, Resumed, Saved, Step
 from cpcompile.train.model import active_dropout, find_model, load_model, load_tokenizer
@@ -185,7 +186,7 @@ def finish_steps(trainer: Trainer, step: int) -> None:
     """After some steps: are all ranks still one model? Then save it."""
     options = trainer.options
     if options.check_ranks:
-        check_ranks(trainer.model, step)
+        check_ranks(trainer, step)
     if options.save is None:
         return
     random_states = [None] * dist.get_world_size()
@@ -245,16 +246,13 @@ def set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
-def check_ranks(model: torch.nn.Module, step: int) -> None:
-    """Compare a checksum of every parameter over the ranks: all must have taken the same steps."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    sums = torch.stack([parameter.detach().double().sum() for parameter in parameters])
-    others = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
-    dist.all_gather(others, sums)
-    for rank, other in enumerate(others):
-        if not torch.equal(other, others[0]):
-            name = names[int((other != others[0]).nonzero()[0])]
-            raise VerificationError(f"after step {step}, rank {rank} and rank 0 hold different values of {name}.")
+def check_ranks(trainer: Trainer, step: int) -> None:
+    """Compare every parameter and buffer over the ranks: all must have taken the same steps."""
+    weights = {**dict(trainer.model.named_parameters()), **dict(trainer.model.named_buffers())}
+    group = dist.group.WORLD
+    assert group is not None, "made before the model"
+    for name, ranks in differing_weights(weights, group, trainer.device).items():
+        raise VerificationError(f"after step {step}, rank {ranks[0]} and rank 0 hold different values of {name}.")
 
 
 def largest(device: torch.device, *values: float) -> list[float]:

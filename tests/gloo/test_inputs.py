@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import cpcompile
 from cpcompile.errors import ConfigError, InputError
-from cpcompile.front.rank_agreement import value_fingerprint
+from cpcompile.front.fingerprint import value_fingerprint
 from tests.models import VOCABULARY, batch, error, errors, gradients, loss_of, make
 
 
@@ -37,13 +37,13 @@ def spoiled(inputs: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 DIFFERENCES = {
-    "one value": "the input 'input_ids' differs between rank 0 and rank(s) 1 (input_ids: int64[2, 31], in its values)",
+    "one value": "the input 'input_ids' differs between rank 0 and rank(s) 1 (int64[2, 31], in its values)",
     "two values swapped": "the input 'input_ids' differs between rank 0 and rank(s) 1",
     "rows swapped": "the input 'input_ids' differs between rank 0 and rank(s) 1",
-    "shape": "the input 'input_ids' differs between rank 0 and rank(s) 1 (input_ids: int64[2, 30]; input_ids: int64[2, 31])",
-    "batch": "the input 'input_ids' differs between rank 0 and rank(s) 1 (input_ids: int64[1, 31]; input_ids: int64[2, 31])",
-    "dtype": "the input 'labels' differs between rank 0 and rank(s) 1 (labels: int32[2, 31]; labels: int64[2, 31])",
-    "missing": "the input 'labels' differs between rank 0 and rank(s) 1 (labels: int64[2, 31]; labels: not given)",
+    "shape": "the input 'input_ids' differs between rank 0 and rank(s) 1 (rank(s) 0, 2: int64[2, 31]; rank(s) 1: int64[2, 30])",
+    "batch": "the input 'input_ids' differs between rank 0 and rank(s) 1 (rank(s) 0, 2: int64[2, 31]; rank(s) 1: int64[1, 31]; 1 more)",  # noqa: E501
+    "dtype": "the input 'labels' differs between rank 0 and rank(s) 1 (rank(s) 0, 2: int64[2, 31]; rank(s) 1: int32[2, 31])",
+    "missing": "the input 'labels' differs between rank 0 and rank(s) 1 (rank(s) 0, 2: int64[2, 31]; rank(s) 1: not given)",
 }
 
 
@@ -168,6 +168,11 @@ def unfit(rank: Any) -> None:
             "mesh must be a DeviceMesh (torch.distributed.init_device_mesh), not ProcessGroup",
         ),
         ({"mesh": None}, "mesh must be a DeviceMesh (torch.distributed.init_device_mesh), not NoneType."),
+        (
+            {"mesh": rank.mesh("context"), "axis": "contxt"},
+            "the mesh has no axis 'contxt' (its axes: 'context'; shape (4,)).",
+        ),
+        ({"mesh": rank.mesh(), "axis": 0}, "axis=0 is an int: name an axis of the mesh ('cp'), or two, axis=("),
         ({"mesh": rank.mesh(), "stratgy": "ring"}, "unknown option 'stratgy': the options are strategy, balancer,"),
     ]
     if rank.rank >= 2:

@@ -162,7 +162,7 @@ def test_whole_values_with_tokens_are_localised(dynamic: bool) -> None:
 def test_what_is_not_declared_is_refused() -> None:
     with pytest.raises(cpcompile.NoRule, match=r"argsort.*order of all tokens"):
         check(SparseLM(PlainExperts))
-    with pytest.raises(cpcompile.ConfigError, match="one string"):
+    with pytest.raises(cpcompile.ConfigError, match="token_local='PlainExperts' is a str, and this option is a list"):
         check(SparseLM(PlainExperts), token_local="PlainExperts")
 
 

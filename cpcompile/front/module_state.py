@@ -1,0 +1,54 @@
+"""Module state: the weights of a model and what can be switched on each of its modules, read at each call in microseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from operator import attrgetter, is_
+
+import torch
+
+from cpcompile import _torch
+
+
+class ModuleState:
+    """Reads a model; what modules there are, and their names, is found again only when one was added, replaced or removed."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._find()
+
+    def training(self) -> bytes:
+        """Return a byte for each module: is it in training mode. Finds the modules again if others are in their place."""
+        now = list(self._children())
+        if len(now) != len(self._found) or not all(map(is_, now, self._found)):
+            self._find()
+        return bytes(map(attrgetter("training"), self._modules.values()))
+
+    def module_names(self) -> list[str]:
+        """Return the paths of the modules of `training`, 'the model' for itself."""
+        return [path or "the model" for path in self._modules]
+
+    def weights(self) -> list[torch.Tensor]:
+        """Return all parameters and buffers; one that two modules share comes twice."""
+        return [x for x in chain.from_iterable(map(dict.values, self._tensors)) if x is not None]
+
+    def weight_names(self) -> list[str]:
+        """Return the names of `weights`."""
+        return [
+            f"{path}.{name}".lstrip(".")
+            for path, module in self._modules.items()
+            for held in _torch.holdings(module)[1:]
+            for name, x in held.items()
+            if x is not None
+        ]
+
+    def _children(self) -> Iterator[torch.nn.Module | None]:
+        return chain.from_iterable(map(dict.values, self._submodules))
+
+    def _find(self) -> None:
+        self._modules = dict(self._model.named_modules())
+        held = [_torch.holdings(module) for module in self._modules.values()]
+        self._submodules = [submodules for submodules, _, _ in held]
+        self._tensors = [tensors for _, *both in held for tensors in both]
+        self._found = list(self._children())
