@@ -5,8 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpcompile.analysis.regions import token_local
-    from cpcompile.errors import ConfigError, CPError, GraphBreakError, InputError, NoRule, VerificationError
+    from cpcompile.errors import (
+        ConfigError,
+        CPError,
+        GraphBreakError,
+        InputError,
+        NoRule,
+        RankFailed,
+        RanksDiffer,
+        VerificationError,
+    )
     from cpcompile.front.apply import apply, no_sync, remove, shard, unshard
+    from cpcompile.front.loss import cross_entropy
     from cpcompile.inspect.explain import explain
     from cpcompile.inspect.explanation import Explanation
     from cpcompile.inspect.verification import Verification
@@ -17,6 +27,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "front.apply": ("apply", "no_sync", "remove", "shard", "unshard"),
+    "front.loss": ("cross_entropy",),
     "options.config": ("Config",),
     "errors": (
         "CPError",
@@ -24,6 +35,8 @@ _MODULES = {
         "GraphBreakError",
         "InputError",
         "NoRule",
+        "RankFailed",
+        "RanksDiffer",
         "VerificationError",
     ),
     "inspect.explanation": ("Explanation",),
@@ -55,9 +68,12 @@ __all__ = [
     "GraphBreakError",
     "InputError",
     "NoRule",
+    "RankFailed",
+    "RanksDiffer",
     "Verification",
     "VerificationError",
     "apply",
+    "cross_entropy",
     "explain",
     "no_sync",
     "remove",

@@ -17,6 +17,7 @@ from cpcompile.capture.dynamo import by_name, compile_whole, token_length
 from cpcompile.errors import ConfigError
 from cpcompile.front.backend import Compiled, gradient_sync, prepare
 from cpcompile.front.call_agreement import CallAgreement
+from cpcompile.front.last_call import LastCall
 from cpcompile.front.module_state import ModuleState
 from cpcompile.front.sharded_parameters import ShardedParameters, adopt
 from cpcompile.options.config import Config
@@ -100,7 +101,8 @@ class ParallelForward:
         self.model, self.config, self.axis = model, config, axis
         self.length = 0  # tokens of the last call
         self.layout = ""  # chosen when the model is first called
-        self.bounds: dict[int, torch.Tensor] = {}  # where documents began in the last call, by the number of tokens
+        self.last = LastCall()
+        self._has_labels = False  # that were compared over the ranks
         self.__wrapped__ = forward  # `inspect.signature(model.forward)` stays that of the model
         self.sync = gradient_sync(config, axis)
         self._compiled = compile_whole(forward, self._backend, config)
@@ -113,10 +115,15 @@ class ParallelForward:
         # The first graph chooses the layout for all: `unshard` must know it whichever graph ran last.
         config = replace(self.config, balancer=self.layout or self.config.balancer)
         compiled = Compiled(
-            gm, example_inputs, config, self.sync, self.agreement, bounds=self.bounds, sharded=self._sharded
+            gm, example_inputs, config, self.sync, self.agreement, last=self.last, sharded=self._sharded
         )
         self.layout = compiled.transformed.plan.layout
         return compiled
+
+    def compares_labels(self) -> bool:
+        """Tell whether labels that come after a call are to be compared over the ranks, now."""
+        before, self._has_labels = self._has_labels, True
+        return self.config.check_inputs == "always" or (self.config.check_inputs == "first" and not before)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelForward:
         """Return the same for a copy of the model, which has parameters of its own."""
@@ -152,7 +159,7 @@ class ParallelForward:
 def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, length: int | None = None) -> torch.Tensor:
     """Return the whole of a sequence-shaped output, in the user's token order, on every rank. Collective; differentiable.
 
-    Where the layout follows documents, they are those of the last call.
+    Where the layout follows documents, they are those of the last call. A loss needs no whole logits: `cpcompile.cross_entropy`.
 
     Every rank is expected to compute the same from it and to call backward, as with `outputs="full"`: each
     back-propagates its share, so that the gradients are those of one device.
@@ -172,7 +179,7 @@ def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, lengt
             "pass the dim of the tokens, and length= if this is not an output of the last call."
         )
     share = torch.ops.cpcompile.scale_gradient(tensor, 1 / forward.axis.world_size)
-    out: torch.Tensor = torch.ops.cpcompile.gather_tokens(share, at, 1, *_axis(forward, whole))
+    out: torch.Tensor = torch.ops.cpcompile.gather_tokens(share, at, 1, *axis_arguments(forward, whole))
     return out
 
 
@@ -182,8 +189,8 @@ def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, padding
     Where the layout follows documents, they are those of the last call, so that it has to be one on the same batch.
 
     Where the length does not divide, the last slots of some ranks are padding: they repeat the last token, or
-    hold `padding`. A loss of one's own sums over the tokens of the rank and divides by the whole count; the
-    gradients are then those of one device, and the losses of the ranks add up to the loss:
+    hold `padding`. The loss of most models is `cpcompile.cross_entropy`. Another one sums over the tokens of the rank and
+    divides by the whole count; the gradients are then those of one device, and the losses of the ranks add up to the loss:
 
         mine = cpcompile.shard(labels, model, padding=-100)
         total = F.cross_entropy(logits.flatten(0, 1), mine.flatten(), reduction="sum")
@@ -196,14 +203,15 @@ def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, padding
         padding: what padding slots hold, e.g. the label that a loss ignores.
     """
     forward, at = _called(model), dim % tensor.dim()
-    axis = _axis(forward, tensor.shape[at])
+    axis = axis_arguments(forward, tensor.shape[at])
     out: torch.Tensor = torch.ops.cpcompile.shard_tokens(tensor, at, 1, *axis)
     return out if padding is None else torch.ops.cpcompile.fill_padding(out, at, 1, padding, 0, 0, *axis)
 
 
-def _axis(forward: ParallelForward, length: int) -> tuple[Any, ...]:
+def axis_arguments(forward: ParallelForward, length: int) -> tuple[Any, ...]:
     """Return the last arguments of the operators on tokens, as in the last call of the model."""
-    bounds = (forward.bounds[length],) if length in forward.bounds else ()
+    known = forward.last.bounds
+    bounds = (known[length],) if length in known else ()
     return length, forward.layout, forward.axis.world_size, forward.axis.group, *bounds
 
 

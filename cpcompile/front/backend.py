@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -21,12 +22,15 @@ from cpcompile.front.call_agreement import CallAgreement
 from cpcompile.front.gradient_sums import GradientSync
 from cpcompile.front.graph_inputs import GraphInputs
 from cpcompile.front.graph_text import GraphText
+from cpcompile.front.last_call import CallReader, LastCall
 from cpcompile.front.sharded_parameters import Entry, LocalShards, ShardedParameters, local_rows
 from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis, axis_of
 from cpcompile.passes.rewrite_dropout import drawing_devices
 from cpcompile.runtime.transport.choice import set_transport
+
+_log = logging.getLogger(__name__)
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Compiled:
@@ -102,8 +106,8 @@ def gradient_sync(config: Config, axis: Axis) -> GradientSync:
 class Compiled:
     """One transformed and compiled graph; called with the flat inputs that Dynamo passes.
 
-    `agreement` compares the ranks before it runs, and what is given to it where `inputs` says how to read that. `bounds` holds
-    where documents began in the last call, by the number of tokens, if the layout follows them.
+    `agreement` compares the ranks before it runs, and what is given to it where `inputs` says how to read that. `last` is
+    told of each call.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class Compiled:
         config: Config,
         sync: GradientSync,
         agreement: CallAgreement,
-        bounds: dict[int, torch.Tensor] | None = None,
+        last: LastCall | None = None,
         sharded: ShardedParameters | None = None,
         inputs: GraphInputs | None = None,
     ) -> None:
@@ -130,7 +134,14 @@ class Compiled:
         fsdp_groups = {group for shard in shards.values() for group in (shard.group, shard.replica_group)}
         self._text = GraphText.of(self.transformed.graph, axis, fsdp_groups)
         self._num_bounds = len(Lengths.bounds_of(self.transformed.graph))
-        self._bounds = {} if bounds is None else bounds
+        self._last, self._reader = LastCall() if last is None else last, CallReader(self.transformed)
+        _log.info(
+            "%d ranks, layout %s; the model returns %s (of local tokens, cpcompile.unshard makes the whole, cpcompile.cross_entropy "
+            "the loss)",
+            axis.world_size,
+            self.transformed.plan.layout,
+            "; ".join(map(str, self._reader.outputs)),
+        )
         self._run = compile_inner(self.transformed, local_inputs(example_inputs, self._entries), config.inner)
         summed_apart = {i for i, shard in shards.items() if shard.sums_axis}
         self._summed = [
@@ -147,10 +158,11 @@ class Compiled:
             for i, tensor in zip(self._summed, self._sync([given[i] for i in self._summed], keys), strict=True):
                 given[i] = tensor
         results = self._run(*given)
-        self._bounds.clear()  # of an earlier call: each is as long as its sequence, and no two need be of one length
+        self._last.lengths, self._last.outputs = self._reader.lengths(inputs), self._reader.outputs
+        self._last.bounds.clear()  # of an earlier call: each is as long as its sequence, and no two need be of one length
         if not self._num_bounds:
             return results
-        self._bounds.update({x.shape[1] - 1: x for x in results[-self._num_bounds :]})
+        self._last.bounds.update({x.shape[1] - 1: x for x in results[-self._num_bounds :]})
         return results[: -self._num_bounds]
 
     def _with_local_rows(self, inputs: Sequence[Any]) -> list[Any]:

@@ -18,6 +18,7 @@ from cpcompile.capture.lowering import placeholders
 from cpcompile.choose.attention_sites import attention_nodes, rewritten_attentions
 from cpcompile.choose.kernels import chosen_kernels, sized, strategy_of
 from cpcompile.compile.inner import transform_dynamo_graph
+from cpcompile.compile.outputs import outputs_of
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import module_path, source_place
 from cpcompile.inspect.explanation import Collective, Explanation, GatheredValue, ShardedInput, Site, TokenLocal
@@ -66,6 +67,7 @@ def explain(
         sites=tuple(attention_sites(transformed)),
         regions=tuple(TokenLocal(r.name, source_place(r.nodes[0]), len(r.nodes)) for r in regions_of(gm)),
         inputs=tuple(sharded_inputs(gm)),
+        outputs=outputs_of(gm),
         gathered=tuple(gathered_values(gm)),
         collectives=tuple(collectives(transformed)),
         gradient_bytes=gradient_bytes(model, world_size, plan.gradient_scale == 1),

@@ -8,6 +8,7 @@ from typing import Any
 
 from cpcompile.balance.layout import follows_documents
 from cpcompile.choose.rates import BYTES, CPU, FLASH2, RATES
+from cpcompile.compile.outputs import Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ class Explanation:
     sites: tuple[Site, ...]
     regions: tuple[TokenLocal, ...]
     inputs: tuple[ShardedInput, ...]
+    outputs: tuple[Output, ...]
     gathered: tuple[GatheredValue, ...]
     collectives: tuple[Collective, ...]
     gradient_bytes: int
@@ -120,6 +122,12 @@ class Explanation:
             *self._region_lines(),
             "sharded where",
             *table(("value", "shape", "dim", "line"), [(i.value, sizes(i.shape), i.dim, i.line) for i in self.inputs]),
+            "",
+            "returned",
+            *table(
+                ("output", "whole shape", "a rank has", "line"),
+                [(o.value, sizes(o.shape) or "a number", o.held, o.line) for o in self.outputs],
+            ),
             "",
             *self._gathered_lines(),
             *self._collective_lines(),
