@@ -22,7 +22,7 @@ class ConfigError(CPError):
 
 
 class InputError(CPError):
-    """Inputs that do not fit, or whose token dim cannot be found."""
+    """Inputs that the model does not take, or whose token dim cannot be found."""
 
 
 class RanksDiffer(InputError):
@@ -51,6 +51,10 @@ class NoChunks(NoRule):
 
 class VerificationError(CPError):
     """The transformed program does not compute what the original computes."""
+
+
+class InternalError(CPError):
+    """An error of another kind while compiling, its `__cause__`: a fault of cpcompile or of the inner compiler."""
 
 
 def user_frame(node: fx.Node) -> tuple[str, int, str] | None:

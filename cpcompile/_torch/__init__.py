@@ -2,7 +2,18 @@
 
 from cpcompile._torch.autograd import assert_on_device, recording_gradients, run_backward
 from cpcompile._torch.distributed import SymmetricMemory, resolve_group, shares_gpus, twin_group
-from cpcompile._torch.dynamo import break_frames, dynamo_break_reason, inner_compiler, source_name, tracing_one_graph
+from cpcompile._torch.dynamo import (
+    CONTROL_FLOW,
+    DATA_DEPENDENT,
+    break_frames,
+    dynamo_break_reason,
+    global_hooks,
+    guard_on_hooks,
+    has_backward_hooks,
+    inner_compiler,
+    source_name,
+    tracing_one_graph,
+)
 from cpcompile._torch.functorch import TransformError
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.tracing import (
@@ -16,6 +27,8 @@ from cpcompile._torch.tracing import (
 )
 
 __all__ = [
+    "CONTROL_FLOW",
+    "DATA_DEPENDENT",
     "SelectiveCheckpointError",
     "SymmetricMemory",
     "TransformError",
@@ -24,6 +37,9 @@ __all__ = [
     "dynamo_break_reason",
     "fake_inputs",
     "fake_static_input",
+    "global_hooks",
+    "guard_on_hooks",
+    "has_backward_hooks",
     "holdings",
     "inner_compiler",
     "inner_tensors",

@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 import torch.fx.traceback
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cpcompile._torch.functorch import TransformError as TransformError
+
+# Not errors: by these Dynamo begins anew or leaves a frame alone.
+CONTROL_FLOW: tuple[type[BaseException], ...] = (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame)
+DATA_DEPENDENT: tuple[type[BaseException], ...] = (GuardOnDataDependentSymNode,)
 
 
 def source_name(node: fx.Node) -> str:
@@ -58,7 +64,8 @@ def _on_any_device(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 def tracing_one_graph() -> Iterator[None]:
     """Let Dynamo skip logging calls and warnings, so that a model that logs once still traces as one graph.
 
-    The limit of compilations for one function is raised: several models, plans or lengths may share a forward.
+    The limit of compilations for one function is raised: several models, plans or lengths may share a forward. A module that
+    has got a hook since is compiled again, which Dynamo does not look for by default.
     Flex attention is traced on any device, because it is opened: what it lacks on some is a kernel for its backward.
     """
     import torch._dynamo.config as config
@@ -70,11 +77,34 @@ def tracing_one_graph() -> Iterator[None]:
     was_disabled, metrics.disabled = metrics.disabled, metrics.disabled or _METRICS_MISREAD_CONFIG
     validate, flex._validate_device = flex._validate_device, _on_any_device
     try:
-        with config.patch(ignore_logging_functions=ignored, recompile_limit=_RECOMPILE_LIMIT):
+        with config.patch(
+            ignore_logging_functions=ignored, recompile_limit=_RECOMPILE_LIMIT, skip_nnmodule_hook_guards=False
+        ):
             yield
     finally:
         metrics.disabled = was_disabled
         flex._validate_device = validate
+
+
+def guard_on_hooks() -> None:
+    """Let Dynamo compile again when a module has got a hook since, which it does not look for by default."""
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+
+def has_backward_hooks(module: torch.nn.Module) -> bool:
+    """Tell whether a module has hooks of its backward."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+_HOOKS_OF_ALL = [
+    getattr(torch.nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
+
+
+def global_hooks() -> tuple[Any, ...]:
+    """Return the hooks of all modules, those of forward and those of backward."""
+    return tuple(hook for hooks in _HOOKS_OF_ALL for hook in hooks.values())
 
 
 def break_frames(error: torch._dynamo.exc.TorchDynamoException) -> traceback.StackSummary:
@@ -93,4 +123,9 @@ def inner_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[Any]], Calla
         return aot_autograd(fw_compiler=nop, bw_compiler=nop)
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx  # type: ignore[return-value]
+    def compile_both(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        # Otherwise a backward that does not compile is an error of the first backward, outside of our hands.
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            return compile_fx(gm, inputs)  # type: ignore[return-value]
+
+    return compile_both

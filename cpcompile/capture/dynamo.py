@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from cpcompile import _torch
-from cpcompile.capture.lowering import describe_unsupported
+from cpcompile.capture.arguments import describe_call, refuse_earlier_tokens, refuse_unnamed, takes
+from cpcompile.capture.definitions import Definitions
+from cpcompile.capture.dynamo_errors import clear_errors
 from cpcompile.capture.token_inputs import KNOWN, token_dim
-from cpcompile.errors import ConfigError, CPError, GraphBreakError
+from cpcompile.errors import ConfigError, InputError
 from cpcompile.options.config import Config
 
 
@@ -23,10 +25,19 @@ def by_name(forward: Callable[..., Any], kwargs: Mapping[str, Any], *args: Any, 
     """Return all arguments of a call of `forward` by name, so that messages and options can name them.
 
     One that is called `beside` is for us, if `forward` does not take it.
+
+    Raises:
+        InputError: `forward` cannot be called so, or a cache holds earlier tokens.
+        ConfigError: an argument has no name.
     """
+    refuse_unnamed(forward, kwargs)
     signature = inspect.signature(forward)
     own = {beside: kwargs[beside]} if beside in kwargs and not takes(signature, beside) else {}
-    bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in own})
+    given = {name: value for name, value in kwargs.items() if name not in own}
+    try:
+        bound = signature.bind(*args, **given)
+    except TypeError as error:
+        raise InputError(describe_call(signature, given, str(error))) from None
     named = dict(bound.arguments) | own
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -36,13 +47,8 @@ def by_name(forward: Callable[..., Any], kwargs: Mapping[str, Any], *args: Any, 
             and parameter.name in named
         ):
             raise ConfigError(f"pass the arguments of the model by name: {parameter.name} is positional only.")
+    refuse_earlier_tokens(named)
     return named
-
-
-def takes(signature: inspect.Signature, name: str) -> bool:
-    """Tell whether a function has a parameter of that name, or takes any."""
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def reading(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -66,6 +72,9 @@ def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: boo
 
     With `mark_dynamic`, every input dim of that size (or of that of a second sequence) may change without compiling
     again.
+
+    Raises:
+        InputError: there are none.
     """
     tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
     dims = {
@@ -76,6 +85,9 @@ def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: boo
         sizes = [x.shape[-1] for x in tensors.values() if x.dim() >= 2 and not x.is_floating_point()]
     if not sizes:
         return None
+    if 0 in sizes:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+        raise InputError(f"the inputs hold no tokens: {shapes}.")
     labels = tensors.get("labels")
     if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
         sizes.append(labels.shape[1])
@@ -88,14 +100,28 @@ def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: boo
 
 def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], config: Config) -> Callable[..., Any]:
     """Return `function` compiled as one graph by `backend`; errors come out as ours, with the user's line."""
-    # Not dynamic=True, which would make every size a symbol: `token_length` marks those that may change.
     whole = with_own_code(reading(function, config.told_by) if config.told_by else function)
-    compiled = torch.compile(whole, backend=backend, fullgraph=True, dynamic=None if config.dynamic else False)
+    model = getattr(function, "__self__", None)
+    definitions = Definitions(model)
+
+    def compiled_now() -> Callable[..., Any]:
+        def remembering(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            definitions.remember()
+            result: Callable[..., Any] = backend(gm, example_inputs)
+            return result
+
+        # Not dynamic=True, which would make every size a symbol: `token_length` marks those that may change.
+        return torch.compile(whole, backend=remembering, fullgraph=True, dynamic=None if config.dynamic else False)
+
+    compiled = compiled_now()
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        install_recorders(getattr(function, "__self__", None), kwargs)
+        nonlocal compiled
+        install_recorders(model, kwargs)
+        if definitions.have_changed():
+            compiled = compiled_now()  # of another backend, so that Dynamo finds nothing compiled before
         # DDP has Dynamo cut the model into a graph for each bucket; the parts could not be sharded.
-        with clear_errors(), _torch.tracing_one_graph(), torch._dynamo.config.patch(optimize_ddp=False):
+        with clear_errors(function, kwargs), _torch.tracing_one_graph(), torch._dynamo.config.patch(optimize_ddp=False):
             return compiled(*args, **kwargs)
 
     return call
@@ -120,6 +146,11 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return types.MethodType(own, function.__self__) if isinstance(function, types.MethodType) else own
 
 
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model that `torch.compile` wrapped, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def install_recorders(model: object, kwargs: Mapping[str, Any]) -> None:
     """Put the hooks into a transformers model that record what is asked for (router logits, hidden states).
 
@@ -133,16 +164,3 @@ def install_recorders(model: object, kwargs: Mapping[str, Any]) -> None:
         config = getattr(module, "config", None)
         if any(kwargs.get(f"output_{name}", getattr(config, f"output_{name}", False)) for name in names):
             recording.maybe_install_capturing_hooks(module)
-
-
-@contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-    """Show our own error where Dynamo wraps it, and a graph break with the user's line."""
-    try:
-        yield
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, CPError):
-            raise error.inner_exception from None
-        raise
-    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
-        raise GraphBreakError(describe_unsupported(error)) from None

@@ -11,6 +11,7 @@ from torch import fx
 
 from cpcompile import _torch
 from cpcompile.capture.block_masks import unread_nodes
+from cpcompile.capture.faults import faults_of
 from cpcompile.errors import TORCH, CPError, GraphBreakError, where
 
 OWN_REMEDY = (
@@ -31,6 +32,7 @@ FSDP_REMEDY = (
 _KEPT_INPUT_META = ("tensor_dict", "grapharg")
 
 
+@faults_of("the capture")
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """Return `gm` as ATen before dispatch, with the same inputs in the same order.
 
@@ -103,22 +105,21 @@ def describe_break(reason: Any) -> str:
     return break_text(str(reason.reason), reason.user_stack)
 
 
-def describe_unsupported(error: torch._dynamo.exc.TorchDynamoException) -> str:
-    """Return the text for a model that Dynamo cannot trace whole, with the user's line."""
-    return break_text(str(error), _torch.break_frames(error))
-
-
 def break_text(reason: str, stack: Sequence[traceback.FrameSummary]) -> str:
     """Return the text for a graph break: why, the innermost line outside torch, and what to do."""
     if "FSDP" in reason:
         return FSDP_REMEDY
-    frames = [frame for frame in stack if not frame.filename.startswith(TORCH)] or list(stack)
-    line = f"\n\n  {frames[-1].line or '':<60} {frames[-1].filename}:{frames[-1].lineno}\n" if frames else "\n"
     return (
-        f"The model does not trace as one graph: {reason.splitlines()[0]}.{line}\n"
+        f"The model does not trace as one graph: {reason.splitlines()[0].rstrip('.')}.{line_of(stack)}\n\n"
         "A part of a model cannot be sharded safely. Change this line so that it traces, or move the call out of the model "
         "(torch.compile(model, fullgraph=True) shows the full explanation)."
     )
+
+
+def line_of(stack: Sequence[traceback.FrameSummary]) -> str:
+    """Return a paragraph with the innermost line outside torch, or ''."""
+    frames = [frame for frame in stack if not frame.filename.startswith(TORCH)] or list(stack)
+    return f"\n\n  {frames[-1].line or '':<60} {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def placeholders(gm: fx.GraphModule) -> list[fx.Node]:

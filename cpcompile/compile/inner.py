@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from cpcompile import _torch
+from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.ir.parameter_shard import ParameterShard
@@ -16,6 +17,10 @@ from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 
+INNER_REMEDY = (
+    "The transformed program is right, but this compiler cannot compile it: inner='aot_eager' or 'eager' runs it without. "
+    "Please report it with the error above; dynamic=False, which compiles each length by itself, may help as well."
+)
 _ARGUMENT = re.compile(r"\['?(\w+)'?\]")
 
 
@@ -64,4 +69,5 @@ def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner
         # Values are those of the whole model; what runs here is local.
         if node.op != "placeholder":
             node.meta.pop("val", None)
-    return _torch.inner_compiler(inner)(graph, example_inputs)
+    with faults_of(f"the inner compiler ({inner})", INNER_REMEDY):
+        return _torch.inner_compiler(inner)(graph, example_inputs)

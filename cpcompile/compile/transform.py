@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from cpcompile.analysis.patterns.latent_heads import expansion_of
+from cpcompile.capture.faults import faults_of
 from cpcompile.capture.token_inputs import find_token_dims
 from cpcompile.choose.attention import AttentionSite, Ranks
 from cpcompile.choose.attention_sites import (
@@ -74,6 +75,7 @@ class Transformed:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@faults_of("the transformation")
 def transform(
     captured: fx.GraphModule,
     *,
@@ -180,7 +182,8 @@ def run_pass(
 ) -> None:
     """Run one pass with the chores around it: lint, recompile, counts and times; dead code while no pass keeps nodes."""
     start = time.perf_counter()
-    changes[function.__name__] = function(gm, **config)
+    with faults_of(f"the pass {function.__name__}"):
+        changes[function.__name__] = function(gm, **config)
     if function in ANALYSIS or function is separate_documents:
         gm.graph.eliminate_dead_code()
     gm.graph.lint()

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
 from cpcompile.balance.layout import local_length
-from cpcompile.capture.dynamo import by_name, compile_whole, token_length
+from cpcompile.capture.dynamo import by_name, compile_whole, token_length, uncompiled
 from cpcompile.errors import ConfigError
 from cpcompile.front.backend import Compiled, gradient_sync, prepare
 from cpcompile.front.call_agreement import CallAgreement
@@ -24,6 +24,9 @@ from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis, axis_of
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+COMPILED_ALREADY = (
+    "cpcompile.apply compiles the model itself (the option inner= says by what): compile nothing around it"
+)
 
 
 def apply(model: Model, mesh: DeviceMesh, *, axis: str | tuple[str, str] | None = None, **options: Any) -> Model:
@@ -52,25 +55,26 @@ def apply(model: Model, mesh: DeviceMesh, *, axis: str | tuple[str, str] | None 
     """
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"cpcompile.apply takes a torch.nn.Module, not {type(model).__name__}.")
-    if isinstance(model.__dict__.get("forward"), ParallelForward):
+    if isinstance(uncompiled(model).__dict__.get("forward"), ParallelForward):
         raise ConfigError("this model is context parallel already: call cpcompile.remove(model) first.")
     config, chosen = Config.of(options), axis_of(mesh, axis)
     prepare(config, chosen)
-    model.forward = forward = ParallelForward(model, model.forward, config, chosen)
-    forward.on_load = model.register_load_state_dict_post_hook(weights_loaded)  # type: ignore[no-untyped-call]
+    inner = uncompiled(model)
+    inner.forward = forward = ParallelForward(inner, inner.forward, config, chosen)
+    forward.on_load = inner.register_load_state_dict_post_hook(weights_loaded)  # type: ignore[no-untyped-call]
     return model
 
 
 def remove(model: Model) -> Model:
     """Undo `apply`: the model is the single-device one again. Returns the same object."""
-    parallel = parallel_forward(model)
+    parallel, inner = parallel_forward(model), uncompiled(model)
     parallel.release()
     forward = parallel.__wrapped__
     if parallel.on_load is not None:
         parallel.on_load.remove()
-    del model.__dict__["forward"]
-    if getattr(forward, "__self__", None) is not model:
-        model.forward = forward  # another library had replaced it before `apply` did
+    del inner.__dict__["forward"]
+    if getattr(forward, "__self__", None) is not inner:
+        inner.forward = forward  # another library had replaced it before `apply` did
     return model
 
 
@@ -81,7 +85,7 @@ def no_sync(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
 
 def parallel_forward(model: torch.nn.Module) -> ParallelForward:
     """Return what `apply` put in place of the model's forward."""
-    forward = model.__dict__.get("forward")
+    forward = uncompiled(model).__dict__.get("forward")
     if not isinstance(forward, ParallelForward):
         raise ConfigError("this model is not context parallel: call cpcompile.apply(model, mesh) first.")
     return forward
@@ -136,6 +140,8 @@ class ParallelForward:
             "model.state_dict(), whose names apply leaves alone, or call cpcompile.remove(model) first."
         )
 
+    # torch.compile around the model leaves this call alone, which compiles the model itself.
+    @torch.compiler.disable(reason=COMPILED_ALREADY)  # type: ignore[untyped-decorator, no-untyped-call]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._plain_modules(), self.agreement.call():
             named = by_name(self.__wrapped__, kwargs, *args, beside=self.config.told_by)

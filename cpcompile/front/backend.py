@@ -54,6 +54,7 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     agreement = CallAgreement(config, sync, inputs)
     with agreement.compilation(inputs.read(example_inputs)):
         refuse_parts()
+        _torch.guard_on_hooks()
         return Compiled(gm, example_inputs, config, sync, agreement, inputs=inputs)
 
 
@@ -136,8 +137,8 @@ class Compiled:
         self._num_bounds = len(Lengths.bounds_of(self.transformed.graph))
         self._last, self._reader = LastCall() if last is None else last, CallReader(self.transformed)
         _log.info(
-            "%d ranks, layout %s; the model returns %s (of local tokens, cpcompile.unshard makes the whole, cpcompile.cross_entropy "
-            "the loss)",
+            "%d ranks, layout %s; the model returns %s (of local tokens, cpcompile.unshard makes the whole, "
+            "cpcompile.cross_entropy the loss)",
             axis.world_size,
             self.transformed.plan.layout,
             "; ".join(map(str, self._reader.outputs)),
@@ -200,6 +201,11 @@ def check_devices(inputs: Sequence[Any], axis: Axis) -> None:
         InputError: a tensor is on another kind of device.
     """
     others = {x.device.type for x in inputs if isinstance(x, torch.Tensor)} - {axis.device_type}
+    if "meta" in others:
+        raise InputError(
+            "the model or its inputs are on the meta device and have no values: give the model some first (model.to_empty("
+            f"device={axis.device_type!r}), then initialise or load it), or look at its plan with cpcompile.explain."
+        )
     if others:
         raise InputError(
             f"the mesh is of {axis.device_type} devices, but the model or its inputs are on {', '.join(sorted(others))}: "

@@ -13,7 +13,7 @@ from torch import fx
 
 from cpcompile.analysis.regions import regions_of
 from cpcompile.balance.layout import local_length
-from cpcompile.capture.dynamo import by_name, compile_whole, token_length
+from cpcompile.capture.dynamo import by_name, compile_whole, token_length, uncompiled
 from cpcompile.capture.lowering import placeholders
 from cpcompile.choose.attention_sites import attention_nodes, rewritten_attentions
 from cpcompile.choose.kernels import chosen_kernels, sized, strategy_of
@@ -97,6 +97,7 @@ def plan_for(
 
         return stop
 
+    model = uncompiled(model)
     named = by_name(model.forward, inputs)
     token_length(named, config, mark_dynamic=config.dynamic)
     with contextlib.suppress(_Planned):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from cpcompile.capture.dynamo import by_name, compile_whole
+from cpcompile.capture.dynamo import by_name, compile_whole, token_length, uncompiled
+from cpcompile.capture.faults import summary
+from cpcompile.capture.lowering import line_of
+from cpcompile.errors import CPError, InputError
 from cpcompile.inspect.first_difference import first_difference, value_error
 from cpcompile.inspect.float64 import Widen
 from cpcompile.inspect.model_runs import LockstepBackend, OneDevice, default_objective, run_and_differentiate, seeded
@@ -89,6 +95,8 @@ def verify(
     """
     axis, config = Axis.in_process(world_size, inner_size), replace(Config.of(options), kernel="auto")
     config.check_axis(inner_size)
+    model = uncompiled(model)
+    refuse_unrunnable(model, by_name(model.forward, inputs, beside=config.told_by), config)
     if dtype is not None:
         model = copy.deepcopy(model).to(dtype)
         inputs = {
@@ -115,7 +123,8 @@ def verify(
             state.restore()
 
     # The graph in which documents are separated is widened itself, and Dynamo does not trace everything under the mode.
-    with Widen() if is_wide and not config.documents else contextlib.nullcontext():
+    widened = Widen() if is_wide and not config.documents else contextlib.nullcontext()
+    with widened, contextlib.nullcontext() if config.documents else failing_alone():
         one = run(OneDevice(config, is_wide) if config.documents else None, lambda x: [x])
     ranks = LockstepBackend(config, axis, is_wide)
     all_ranks = run(ranks, ranks.of_ranks)
@@ -175,6 +184,41 @@ def state_errors(one: Outcome, ranks: Outcome, state: State, inputs: Mapping[str
 
     names = one.state | ranks.state
     return {name: max(error(x, values(one, name)[0]) for x in values(ranks, name)) for name in names}
+
+
+def refuse_unrunnable(model: torch.nn.Module, inputs: Mapping[str, Any], config: Config) -> None:
+    """Refuse what has no values to compare.
+
+    Raises:
+        InputError: the inputs hold no tokens, or something is on the meta device.
+    """
+    token_length(inputs, config, mark_dynamic=False)
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers(), inputs.items())
+    name = next((name for name, x in tensors if isinstance(x, torch.Tensor) and x.is_meta), "")
+    if name:
+        raise InputError(
+            f"verify compares values, and {name} is on the meta device, which has none: use cpcompile.explain, or give the model "
+            "values first (model.to_empty(device='cpu'), then initialise or load it)."
+        )
+
+
+@contextlib.contextmanager
+def failing_alone() -> Iterator[None]:
+    """Say of an error of the untouched model that it is one.
+
+    Raises:
+        InputError: from the original error, with the innermost line outside torch.
+    """
+    try:
+        yield
+    except CPError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = line_of([frame for frame in frames if not frame.filename.startswith(str(Path(__file__).parents[1]))])
+        raise InputError(
+            f"the model fails on these inputs without cpcompile, on one device: {summary(error)}{line}"
+        ) from error
 
 
 def model_dtype(model: torch.nn.Module) -> torch.dtype:

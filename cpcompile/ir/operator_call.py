@@ -27,8 +27,12 @@ def is_tensor(argument: object) -> bool:
 
 
 def size_hint(size: Any) -> int:
-    """Return a size as a number; a symbolic one as the value it was traced with."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    """Return a size as a number; a symbolic one as the value it was traced with.
+
+    One that depends on values has none: torch says so of `int`, and `capture.faults` with the user's line.
+    """
+    hint = size.node.hint if isinstance(size, torch.SymInt) else None
+    return int(size if hint is None else hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import traceback
 
 import torch
 
-from cpcompile.errors import CPError, GraphBreakError
+from cpcompile.errors import CPError, GraphBreakError, InternalError
 from cpcompile.zoo.build import NotAvailable
 from cpcompile.zoo.evidence import Unsound
 from cpcompile.zoo.result import CRASH, NOT_AVAILABLE, NOT_CAPTURED, REFUSED
@@ -24,6 +24,9 @@ def classify(error: BaseException) -> tuple[str, str, str]:
             return NOT_CAPTURED, f"one device: {error}", ""
         case GraphBreakError():
             return NOT_CAPTURED, f"graph break: {normalise(graph_break_reason(error))}", detail_of(error)
+        case InternalError():
+            cause = error.__cause__ or error
+            return CRASH, crash_reason(cause), detail_of(error)
         case CPError():
             return REFUSED, normalise(first_line(error)), detail_of(error)
         case torch._dynamo.exc.BackendCompilerFailed():

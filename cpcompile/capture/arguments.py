@@ -1,0 +1,59 @@
+"""Arguments: calls of a model that cannot be right, each with what was meant."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cpcompile.errors import InputError
+
+ALMOST = 0.8  # as alike as `labelz` and `labels`
+
+
+def takes(signature: inspect.Signature, name: str) -> bool:
+    """Tell whether a function has a parameter of that name, or takes any."""
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def refuse_unnamed(forward: Callable[..., Any], kwargs: object) -> None:
+    """Refuse what is no mapping of names: one tensor, a list of them."""
+    if not isinstance(kwargs, Mapping):
+        first = next(iter(inspect.signature(forward).parameters), "input_ids")
+        raise InputError(f"the inputs are a {type(kwargs).__name__}: give them by name, {{{first!r}: ...}}.")
+
+
+def describe_call(signature: inspect.Signature, given: Mapping[str, Any], reason: str) -> str:
+    """Return the text for a call with other arguments than a function takes."""
+    names = list(signature.parameters)
+    unknown = [name for name in given if not takes(signature, name)]
+    if not unknown:
+        named = ", ".join(given) or "none"
+        return f"the model cannot be called so: {reason}. Its inputs are: {', '.join(names)}; given by name: {named}."
+    hint = did_you_mean(signature, given) or "."
+    return f"the model takes no input {', '.join(unknown)}{hint} Its inputs are: {', '.join(names)}."
+
+
+def did_you_mean(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
+    """Return a question for the names that a function does not know but that look like some it does, or ''."""
+    known = [name for name in signature.parameters if name not in given]
+    found = {name: difflib.get_close_matches(name, known, 1, ALMOST) for name in given}
+    meant = [f"{close[0]} for {name}" for name, close in found.items() if close and name not in signature.parameters]
+    return f": did you mean {', '.join(meant)}?" if meant else ""
+
+
+def refuse_earlier_tokens(inputs: Mapping[str, Any]) -> None:
+    """Refuse to decode: a cache of keys and values holds tokens that come before those of the call.
+
+    Raises:
+        InputError: with the ways out.
+    """
+    for name, value in inputs.items():
+        length = getattr(value, "get_seq_length", None)
+        if callable(length) and int(length()) > 0:
+            raise InputError(
+                f"{name} is a cache that holds {int(length())} tokens already: decoding token by token is not sharded. Generate "
+                "with the model as it is (cpcompile.remove(model) first, or a copy), or with use_cache=False."
+            )
