@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, Sharded
@@ -142,7 +143,8 @@ def of_owner(writer: Lowering, slot: fx.Node, found: fx.Node, num_behind: int) -
 
 
 def is_short(call: Call, name: str, length: Any) -> bool:
-    """Tell whether an index looks up a few tokens, not as many as the sequence has."""
-    return not any(
-        expression(size).has(*expression(length).free_symbols) or size == length for size in call.shape(name)
-    )
+    """Tell whether an index looks up a few tokens, not as many as the sequence has nor as many as values say."""
+    tokens = expression(length)
+    sizes = [expression(size) for size in call.shape(name)]
+    depends = any(free_unbacked_symbols(size) for size in call.shape(name))
+    return not depends and not any(size.has(*tokens.free_symbols) or size == tokens for size in sizes)

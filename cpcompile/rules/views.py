@@ -45,6 +45,8 @@ def locate_tokens(shape: tuple[Any, ...], target: tuple[Any, ...], at: Sharded, 
     after = sympy.Integer(1)
     for dim in reversed(range(len(target))):
         size = expression(target[dim])
+        if tokens == size == 1 and after == stride:
+            return replace(at, dim=dim, inner=1)  # of a sequence of one token: a dim of its own says more than a factor
         if quotient(stride, after * size) is not None:
             after *= size
             continue
