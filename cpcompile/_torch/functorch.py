@@ -93,4 +93,33 @@ def run_as_operators(calls: Callable[..., Any], inputs: Sequence[Any]) -> Any:
 
     with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
         operators = make_fx(run, decomposition_table={}, tracing_mode="real", _allow_non_fake_inputs=True)(*flat)
+    operators.graph.eliminate_dead_code()
+    unchoose_kernels(operators)
     return fx.Interpreter(operators).run(*flat)
+
+
+# What `scaled_dot_product_attention` becomes below the transform, as one of its kernels.
+_KERNELS = tuple(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+    for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+)
+
+
+def unchoose_kernels(gm: fx.GraphModule) -> None:
+    """Make attentions for which the trace has chosen a kernel what the model called: other passes know only that."""
+    for node in list(gm.graph.nodes):
+        users = list(node.users)
+        if node.target not in _KERNELS or any(user.args[1] != 0 for user in users):
+            continue
+        names = [argument.name for argument in node.target._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        mask = given.get("attn_mask", given.get("attn_bias"))
+        settings = {name: given[name] for name in ("dropout_p", "is_causal", "scale") if name in given}
+        operands = (given["query"], given["key"], given["value"], mask)
+        with gm.graph.inserting_before(node):
+            whole = gm.graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, operands, settings)
+        for user in users:
+            user.replace_all_uses_with(whole)
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+    gm.recompile()

@@ -62,7 +62,7 @@ class SelectiveCheckpointError(Exception):
 class _InlineCheckpoints(fx.Interpreter):
     """Run a Dynamo graph with the bodies of activation checkpoints in line, their nodes marked for recomputation.
 
-    Calls of `torch.vmap` run as plain operators.
+    Bodies of `torch.compiler.nested_compile_region` run in line too, calls of `torch.vmap` as plain operators.
     """
 
     num_regions = 0
@@ -105,6 +105,8 @@ class _InlineCheckpoints(fx.Interpreter):
             no_list = args[0].new_empty(0, dtype=torch.int32)
             lists = [no_list if i in (2, 3, 6, 7) and x is None else x for i, x in enumerate(args[4])]
             args = (*args[:4], tuple(lists), *args[5:])
+        if target is torch.ops.higher_order.invoke_subgraph:  # args: the body, its name, what it is given
+            return _InlineCheckpoints(args[0], self.skipped).run(*args[2:])
         if target is not tag_activation_checkpoint:
             return super().call_function(target, args, kwargs)
         body = args[0]

@@ -32,8 +32,8 @@ def describe_call(signature: inspect.Signature, given: Mapping[str, Any], reason
     if not unknown:
         named = ", ".join(given) or "none"
         return f"the model cannot be called so: {reason}. Its inputs are: {', '.join(names)}; given by name: {named}."
-    hint = did_you_mean(signature, given) or "."
-    return f"the model takes no input {', '.join(unknown)}{hint} Its inputs are: {', '.join(names)}."
+    meant = did_you_mean(signature, given) or "."
+    return f"the model takes no input {', '.join(unknown)}{meant} Its inputs are: {', '.join(names)}."
 
 
 def did_you_mean(signature: inspect.Signature, given: Mapping[str, Any]) -> str:

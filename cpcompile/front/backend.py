@@ -203,8 +203,8 @@ def check_devices(inputs: Sequence[Any], axis: Axis) -> None:
     others = {x.device.type for x in inputs if isinstance(x, torch.Tensor)} - {axis.device_type}
     if "meta" in others:
         raise InputError(
-            "the model or its inputs are on the meta device and have no values: give the model some first (model.to_empty("
-            f"device={axis.device_type!r}), then initialise or load it), or look at its plan with cpcompile.explain."
+            "the model or its inputs are on the meta device, without values: give the model some "
+            f"(model.to_empty(device={axis.device_type!r}), then initialise or load it), or only look at its plan (explain)."
         )
     if others:
         raise InputError(

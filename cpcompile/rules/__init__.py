@@ -2,6 +2,7 @@
 
 from cpcompile.rules import (
     attention,
+    classes,
     convolution,
     counts,
     dims,
@@ -47,6 +48,7 @@ __all__ = [
     "Lowering",
     "Rule",
     "attention",
+    "classes",
     "convolution",
     "counts",
     "dims",

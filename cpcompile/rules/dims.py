@@ -189,6 +189,13 @@ def stack(call: Call) -> Indices:
     return Indices({name: names for name, _ in call.operands()}, ((*names[:dim], None, *names[dim:]),))
 
 
+@rule(aten.one_hot.default)
+def one_hot(call: Call) -> Indices:
+    """[...] -> [... c], closed where the largest index of all tokens says how many classes there are"""
+    names: Names = (None,) * len(own(call)) if call["num_classes"] == -1 else own(call)
+    return Indices({"self": names}, ((*names, None),))
+
+
 @rule(aten.index.Tensor)
 def index(call: Call) -> Indices:
     """[v ... d], [...] -> [... d], closed along the dims that are indexed"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from cpcompile.ir.placement import FULL, Placement, Sharded
 from cpcompile.rules import dims  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
 from cpcompile.rules.registry import Decision, Lowering, no_rule, register
-from cpcompile.rules.views import expression
+from cpcompile.rules.views import expression, quotient
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
@@ -124,8 +125,10 @@ register(SliceRule(), aten.slice.Tensor)
     aten.narrow.default,
 )
 def split(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
-    """a range of the tokens for each part, or a few that every rank gets"""
+    """a range of the tokens for each part, or a few that every rank gets; of merged dims all tokens of some rows"""
     at = operands["self"]
+    if not holds_tokens_only(call, "self", at, length):
+        return split_rows(call, at, length)
     if at.reaches_outside or not holds_tokens_only(call, "self", at, length):
         return None
     size, start = expression(call.shape("self")[at.dim]), sympy.Integer(0)
@@ -156,6 +159,36 @@ def split(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
         return nodes
 
     return Decision({"self": at}, tuple(placements), lower=lower)
+
+
+def split_rows(call: Call, at: Sharded, length: Any) -> Decision | None:
+    """Return the decision to split a dim `outer * tokens * inner` between its outer rows, each of which has all tokens."""
+    if at.reaches_outside:
+        return None
+    row = sympy.expand(expression(at.count(length)) * at.inner)
+    sizes = [quotient(expression(part.shape[at.dim]), row) for part in call.results]
+    start = quotient(bounds(call)[0], row) if "start" in call else sympy.Integer(0)
+    if start is None or not start.is_Integer or any(size is None or not size.is_Integer for size in sizes):
+        return None
+    first = int(start)
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        nodes, begin = [], first
+        for size in sizes:
+            stop = begin + int(size)
+            ends = (slots(writer, at.inner * count) for count in (begin, stop))
+            nodes.append(writer.insert(aten.slice.Tensor, writer.call["self"], at.dim, *ends))
+            begin = stop
+        return nodes
+
+    return Decision({"self": at}, (at,) * len(sizes), lower=lower)
+
+
+def slots(writer: Lowering, count: int) -> fx.Node | int:
+    """Return the graph argument for the slots of a rank, `count` times."""
+    if count == 0:
+        return 0
+    return count * writer.local if isinstance(writer.local, int) else writer.insert(operator.mul, writer.local, count)
 
 
 def constant_value(node: fx.Node) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.rules.registry import Indices, Names, no_rule, rule
@@ -162,5 +163,9 @@ def loss(call: Call) -> Indices:
     }
     if call["weight"] is not None:
         operands["weight"] = (None,)
-    padding = 0.0 if has_probabilities else float(call["ignore_index"])
+    ignored = call["ignore_index"]
+    ignored = ignored.meta["val"] if isinstance(ignored, fx.Node) else ignored
+    if not isinstance(ignored, int):
+        raise no_rule(call, {}, f"it ignores the label {ignored}, a size that may change; use a number")
+    padding = 0.0 if has_probabilities else float(ignored)
     return Indices(operands, (() if is_reduced else labels,), summed=True, padding={"target": padding})

@@ -286,6 +286,7 @@ def narrow(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, 6), 2, 1, 3))
     yield Case(target, (x(B, s, 6), 1, 0, s - 1))
     yield Case(target, (x(B, 2 * s, 6), 1, s, s))
+    yield Case(target, (x(B, 3 * s, 6), 1, s, 2 * s))
 
 
 @cases(aten.pad.default, aten.constant_pad_nd.default)
@@ -296,6 +297,13 @@ def pad(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, D), [0, 0, 0, s]))
     if target is aten.pad.default:
         yield Case(target, (x(B, s, D), [1, 1], "replicate"))
+
+
+@cases(aten.one_hot.default)
+def one_hot(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (integers(B, s, high=5), 5))
+    yield Case(target, (integers(s, high=s), s))
+    yield Case(target, (integers(B, s, high=5),))
 
 
 @cases(aten.diff.default)
@@ -328,6 +336,11 @@ def split(target: Any, s: int) -> Iterator[Case]:
     sections: tuple[Any, ...] = {aten.split_with_sizes.default: ([2, 4],), aten.unbind.int: ()}.get(target, (3,))
     yield Case(target, (x(B, s, 6), *sections, 2))
     yield Case(target, (x(6, s, D), *sections, 0))
+    if target is not aten.unbind.int:  # rows of merged batch and tokens
+        rows: tuple[Any, ...] = {aten.split_with_sizes.default: ([2 * s, s],), aten.split.Tensor: (s,)}.get(
+            target, (3,)
+        )
+        yield Case(target, (x(3 * s, D), *rows, 0))
     if target is not aten.split_with_sizes.default:
         yield Case(target, (x(B, s, 6), *sections, 1))
 
@@ -793,6 +806,8 @@ def loss(target: Any, s: int) -> Iterator[Case]:
         yield Case(target, (x(B, classes, s), labels(B, s), None, reduction))
         yield Case(target, (x(s, classes), labels(s), x(classes), reduction), buffers=(2,))
         yield Case(target, (x(B, s, 2), integers(B, 2, high=s), None, reduction))  # the classes are no tokens
+        yield Case(target, (x(B, s), integers(B, high=s), None, reduction))  # they are
+        yield Case(target, (x(s), torch.tensor(1), x(s), reduction), buffers=(2,))
     yield Case(target, (x(s, classes), torch.full((s,), 4), None, 1, 3))
     yield Case(target, (x(classes), torch.tensor(2)))
     if target is aten.cross_entropy_loss.default:
