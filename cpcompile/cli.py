@@ -86,6 +86,7 @@ def train(
     check: Annotated[bool, typer.Option(help="Compute the first step on one device too, and compare.")] = True,
     check_ranks: Annotated[bool, typer.Option(help="Compare the parameters of all ranks at each checkpoint.")] = True,
     apply: Annotated[bool, typer.Option(help="--no-apply trains the untouched model on one rank.")] = True,
+    heartbeat: Annotated[float, typer.Option(help="Seconds that a rank may give no sign of life; 0: for ever.")] = 45.0,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
 ) -> None:
     """Fine-tune a causal language model on long documents, each sequence sharded over the ranks."""
@@ -121,6 +122,7 @@ def train(
             check=check,
             check_ranks=check_ranks,
             apply=apply,
+            heartbeat=heartbeat,
         )
         run_training(options)
 
@@ -241,7 +243,7 @@ def call_factory(target: str) -> Any:
 
 
 def guard(run: Callable[[], None], *, traceback: bool = False) -> None:
-    """Run a command; an error for the user is its message and exit code 2, Ctrl-C is exit code 130."""
+    """Run a command; an error for the user is its message and exit code 2, Ctrl-C is exit code 130, SIGTERM 143."""
     from cpcompile.errors import CPError
 
     console = Console(stderr=True)
@@ -252,6 +254,11 @@ def guard(run: Callable[[], None], *, traceback: bool = False) -> None:
             raise
         console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
+    except SystemExit as end:
+        # What training says of the signal that ended it.
+        if str(end) != str(end.code):
+            console.print(str(end), markup=False, highlight=False, soft_wrap=True)
+        raise
     except KeyboardInterrupt:
         console.print("interrupted: all ranks were ended.")
         raise typer.Exit(130) from None

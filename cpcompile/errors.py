@@ -33,6 +33,10 @@ class RankFailed(RanksDiffer):
     """Another rank has ended a call with an error, so that this one cannot go on."""
 
 
+class StorageError(CPError):
+    """A file or a folder that cannot be read or written, or is in use by another run."""
+
+
 class GraphBreakError(CPError):
     """The model does not trace as one graph."""
 

@@ -168,15 +168,16 @@ def split_rows(call: Call, at: Sharded, length: Any) -> Decision | None:
     row = sympy.expand(expression(at.count(length)) * at.inner)
     sizes = [quotient(expression(part.shape[at.dim]), row) for part in call.results]
     start = quotient(bounds(call)[0], row) if "start" in call else sympy.Integer(0)
-    if start is None or not start.is_Integer or any(size is None or not size.is_Integer for size in sizes):
+    counts = [int(size) for size in sizes if size is not None and size.is_Integer]
+    if start is None or not start.is_Integer or len(counts) < len(sizes):
         return None
     first = int(start)
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
         nodes, begin = [], first
-        for size in sizes:
-            stop = begin + int(size)
-            ends = (slots(writer, at.inner * count) for count in (begin, stop))
+        for count in counts:
+            stop = begin + count
+            ends = (slots(writer, at.inner * number) for number in (begin, stop))
             nodes.append(writer.insert(aten.slice.Tensor, writer.call["self"], at.dim, *ends))
             begin = stop
         return nodes

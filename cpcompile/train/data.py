@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cpcompile.errors import ConfigError, InputError
+from cpcompile.errors import ConfigError, InputError, StorageError
 
 # Long modules that every Python has, as source files.
 MODULES = ("argparse", "typing", "tarfile", "inspect", "subprocess", "pickle", "datetime", "doctest", "pdb", "turtle")
@@ -27,10 +27,13 @@ class Document:
 def check_paths(paths: Sequence[Path]) -> None:
     """Refuse a path that is not there, or has nothing in it."""
     for path in paths:
-        if not path.exists():
-            raise ConfigError(f"--text {path}: no such file or folder.")
-        if not any(file.stat().st_size for file in list_files(path)):
-            raise InputError(f"--text {path}: empty.")
+        try:
+            if not path.exists():
+                raise ConfigError(f"--text {path}: no such file or folder.")
+            if not any(file.stat().st_size for file in list_files(path)):
+                raise InputError(f"--text {path}: empty.")
+        except OSError as error:
+            raise StorageError(f"--text {error.filename or path}: {error.strerror}.") from error
 
 
 def list_files(path: Path) -> list[Path]:
@@ -109,6 +112,6 @@ class Batches:
 
     def _sequence(self, index: int) -> torch.Tensor:
         epoch, within = divmod(index, len(self.sequences))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**64)
         order = torch.randperm(len(self.sequences), generator=generator)
         return self.sequences[int(order[within])]

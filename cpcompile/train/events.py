@@ -67,13 +67,14 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A rank ended with an error; `is_user_error`: the text is all a user needs."""
+    """A rank ended with an error, or because of `signal`; `is_user_error`: the text is all a user needs."""
 
     rank: int
     text: str
     traceback: str
     is_user_error: bool
     time: float
+    signal: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,4 +84,11 @@ class Finished:
     rank: int
 
 
-Event = Phase | Note | Resumed | Step | Comparison | Saved | Failed | Finished
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A rank is alive, whatever its main thread is waiting for."""
+
+    rank: int
+
+
+Event = Phase | Note | Resumed | Step | Comparison | Saved | Failed | Finished | Beat

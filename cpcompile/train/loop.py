@@ -20,12 +20,23 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import cpcompile
-from cpcompile.errors import InputError, VerificationError
+from cpcompile.errors import InputError, StorageError, VerificationError
 from cpcompile.front.weights import differing_weights
 from cpcompile.train import checkpoint, data
 from cpcompile.train.events import Comparison, Event, Gradients, Note, Phase, Resumed, Saved, Step
+from cpcompile.train.interrupt import Interrupt, Interrupted, name_of
+from cpcompile.train.job import check_same_job, describe_job
 from cpcompile.train.model import active_dropout, find_model, load_model, load_tokenizer
+from cpcompile.train.not_finite import explain_not_finite, is_finite
 from cpcompile.train.options import DTYPES, TrainOptions
+from cpcompile.train.state import (
+    from_tensors,
+    get_random_state,
+    random_states,
+    set_random_state,
+    share_checkpoint,
+    to_tensors,
+)
 
 # Largest relative difference of the first step to one device that rounding explains.
 TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -61,10 +72,28 @@ class Trainer:
         return Gradients(float(loss.detach()), math.hypot(*norms.values()), norms)
 
 
-def train(options: TrainOptions, rank: int, device: torch.device, emit: Callable[[Event], None]) -> None:
-    """Run all steps on this rank. The process group is there; only rank 0's events are shown."""
+def train(
+    options: TrainOptions,
+    rank: int,
+    device: torch.device,
+    emit: Callable[[Event], None],
+    interrupt: Interrupt | None = None,
+) -> None:
+    """Run all steps on this rank. The process group is there; only rank 0's events are shown.
+
+    Raises `Interrupted` on all ranks, after a checkpoint, when `interrupt` of one of them asks for the end.
+    """
     trainer = build(options, rank, device, emit)
     start = resume(trainer) if options.resume else 0
+    if start < options.steps:
+        take_steps(trainer, start, interrupt or Interrupt())
+    if options.save is not None and rank == 0:
+        emit(Saved(str(save_model(trainer, options.save))))
+
+
+def take_steps(trainer: Trainer, start: int, interrupt: Interrupt) -> None:
+    """Take all steps from `start`, counted from 0, with a checkpoint after some."""
+    options, rank, device, emit = trainer.options, trainer.rank, trainer.device, trainer.emit
     random_state = get_random_state(device)
     single = first_step_on_one_device(trainer, start) if options.check and options.apply and rank == 0 else None
     if options.apply:
@@ -74,9 +103,22 @@ def train(options: TrainOptions, rank: int, device: torch.device, emit: Callable
     set_random_state(device, random_state)
     emit(Phase("first step (compiling takes a while)" if options.apply else "first step"))
     for step in range(start, options.steps):
-        run_step(trainer, step, single if step == start else None)
-        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+        signal = run_step(trainer, step, single if step == start else None, interrupt)
+        if options.save is not None:
+            interrupt.is_patient = True
+        is_last = step + 1 == options.steps
+        if signal or is_last or (step + 1) % options.save_every == 0:
             finish_steps(trainer, step + 1)
+        if signal and not is_last:
+            # Rank 0 may still be writing, and is ended when another rank leaves.
+            largest(device, 0.0)
+            raise Interrupted(signal, f"{name_of(signal)}: {ended_after(options, step + 1)}")
+
+
+def ended_after(options: TrainOptions, step: int) -> str:
+    """Say where a run was interrupted, and how it goes on."""
+    saved = f"checkpoint-{step:06d} is saved, --resume continues from it" if options.save else "nothing is saved"
+    return f"ended after step {step} of {options.steps}; {saved}."
 
 
 def build(options: TrainOptions, rank: int, device: torch.device, emit: Callable[[Event], None]) -> Trainer:
@@ -84,21 +126,18 @@ def build(options: TrainOptions, rank: int, device: torch.device, emit: Callable
     torch.manual_seed(options.seed)
     source = find_model(options.model)
     emit(Phase(f"loading {source.name}"))
-    model = load_model(source, DTYPES[options.dtype], device)
+    model = load_model(source, DTYPES[options.dtype], device, lambda text: emit(Note(text)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0, fused=True)
-    job = {
-        name: getattr(options, name) for name in ("length", "batch_size", "learning_rate", "max_norm", "dtype", "seed")
-    }
-    batches = None
+    batches, text = None, ""
     if rank == 0:
         emit(Phase("reading the text"))
         documents, num_skipped = data.read_documents(options.text)
         tokens = data.tokenize(documents, load_tokenizer(source))
         check_vocabulary(tokens, model)
         batches = data.Batches(data.pack(tokens, options.length), options.batch_size, options.seed)
-        job["text"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        text = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         emit(Note(describe(source.name, model, documents, batches, num_skipped)))
-    return Trainer(options, rank, device, model, optimizer, batches, job, emit)
+    return Trainer(options, rank, device, model, optimizer, batches, describe_job(options, model, text), emit)
 
 
 def describe(
@@ -121,25 +160,30 @@ def check_vocabulary(tokens: torch.Tensor, model: torch.nn.Module) -> None:
         )
 
 
-def run_step(trainer: Trainer, step: int, single: Gradients | None) -> None:
-    """One optimizer step, its numbers, and the comparison with one device if there is one."""
+def run_step(trainer: Trainer, step: int, single: Gradients | None, interrupt: Interrupt) -> int:
+    """One optimizer step, its numbers, and the comparison with one device if there is one.
+
+    Return the signal by which any rank was asked to end, or 0: the same on all ranks.
+    """
     batch = trainer.batch(step)
     begin = time.perf_counter()
     trainer.optimizer.zero_grad(set_to_none=True)
     found = trainer.backward(batch)
-    loss, norm = found.loss, found.grad_norm
-    torch.nn.utils.clip_grads_with_norm_(trainer.model.parameters(), trainer.options.max_norm, torch.tensor(norm))
-    trainer.optimizer.step()
+    norm, max_norm, is_broken = found.grad_norm, trainer.options.max_norm, not is_finite(found)
+    if not is_broken:
+        torch.nn.utils.clip_grads_with_norm_(trainer.model.parameters(), max_norm, torch.tensor(norm))
+        trainer.optimizer.step()
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
-    seconds, memory = largest(trainer.device, time.perf_counter() - begin, float(peak_memory(trainer.device)))
-    trainer.emit(Step(step + 1, loss, norm, seconds, batch.numel() / seconds, int(memory)))
+    seconds, memory, signal, any_broken = largest(
+        trainer.device, time.perf_counter() - begin, peak_memory(trainer.device), interrupt.number, is_broken
+    )
+    if any_broken:
+        raise explain_not_finite(trainer.model, found, single, step + 1, trainer.options.dtype)
+    trainer.emit(Step(step + 1, found.loss, norm, seconds, batch.numel() / seconds, int(memory)))
     if single is not None:
         compare(trainer, single, found)
-    if not (torch.isfinite(torch.tensor([loss, norm])).all()):
-        raise InputError(
-            f"step {step + 1}: the loss is {loss} and the gradient norm {norm}: try a smaller --learning-rate."
-        )
+    return int(signal)
 
 
 def first_step_on_one_device(trainer: Trainer, step: int) -> Gradients | None:
@@ -189,61 +233,54 @@ def finish_steps(trainer: Trainer, step: int) -> None:
         check_ranks(trainer, step)
     if options.save is None:
         return
-    random_states = [None] * dist.get_world_size()
-    dist.all_gather_object(random_states, get_random_state(trainer.device))
+    generators: list[list[torch.Tensor]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(generators, get_random_state(trainer.device))
     if trainer.rank != 0:
         return
-    state = {
-        "step": step,
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "random": random_states,
-        "job": trainer.job,
-    }
-    trainer.emit(Saved(str(checkpoint.save(options.save, step, state))))
-    if step == options.steps:
-        trainer.emit(Saved(str(save_model(trainer, options.save))))
+    tensors = to_tensors(trainer.model, trainer.optimizer, generators)
+    record = {"job": trainer.job, "ranks": dist.get_world_size()}
+    trainer.emit(Saved(str(checkpoint.save(options.save, step, tensors, record))))
 
 
 def save_model(trainer: Trainer, folder: Path) -> Path:
-    """Write the trained model as a transformers folder, with its tokenizer."""
+    """Write the trained model as a transformers folder, with its tokenizer. Raises `StorageError`."""
     path, partial = folder / "model", folder / "model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    trainer.model.save_pretrained(partial)  # type: ignore[operator]
-    load_tokenizer(find_model(trainer.options.model)).save_pretrained(partial)
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
+    tokenizer = load_tokenizer(find_model(trainer.options.model))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        trainer.model.save_pretrained(partial)  # type: ignore[operator]
+        tokenizer.save_pretrained(partial)
+        for file in partial.iterdir():
+            checkpoint.sync(file)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+        checkpoint.sync(folder)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError(checkpoint.cannot_write(folder, "the trained model", error)) from error
     return path
 
 
 def resume(trainer: Trainer) -> int:
     """Load the newest checkpoint, and return how many steps it has."""
-    assert trainer.options.save is not None, "checked before"
-    state, path, damaged = checkpoint.load(trainer.options.save)
-    for file in damaged:
-        trainer.emit(Note(f"{file.name} is damaged; {path.name} is used."))
-    # Only rank 0 has read the text, so only it knows all of the job.
+    loaded = None
     if trainer.rank == 0:
-        checkpoint.check_same_job(state["job"], trainer.job, path)
-    trainer.model.load_state_dict(state["model"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    states = state["random"]
-    set_random_state(trainer.device, states[trainer.rank if len(states) == dist.get_world_size() else 0])
-    trainer.emit(Resumed(state["step"]))
-    return int(state["step"])
-
-
-def get_random_state(device: torch.device) -> list[torch.Tensor]:
-    """Return the state of the generators that dropout uses: the CPU's, then the GPU's."""
-    gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *gpu]
-
-
-def set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
-    """Go on from what `get_random_state` returned."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
+        assert trainer.options.save is not None, "checked before"
+        loaded = checkpoint.load(trainer.options.save)
+        for name, reason in loaded.damaged.items():
+            trainer.emit(Note(f"{name} is damaged ({reason}); {loaded.path.name} is used."))
+        # Only rank 0 has read the text, so only it knows all of the job.
+        check_same_job(loaded.record["job"], trainer.job, loaded.path.name)
+    shared = share_checkpoint(loaded)
+    from_tensors(shared.tensors, trainer.model, trainer.optimizer)
+    ranks = shared.record["ranks"]
+    if ranks != dist.get_world_size():
+        trainer.emit(Note(f"{shared.path.name} is of {ranks} rank(s): all take the random state of the first."))
+    set_random_state(
+        trainer.device, random_states(shared.tensors, trainer.rank if ranks == dist.get_world_size() else 0)
+    )
+    trainer.emit(Resumed(shared.step))
+    return shared.step
 
 
 def check_ranks(trainer: Trainer, step: int) -> None:

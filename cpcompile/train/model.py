@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -77,6 +78,12 @@ def check_causal(folder: Path) -> None:
     if model_type not in names or (architectures and not known & set(architectures)):
         what = ", ".join(architectures or [model_type])
         raise ConfigError(f"--model {folder}: {what} is not a causal language model.")
+    made = [names[model_type]] if isinstance(names[model_type], str) else list(names[model_type])
+    if architectures and not set(made) & set(architectures):
+        raise ConfigError(
+            f"--model {folder}: its config.json contradicts itself: model_type {model_type!r} is {' or '.join(made)}, "
+            f"but the weights are those of architectures {', '.join(architectures)}."
+        )
 
 
 def import_transformers() -> Any:
@@ -92,13 +99,19 @@ def import_transformers() -> Any:
     return transformers
 
 
-def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """Return the model in training mode on `device`, without a cache of keys and values."""
+def load_model(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, note: Callable[[str], None] = lambda text: None
+) -> torch.nn.Module:
+    """Return the model in training mode on `device`, without a cache of keys and values; `note` gets what was left out."""
     transformers = import_transformers()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **source.arguments)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, output_loading_info=True, **source.arguments
+        )
+    except Exception as error:
+        # Damaged files raise what the reader of their format raises: SafetensorError, UnpicklingError, RuntimeError, ...
         raise ConfigError(f"--model {source.folder} does not load: {reason(error)}") from error
+    check_weights(source, type(model).__name__, info, note)
     model.config.use_cache = False
     # What was read from GGUF is dense from here on; saved with this entry, transformers would look for the GGUF file again.
     if source.gguf_file is not None and hasattr(model.config, "quantization_config"):
@@ -106,12 +119,29 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     return model.to(device).train()  # type: ignore[no-any-return]
 
 
+def check_weights(source: ModelSource, name: str, info: Mapping[str, Any], note: Callable[[str], None]) -> None:
+    """Refuse weights that leave parameters of the model as they were drawn at random."""
+    missing = sorted({*info.get("missing_keys", ()), *(str(key) for key in info.get("mismatched_keys", ()))})
+    unexpected = sorted(info.get("unexpected_keys", ()))
+    if missing or info.get("error_msgs"):
+        what = f"{some(missing)} would be random" if missing else str(info["error_msgs"][0])
+        extra = f"; the file has {some(unexpected)} instead" if unexpected else ""
+        raise ConfigError(f"--model {source.folder}: its weights are not those of a {name}: {what}{extra}.")
+    if unexpected:
+        note(f"{name} has no place for {some(unexpected)} of {source.folder}: left out.")
+
+
+def some(names: list[str]) -> str:
+    """Return a few names and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def load_tokenizer(source: ModelSource) -> Any:
     """Return the tokenizer that lies with the model."""
     transformers = import_transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(source.folder, **source.arguments)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:
         raise ConfigError(f"--model {source.folder}: its tokenizer does not load: {reason(error)}") from error
 
 

@@ -39,7 +39,7 @@ class TrainOptions:
         max_norm: gradients are clipped to this norm; the norm in the log is the one before.
         strategy, balancer, kernel, inner: as in `cpcompile.Config`; `inner` may also be `auto`.
         dtype: of parameters, gradients and optimizer state.
-        seed: of the order of the sequences, and of dropout.
+        seed: of the order of the sequences, and of dropout; any number of 64 bits.
         save: folder for checkpoints and the trained model; None saves nothing.
         resume: continue from the newest checkpoint in `save`.
         save_every: steps between checkpoints; the last step is always saved.
@@ -48,6 +48,7 @@ class TrainOptions:
         check: compute the first step on one device too, and compare.
         check_ranks: compare the parameters of all ranks at each checkpoint and at the end.
         apply: False trains the untouched model, each rank by itself.
+        heartbeat: seconds that a rank may give no sign of life; 0: for ever.
     """
 
     model: Path | None = None
@@ -72,6 +73,7 @@ class TrainOptions:
     check: bool = True
     check_ranks: bool = True
     apply: bool = True
+    heartbeat: float = 45.0
 
 
 def validated(options: TrainOptions) -> tuple[TrainOptions, list[str]]:
@@ -93,6 +95,10 @@ def check_numbers(options: TrainOptions) -> None:
     for name in ("ranks", "steps", "batch_size", "save_every", "learning_rate", "max_norm"):
         if not getattr(options, name) > 0:
             raise ConfigError(f"{flag(name)} {getattr(options, name)} is not positive.")
+    if not -(2**63) <= options.seed < 2**64:
+        raise ConfigError(f"--seed {options.seed} has more than 64 bits.")
+    if not options.heartbeat >= 0:
+        raise ConfigError(f"--heartbeat {options.heartbeat} is negative: 0 waits for ever.")
     world_size = int(os.environ.get("WORLD_SIZE", options.ranks))
     if world_size != options.ranks:
         raise ConfigError(f"--ranks {options.ranks} does not fit the {world_size} processes that torchrun has started.")
@@ -122,7 +128,8 @@ def check_files(options: TrainOptions) -> None:
     found = checkpoint.find(options.save)
     if options.resume and not found:
         raise ConfigError(f"--resume: there is no checkpoint in {options.save}.")
-    if options.resume and found[-1][0] >= options.steps:
+    # A run that was killed between the last checkpoint and the model has the model to save yet.
+    if options.resume and found[-1][0] >= options.steps and (options.save / "model").is_dir():
         raise ConfigError(f"--resume: {found[-1][1].name} has all of --steps {options.steps} already: ask for more.")
     if found and not options.resume:
         raise ConfigError(

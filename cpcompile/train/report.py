@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cpcompile.errors import StorageError
 from cpcompile.train.events import Comparison, Event, Note, Phase, Resumed, Saved, Step
 from cpcompile.train.loop import relative
 from cpcompile.train.options import TrainOptions
@@ -39,7 +42,8 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         if self.options.log is not None and not self.options.resume:
-            self.options.log.write_text("")
+            with log_errors(self.options.log):
+                self.options.log.write_text("")
         self.progress.start()
         return self
 
@@ -64,7 +68,8 @@ class Reporter:
                 self.progress.update(self.task, completed=step)
                 self.print(f"resumed after step {step}")
                 if self.options.log is not None:
-                    keep_log(self.options.log, step)
+                    for note in keep_log(self.options.log, step):
+                        self.print(note)
             case Step():
                 self.progress.update(self.task, completed=event.step, description="training")
                 self.print(step_line(event, self.options.steps))
@@ -99,14 +104,47 @@ def append_log(path: Path, step: Step) -> None:
         "seconds": step.seconds,
         "memory_bytes": step.memory,
     }
-    with path.open("a") as file:
+    with log_errors(path), path.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def keep_log(path: Path, step: int) -> None:
-    """Drop the steps after `step`: they are taken again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+def keep_log(path: Path, step: int) -> list[str]:
+    """Drop the steps after `step`: they are taken again. Return what to say of lines that are no steps; they are dropped too."""
+    notes: list[str] = []
+    if not path.is_file():  # not there yet, or a device
+        return notes
+    with log_errors(path):
+        lines = path.read_bytes().splitlines()
+        kept = []
+        for number, line in enumerate(lines, 1):
+            found = step_of(line)
+            if found is None:
+                notes.append(f"{path.name}: line {number} is no whole record, left out: {line[:60]!r}")
+            elif found <= step:
+                kept.append(line + b"\n")
+        # Beside the old one and renamed: a crash here loses no line.
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(b"".join(kept))
+        partial.replace(path)
+    return notes
+
+
+def step_of(line: bytes) -> int | None:
+    """Return the step of a line of the log, or None when it was written by half, or damaged."""
+    try:
+        found = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+@contextlib.contextmanager
+def log_errors(path: Path) -> Iterator[None]:
+    """Say of the system's errors that they are those of the log."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"--log {path} cannot be written: {error.strerror}.") from error
 
 
 def comparison_table(comparison: Comparison) -> Table:

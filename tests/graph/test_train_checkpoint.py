@@ -1,25 +1,59 @@
-"""A crash while writing loses nothing, damage is noticed, and another run's checkpoint is refused."""
+"""A crash while writing loses nothing, damage of any kind is found before a byte is used, and full disks are named."""
 
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
-from cpcompile.errors import InputError
+from cpcompile.errors import InputError, StorageError
 from cpcompile.train import checkpoint
+
+ROOT = Path(__file__).parents[2]
 
 
 def write(folder: Path, *steps: int) -> None:
     for step in steps:
-        checkpoint.save(folder, step, {"step": step, "weight": torch.full((3,), float(step))})
+        weight = torch.full((300,), float(step))
+        checkpoint.save(
+            folder, step, {"weight": weight, "tied": weight, "count": torch.tensor(step)}, {"job": {"x": 1}}
+        )
 
 
 def test_the_newest_is_read(tmp_path: Path) -> None:
     write(tmp_path, 9, 10)
-    state, path, damaged = checkpoint.load(tmp_path)
-    assert (state["step"], path.name, damaged) == (10, "checkpoint-000010.pt", [])
-    assert state["weight"].tolist() == [10.0] * 3
+    found = checkpoint.load(tmp_path)
+    assert (found.step, found.path.name, found.damaged) == (10, "checkpoint-000010", {})
+    assert found.record == {"job": {"x": 1}, "step": 10}
+    assert found.tensors["weight"].tolist() == found.tensors["tied"].tolist() == [10.0] * 300
+    assert found.tensors["count"].item() == 10
+
+
+def test_one_storage_is_written_once(tmp_path: Path) -> None:
+    whole = torch.arange(8.0)
+    checkpoint.save(
+        tmp_path, 1, {"a": whole, "b": whole, "part": whole[2:4], "turned": whole.view(2, 4).t(), "none": whole[:0]}, {}
+    )
+    stored = safetensors.torch.load_file(tmp_path / "checkpoint-000001" / "tensors.safetensors")
+    assert sorted(stored) == ["a", "none", "part", "turned"]
+    found = checkpoint.load(tmp_path).tensors
+    assert found["b"].tolist() == whole.tolist()
+    assert found["part"].tolist() == [2.0, 3.0]
+    assert found["turned"].tolist() == whole.view(2, 4).t().tolist()
+
+
+def test_the_manifest_is_what_sha256sum_checks(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    tool = shutil.which("sha256sum") or pytest.skip("no sha256sum here")
+    subprocess.run([tool, "--check", "--strict", "manifest"], cwd=tmp_path / "checkpoint-000001", check=True)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -27,41 +61,169 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [step for step, _ in checkpoint.find(tmp_path)] == [2, 3]
 
 
-def test_a_crash_while_writing_keeps_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_one_is_passed_over_and_then_left_behind(tmp_path: Path) -> None:
+    write(tmp_path, 10, 20)
+    (tmp_path / "checkpoint-000020" / "record.json").write_text("{}")
+    found = checkpoint.load(tmp_path)
+    assert found.step == 10
+    assert found.damaged == {"checkpoint-000020": "record.json does not have the digest that was written"}
+    write(tmp_path, 15)  # one whole checkpoint would be left if the damaged one counted
+    assert [step for step, _ in checkpoint.find(tmp_path)] == [10, 15]
+    write(tmp_path, 20)
+    assert checkpoint.load(tmp_path).step == 20
+
+
+def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path, 10, 20)
+    (tmp_path / "checkpoint-000020" / "manifest").unlink()
+    write(tmp_path, 20)
+    assert (checkpoint.load(tmp_path).step, checkpoint.load(tmp_path).damaged) == (20, {})
+
+
+def test_a_renamed_one_is_not_what_it_says(tmp_path: Path) -> None:
     write(tmp_path, 1)
-
-    def crash(state: Any, file: Any) -> None:
-        file.write(b"half of it")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(OSError, match="No space left"):
-        write(tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001.pt"]
-
-
-def test_what_a_killed_writer_left_is_no_checkpoint(tmp_path: Path) -> None:
-    write(tmp_path, 1)
-    (tmp_path / "checkpoint-000002.pt.partial").write_bytes(b"half of it")
-    assert checkpoint.load(tmp_path)[0]["step"] == 1
-    write(tmp_path, 3)
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
-    write(tmp_path, 1, 2)
-    newest = tmp_path / "checkpoint-000002.pt"
-    newest.write_bytes(newest.read_bytes()[:300])
-    state, _, damaged = checkpoint.load(tmp_path)
-    assert (state["step"], damaged) == (1, [newest])
-
-
-def test_nothing_that_can_be_read(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-000001.pt").write_bytes(b"")
-    with pytest.raises(InputError, match=r"no checkpoint in .* can be read: checkpoint-000001\.pt"):
+    (tmp_path / "checkpoint-000001").rename(tmp_path / "checkpoint-000007")
+    with pytest.raises(InputError, match=r"checkpoint-000007: it is that of step 1, renamed"):
         checkpoint.load(tmp_path)
 
 
-def test_another_run() -> None:
-    with pytest.raises(InputError, match=r"checkpoint-000001\.pt belongs to another run: length was 64 and is 32"):
-        checkpoint.check_same_job({"length": 64, "seed": 0}, {"length": 32, "seed": 0}, Path("checkpoint-000001.pt"))
+def test_nothing_that_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-000001").mkdir()
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole: checkpoint-000001: manifest: No such file"):
+        checkpoint.load(tmp_path)
+
+
+def damage(folder: Path, kind: str, draw: random.Random) -> str:
+    """Damage one file of a checkpoint and return what was done."""
+    file = folder / draw.choice(("manifest", *checkpoint.FILES))
+    data = bytearray(file.read_bytes())
+    start = draw.randrange(len(data))
+    match kind:
+        case "flipped":
+            data[start] ^= 1 << draw.randrange(8)
+        case "zeroed":
+            end = min(len(data), start + draw.choice((1, 64, 512)))
+            data[start:end] = bytes(end - start)
+        case "truncated":
+            del data[start:]
+        case "extended":
+            data += bytes(draw.randrange(1, 64))
+    file.write_bytes(bytes(data))
+    return f"{file.name}: {kind} at {start} of {len(data)}"
+
+
+def check_damage(tmp_path: Path, kind: str, count: int) -> None:
+    """Damage the newer of two checkpoints `count` times: the older one is read, unless the bytes are the same."""
+    whole = tmp_path / "whole"
+    write(whole, 1, 2)
+    read = 0
+    for seed in range(count):
+        folder = tmp_path / "run"
+        shutil.copytree(whole, folder)
+        newest = folder / "checkpoint-000002"
+        done = damage(newest, kind, random.Random(f"{kind} {seed}"))
+        names = ("manifest", *checkpoint.FILES)
+        is_same = all((newest / name).read_bytes() == (whole / newest.name / name).read_bytes() for name in names)
+        found = checkpoint.load(folder)
+        assert found.step == (2 if is_same else 1), done
+        assert (list(found.damaged) == []) == is_same, done
+        read += not is_same
+        shutil.rmtree(folder)
+    assert read > count / 3  # a zeroed block of zeros is none
+
+
+KINDS = ("flipped", "zeroed", "truncated", "extended")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_damage_is_read(tmp_path: Path, kind: str) -> None:
+    check_damage(tmp_path, kind, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_damage_of_thousands_is_read(tmp_path: Path, kind: str) -> None:
+    check_damage(tmp_path, kind, 3000)
+
+
+def test_a_full_disk_is_named_and_the_last_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+
+    def full(tensors: Any, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(
+        StorageError,
+        match=r"^the checkpoint of step 2 cannot be written to .*: No space left on device \([\d,]+ MiB are free\); "
+        r"that of step 1 is whole, --resume continues from it\.$",
+    ):
+        write(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
+
+
+# A writer in a process of its own, for limits and signals that a test does not survive.
+WRITER = """
+import resource, sys, torch
+from pathlib import Path
+from cpcompile.train import checkpoint
+limit = int(sys.argv[2])
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+for step in range(1, 100_000):
+    weight = torch.full((1_000_000 if limit else 30_000,), float(step))
+    checkpoint.save(Path(sys.argv[1]), step, {"weight": weight}, {})
+    print(step, flush=True)
+"""
+
+
+def test_a_system_error_inside_safetensors_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path), "1000000"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert "StorageError: the checkpoint of step 1 cannot be written to" in ended.stderr
+    assert "File too large" in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_writer_that_is_killed_loses_nothing_it_reported(tmp_path: Path, count: int) -> None:
+    draw = random.Random(count)
+    command = [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path), "0"]
+    num_partial = 0
+    for _ in range(count):
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as writer:
+            assert writer.stdout is not None and writer.stdout.readline() == "1\n"
+            time.sleep(draw.uniform(0.0, 0.1))
+            os.kill(writer.pid, signal.SIGKILL)
+            reported = [1, *map(int, writer.stdout.read().split())]
+        num_partial += bool(list(tmp_path.glob("*.partial")))
+        found = checkpoint.load(tmp_path)
+        assert found.damaged == {}
+        assert found.step in (reported[-1], reported[-1] + 1)
+        assert found.tensors["weight"].unique().tolist() == [float(found.step)]
+        write(tmp_path, found.step + 1)
+        assert not list(tmp_path.glob("*.partial"))
+    assert count < 100 or num_partial > 10  # some were killed while writing
+
+
+def test_what_may_not_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1, 2)
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "digest", refuse)
+    with pytest.raises(StorageError, match=r"checkpoint-000002/record\.json cannot be read: Permission denied"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(StorageError, match="cannot be read: Permission denied"):
+        checkpoint.find(tmp_path)

@@ -10,7 +10,8 @@ import pytest
 
 from cpcompile.train import RankError
 from cpcompile.train.events import Comparison, Event, Failed, Saved, Step
-from cpcompile.train.launch import exit_reason, launch, root_cause
+from cpcompile.train.failures import exit_reason, root_cause
+from cpcompile.train.launch import launch
 from tests.train_support import tiny_options
 
 
@@ -77,4 +78,4 @@ def test_two_ranks_train_as_one_device(tmp_path: Path) -> None:
     assert comparison.ranks.loss == pytest.approx(comparison.single.loss, rel=1e-6)
     assert comparison.ranks.grad_norms == pytest.approx(comparison.single.grad_norms, rel=1e-4)
     assert [event.step for event in events if isinstance(event, Step)] == [1, 2]
-    assert [Path(event.path).name for event in events if isinstance(event, Saved)] == ["checkpoint-000002.pt", "model"]
+    assert [Path(event.path).name for event in events if isinstance(event, Saved)] == ["checkpoint-000002", "model"]

@@ -1,6 +1,7 @@
 """A run that was interrupted goes on exactly where it was, and the log shows one curve."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch.distributed as dist
 from rich.console import Console
 
 from cpcompile.errors import InputError, VerificationError
-from cpcompile.train import loop
+from cpcompile.train import checkpoint, loop
 from cpcompile.train.events import Gradients
-from cpcompile.train.launch import process_group
+from cpcompile.train.group import process_group
 from cpcompile.train.options import TrainOptions
 from cpcompile.train.report import Reporter
 from tests.train_support import tiny_options
@@ -36,7 +37,7 @@ def test_a_resumed_run_continues_the_same_curve(tmp_path: Path) -> None:
     whole = run(tmp_path, apply=False)
     save = tmp_path / "run"
     run(tmp_path, apply=False, save=save, steps=3, save_every=2)
-    (save / "checkpoint-000003.pt").unlink()
+    shutil.rmtree(save / "checkpoint-000003")
     resumed = run(tmp_path, apply=False, save=save, resume=True)
     assert [record["step"] for record in resumed] == [1, 2, 3, 4]
     assert resumed == whole
@@ -49,9 +50,9 @@ def test_the_trained_model_loads(tmp_path: Path) -> None:
     run(tmp_path, apply=False, save=tmp_path / "run", steps=1)
     folder = tmp_path / "run" / "model"
     assert AutoTokenizer.from_pretrained(folder)("fox")["input_ids"]
-    state = torch.load(tmp_path / "run" / "checkpoint-000001.pt", weights_only=True)["model"]
+    state = checkpoint.load(tmp_path / "run").tensors
     saved = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    assert all(torch.equal(saved[name], state[name]) for name in state)
+    assert all(torch.equal(saved[name], state[f"model.{name}"]) for name in saved)
 
 
 def test_another_run_is_not_resumed(tmp_path: Path) -> None:

@@ -53,10 +53,11 @@ def test_torchrun_with_another_number_of_ranks(tmp_path: Path, monkeypatch: pyte
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     save = tmp_path / "run"
     save.mkdir()
-    checkpoint.save(save, 4, {})
+    checkpoint.save(save, 4, {}, {})
+    (save / "model").mkdir()
     with pytest.raises(CPError, match=r"holds a checkpoint of step 4: add --resume, or save to another folder"):
         validated(tiny_options(tmp_path, save=save))
-    with pytest.raises(CPError, match=r"checkpoint-000004\.pt has all of --steps 4 already"):
+    with pytest.raises(CPError, match=r"checkpoint-000004 has all of --steps 4 already"):
         validated(tiny_options(tmp_path, save=save, resume=True))
 
 

@@ -1,0 +1,87 @@
+"""Join: be one of the ranks that torchrun, or the like, has started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
+import torch.distributed as dist
+
+from cpcompile.errors import StorageError
+from cpcompile.train import loop
+from cpcompile.train.events import Event, Note
+from cpcompile.train.failures import as_error, failed, is_lost_connection
+from cpcompile.train.group import process_group
+from cpcompile.train.heartbeat import NeighbourWatch
+from cpcompile.train.interrupt import Interrupt, Interrupted, catching, name_of
+from cpcompile.train.options import TrainOptions
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or the like, has started this process as one rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(options: TrainOptions, report: Callable[[Event], None]) -> None:
+    """Train as one of the ranks that torchrun started. Raises a `CPError`, or `Interrupted` after a signal."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    interrupt = Interrupt(is_patient=False)
+
+    def emit(event: Event) -> None:
+        if rank != 0:
+            return
+        try:
+            report(event)
+        except StorageError as error:
+            end_after_step(interrupt, error)
+
+    try:
+        with (
+            catching(interrupt),
+            process_group(options, rank, world_size, local_rank, "env://") as device,
+            watched(rank, world_size, options.heartbeat, emit),
+        ):
+            loop.train(options, rank, device, emit, interrupt)
+    except Interrupted as end:
+        if interrupt.error is not None:
+            raise StorageError(f"{interrupt.error} {end}") from interrupt.error
+        raise
+    except Exception as error:
+        if interrupt.number and is_lost_connection(str(error)):
+            raise Interrupted(
+                interrupt.number, f"{name_of(interrupt.number)}: the other ranks were gone first."
+            ) from error
+        raise as_error(failed(rank, error)) from error
+
+
+def end_after_step(interrupt: Interrupt, error: StorageError) -> None:
+    """The log cannot be written: all ranks end after this step, as after a signal. Raises where nothing can be saved."""
+    if not interrupt.is_patient:
+        raise error
+    interrupt.error = interrupt.error or error
+    interrupt.number = interrupt.number or 15
+
+
+@contextlib.contextmanager
+def watched(rank: int, world_size: int, limit: float, emit: Callable[[Event], None]) -> Iterator[None]:
+    """Watch the next rank, and be watched by the one before, until the end."""
+    if limit <= 0 or world_size == 1:
+        yield
+        return
+    try:
+        met = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+    except (KeyError, RuntimeError):
+        emit(Note("the ranks did not meet by MASTER_ADDR and MASTER_PORT: one that is stopped goes unnoticed."))
+        yield
+        return
+    # torchrun may start the ranks again and keep the store.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"cpcompile heartbeat {restart}", met)  # type: ignore[attr-defined]
+    watch = NeighbourWatch(store, rank, world_size, limit)
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.stop()
