@@ -21,10 +21,11 @@ class RankError(CPError):
 
 def failed(rank: int, error: BaseException) -> Failed:
     """Describe an error of a rank."""
-    number = error.number if isinstance(error, Interrupted) else 0
-    is_user_error = isinstance(error, (CPError, Interrupted))
-    text = str(error) if is_user_error else f"failed with {first_line(error)}"
-    return Failed(rank, text, "".join(traceback.format_exception(error)), is_user_error, time.monotonic(), number)
+    trace, now = "".join(traceback.format_exception(error)), time.monotonic()
+    if isinstance(error, Interrupted):
+        return Failed(rank, error.text, trace, True, now, error.number)
+    is_user_error = isinstance(error, CPError)
+    return Failed(rank, str(error) if is_user_error else f"failed with {first_line(error)}", trace, is_user_error, now)
 
 
 def died(rank: int, code: int | None) -> Failed:

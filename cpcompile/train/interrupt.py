@@ -13,7 +13,7 @@ from cpcompile.errors import CPError
 
 
 class Interrupted(SystemExit):
-    """The run ended because a signal asked for it: the text says after which step, the exit code is 128 + `number`."""
+    """The run ended because the signal `number` asked for it: `text` says how far it came, the exit code is 128 + `number`."""
 
     def __init__(self, number: int, text: str) -> None:
         super().__init__(128 + number)
@@ -21,7 +21,7 @@ class Interrupted(SystemExit):
         self.text = text
 
     def __str__(self) -> str:
-        return self.text
+        return f"{name_of(self.number)}: {self.text}"
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Interrupt:
 
     def __call__(self, number: int, frame: Any = None) -> None:
         if not self.is_patient:
-            raise Interrupted(number, f"{name_of(number)}: ended before there was a step to save.")
+            raise Interrupted(number, "ended before there was a step to save.")
         # Only Ctrl-C is pressed twice by people in a hurry; `timeout` and schedulers send SIGTERM twice.
         self.is_urgent = bool(self.number) and number == signal.SIGINT
         self.number = self.number or number

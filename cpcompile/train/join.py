@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from cpcompile.train.events import Event, Note
 from cpcompile.train.failures import as_error, failed, is_lost_connection
 from cpcompile.train.group import process_group
 from cpcompile.train.heartbeat import NeighbourWatch
-from cpcompile.train.interrupt import Interrupt, Interrupted, catching, name_of
+from cpcompile.train.interrupt import Interrupt, Interrupted, catching
 from cpcompile.train.options import TrainOptions
 
 
@@ -46,13 +47,11 @@ def join(options: TrainOptions, report: Callable[[Event], None]) -> None:
             loop.train(options, rank, device, emit, interrupt)
     except Interrupted as end:
         if interrupt.error is not None:
-            raise StorageError(f"{interrupt.error} {end}") from interrupt.error
+            raise StorageError(f"{interrupt.error} The run {end.text}") from interrupt.error
         raise
     except Exception as error:
         if interrupt.number and is_lost_connection(str(error)):
-            raise Interrupted(
-                interrupt.number, f"{name_of(interrupt.number)}: the other ranks were gone first."
-            ) from error
+            raise Interrupted(interrupt.number, "the other ranks were gone first.") from error
         raise as_error(failed(rank, error)) from error
 
 
@@ -61,7 +60,7 @@ def end_after_step(interrupt: Interrupt, error: StorageError) -> None:
     if not interrupt.is_patient:
         raise error
     interrupt.error = interrupt.error or error
-    interrupt.number = interrupt.number or 15
+    interrupt.number = interrupt.number or signal.SIGTERM
 
 
 @contextlib.contextmanager

@@ -146,9 +146,8 @@ class Supervisor:
         """Have the ranks save a checkpoint and end; raise at once when there is nothing to save, or no patience."""
         number = self.interrupt.number
         if self.interrupt.is_urgent or self.options.save is None or not self.num_steps:
-            what = "nothing was saved" if self.options.save is None else "no step was saved that was not yet"
-            text = f"{name_of(number)}: all ranks were ended; {what}." if number else ""
-            raise self.error or Interrupted(number, text + self.resumable())
+            what = "nothing was saved" if self.options.save is None else "steps after the last checkpoint are lost"
+            raise self.error or Interrupted(number, f"all ranks were ended; {what}.{self.resumable()}")
         if not self.is_ending:
             self.is_ending = True
             again = " (Ctrl-C again ends at once)" if number == signal.SIGINT else ""
@@ -162,10 +161,9 @@ class Supervisor:
         error = as_error(failure, self.resumable())
         if isinstance(error, Interrupted):
             if self.error is not None:
-                return StorageError(f"{self.error} {error}")
+                return StorageError(f"{self.error} The run {error.text}")
             # The ranks know only of the SIGTERM that they were sent.
-            number = self.interrupt.number or error.number
-            return Interrupted(number, error.text.replace(name_of(error.number), name_of(number), 1))
+            return Interrupted(self.interrupt.number or error.number, error.text)
         return error
 
     def resumable(self) -> str:

@@ -24,7 +24,7 @@ from cpcompile.errors import InputError, StorageError, VerificationError
 from cpcompile.front.weights import differing_weights
 from cpcompile.train import checkpoint, data
 from cpcompile.train.events import Comparison, Event, Gradients, Note, Phase, Resumed, Saved, Step
-from cpcompile.train.interrupt import Interrupt, Interrupted, name_of
+from cpcompile.train.interrupt import Interrupt, Interrupted
 from cpcompile.train.job import check_same_job, describe_job
 from cpcompile.train.model import active_dropout, find_model, load_model, load_tokenizer
 from cpcompile.train.not_finite import explain_not_finite, is_finite
@@ -112,7 +112,7 @@ def take_steps(trainer: Trainer, start: int, interrupt: Interrupt) -> None:
         if signal and not is_last:
             # Rank 0 may still be writing, and is ended when another rank leaves.
             largest(device, 0.0)
-            raise Interrupted(signal, f"{name_of(signal)}: {ended_after(options, step + 1)}")
+            raise Interrupted(signal, ended_after(options, step + 1))
 
 
 def ended_after(options: TrainOptions, step: int) -> str:

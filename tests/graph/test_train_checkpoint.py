@@ -2,11 +2,10 @@
 
 import os
 import random
+import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -163,50 +162,59 @@ def test_a_full_disk_is_named_and_the_last_one_stays(tmp_path: Path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
 
 
-# A writer in a process of its own, for limits and signals that a test does not survive.
-WRITER = """
-import resource, sys, torch
-from pathlib import Path
-from cpcompile.train import checkpoint
-limit = int(sys.argv[2])
-if limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-for step in range(1, 100_000):
-    weight = torch.full((1_000_000 if limit else 30_000,), float(step))
-    checkpoint.save(Path(sys.argv[1]), step, {"weight": weight}, {})
-    print(step, flush=True)
-"""
-
-
 def test_a_system_error_inside_safetensors_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path), "1000000"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert "StorageError: the checkpoint of step 1 cannot be written to" in ended.stderr
-    assert "File too large" in ended.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(
+            StorageError, match=r"^the checkpoint of step 1 cannot be written to .*File too large.*none"
+        ):
+            checkpoint.save(tmp_path, 1, {"weight": torch.zeros(100_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
+# Forks writers and kills them: a process of its own, for torch's threads do not survive a fork.
+KILLER = """
+import os, random, shutil, signal, sys, time, torch
+from pathlib import Path
+from cpcompile.train import checkpoint
+
+torch.set_num_threads(1)
+folder, draw, num_partial = Path(sys.argv[1]), random.Random(0), 0
+for _ in range(int(sys.argv[2])):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    read, write = os.pipe()
+    writer = os.fork()
+    if writer == 0:
+        for step in range(1, 100_000):
+            checkpoint.save(folder, step, {"weight": torch.full((30_000,), float(step))}, {})
+            os.write(write, f"{step}\\n".encode())
+    os.close(write)
+    first = os.read(read, 2)
+    time.sleep(draw.uniform(0.0, 0.1))
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    reported = int((first + os.read(read, 1 << 20)).split()[-1])
+    os.close(read)
+    num_partial += bool(list(folder.glob("*.partial")))
+    found = checkpoint.load(folder)
+    assert found.damaged == {} and found.step in (reported, reported + 1), (found.damaged, found.step, reported)
+    assert found.tensors["weight"].unique().tolist() == [float(found.step)]
+    checkpoint.save(folder, found.step + 1, {}, {})
+    assert not list(folder.glob("*.partial"))
+print(num_partial)
+"""
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_writer_that_is_killed_loses_nothing_it_reported(tmp_path: Path, count: int) -> None:
-    draw = random.Random(count)
-    command = [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path), "0"]
-    num_partial = 0
-    for _ in range(count):
-        shutil.rmtree(tmp_path)
-        tmp_path.mkdir()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as writer:
-            assert writer.stdout is not None and writer.stdout.readline() == "1\n"
-            time.sleep(draw.uniform(0.0, 0.1))
-            os.kill(writer.pid, signal.SIGKILL)
-            reported = [1, *map(int, writer.stdout.read().split())]
-        num_partial += bool(list(tmp_path.glob("*.partial")))
-        found = checkpoint.load(tmp_path)
-        assert found.damaged == {}
-        assert found.step in (reported[-1], reported[-1] + 1)
-        assert found.tensors["weight"].unique().tolist() == [float(found.step)]
-        write(tmp_path, found.step + 1)
-        assert not list(tmp_path.glob("*.partial"))
-    assert count < 100 or num_partial > 10  # some were killed while writing
+    command = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path), str(count)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) > count / 5  # many were killed while writing
 
 
 def test_what_may_not_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

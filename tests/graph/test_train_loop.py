@@ -64,7 +64,10 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"step \d: the loss is .*: try a smaller --learning-rate"):
+    with pytest.raises(
+        InputError,
+        match=r"^step 2: the loss is nan and the gradient norm nan\. .*Try a smaller --learning-rate",
+    ):
         run(tmp_path, apply=False, learning_rate=1e30)
     dist.destroy_process_group()
 
