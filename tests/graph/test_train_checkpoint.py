@@ -115,7 +115,7 @@ def check_damage(tmp_path: Path, kind: str, count: int) -> None:
     """Damage the newer of two checkpoints `count` times: the older one is read, unless the bytes are the same."""
     whole = tmp_path / "whole"
     write(whole, 1, 2)
-    read = 0
+    num_changed = 0
     for seed in range(count):
         folder = tmp_path / "run"
         shutil.copytree(whole, folder)
@@ -126,9 +126,10 @@ def check_damage(tmp_path: Path, kind: str, count: int) -> None:
         found = checkpoint.load(folder)
         assert found.step == (2 if is_same else 1), done
         assert (list(found.damaged) == []) == is_same, done
-        read += not is_same
+        num_changed += not is_same
         shutil.rmtree(folder)
-    assert read > count / 3  # a zeroed block of zeros is none
+    print(f"\n{kind}: {num_changed} of {count} changed a byte, none of them was read")
+    assert num_changed > count / 3  # a zeroed block of zeros is none
 
 
 KINDS = ("flipped", "zeroed", "truncated", "extended")
@@ -209,7 +210,7 @@ print(num_partial)
 """
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_writer_that_is_killed_loses_nothing_it_reported(tmp_path: Path, count: int) -> None:
     command = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path), str(count)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)

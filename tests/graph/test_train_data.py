@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpcompile.errors import ConfigError, InputError
+from cpcompile.errors import ConfigError, InputError, StorageError
 from cpcompile.train import data
 
 
@@ -89,3 +89,20 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match=r"not UTF-8 text \(invalid start byte at byte 0\)"):
         data.read_documents([tmp_path / "image.png"])
+
+
+@pytest.mark.parametrize("seed", [20261128215000, 2**64 - 1, -(2**63)])
+def test_seeds_of_64_bits(seed: int) -> None:
+    batches = data.Batches(torch.arange(200).view(100, 2), batch_size=3, seed=seed)
+    assert torch.equal(batches.at(40), batches.at(40))
+    others = data.Batches(batches.sequences, batch_size=3, seed=seed - 1 if seed > 0 else seed + 1)
+    assert not torch.equal(batches.at(40), others.at(40))
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **options: bool) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(StorageError, match=r"--text .*secret\.txt: Permission denied"):
+        data.check_paths([tmp_path / "secret.txt"])
