@@ -1,5 +1,6 @@
 """Faults of whole runs, each a row of docs/faults.md: what is said, how soon no rank is left, and what is lost."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -19,6 +20,7 @@ from cpcompile.errors import CPError, StorageError
 from cpcompile.train import Interrupted, RankError, checkpoint
 from cpcompile.train.events import Event, Note, Step
 from cpcompile.train.launch import launch
+from cpcompile.train.lock import locked
 from cpcompile.train.options import TrainOptions
 from cpcompile.train.report import append_log
 from tests.graph.test_train_loop import run
@@ -198,12 +200,26 @@ def test_a_loss_that_is_no_number_on_two_ranks(tmp_path: Path) -> None:
     assert str(error).startswith("step 2: the loss is nan and the gradient norm nan on all 2 ranks.")
 
 
-def command(folder: Path, *arguments: str) -> list[str]:
-    """The command line that trains the tiny model in `folder`."""
-    options = tiny_options(folder)
-    train = ["train", "--model", str(options.model), "--text", str(options.text[0]), "--length", "65"]
-    fixed = ["--device", "cpu", "--inner", "eager", "--no-check", "--steps", "1000000", "--save-every", "5"]
-    return [sys.executable, "-W", "ignore", "-m", "cpcompile", *train, *fixed, *arguments]
+# The command line without the compiler, whose time is not the subject.
+SCRIPT = """
+import json, sys, typer
+from pathlib import Path
+from cpcompile.cli import guard
+from cpcompile.train import train
+from tests.train_support import tiny_options
+
+folder, changes = Path(sys.argv[1]), json.loads(sys.argv.pop())
+paths = {name: Path(changes[name]) for name in ("save", "log") if name in changes}
+options = tiny_options(folder, ranks=2, steps=1_000_000, save_every=5, apply=False, **{**changes, **paths})
+sys.argv = ["train"]
+typer.run(lambda: guard(lambda: train(options)))
+"""
+
+
+def command(folder: Path, **changes: Any) -> list[str]:
+    """What trains the tiny model in `folder` on two ranks, as a process of its own."""
+    tiny_options(folder)  # makes the model
+    return [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), json.dumps(changes)]
 
 
 def wait_for_steps(process: "subprocess.Popen[str]", count: int) -> None:
@@ -217,11 +233,13 @@ def wait_for_steps(process: "subprocess.Popen[str]", count: int) -> None:
 def test_a_killed_launcher_leaves_no_rank_and_no_lock(tmp_path: Path) -> None:
     import psutil
 
-    arguments = command(tmp_path, "--save", str(tmp_path / "run"))
+    arguments = command(tmp_path, save=str(tmp_path / "run"))
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         wait_for_steps(process, 7)
         ranks = psutil.Process(process.pid).children()
-        in_use = subprocess.run([*arguments, "--resume"], capture_output=True, text=True, cwd=ROOT)
+        in_use = subprocess.run(
+            command(tmp_path, save=str(tmp_path / "run"), resume=True), capture_output=True, text=True, cwd=ROOT
+        )
         assert in_use.returncode == 2
         assert f"is in use by another run (process {process.pid} on" in in_use.stderr
         process.kill()
@@ -230,18 +248,13 @@ def test_a_killed_launcher_leaves_no_rank_and_no_lock(tmp_path: Path) -> None:
         print(f"\n{time.monotonic() - began:.1f} s until the ranks of a killed launcher were gone")
         assert not [child for child in ranks if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
         process.stdout and process.stdout.close()
-    ended = subprocess.run(
-        [*arguments[:-2], "--save", str(tmp_path / "run"), "--resume", "--steps", "1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert "in use" not in ended.stderr
+    with locked(tmp_path / "run", print):
+        assert checkpoint.load(tmp_path / "run").damaged == {}
 
 
 @pytest.mark.slow
 def test_ctrl_z_and_back(tmp_path: Path) -> None:
-    arguments = command(tmp_path, "--heartbeat", "3")
+    arguments = command(tmp_path, heartbeat=3)
     process = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
     )
@@ -256,7 +269,7 @@ def test_ctrl_z_and_back(tmp_path: Path) -> None:
         assert process.wait(20) == 143
 
 
-def joined(folder: Path, *arguments: str) -> "list[subprocess.Popen[str]]":
+def joined(folder: Path, **changes: Any) -> "list[subprocess.Popen[str]]":
     """Two ranks as a launcher of others starts them: rank 0 keeps the store."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -265,7 +278,7 @@ def joined(folder: Path, *arguments: str) -> "list[subprocess.Popen[str]]":
     common |= {"GLOO_SOCKET_IFNAME": "lo"}
     return [
         subprocess.Popen(
-            command(folder, *arguments),
+            command(folder, **changes),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -279,7 +292,7 @@ def joined(folder: Path, *arguments: str) -> "list[subprocess.Popen[str]]":
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_of_torchrun(tmp_path: Path, stopped: int) -> None:
-    processes = joined(tmp_path, "--heartbeat", "4")
+    processes = joined(tmp_path, heartbeat=4)
     try:
         wait_for_steps(processes[0], 3)
         os.kill(processes[stopped].pid, signal.SIGSTOP)
@@ -298,7 +311,7 @@ def test_a_stopped_rank_of_torchrun(tmp_path: Path, stopped: int) -> None:
 
 @pytest.mark.slow
 def test_sigterm_for_the_ranks_of_torchrun(tmp_path: Path) -> None:
-    processes = joined(tmp_path, "--save", str(tmp_path / "run"))
+    processes = joined(tmp_path, save=str(tmp_path / "run"))
     wait_for_steps(processes[0], 7)
     for process in processes:
         process.send_signal(signal.SIGTERM)
@@ -311,7 +324,7 @@ def test_sigterm_for_the_ranks_of_torchrun(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_full_disk_for_the_log_of_torchrun(tmp_path: Path) -> None:
-    processes = joined(tmp_path, "--save", str(tmp_path / "run"), "--log", "/dev/full")
+    processes = joined(tmp_path, save=str(tmp_path / "run"), log="/dev/full")
     outputs = [process.communicate(timeout=120) for process in processes]
     assert processes[0].returncode == 2
     assert "error: --log /dev/full cannot be written: No space left on device" in outputs[0][1]
