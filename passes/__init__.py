@@ -45,12 +45,16 @@ SHARDING = (
     finish_outputs,
 )
 
+# What FSDP shards, for models that `fully_shard` wrapped.
+PARAMETERS = (unshard_parameters,)
+
 # All of them in order. `separate_documents` runs for packed documents that a model does not keep apart, `choose_strategies` marks
 # what `cpcompile.choose` decided in between.
-PIPELINE = (*ANALYSIS, separate_documents, choose_strategies, *SHARDING)
+PIPELINE = (*ANALYSIS, separate_documents, choose_strategies, *SHARDING, *PARAMETERS)
 
 __all__ = [
     "ANALYSIS",
+    "PARAMETERS",
     "PIPELINE",
     "SHARDING",
     "choose_strategies",

@@ -25,6 +25,9 @@ def unshard_parameters(gm: fx.GraphModule, *, shards: Mapping[str, ParameterShar
     """Return how many parameters are gathered. `shards` has those that are sharded, by the name of their placeholder.
 
     One that is to be sharded again after forward is tagged to be gathered again in backward, whatever else is kept.
+
+    Needs: a graph of all ranks with whole parameters (`finish_outputs`), and a model that `fully_shard` wrapped.
+    Gives: placeholders that hold the rows of one rank.
     """
     count = 0
     for node in gm.graph.find_nodes(op="placeholder"):
