@@ -24,7 +24,11 @@ aten = torch.ops.aten
 
 
 def cut_hidden_rows(gm: fx.GraphModule) -> int:
-    """Return how many attentions have rows that may be hidden. Runs after `lift_masks`, which leaves the masks of such rows."""
+    """Return how many attentions have rows that may be hidden.
+
+    Needs: masks that are lifted (`lift_masks`), which leaves those of such rows as they are.
+    Gives: attentions whose mask is added, with queries of zeros where it hides every key.
+    """
     count = 0
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.attention.default):
         call = Call.of(node)
