@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -14,9 +14,12 @@ def holdings(module: torch.nn.Module) -> Holdings:
     return module._modules, module._parameters, module._buffers  # type: ignore[return-value]
 
 
-def num_writes(tensors: Iterable[torch.Tensor]) -> list[int]:
+def num_writes(tensors: Sequence[torch.Tensor]) -> list[int]:
     """Return how often each tensor was written in place; 0 for one made in inference mode, where nobody counts."""
-    return [0 if x.is_inference() else x._version for x in tensors]
+    try:
+        return [x._version for x in tensors]
+    except RuntimeError:
+        return [0 if x.is_inference() else x._version for x in tensors]
 
 
 def inner_tensors(x: torch.Tensor) -> list[torch.Tensor] | None:

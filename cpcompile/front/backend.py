@@ -137,8 +137,8 @@ class Compiled:
         self._num_bounds = len(Lengths.bounds_of(self.transformed.graph))
         self._last, self._reader = LastCall() if last is None else last, CallReader(self.transformed)
         _log.info(
-            "%d ranks, layout %s; the model returns %s (of local tokens, cpcompile.unshard makes the whole, "
-            "cpcompile.cross_entropy the loss)",
+            "%d ranks, layout %s; the model returns %s; of local tokens, cpcompile.unshard makes the whole and "
+            "cpcompile.cross_entropy the loss",
             axis.world_size,
             self.transformed.plan.layout,
             "; ".join(map(str, self._reader.outputs)),

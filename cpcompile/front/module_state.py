@@ -20,8 +20,7 @@ class ModuleState:
 
     def training(self) -> bytes:
         """Return a byte for each module: is it in training mode. Finds the modules again if others are in their place."""
-        now = list(self._children())
-        if len(now) != len(self._found) or not all(map(is_, now, self._found)):
+        if list(map(len, self._held)) != self._sizes or not all(map(is_, self._children(), self._found)):
             self._find()
         return bytes(map(attrgetter("training"), self._modules.values()))
 
@@ -49,6 +48,9 @@ class ModuleState:
     def _find(self) -> None:
         self._modules = dict(self._model.named_modules())
         held = [_torch.holdings(module) for module in self._modules.values()]
-        self._submodules = [submodules for submodules, _, _ in held]
-        self._tensors = [tensors for _, *both in held for tensors in both]
+        self._held = [each for of_module in held for each in of_module]
+        self._sizes = list(map(len, self._held))
+        # Most are empty, which takes as long to find out each time as to read the others.
+        self._submodules = [submodules for submodules, _, _ in held if submodules]
+        self._tensors = [tensors for _, *both in held for tensors in both if tensors]
         self._found = list(self._children())

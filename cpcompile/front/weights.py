@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_, sub
 
 import torch
 import torch.distributed as dist
@@ -86,24 +87,23 @@ class Watch:
     def __init__(self) -> None:
         self.is_due = True  # not compared yet, or replaced, or loaded
         self.layout = 0  # a fingerprint of names, dtypes and shapes
-        self._seen: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        self._seen: list[weakref.ref[torch.Tensor]] = []
+        self._places: list[int] = []
         self._writes: list[int] = []
 
     def look(self, names: Callable[[], Sequence[str]], weights: Sequence[torch.Tensor]) -> int:
         """Return a fingerprint of how often each weight was written since the last comparison; see `is_due` and `layout`."""
-        places = [address(x) for x in weights]
-        is_same = len(places) == len(self._seen) and all(
-            seen() is x and place == at for (seen, place), x, at in zip(self._seen, weights, places, strict=True)
-        )
+        places = addresses(weights)
+        is_same = places == self._places and all(map(is_, weights, [seen() for seen in self._seen]))
         if not is_same:
             self.is_due = True
-            self._seen = [(weakref.ref(x), at) for x, at in zip(weights, places, strict=True)]
+            self._seen, self._places = list(map(weakref.ref, weights)), places
             texts = [f"{name}: {describe_weight(x)}" for name, x in zip(names(), weights, strict=True)]
             self.layout = text_fingerprint(*(text.encode() for text in texts))
         writes = _torch.num_writes(weights)
         if self.is_due:
             return 0
-        return hash(tuple(map(int.__sub__, writes, self._writes)))
+        return hash(tuple(map(sub, writes, self._writes)))
 
     def compared(self, weights: Sequence[torch.Tensor]) -> None:
         """Remember that the ranks hold the same weights now."""
@@ -111,9 +111,9 @@ class Watch:
         self._writes = _torch.num_writes(weights)
 
 
-def address(x: torch.Tensor) -> int:
-    """Return where the values of a weight lie; 0 for a class of tensors that has no memory of its own."""
+def addresses(weights: Sequence[torch.Tensor]) -> list[int]:
+    """Return where the values of weights lie; 0 for a class of tensors that has no memory of its own."""
     try:
-        return x.data_ptr()
+        return [x.data_ptr() for x in weights]
     except RuntimeError:
-        return 0
+        return [0 if _torch.inner_tensors(x) is not None else x.data_ptr() for x in weights]

@@ -33,6 +33,25 @@ def test_fields() -> None:
     assert found.estimates.keys() == {"zig_zag/ring"}
 
 
+class Both(TinyLM):
+    """Returns the logits too."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(input_ids, labels), self.logits(input_ids)
+
+
+@pytest.mark.parametrize("outputs", ["local", "full"])
+def test_what_is_returned(outputs: str) -> None:
+    found = explain(Both(), batch(S), world_size=P, outputs=outputs)
+    loss, logits = found.outputs
+    assert (loss.shape, loss.dim, logits.shape[:2]) == ((), None, (B, S))
+    assert logits.dim == (1 if outputs == "local" else None)
+    lines = str(found).splitlines()
+    (row,) = [line for line in lines if line.strip().startswith(logits.value)]
+    assert ("local tokens of this rank along dim 1" if outputs == "local" else "whole") in row
+    assert any("a number" in line and "whole" in line for line in lines)
+
+
 def test_text_shows_what_matters() -> None:
     text = str(plan(strategy="ring", balancer="zig_zag"))
     for part in ("8 tokens on 4 ranks, 2 slots each, layout zig_zag; tokens of input_ids (dim 1)", "1 attention(s)",
