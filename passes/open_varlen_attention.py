@@ -1,11 +1,12 @@
 """Open varlen attention: packed sequences become documents.
 
 before  out = torch_attn._varlen_attn(q, k, v, cu_seq, cu_seq, 512, 512, True, None, [-1, 0])[0]    # q: [T, H, D]
-after   documents = aten.searchsorted(cu_seq, aten.arange(T), right=True)[None]
+after   lengths = cpcompile.checked_packing(cu_seq, "cu_seqlens", "cu_seq", T)
+        documents = aten.searchsorted(lengths, aten.arange(T), right=True)[None]
         out = cpcompile.attention(q', k', v', None, documents, None, 0.125, True, 0, 0.0)      # q': [1, H, T, D]
 
-Tokens behind the last sequence have no defined output; they are a document of their own. Where `cu_seq_k` is another tensor than
-`cu_seq_q`, the device checks that both say the same: collators make two tensors of one list.
+Lengths that do not go from 0 to T end the step: what is outside of all sequences has no defined output. Where `cu_seq_k` is
+another tensor than `cu_seq_q`, the device checks that both say the same: collators make two tensors of one list.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.attention.varlen  # registers the operator
 from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operator)
-from cpcompile.analysis.patterns.formula import coordinate
+from cpcompile.analysis.patterns.formula import coordinate, size_of
 from cpcompile.analysis.patterns.nodes import erase_with_users, is_used
 from cpcompile.errors import NoRule, where
 from cpcompile.ir.insertion import insert_call, replace_uses
@@ -47,12 +48,13 @@ def open_varlen_attention(gm: fx.GraphModule) -> int:
         NoRule: queries and keys are packed differently, a cache is read, or the logsumexp is used.
     """
     nodes = gm.graph.find_nodes(op="call_function", target=torch.ops.torch_attn._varlen_attn.default)
+    ids: dict[tuple[fx.Node, str], fx.Node] = {}  # all layers share the documents of the same lengths
     for node in nodes:
         call = Call.of(node)
         reason = why_not(call)
         if reason:
             raise NoRule(f"varlen_attn: {reason}.\n\n{where(node)}\n\nUse scaled_dot_product_attention with a mask.")
-        write_operator(call)
+        write_operator(call, ids)
     return len(nodes)
 
 
@@ -68,8 +70,8 @@ def why_not(call: Call) -> str:
     return "its logsumexp is used" if any(is_used(item) for item in others) else ""
 
 
-def write_operator(call: Call) -> None:
-    """Replace one call by the operator."""
+def write_operator(call: Call, known: dict[tuple[fx.Node, str], fx.Node]) -> None:
+    """Replace one call by the operator; `known` has the documents of earlier calls."""
     node = call.node
     q, k, v = (with_batch(node, call[name]) for name in ("query", "key", "value"))
     scale = call.arguments.get("scale")
@@ -78,9 +80,9 @@ def write_operator(call: Call) -> None:
     is_causal = call["is_causal"] or right == 0
     settings = (float(scale), is_causal, left + 1, 0.0, 0.0, -1 if is_causal else right)
     attention = torch.ops.cpcompile.attention.default
-    ids = documents(node, call["query"], call["cu_seq_q"])
+    ids = documents(call, "cu_seq_q", known)
     if call["cu_seq_k"] is not call["cu_seq_q"]:
-        others = documents(node, call["query"], call["cu_seq_k"])
+        others = documents(call, "cu_seq_k", known)
         is_same = insert_call(node, aten.all.default, insert_call(node, aten.eq.Tensor, ids, others))
         insert_call(node, aten._assert_async.msg, is_same, OTHER_KEYS)
     out = insert_call(node, attention, q, k, v, None, ids, None, *settings)
@@ -98,8 +100,14 @@ def with_batch(before: fx.Node, x: fx.Node) -> fx.Node:
     return insert_call(before, aten.transpose.int, insert_call(before, aten.unsqueeze.default, x, 0), 1, 2)
 
 
-def documents(before: fx.Node, q: fx.Node, cu_seq: fx.Node) -> fx.Node:
+def documents(call: Call, name: str, known: dict[tuple[fx.Node, str], fx.Node]) -> fx.Node:
     """Return the sequence of each token, `[1, T]`, counted from 1."""
-    tokens = insert_call(before, aten.to.dtype, coordinate(before, q, 0, [-1]), value_of(cu_seq).dtype)
-    ids = insert_call(before, aten.searchsorted.Tensor, cu_seq, tokens, right=True)
-    return insert_call(before, aten.unsqueeze.default, ids, 0)
+    before, q, cu_seq = call.node, call["query"], call[name]
+    key = cu_seq, str(value_of(q).shape[0])
+    if key not in known:
+        checked = torch.ops.cpcompile.checked_packing.default
+        lengths = insert_call(before, checked, cu_seq, "cu_seqlens", name, size_of(before, q, 0))
+        tokens = insert_call(before, aten.to.dtype, coordinate(before, q, 0, [-1]), value_of(cu_seq).dtype)
+        ids = insert_call(before, aten.searchsorted.Tensor, lengths, tokens, right=True)
+        known[key] = insert_call(before, aten.unsqueeze.default, ids, 0)
+    return known[key]

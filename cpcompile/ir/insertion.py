@@ -29,11 +29,26 @@ def insert_call(before: fx.Node, target: Callable[..., Any], *args: Any, **kwarg
 
 
 def insert_document_bounds(before: fx.Node, documents: fx.Node) -> fx.Node:
-    """Insert where documents begin, before a node. The host waits for it, so that a checkpoint does not compute it again."""
+    """Insert where documents begin, before a node. The host waits for it, so that a checkpoint does not compute it again.
+
+    As it waits, it also checks what tells them apart.
+    """
+    for check in checks_of(documents):
+        check.args = (*check.args[:4], True)
     bounds = insert_call(before, torch.ops.cpcompile.document_bounds.default, documents)
     bounds.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     bounds.meta.pop("ac_graph_id", None)
     return bounds
+
+
+def checks_of(node: fx.Node) -> list[fx.Node]:
+    """Return the checks of packed documents that a node is computed from."""
+    seen, stack = {node}, [node]
+    while stack:
+        operands = set(stack.pop().all_input_nodes) - seen
+        seen |= operands
+        stack += operands
+    return [found for found in seen if found.target is torch.ops.cpcompile.checked_packing.default]
 
 
 def replace_uses(old: fx.Node, new: fx.Node) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from cpcompile import runtime  # noqa: F401  (registers the operator)
 from cpcompile.errors import InputError
 from cpcompile.ir.insertion import insert_call
 from cpcompile.ir.operator_call import value_of
@@ -47,7 +48,7 @@ def emit_boundaries(before: fx.Node, source: Source, tokens: fx.Node, told: fx.N
     with value_of(tokens).fake_mode:
         places = insert_call(before, aten.arange.default, length, device=value_of(tokens).device)
     if source.kind == "cu_seqlens":
-        starts = changes(before, sequences(before, told, places, batch, length))
+        starts = changes(before, sequences(before, source, told, places, batch, length))
     else:
         starts = told_by_tokens(before, source, tokens, told)
     is_first = insert_call(before, aten.constant_pad_nd.default, starts, [1, 0], True)
@@ -69,6 +70,8 @@ def told_by_tokens(before: fx.Node, source: Source, tokens: fx.Node, told: fx.No
         raise InputError(
             f"documents={source.kind!r} reads a number for each token, {list(wanted)}, but {told.name} has shape {list(shape)}."
         )
+    if source.kind != "eos":
+        told = checked(before, told, source.kind, source.name, size_of(before, told, 1))
     told = insert_call(before, aten.expand.default, told, [size_of(before, tokens, dim) for dim in (0, 1)])
     if source.kind == "eos":
         return insert_call(before, aten.slice.Tensor, ends(before, source, told), 1, 0, -1)
@@ -99,7 +102,7 @@ def ends(before: fx.Node, source: Source, tokens: fx.Node) -> fx.Node:
 
 
 def sequences(
-    before: fx.Node, cu_seqlens: fx.Node, places: fx.Node, batch: fx.Node | int, length: fx.Node | int
+    before: fx.Node, source: Source, cu_seqlens: fx.Node, places: fx.Node, batch: fx.Node | int, length: fx.Node | int
 ) -> fx.Node:
     """Return the sequence of each token, `[B, S]`: rows follow each other, as if they were one."""
     if value_of(cu_seqlens).dim() != 1 or value_of(cu_seqlens).dtype.is_floating_point:
@@ -107,6 +110,9 @@ def sequences(
         raise InputError(
             f"documents='cu_seqlens' reads cumulative lengths [N + 1], but {cu_seqlens.name} has the shape {shape}."
         )
+    is_number = isinstance(batch, int) and isinstance(length, int)
+    num_tokens = batch * length if is_number else insert_call(before, operator.mul, batch, length)  # type: ignore[operator]
+    cu_seqlens = checked(before, cu_seqlens, source.kind, source.name, num_tokens)
     with value_of(places).fake_mode:
         rows = insert_call(before, aten.arange.default, batch, device=value_of(places).device)
     offsets = insert_call(before, aten.unsqueeze.default, insert_call(before, aten.mul.Tensor, rows, length), 1)
@@ -114,6 +120,11 @@ def sequences(
         before, aten.to.dtype, insert_call(before, aten.add.Tensor, offsets, places), value_of(cu_seqlens).dtype
     )
     return insert_call(before, aten.searchsorted.Tensor, cu_seqlens, flat, right=True)
+
+
+def checked(before: fx.Node, told: fx.Node, kind: str, name: str, num_tokens: fx.Node | int) -> fx.Node:
+    """Return what tells documents apart, checked when the program runs."""
+    return insert_call(before, torch.ops.cpcompile.checked_packing.default, told, kind, name, num_tokens)
 
 
 def size_of(before: fx.Node, node: fx.Node, dim: int) -> fx.Node | int:
