@@ -13,6 +13,7 @@ from cpcompile.passes.functionalise_writes import functionalise_writes
 from cpcompile.passes.gather_latents import gather_latents
 from cpcompile.passes.lift_masks import lift_masks
 from cpcompile.passes.open_flex_attention import open_flex_attention
+from cpcompile.passes.open_masked_rows import open_masked_rows
 from cpcompile.passes.open_products import open_products
 from cpcompile.passes.open_varlen_attention import open_varlen_attention
 from cpcompile.passes.place_tokens import place_tokens
@@ -25,6 +26,7 @@ from cpcompile.passes.unshard_parameters import unshard_parameters
 # Still a single-device program: these only say what the attentions are.
 ANALYSIS = (
     functionalise_writes,
+    open_masked_rows,
     open_products,
     open_flex_attention,
     open_varlen_attention,
@@ -67,6 +69,7 @@ __all__ = [
     "gather_latents",
     "lift_masks",
     "open_flex_attention",
+    "open_masked_rows",
     "open_products",
     "open_varlen_attention",
     "place_tokens",

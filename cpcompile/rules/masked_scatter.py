@@ -9,6 +9,7 @@ after   number = cumsum(mask [B, S] of all tokens) * mask                       
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import fx
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.operator_call import Call, value_of
 from cpcompile.ir.placement import FULL, Full, Placement, Sharded
-from cpcompile.rules.along import along_tokens, holds_tokens_only
+from cpcompile.rules.along import along_tokens
 from cpcompile.rules.registry import Decision, Indices, Lowering, rule
 from cpcompile.rules.views import expression, quotient
 
@@ -48,9 +49,12 @@ def masked_scatter(call: Call) -> Indices:
 def scatter_by_number(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
     """the marked elements of all tokens are numbered, and each rank takes those of its own"""
     at = operands.get("self")
-    if at is None or not at.covers_all or not holds_tokens_only(call, "self", at, length) or "source" in operands:
+    if at is None or not at.covers_all or "source" in operands:
         return None
     shape = call.shape("self")
+    outer = quotient(expression(shape[at.dim]), expression(length))
+    if at.inner != 1 or outer is None or not outer.is_Integer:
+        return None
     mask = without_repeats(call["mask"])
     sharded = placement_of(mask)
     if list(map(expression, shape)) != list(map(expression, call.result.shape)) or not is_alike(mask, shape, at):
@@ -67,7 +71,7 @@ def scatter_by_number(call: Call, operands: Mapping[str, Sharded], length: Any) 
             marks = writer.insert(aten.to.dtype, marks, torch.uint8)
             marks = writer.insert(cp.gather_tokens.default, marks, sharded.dim, 1, writer.length, *writer.axis)
             annotate(marks, reason="the marked elements of all tokens are counted")
-        number = numbered(writer, marks, at, num_same)
+        number = numbered(writer, marks, at, int(outer), num_same)
         own = writer.insert(cp.shard_tokens.default, number, at.dim, 1, writer.length, *writer.axis)
         rows = writer.insert(aten.reshape.default, source, [-1, row] if num_same else [-1])
         rows = writer.insert(aten.constant_pad_nd.default, rows, [0, 0, 1, 0] if num_same else [1, 0])
@@ -115,8 +119,11 @@ def num_alike(mask: Sequence[Any], shape: Sequence[Any], dim: int) -> int:
     return count
 
 
-def numbered(writer: Lowering, marks: fx.Node, at: Sharded, num_same: int) -> fx.Node:
-    """Return 1, 2, ... where a whole mask is set, in order, and 0 elsewhere, without the dims where it is the same."""
+def numbered(writer: Lowering, marks: fx.Node, at: Sharded, outer: int, num_same: int) -> fx.Node:
+    """Return 1, 2, ... where a whole mask is set, in order, and 0 elsewhere, without the dims where it is the same.
+
+    The dim of the tokens holds all of them `outer` times.
+    """
     shape = writer.call.shape("self")
     for _ in range(num_same):
         marks = writer.insert(aten.squeeze.dim, marks, -1)
@@ -124,7 +131,8 @@ def numbered(writer: Lowering, marks: fx.Node, at: Sharded, num_same: int) -> fx
     for dim, size in enumerate(shape[: len(shape) - num_same]):
         is_given = isinstance(size, int)
         sizes.append(size if is_given else writer.insert(aten.sym_size.int, writer.call["self"], dim))
-    sizes[at.dim] = writer.length
+    length = writer.length
+    sizes[at.dim] = length * outer if isinstance(length, int) else writer.insert(operator.mul, length, outer)
     marks = writer.insert(aten.expand.default, marks, sizes)
     count = writer.insert(aten.cumsum.default, writer.insert(aten.reshape.default, marks, [-1]), 0)
     return writer.insert(aten.mul.Tensor, writer.insert(aten.reshape.default, count, sizes), marks)

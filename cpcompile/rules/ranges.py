@@ -177,12 +177,12 @@ def split_rows(call: Call, at: Sharded, length: Any) -> Decision | None:
         nodes, begin = [], first
         for count in counts:
             stop = begin + count
-            ends = (slots(writer, at.inner * number) for number in (begin, stop))
+            ends = (slots(writer, at.inner * rows) for rows in (begin, stop))
             nodes.append(writer.insert(aten.slice.Tensor, writer.call["self"], at.dim, *ends))
             begin = stop
         return nodes
 
-    return Decision({"self": at}, (at,) * len(sizes), lower=lower)
+    return Decision({"self": at}, (at,) * len(counts), lower=lower)
 
 
 def slots(writer: Lowering, count: int) -> fx.Node | int:

@@ -996,6 +996,7 @@ def masked_scatter(target: Any, s: int) -> Iterator[Case]:
         yield Case(target, (x(B, s, D), mask, x(B * s + 1, D)))
     yield Case(target, (x(B, s, 2, D), x(B, s, 1, 1) > 0.5, x(B * s, 2, D)))
     yield Case(target, (x(s), x(s) > 0.5, x(s)))
+    yield Case(target, (x(B * s, D), x(B * s, 1) > 0.5, x(B * s, D)))
     yield Case(target, (x(B, s, D), x(B, s, 1) > 0.5, x(B * s * D + 1)))
     yield Case(target, (integers(B, s, high=9), x(B, s) > 0.5, integers(B * s, high=9)))
     yield Case(target, (x(B, s, D), x(B, s, 1) > 2, x(0, D)))
