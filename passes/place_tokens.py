@@ -221,6 +221,8 @@ class Placer:
                 return self.resharder.gather(operand, reason)
             case _ if have == wanted:
                 return operand
+            case Sharded(), Sharded() if have.is_shift_of(wanted):
+                return self.resharder.move(operand, wanted)
         operands = {n: placement_of(o) for n, o in call.operands()}
         raise no_rule(call, operands, f"{name} is {have} but must be {wanted}", RULES[call.target].notation)
 

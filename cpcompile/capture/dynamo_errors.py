@@ -37,7 +37,7 @@ def clear_errors(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Iter
         yield
     except BackendCompilerFailed as error:
         inner = error.inner_exception
-        if isinstance(inner, CPError):
+        if isinstance(inner, (CPError, Warning)):
             raise inner from inner.__cause__
         raise InternalError(f"{summary(inner)}\n\n{REMEDY}") from inner
     except (Unsupported, UserError) as error:

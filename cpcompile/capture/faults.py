@@ -31,7 +31,7 @@ def faults_of(stage: str, remedy: str = REMEDY) -> Iterator[None]:
     """
     try:
         yield
-    except CPError:
+    except (CPError, Warning):  # a warning that the user's filter makes an error is the user's
         raise
     except _torch.CONTROL_FLOW:
         raise

@@ -211,7 +211,7 @@ def failing_alone() -> Iterator[None]:
     """
     try:
         yield
-    except CPError:
+    except (CPError, Warning):
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)

@@ -48,6 +48,12 @@ class Sharded:
         """Return this placement with another range; `outside` counts only for one that reaches outside."""
         return replace(self, front=front, back=back, outside=outside if front < 0 or back < 0 else None)
 
+    def is_shift_of(self, other: Sharded) -> bool:
+        """Whether `other` holds as many tokens of the same dim in other slots, and both have a slot for each."""
+        same = replace(self, front=other.front, back=other.back, outside=other.outside) == other
+        inside = not (self.reaches_outside or other.reaches_outside)
+        return same and inside and self.front + self.back == other.front + other.back
+
     def __str__(self) -> str:
         inner = f", inner={self.inner}" if self.inner != 1 else ""
         cut = f", tokens {self.front}:{-self.back or ''}" if self.front or self.back else ""

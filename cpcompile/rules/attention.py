@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operator)
-from cpcompile.ir.annotation import annotation
+from cpcompile.balance.layout import follows_documents
+from cpcompile.errors import NoChunks, where
+from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, Placement, Sharded
+from cpcompile.rules.along import before_end
+from cpcompile.rules.over_tokens import counted
 from cpcompile.rules.pointwise import is_one
-from cpcompile.rules.registry import Decision, no_rule, register
+from cpcompile.rules.registry import Decision, Lowering, no_rule, register
 from cpcompile.runtime.attention.catalogue import STRATEGIES, Strategy
 
+aten = torch.ops.aten
 QUERY_TOKENS = Sharded(2)
 
 # Of the whole sequence, of sequences or of heads: every rank reads all of them.
@@ -34,15 +40,35 @@ class AttentionRule:
 
     def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
         given = {name: operands[name] for name in ("q", "k", "v") if name in operands}
-        if any(
-            at.with_range(0, 0) != replace(QUERY_TOKENS, sequence=at.sequence) or not at.covers_all
-            for at in given.values()
-        ):
+        if any(at.with_range(0, 0) != replace(QUERY_TOKENS, sequence=at.sequence) for at in given.values()):
             raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
+        if any(at.reaches_outside for at in given.values()):
+            raise no_rule(call, operands, "attention reads tokens outside the sequence", self.notation)
         sizes = {str(call.shape(name)[2]) for name in ("q", "k", "v")}
-        if len(sizes) == 1 and len({at.sequence for at in given.values()}) == 1:
-            return self._along_one_sequence(call, next(iter(given.values())), given.keys(), "mask" in operands)
-        return self._across(call, operands)
+        if len(sizes) > 1 or len({at.sequence for at in given.values()}) > 1:
+            return self._across(call, operands)
+        if not all(at.covers_all for at in given.values()):
+            return self._along_a_range(call, next(iter(given.values())), operands)
+        return self._along_one_sequence(call, next(iter(given.values())), given.keys(), "mask" in operands)
+
+    def _along_a_range(self, call: Call, at: Sharded, operands: Mapping[str, Sharded]) -> Decision:
+        """Move the tokens to the front of the sequence, and hide the slots that are left over at its end."""
+        known, num_over = annotation(call.node), at.front + at.back
+        if STRATEGIES.get(known.strategy, Strategy()).is_latent:
+            raise no_rule(call, operands, "keys of a latent are of all tokens, not of a range", self.notation)
+        wanted = self._along_one_sequence(call, at.with_range(0, num_over), operands.keys(), "mask" in operands)
+
+        def lower(writer: Lowering) -> Sequence[fx.Node]:
+            if follows_documents(str(writer.axis[0])):
+                raise NoChunks(
+                    f"attention to a range of the tokens cannot follow documents.\n\n{where(call.node)}\n\n"
+                    "Use balancer='zig_zag' or 'contiguous'."
+                )
+            new = writer.insert(call.target, *writer.call.rebound(hidden_end(writer, wanted, num_over))[0])
+            annotate(new, strategy=known.strategy)
+            return [new]
+
+        return replace(wanted, lower=lower)
 
     def _along_one_sequence(self, call: Call, at: Sharded, given: Set[str], is_sharded: bool) -> Decision:
         strategy = STRATEGIES.get(annotation(call.node).strategy, Strategy())
@@ -77,6 +103,36 @@ class AttentionRule:
 
     def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
         return None  # attention over tokens that every rank holds whole stays whole
+
+
+def hidden_end(writer: Lowering, decision: Decision, num_over: int) -> dict[str, fx.Node]:
+    """Return the arguments of an attention to all slots of which it shall not see the last `num_over`."""
+    call = writer.call
+    terms = {}
+    for name, filler in (("documents", -1), ("key_padding", 0)):  # -1: a document of their own
+        if call[name] is not None:
+            terms[name] = writer.insert(aten.constant_pad_nd.default, call[name], [0, num_over], filler)
+    if call["mask"] is not None and not is_one(call.shape("mask")[-1]):
+        nothing, everything = (0.0, 1.0) if call.tensor("mask").dtype == torch.bool else (-torch.inf, 0.0)
+        mask = writer.insert(aten.constant_pad_nd.default, call["mask"], [0, num_over], nothing)
+        if not isinstance(decision.operands["mask"], Sharded) and not is_one(call.shape("mask")[-2]):
+            # Rows that nobody reads see something: softmax has no gradient where nothing is seen.
+            mask = writer.insert(aten.constant_pad_nd.default, mask, [0, 0, 0, num_over], everything)
+        terms["mask"] = mask
+    if not terms and not (call["is_causal"] and call["prefix"] is None):
+        terms["key_padding"] = visible(writer, num_over)
+    return terms
+
+
+def visible(writer: Lowering, num_over: int) -> fx.Node:
+    """Return which keys are in a range that leaves out the last tokens, `[B, S]`."""
+    place = counted(writer, writer.call["q"], writer.length)
+    is_inside = writer.insert(aten.lt.Scalar, place, before_end(writer, num_over))
+    batch = writer.call.shape("q")[0]
+    size = batch if isinstance(batch, int) else writer.insert(aten.sym_size.int, writer.call["q"], 0)
+    return writer.insert(
+        aten.expand.default, writer.insert(aten.unsqueeze.default, is_inside, 0), [size, writer.length]
+    )
 
 
 register(AttentionRule(), torch.ops.cpcompile.attention.default)
