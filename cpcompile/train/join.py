@@ -6,17 +6,21 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 
 import torch.distributed as dist
 
-from cpcompile.errors import StorageError
+from cpcompile.errors import ConfigError, StorageError
 from cpcompile.train import loop
 from cpcompile.train.events import Event, Note
 from cpcompile.train.failures import as_error, failed, is_lost_connection
 from cpcompile.train.group import process_group
 from cpcompile.train.heartbeat import NeighbourWatch
 from cpcompile.train.interrupt import Interrupt, Interrupted, catching
-from cpcompile.train.options import TrainOptions
+from cpcompile.train.options import TrainOptions, flag
+
+# What may differ: only rank 0 writes a log, and paths, devices and compilers are those of the host.
+_OWN = ("log", "save", "model", "text", "device", "inner")
 
 
 def is_launched() -> bool:
@@ -44,6 +48,9 @@ def join(options: TrainOptions, report: Callable[[Event], None]) -> None:
             process_group(options, rank, world_size, local_rank, "env://") as device,
             watched(rank, world_size, options.heartbeat, emit),
         ):
+            everyone: list[TrainOptions] = [options] * world_size
+            dist.all_gather_object(everyone, options)
+            check_same_options(everyone)
             loop.train(options, rank, device, emit, interrupt)
     except Interrupted as end:
         if interrupt.error is not None:
@@ -53,6 +60,19 @@ def join(options: TrainOptions, report: Callable[[Event], None]) -> None:
         if interrupt.number and is_lost_connection(str(error)):
             raise Interrupted(interrupt.number, "the other ranks were gone first.") from error
         raise as_error(failed(rank, error)) from error
+
+
+def check_same_options(everyone: list[TrainOptions]) -> None:
+    """Refuse ranks that were started with different options: they would wait for each other, or mix what they compute."""
+    names = [field.name for field in fields(TrainOptions) if field.name not in _OWN]
+    for rank, options in enumerate(everyone):
+        changed = [
+            f"{flag(name)} {getattr(options, name)} on rank {rank} and {getattr(everyone[0], name)} on rank 0"
+            for name in names
+            if getattr(options, name) != getattr(everyone[0], name)
+        ]
+        if changed:
+            raise ConfigError(f"the ranks were started with different options: {'; '.join(changed)}.")
 
 
 def end_after_step(interrupt: Interrupt, error: StorageError) -> None:

@@ -36,7 +36,9 @@ def options_of(folder: Path, **changes: Any) -> TrainOptions:
     )
 
 
-def end_of(options: TrainOptions, fault: Callable[[], None], step: int = 7, **known: Any) -> tuple[Any, list[Event]]:
+def end_of(
+    options: TrainOptions, fault: Callable[[], None], step: int = 7, within: float = 20.0
+) -> tuple[Any, list[Event]]:
     """Train, cause `fault` after `step`, and return what was raised and the events; no rank is left after a few seconds."""
     events: list[Event] = []
     began: list[float] = []
@@ -48,11 +50,11 @@ def end_of(options: TrainOptions, fault: Callable[[], None], step: int = 7, **kn
             fault()
 
     with pytest.raises((CPError, Interrupted)) as raised:
-        launch(options, known.get("report", hear))
+        launch(options, hear)
     seconds = time.monotonic() - began[0]
     print(f"\n{seconds:.1f} s: {raised.value}")
     assert not [child for child in multiprocessing.active_children() if child.name.startswith("rank ")]
-    assert seconds < known.get("within", 20.0)
+    assert seconds < within
     return raised.value, events
 
 
@@ -99,19 +101,12 @@ def test_a_full_disk_for_the_log_ends_after_a_checkpoint(tmp_path: Path) -> None
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full here")
-    steps: list[int] = []
-
-    def log(event: Event) -> None:
-        if isinstance(event, Step):
-            steps.append(event.step)
-            append_log(full, event)
-
-    with pytest.raises(StorageError) as raised:
-        launch(options_of(tmp_path), log)
-    print(f"\n{raised.value}")
-    assert str(raised.value) == (
+    error, events = end_of(options_of(tmp_path), lambda: append_log(full, Step(7, 1.0, 1.0, 1.0, 1.0, 1)))
+    assert isinstance(error, StorageError)
+    step = last_step(events)
+    assert str(error) == (
         "--log /dev/full cannot be written: No space left on device. The run ended after step "
-        f"{steps[-1]} of 1000000; checkpoint-{steps[-1]:06d} is saved, --resume continues from it."
+        f"{step} of 1000000; checkpoint-{step:06d} is saved, --resume continues from it."
     )
 
 
