@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cpcompile
 from cpcompile.inspect.verify import Verification
@@ -89,6 +91,21 @@ def test_every_spelling(spelling: str, least: str) -> None:
 @pytest.mark.parametrize("spelling", ["fill after a bias", "add after a bias"])
 def test_every_strategy(spelling: str, strategy: str) -> None:
     compared(Padded(SPELLINGS[spelling], LEAST["float64"]), strategy).raise_if_wrong()
+
+
+class Fused(Padded):
+    """The same by one operator, whose mask is added."""
+
+    def attend(self, x: Tensor, real: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        hidden = later(q @ k.transpose(-1, -2)) | ~real[:, None, None]
+        mask = torch.zeros(hidden.shape, dtype=x.dtype).masked_fill(hidden, self.least)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
+
+
+def test_a_mask_that_one_operator_adds() -> None:
+    with sdpa_kernel(SDPBackend.MATH):  # the kernel for CPUs has other gradients for such rows (docs/attention.md)
+        compared(Fused(SPELLINGS["add"], LEAST["float64"])).raise_if_wrong()
 
 
 def test_it_fires_where_a_fill_leaves_a_dense_mask() -> None:
