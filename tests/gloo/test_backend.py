@@ -95,7 +95,7 @@ def wrong_options(rank: Any) -> None:
     text = refusal(ConfigError, compile_with(rank, model, strategy="rings"), **inputs)
     assert (
         text == "strategy='rings' is not an option: "
-        "choose one of 'auto', 'ulysses', 'ring', 'gather', 'halo', 'usp', 'latent', 'latent_heads'."
+        "choose one of 'auto', 'ulysses', 'ring', 'gather', 'halo', 'usp', 'latent', 'latent_heads'. Did you mean 'ring'?"
     )
     text = refusal(ConfigError, compile_with(rank, model, mesh=None), **inputs)
     assert text.startswith("mesh must be a DeviceMesh")
@@ -141,6 +141,7 @@ class Doubled(nn.Module):
 
 
 def broken(rank: Any) -> None:
+    torch.manual_seed(0)
     model = Breaks().double()
     inputs = batch(RotaryLM(1), 32)
     text = refusal(GraphBreakError, compile_with(rank, model), **inputs, place="line")
