@@ -45,3 +45,23 @@ def test_documents_of_eos_tokens(pool: Any, front: str, inner: str, world_size: 
     for found, num_graphs in pool.run(world_size, trained, front, inner, timeout=300):
         assert max(found.values()) < 1e-10, found
         assert num_graphs == 1, "one graph serves all lengths"
+
+
+def kept(rank: Any) -> list[tuple[list[int], float]]:
+    """Return, after each call, the lengths whose bounds are kept, and the error of the logits that `unshard` joins by them."""
+    torch._dynamo.reset()
+    options = {"documents": f"eos:{EOS}", "balancer": "balanced", "inner": "eager"}
+    model = cpcompile.apply(make("rotary"), rank.mesh(), **options)
+    found = []
+    for lengths in [[[5, 9, 4], [1, 16, 1]], [[31], [30, 1]], [[3, 4, 20], [9, 9, 9]], [[40], [8, 32]]]:
+        ids = packed(lengths)
+        logits = cpcompile.unshard(model(input_ids=ids)["logits"], model)
+        first = ids[:1, : lengths[0][0]]  # the first document sees nothing else
+        found.append((list(model.forward.bounds), error(logits[:1, : first.shape[1]], make("rotary")(first)["logits"])))
+    return found
+
+
+def test_bounds_of_earlier_calls_are_not_kept(pool: Any) -> None:
+    for found in pool.run(2, kept, timeout=300):
+        assert [lengths for lengths, _ in found] == [[18], [31], [27], [40]]
+        assert max(errors for _, errors in found) < 1e-10
