@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter, is_
+from typing import Any
 
 import torch
 
@@ -15,8 +16,11 @@ class ModuleState:
     """Reads a model; what modules there are, and their names, is found again only when one was added, replaced or removed."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        # The modules are looked for when they are first asked for: in the middle of a copy a model has none yet.
         self._model = model
-        self._find()
+        self._modules: dict[str, torch.nn.Module] = {}
+        self._held: list[dict[str, Any]] = []
+        self._sizes = [-1]  # of no model
 
     def training(self) -> bytes:
         """Return a byte for each module: is it in training mode. Finds the modules again if others are in their place."""
@@ -30,6 +34,8 @@ class ModuleState:
 
     def weights(self) -> list[torch.Tensor]:
         """Return all parameters and buffers; one that two modules share comes twice."""
+        if not self._modules:
+            self._find()
         return [x for x in chain.from_iterable(map(dict.values, self._tensors)) if x is not None]
 
     def weight_names(self) -> list[str]:

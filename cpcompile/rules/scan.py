@@ -114,7 +114,9 @@ def scan_of_extremes(call: Call, operands: Mapping[str, Sharded], length: Any) -
         if value.meta["val"].is_floating_point():
             is_own = writer.insert(aten.logical_or.default, is_own, writer.insert(aten.isnan.default, value))
         chosen = [writer.insert(aten.where.self, is_own, *pair) for pair in ((value, before), (index, place))]
-        return [writer.insert(aten.flatten.using_ints, found, dim, dim + 1) for found in chosen]
+        value, index = (writer.insert(aten.flatten.using_ints, found, dim, dim + 1) for found in chosen)
+        # Slots before the range have seen nothing. They hold a number: the gradient of a product with an infinity is NaN.
+        return [masked(writer, at, value, 0), index]
 
     return Decision({"self": at}, (at, at), lower=lower)
 
