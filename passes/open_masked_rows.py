@@ -42,7 +42,11 @@ _MEAN = 1  # at::Reduction
 
 
 def open_masked_rows(gm: fx.GraphModule) -> int:
-    """Return how many ends of masked rows were opened. Runs after `functionalise_writes`."""
+    """Return how many ends of masked rows were opened.
+
+    Needs: operators that write nothing in place (`functionalise_writes`).
+    Gives: losses of rows that a mask picks, and values in their places, as operators on all rows.
+    """
     count = sum(put_in_order(node) for node in gm.graph.find_nodes(op="call_function", target=aten.index_put.default))
     return count + sum(Opener(rows).open() for rows in find_rows(gm.graph))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -70,16 +71,22 @@ def whole_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
-def step(model: nn.Module, alone: nn.Module, mesh: DeviceMesh, seed: int = 0) -> dict[str, float]:
-    """Return the errors of the loss and of every gradient; each data-parallel rank has a batch of its own."""
+def backward(model: nn.Module, alone: nn.Module, mesh: DeviceMesh, seed: int = 0) -> float:
+    """Back-propagate, each data-parallel rank from a batch of its own; returns the error of the loss."""
     data, own = (mesh["dp"].size(), mesh["dp"].get_local_rank()) if mesh.ndim == 2 else (1, 0)
     batches = [batch(alone, LENGTH, seed=seed + index) for index in range(data)]
     loss = loss_of(model(**batches[own]))
     loss.backward()
     losses = [loss_of(alone(**each)) for each in batches]
     torch.stack(losses).mean().backward()
+    return error(loss.detach(), losses[own].detach())
+
+
+def step(model: nn.Module, alone: nn.Module, mesh: DeviceMesh, seed: int = 0) -> dict[str, float]:
+    """Back-propagate and return the errors of the loss and of every gradient."""
+    found = {"loss": backward(model, alone, mesh, seed)}
     expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
-    return {"loss": error(loss.detach(), losses[own].detach())} | errors(whole_gradients(model), expected)
+    return found | errors(whole_gradients(model), expected)
 
 
 def train(model: nn.Module, alone: nn.Module, mesh: DeviceMesh, steps: int = 2, seed: int = 0) -> dict[str, float]:
@@ -246,14 +253,12 @@ def test_frozen_parameters(pool: Any) -> None:
 def accumulated(rank: Any, how: str) -> dict[str, float]:
     mesh, flat = meshes(rank, 2)
     model, alone = new(mesh, mesh["dp"] if how == "no_sync of dp" else flat, "rotary")
-    found = {}
-    for index in range(3):
-        is_last = index == 2
-        model.set_requires_gradient_sync(is_last)
-        context = cpcompile.no_sync(model) if how != "requires_gradient_sync" and not is_last else None
-        with context or torch.enable_grad():
-            found = step(model, alone, mesh, seed=7 * index)
-    return found
+    for index in range(2):
+        model.set_requires_gradient_sync(False)
+        with cpcompile.no_sync(model) if how != "requires_gradient_sync" else contextlib.nullcontext():
+            backward(model, alone, mesh, seed=7 * index)
+    model.set_requires_gradient_sync(True)
+    return step(model, alone, mesh, seed=14)
 
 
 @pytest.mark.parametrize("how", ["requires_gradient_sync", "no_sync of dp_cp", "no_sync of dp"])

@@ -334,7 +334,9 @@ def test_a_rank_that_fails_ends_the_others(pool: Any, door: str) -> None:
             "rank(s) 1 ended this call with an error, so that the others cannot go on:\n\nNoRule: aten.sort"
         )
     assert all("NoRule: aten.sort" in text or text.startswith("aten.sort.default") for text in others[:2])
-    assert all("InputError: the model cannot be called so: missing a required argument: 'labels'" in text for text in rest)
+    assert all(
+        "InputError: the model cannot be called so: missing a required argument: 'labels'" in text for text in rest
+    )
 
 
 def same_failure(rank: Any) -> None:

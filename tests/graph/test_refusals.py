@@ -151,7 +151,7 @@ def test_unknown_option_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "choices"),
     [
-        ("strategy", "rings", "'auto', 'ulysses', 'ring', 'gather'"),
+        ("strategy", "rings", "'auto', 'halo', 'ulysses', 'usp', 'ring', 'gather'"),
         ("balancer", "spiral", "'auto', 'contiguous', 'zig_zag'"),
         ("outputs", "some", "'local', 'full'"),
         ("grad_sync", "max", "'sum', 'mean', 'none'"),
