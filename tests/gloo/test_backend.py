@@ -95,7 +95,7 @@ def wrong_options(rank: Any) -> None:
     text = refusal(ConfigError, compile_with(rank, model, strategy="rings"), **inputs)
     assert (
         text == "strategy='rings' is not an option: "
-        "choose one of 'auto', 'ulysses', 'ring', 'gather', 'halo', 'usp', 'latent', 'latent_heads'. Did you mean 'ring'?"
+        "choose one of 'auto', 'halo', 'ulysses', 'usp', 'ring', 'gather', 'latent_heads', 'latent'. Did you mean 'ring'?"
     )
     text = refusal(ConfigError, compile_with(rank, model, mesh=None), **inputs)
     assert text.startswith("mesh must be a DeviceMesh")
