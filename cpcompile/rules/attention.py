@@ -45,7 +45,7 @@ class AttentionRule:
         if any(at.reaches_outside for at in given.values()):
             raise no_rule(call, operands, "attention reads tokens outside the sequence", self.notation)
         sizes = {str(call.shape(name)[2]) for name in ("q", "k", "v")}
-        if len(sizes) > 1 or len({at.sequence for at in given.values()}) > 1:
+        if len(sizes) > 1 or len({at.sequence for at in given.values()}) != 1:
             return self._across(call, operands)
         if not all(at.covers_all for at in given.values()):
             return self._along_a_range(call, next(iter(given.values())), operands)
