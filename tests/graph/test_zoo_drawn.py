@@ -66,7 +66,7 @@ class TestDraw:
     def test_the_same_by_seed_and_index(self) -> None:
         assert draw(5, 17) == draw(5, 17) == draw_of(draw(5, 17).key)
         assert draw(5, 17).text == (
-            "vision:deit, sdpa, P=4, strategy=latent_heads, balancer=balanced, strict=True, dynamic=True"
+            "vision:deit, sdpa, P=4, strategy=latent, balancer=balanced, strict=True, dynamic=True"
         )
 
     def test_every_choice_is_drawn(self) -> None:
