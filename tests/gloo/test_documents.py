@@ -57,7 +57,9 @@ def kept(rank: Any) -> list[tuple[list[int], float]]:
         ids = packed(lengths)
         logits = cpcompile.unshard(model(input_ids=ids)["logits"], model)
         first = ids[:1, : lengths[0][0]]  # the first document sees nothing else
-        found.append((list(model.forward.last.bounds), error(logits[:1, : first.shape[1]], make("rotary")(first)["logits"])))
+        found.append(
+            (list(model.forward.last.bounds), error(logits[:1, : first.shape[1]], make("rotary")(first)["logits"]))
+        )
     return found
 
 
