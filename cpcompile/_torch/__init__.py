@@ -10,11 +10,11 @@ from cpcompile._torch.dynamo import (
     global_hooks,
     guard_on_hooks,
     has_backward_hooks,
-    inner_compiler,
     source_name,
     tracing_one_graph,
 )
 from cpcompile._torch.functorch import TransformError
+from cpcompile._torch.inductor import inner_compiler, known_options, option_fits, options_of_mode
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.tracing import (
     SelectiveCheckpointError,
@@ -44,7 +44,10 @@ __all__ = [
     "inner_compiler",
     "inner_tensors",
     "is_only_traced",
+    "known_options",
     "num_writes",
+    "option_fits",
+    "options_of_mode",
     "recording_gradients",
     "resolve_group",
     "run_backward",

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -110,22 +110,3 @@ def global_hooks() -> tuple[Any, ...]:
 def break_frames(error: torch._dynamo.exc.TorchDynamoException) -> traceback.StackSummary:
     """Return the user's stack where Dynamo gave up, as far as the error knows it."""
     return traceback.StackSummary.from_list(getattr(error, "real_stack", []))
-
-
-def inner_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
-    """Return the function that compiles the transformed graph: `inductor`, `aot_eager` or `eager`."""
-    if name == "eager":
-        return lambda gm, inputs: gm
-    if name == "aot_eager":
-        from torch._dynamo.backends.common import aot_autograd
-        from torch._functorch.compilers import nop
-
-        return aot_autograd(fw_compiler=nop, bw_compiler=nop)
-    from torch._inductor.compile_fx import compile_fx
-
-    def compile_both(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        # Otherwise a backward that does not compile is an error of the first backward, outside of our hands.
-        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
-            return compile_fx(gm, inputs)  # type: ignore[return-value]
-
-    return compile_both

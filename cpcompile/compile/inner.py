@@ -55,8 +55,10 @@ def transform_dynamo_graph(
     return transform(captured, config=config, axis=axis, inputs=input_names(captured), shards=of_node)
 
 
-def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
-    """Compile the transformed graph with the inner compiler.
+def compile_inner(
+    transformed: Transformed, example_inputs: Sequence[Any], inner: str, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile the transformed graph with the inner compiler; `options` are Inductor's.
 
     Behind its own outputs it returns where the documents begin that the layout follows; there are as many as `Lengths.bounds_of`
     finds.
@@ -70,4 +72,4 @@ def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner
         if node.op != "placeholder":
             node.meta.pop("val", None)
     with faults_of(f"the inner compiler ({inner})", INNER_REMEDY):
-        return _torch.inner_compiler(inner)(graph, example_inputs)
+        return _torch.inner_compiler(inner, options)(graph, example_inputs)

@@ -143,7 +143,8 @@ class Compiled:
             self.transformed.plan.layout,
             "; ".join(map(str, self._reader.outputs)),
         )
-        self._run = compile_inner(self.transformed, local_inputs(example_inputs, self._entries), config.inner)
+        local = local_inputs(example_inputs, self._entries)
+        self._run = compile_inner(self.transformed, local, config.inner, config.inductor_options)
         summed_apart = {i for i, shard in shards.items() if shard.sums_axis}
         self._summed = [
             i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config) and i not in summed_apart

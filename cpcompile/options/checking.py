@@ -17,6 +17,7 @@ _WORDS: Mapping[Any, str] = {
     float: "a number",
     str: "a string",
     type(None): "None",
+    Any: "any value",
 }
 
 
@@ -40,6 +41,8 @@ def check_types(options: Any) -> None:
 def fits(value: Any, hint: Any) -> bool:
     """Tell whether a value is of an annotated type. A bool is no number, and a string is no sequence of strings."""
     kind, of = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
     if kind in (Union, types.UnionType):
         return any(fits(value, one) for one in of)
     if kind is Mapping:

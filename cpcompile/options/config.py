@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from cpcompile import _torch
 from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, group_size, is_of_groups, without_groups
 from cpcompile.errors import ConfigError
 from cpcompile.options.checking import check_types, did_you_mean
@@ -49,6 +50,9 @@ class Config:
             share, beside the computation), `p2p` (NCCL sends and receives) or `auto` (symmetric where it works). It holds for
             the process groups of the axis, and so for every model on them.
         inner: what compiles the transformed graph: `inductor`, `aot_eager` or `eager`.
+        mode: the mode of `torch.compile` for Inductor, `max-autotune-no-cudagraphs` for example; '' is its default.
+        inner_options: options of Inductor (those of `torch.compile`), such as `{"shape_padding": True}`; they go before those of
+            the mode.
         outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's
             order (`full`).
         grad_sync: `sum`: parameter gradients are added over the axis, bucketed, at the end of backward.
@@ -82,6 +86,8 @@ class Config:
     heads_per_message: int = 0
     transport: str = "auto"
     inner: str = "inductor"
+    mode: str = ""
+    inner_options: Mapping[str, Any] = field(default_factory=dict)
     outputs: str = "local"
     grad_sync: str = "sum"
     check_inputs: str = "always"
@@ -107,12 +113,41 @@ class Config:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
             )
+        self._check_inductor()
         if self.documents:
             Source.of(self.documents)
         elif self.mask_labels:
             raise ConfigError(
                 "mask_labels=True needs to know the documents: say what tells them apart, documents='eos:2'."
             )
+
+    def _check_inductor(self) -> None:
+        if (self.mode or self.inner_options) and self.inner != "inductor":
+            raise ConfigError(
+                f"mode and inner_options are Inductor's, and the graph is compiled by inner={self.inner!r}: use inner='inductor'."
+            )
+        if self.mode:
+            try:
+                _torch.options_of_mode(self.mode)
+            except KeyError as error:
+                (modes,) = error.args
+                raise ConfigError(
+                    f"mode={self.mode!r} is no mode of torch.compile: choose one of {', '.join(map(repr, modes))}."
+                    + did_you_mean(self.mode, modes)
+                ) from None
+        known = _torch.known_options() if self.inner_options else []
+        for name, value in self.inner_options.items():
+            if name not in known:
+                raise ConfigError(
+                    f"inner_options has {name!r}, which Inductor does not know.{did_you_mean(name, known)}"
+                )
+            if not _torch.option_fits(name, value):
+                raise ConfigError(f"inner_options[{name!r}]={value!r} is of another type than Inductor's option.")
+
+    @property
+    def inductor_options(self) -> dict[str, Any]:
+        """Inductor's options: those of the mode, and those that were given."""
+        return {**(_torch.options_of_mode(self.mode) if self.mode else {}), **self.inner_options}
 
     @property
     def told_by(self) -> str:

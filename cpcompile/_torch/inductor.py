@@ -1,0 +1,64 @@
+"""Inductor and the other compilers of a transformed graph, and Inductor's options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def inner_compiler(name: str, options: Mapping[str, Any] | None = None) -> Compiler:
+    """Return the function that compiles the transformed graph: `inductor` with these options, `aot_eager` or `eager`."""
+    if name == "eager":
+        return lambda gm, inputs: gm
+    if name == "aot_eager":
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.compilers import nop
+
+        return aot_autograd(fw_compiler=nop, bw_compiler=nop)
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(options or {})
+
+    def compile_both(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        # Otherwise a backward that does not compile is an error of the first backward, outside of our hands.
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            return compile_fx(gm, inputs, config_patches=patches or None)  # type: ignore[return-value]
+
+    return compile_both
+
+
+def options_of_mode(mode: str) -> dict[str, Any]:
+    """Return the options that a mode of `torch.compile` stands for.
+
+    Raises:
+        KeyError: there is no such mode; it holds those that there are.
+    """
+    import torch._inductor
+
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise KeyError(list(modes))
+    return dict(modes[mode])
+
+
+def known_options() -> list[str]:
+    """Return the names of Inductor's options."""
+    import torch._inductor.config
+
+    return list(torch._inductor.config.get_config_copy())
+
+
+def option_fits(name: str, value: Any) -> bool:
+    """Tell whether a value is of the type of an option of Inductor, as far as that is known."""
+    import torch._inductor.config
+
+    kind = torch._inductor.config.get_type(name)  # type: ignore[attr-defined]
+    try:
+        return isinstance(value, kind)
+    except TypeError:  # a parameterised generic, as torch.compile does not check it either
+        return True
