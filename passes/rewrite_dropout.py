@@ -8,6 +8,8 @@ after   seed = cp.shared_seed(device)                                        # o
         # with exact_dropout=True
         kept = cp.draw_kept(x, kept of the previous site, ..., 0.1, 1)       # draws for the whole tensor, keeps its tokens
         y = aten.mul(x, aten.div(aten.type_as(kept, x), 0.9))
+
+Other random numbers for tokens, `aten.rand_like(x)`, become `cp.noise_tokens` and `cp.draw_noise` in the same way.
 """
 
 from __future__ import annotations
@@ -27,6 +29,14 @@ from cpcompile.ir.plan import Lengths, Plan
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
+# What each operator draws, and the names of its two numbers, see `runtime.tokens.noise`.
+NOISE: dict[Any, tuple[str, tuple[str, str]]] = {
+    aten.bernoulli.p: ("bernoulli", ("p", "")),
+    aten.normal_functional.default: ("normal", ("mean", "std")),
+    aten.rand_like.default: ("uniform", ("", "")),
+    aten.randn_like.default: ("normal", ("", "")),
+    aten.uniform.default: ("uniform", ("from", "to")),
+}
 # Each element, each feature or each weight is dropped by itself; one that is dropped in place stays a random operator like
 # others.
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, cp.attention.default)
@@ -42,7 +52,7 @@ def rewrite_dropout(gm: fx.GraphModule, *, plan: Plan) -> int:
         NoRule: another operator draws random numbers for local tokens.
     """
     drawing = drawing_nodes(gm)
-    sites = [node for node in drawing if node.target in DROPOUTS]
+    sites = [node for node in drawing if node.target in DROPOUTS or is_noise(node, plan)]
     for node in drawing:
         if node not in sites:
             refuse_drawing(node, plan)
@@ -52,12 +62,24 @@ def rewrite_dropout(gm: fx.GraphModule, *, plan: Plan) -> int:
     return len(sites)
 
 
+def is_noise(node: fx.Node, plan: Plan) -> bool:
+    """Tell whether a node draws numbers by place, or as one device draws them: those for whole values need neither."""
+    return node.target in NOISE and (plan.exact_dropout or isinstance(placement_of(node), Sharded))
+
+
+def noise_of(call: Call) -> tuple[str, float, float]:
+    """Return the kind of noise that a call draws, and its numbers, see `runtime.tokens.noise`."""
+    kind, names = NOISE[call.target]
+    a, b = (float(call[name]) if name else default for name, default in zip(names, (0.0, 1.0), strict=True))
+    return kind, a, b
+
+
 def drawing_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the nodes that draw from the default generator of the rank; those that this pass makes are left out."""
     return [
         node
         for node in gm.graph.nodes
-        if draws(node) and node.target not in (cp.shared_seed.default, cp.draw_kept.default)
+        if draws(node) and node.target not in (cp.shared_seed.default, cp.draw_kept.default, cp.draw_noise.default)
     ]
 
 
@@ -114,7 +136,10 @@ class Rewriter:
                 node.args, node.kwargs = Call.of(node).rebound(seeded)
                 continue
             with self.gm.graph.inserting_before(node):
-                result = self._exact(node) if self.plan.exact_dropout else self._seeded(node, number)
+                if node.target in NOISE:
+                    result = self._noise(node, number)
+                else:
+                    result = self._exact(node) if self.plan.exact_dropout else self._seeded(node, number)
             replace_uses(node, result)
             self.gm.graph.erase_node(node)
 
@@ -155,6 +180,23 @@ class Rewriter:
             noise = self._emit(node, aten.div.Tensor, self._emit(node, aten.type_as.default, kept, x), 1 - p)
             return self._emit(node, aten.mul.Tensor, x, noise)
         return self._emit(node, aten.mul.Tensor, self._emit(node, aten.mul.Tensor, x, 1 / (1 - p)), kept)
+
+    def _noise(self, node: fx.Node, number: int) -> fx.Node:
+        """Draw numbers for tokens that are not what to drop."""
+        call, value = Call.of(node), node.meta["val"]
+        x = self._emit(node, aten.detach.default, call["self"])
+        if value.dtype != call.tensor("self").dtype:
+            x = self._emit(node, aten.to.dtype, x, value.dtype)
+        dim, inner, front, back, *axis = self._axis(node)
+        kind = noise_of(call)
+        if not self.plan.exact_dropout:
+            return self._emit(node, cp.noise_tokens.default, x, self._seed(value), number, *kind, dim, inner, *axis)
+        places = (memory_order(value), dim, inner, front, back, *axis)
+        noise = self._emit(node, cp.draw_noise.default, x, self.previous, *kind, *places)
+        noise.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        noise.meta.pop("ac_graph_id", None)
+        self.previous = noise
+        return noise
 
     def _axis(self, node: fx.Node) -> tuple[Any, ...]:
         """Return dim, inner, front, back, length, layout, world size, group and perhaps bounds; dim -1 for a whole value."""

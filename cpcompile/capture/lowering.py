@@ -109,10 +109,14 @@ def break_text(reason: str, stack: Sequence[traceback.FrameSummary]) -> str:
     """Return the text for a graph break: why, the innermost line outside torch, and what to do."""
     if "FSDP" in reason:
         return FSDP_REMEDY
+    is_of_value = "data-dependent" in reason
+    by_length = (
+        " If the number follows from sizes, dynamic=False traces it: sizes are known then." if is_of_value else ""
+    )
     return (
         f"The model does not trace as one graph: {reason.splitlines()[0].rstrip('.')}.{line_of(stack)}\n\n"
         "A part of a model cannot be sharded safely. Change this line so that it traces, or move the call out of the model "
-        "(torch.compile(model, fullgraph=True) shows the full explanation)."
+        f"(torch.compile(model, fullgraph=True) shows the full explanation).{by_length}"
     )
 
 

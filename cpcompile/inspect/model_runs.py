@@ -94,6 +94,7 @@ class LockstepBackend:
         if self.is_wide:
             widen_graph(captured)
         self.transformed = transform(captured, config=self.config, axis=self.axis, inputs=input_names(captured))
+        refuse_noise(self.transformed.graph)
         return self._run
 
     def _run(self, *inputs: Any) -> tuple[Any, ...]:
@@ -165,6 +166,15 @@ def sequence_lengths(transformed: Transformed, inputs: Sequence[Any]) -> list[in
     for name, sequence in transformed.sequences.items():
         of_sequence[sequence] = int(inputs[names.index(name)].shape[transformed.plan.token_dims[name]])
     return [of_sequence[sequence] for sequence in sorted(of_sequence)] or [transformed.plan.num_tokens]
+
+
+def refuse_noise(gm: fx.GraphModule) -> None:
+    """Refuse random numbers that are drawn by place: one device draws others."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.noise_tokens.default):
+        raise VerificationError(
+            f"random numbers are drawn for tokens, so that no two runs agree.\n\n{where(node)}\n\n"
+            "Call model.eval(), or pass exact_dropout=True to draw what one device draws."
+        )
 
 
 def refuse_dropout(gm: fx.GraphModule) -> None:

@@ -52,8 +52,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "multi_margin_loss.default", "multilabel_margin_loss.default", "rot90.default",
     ),
     RANDOM: (
-        "rand_like.default", "randn_like.default", "randint_like.default", "bernoulli.default", "bernoulli.p",
-        "multinomial.default", "normal_functional.default", "uniform.default", "exponential.default", "rrelu.default",
+        "randint_like.default", "bernoulli.default", "multinomial.default", "exponential.default", "rrelu.default",
     ),
     ONE_NUMBER: ("item.default", "_local_scalar_dense.default", "equal.default", "is_nonzero.default"),
     RESIZED: (

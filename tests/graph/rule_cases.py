@@ -70,6 +70,18 @@ def native_dropout_backward(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, D), x(B, s, D) > 0.5, 2.0))
 
 
+@cases(
+    aten.rand_like.default,
+    aten.randn_like.default,
+    aten.uniform.default,
+    aten.normal_functional.default,
+    aten.bernoulli.p,
+)
+def noise(target: Any, s: int) -> Iterator[Case]:
+    settings = (0.5,) if target is aten.bernoulli.p else ()
+    yield Case(target, (x(B, s, D), *settings), has_values=False)
+
+
 @cases(aten.empty_like.default)
 def empty_like(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, D),), has_values=False)

@@ -45,7 +45,7 @@ ALONG_TOKENS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "sort": (lambda x: x.sort(1)[0], "x.sort(1)[0]", "needs the order of all tokens by value"),
     "largest": (lambda x: x.topk(3, 1)[0], "x.topk(3, 1)[0]", "needs the order of all tokens by value"),
     "middle": (lambda x: x + x.median(), "x.median()", "needs the order of all tokens by value"),
-    "drawn": (lambda x: x + torch.rand_like(x), "torch.rand_like(x)", "draw them before the model"),
+    "drawn": (lambda x: x + torch.empty_like(x).exponential_(), "exponential_()", "draw them before the model"),
     "stride": (
         lambda x: F.conv1d(x.mT, x.new_ones(8, 8, 2), stride=2).mT,
         "stride=2",

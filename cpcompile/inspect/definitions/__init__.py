@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cpcompile import runtime  # noqa: F401  (registers the operators)
-from cpcompile.inspect.definitions import attention, dropout, tokens
+from cpcompile.inspect.definitions import attention, dropout, noise, tokens
 from cpcompile.inspect.definitions.slices import Calls, Ranks
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
@@ -33,6 +33,8 @@ COLLECTIVES: dict[Any, Callable[[Calls], Ranks]] = {
     cp.shared_seed.default: dropout.shared_seed,
     cp.dropout_tokens.default: dropout.dropout,
     cp.draw_kept.default: dropout.draw_kept,
+    cp.noise_tokens.default: noise.noise_tokens,
+    cp.draw_noise.default: noise.draw_noise,
     cp.latent_attention.default: attention.latent_attention,
     cp.latent_heads_attention.default: attention.latent_heads_attention,
     **{

@@ -22,7 +22,7 @@ def dropout(calls: Calls) -> Ranks:
     whole = torch.empty_like(c["x"]) if at.dim < 0 else join([c["x"] for c in calls], at, TokenOrder.of_call(c))
     index = torch.arange(whole.numel(), device=whole.device).view(whole.shape)
     kept = is_kept(c["seed"], c["site"], index, c["p"])
-    return [c["x"] * mask / (1 - c["p"]) for c, mask in zip(calls, _of_ranks(kept, at, c, len(calls)), strict=True)]
+    return [c["x"] * mask / (1 - c["p"]) for c, mask in zip(calls, of_ranks(kept, at, c, len(calls)), strict=True)]
 
 
 def draw_kept(calls: Calls) -> Ranks:
@@ -33,10 +33,10 @@ def draw_kept(calls: Calls) -> Ranks:
     like = torch.empty([x.shape[d] for d in c["order"]], dtype=x.dtype, device=x.device)
     ones = torch.ones_like(like.permute([c["order"].index(d) for d in range(x.dim())]))
     drop = torch.feature_dropout if c["of_features"] else torch.dropout
-    return _of_ranks(drop(ones, c["p"], True) != 0, at, c, len(calls))
+    return of_ranks(drop(ones, c["p"], True) != 0, at, c, len(calls))
 
 
-def _of_ranks(kept: torch.Tensor, at: Sharded, c: Mapping[str, Any], world_size: int) -> Ranks:
+def of_ranks(kept: torch.Tensor, at: Sharded, c: Mapping[str, Any], world_size: int) -> Ranks:
     """Return each rank's part of a mask; tokens outside the range are dropped."""
     if at.dim < 0:
         return [kept] * world_size

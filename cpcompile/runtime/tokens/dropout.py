@@ -7,7 +7,7 @@ computes the numbers of its own elements. Number `site` of the stream of the sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,24 +88,33 @@ def dropout_tokens(
         p: probability of being dropped, below 1.
         dim, inner: where the tokens are.
     """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    chunks = chunks_of_elements(x, dim, inner, length, layout, world_size, group, bounds)
+    for rows, index in chunks:
+        width = index.shape[1]
+        kept = is_kept(seed, site, index, p)
+        torch.mul(x.reshape(-1, width)[rows], 1 / (1 - p), out=out.view(-1, width)[rows]).mul_(kept)
+    return out
+
+
+def chunks_of_elements(
+    x: Tensor, dim: int, inner: int, length: int, layout: str, world_size: int, group: str, bounds: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the elements of `x` as rows, and the place of each in the whole tensor `[rows, width]`."""
     whole = dim < 0
     width = inner * x.shape[dim + 1 :].numel() if not whole else x.shape[-1] if x.dim() else 1
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if not out.numel():
-        return out
-    rows, results = x.reshape(-1, width), out.view(-1, width)
-    columns = torch.arange(width, device=x.device)
+    if not x.numel():
+        return
+    num_rows, columns = x.numel() // width, torch.arange(width, device=x.device)
     order = TokenOrder.of(length, world_size, layout, bounds)
     position = None if whole else order.positions(process_group.rank_in(world_size, group), x.device)
     step = max(_CHUNK.get(x.device.type, _CHUNK_OF_OTHERS) // width, 1)
-    for begin in range(0, len(rows), step):
-        end = min(begin + step, len(rows))
+    for begin in range(0, num_rows, step):
+        end = min(begin + step, num_rows)
         row = torch.arange(begin, end, device=x.device)
         if position is not None:
             row = (row // len(position)).mul_(length).add_(position[row % len(position)])
-        kept = is_kept(seed, site, row.mul_(width)[:, None] + columns, p)
-        torch.mul(rows[begin:end], 1 / (1 - p), out=results[begin:end]).mul_(kept)
-    return out
+        yield slice(begin, end), row.mul_(width)[:, None] + columns
 
 
 @dropout_tokens.register_fake
@@ -161,16 +170,21 @@ def draw_kept(
     ones = torch.ones([shape[d] for d in order], dtype=x.dtype, device=x.device)
     ones = ones.permute([list(order).index(d) for d in range(x.dim())])
     kept = (torch.feature_dropout if of_features else torch.dropout)(ones, p, True) != 0
+    return own_tokens(kept, dim, inner, front, back, length, TokenOrder.of(length, world_size, layout, bounds), group)
+
+
+def own_tokens(
+    whole: Tensor, dim: int, inner: int, front: int, back: int, length: int, order: TokenOrder, group: str
+) -> Tensor:
+    """Return this rank's tokens of what was drawn whole, or all if `dim` is -1; 0 outside the range."""
     if dim < 0:
-        return kept.contiguous()
-    kept = factors(kept, dim, inner, length - front - back)
+        return whole.contiguous()
+    whole = factors(whole, dim, inner, length - front - back)
     if front or back:
-        pads = [0, 0] * (kept.dim() - dim - 2) + [front, back]
-        kept = torch.nn.functional.pad(kept, pads, value=False)
-    index = TokenOrder.of(length, world_size, layout, bounds).sources(
-        process_group.rank_in(world_size, group), x.device
-    )
-    return kept.index_select(dim + 1, index).flatten(dim, dim + 2).contiguous()
+        pads = [0, 0] * (whole.dim() - dim - 2) + [front, back]
+        whole = torch.nn.functional.pad(whole, pads)
+    index = order.sources(process_group.rank_in(order.world_size, group), whole.device)
+    return whole.index_select(dim + 1, index).flatten(dim, dim + 2).contiguous()
 
 
 def _drawn_shape(x: Tensor, of_features: bool) -> list[int]:
