@@ -21,6 +21,7 @@ from cpcompile.passes.rewrite_attention import rewrite_attention
 from cpcompile.passes.rewrite_dropout import rewrite_dropout
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
 from cpcompile.passes.separate_documents import separate_documents
+from cpcompile.passes.sum_gradients import sum_gradients
 from cpcompile.passes.unshard_parameters import unshard_parameters
 
 # Still a single-device program: these only say what the attentions are.
@@ -47,8 +48,8 @@ SHARDING = (
     finish_outputs,
 )
 
-# What FSDP shards, for models that `fully_shard` wrapped.
-PARAMETERS = (unshard_parameters,)
+# What FSDP shards, for models that `fully_shard` wrapped, and where gradients are added up.
+PARAMETERS = (unshard_parameters, sum_gradients)
 
 # All of them in order. `separate_documents` runs for packed documents that a model does not keep apart, `choose_strategies` marks
 # what `cpcompile.choose` decided in between.
@@ -77,5 +78,6 @@ __all__ = [
     "rewrite_dropout",
     "rewrite_reductions",
     "separate_documents",
+    "sum_gradients",
     "unshard_parameters",
 ]

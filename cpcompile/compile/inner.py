@@ -16,6 +16,7 @@ from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
+from cpcompile.passes import sum_gradients
 
 INNER_REMEDY = (
     "The transformed program is right, but this compiler cannot compile it: inner='aot_eager' or 'eager' runs it without. "
@@ -56,14 +57,20 @@ def transform_dynamo_graph(
 
 
 def compile_inner(
-    transformed: Transformed, example_inputs: Sequence[Any], inner: str, options: Mapping[str, Any] | None = None
+    transformed: Transformed,
+    example_inputs: Sequence[Any],
+    config: Config,
+    summed: Sequence[int] = (),
+    site: int = 0,
 ) -> Callable[..., Any]:
-    """Compile the transformed graph with the inner compiler; `options` are Inductor's.
+    """Compile the transformed graph with the inner compiler. The gradients of its inputs `summed` are summed at `site`.
 
     Behind its own outputs it returns where the documents begin that the layout follows; there are as many as `Lengths.bounds_of`
     finds.
     """
     graph = transformed.graph
+    names = [node.name for node in placeholders(graph)]
+    sum_gradients(graph, summed=[names[i] for i in summed], site=site)
     (output,) = graph.graph.find_nodes(op="output")
     output.args = ((*output.args[0], *Lengths.bounds_of(graph)),)
     graph.recompile()
@@ -71,5 +78,5 @@ def compile_inner(
         # Values are those of the whole model; what runs here is local.
         if node.op != "placeholder":
             node.meta.pop("val", None)
-    with faults_of(f"the inner compiler ({inner})", INNER_REMEDY):
-        return _torch.inner_compiler(inner, options)(graph, example_inputs)
+    with faults_of(f"the inner compiler ({config.inner})", INNER_REMEDY):
+        return _torch.inner_compiler(config.inner, config.inductor_options)(graph, example_inputs)

@@ -143,21 +143,24 @@ class Compiled:
             self.transformed.plan.layout,
             "; ".join(map(str, self._reader.outputs)),
         )
-        local = local_inputs(example_inputs, self._entries)
-        self._run = compile_inner(self.transformed, local, config.inner, config.inductor_options)
         summed_apart = {i for i, shard in shards.items() if shard.sums_axis}
         self._summed = [
             i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config) and i not in summed_apart
         ]
-        self._sync = sync
+        if axis.world_size == 1:
+            self._summed.clear()
+        self._sync, self._site = sync, sync.site()
+        local = local_inputs(example_inputs, self._entries)
+        self._run = compile_inner(self.transformed, local, config, self._summed, self._site.number)
 
     def __call__(self, *inputs: Any) -> Any:
         told = self._inputs.read(inputs) if self._inputs is not None else None
         self._agreement.before_running(self._text, self._drawing, told)
         given = self._with_local_rows(inputs)
-        if self._sync.axis.world_size > 1 and self._summed and torch.is_grad_enabled():
+        if self._summed and torch.is_grad_enabled():
             keys = [inputs[i] for i in self._summed]
-            for i, tensor in zip(self._summed, self._sync([given[i] for i in self._summed], keys), strict=True):
+            of_graph = self._sync(self._site, [given[i] for i in self._summed], keys)
+            for i, tensor in zip(self._summed, of_graph, strict=True):
                 given[i] = tensor
         results = self._run(*given)
         self._last.lengths, self._last.outputs = self._reader.lengths(inputs), self._reader.outputs

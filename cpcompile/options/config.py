@@ -55,7 +55,7 @@ class Config:
             the mode.
         outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's
             order (`full`).
-        grad_sync: `sum`: parameter gradients are added over the axis, bucketed, at the end of backward.
+        grad_sync: `sum`: parameter gradients are added over the axis, each as soon as backward has it.
             `mean`: a DDP or FSDP wrapper over a mesh that contains the axis averages them. `none`: the caller
             adds them.
         check_inputs: when the ranks are compared, in inputs, weights, modes, options and the graph: at every call, at the first,

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import cpcompile
-from cpcompile.front import gradient_sums
+from cpcompile.runtime import gradients as gradients_of_ranks
+from cpcompile.runtime.gradients import GradientSums
 from tests.models import batch, error, errors, gradients, loss_of, make
 
 EXACT = 1e-12  # float64
@@ -193,49 +194,82 @@ def test_ranks_without_labels(pool: Any, name: str, layout: str) -> None:
     assert_exact(pool.run(4, labelled, name, layout))
 
 
-def in_buckets(rank: Any, num_bytes: int) -> tuple[dict[str, float], int]:
-    """Errors, and how many sums were needed."""
-    model, alone = new(rank)
-    model.norm.float(), alone.norm.float()
-    sums, all_reduce = [], torch.distributed.all_reduce
+def in_buckets(rank: Any, alone_bytes: int, bucket_bytes: int) -> tuple[dict[str, float], int]:
+    """Errors, and how many messages the sums were."""
+    model = new(rank)[0]
+    model.norm.float()
+    sums = GradientSums()
+    sums.group = rank.process_group
+    keys = [p.detach().clone() for p in model.parameters()]
+    grads = [torch.randn(p.shape, dtype=p.dtype) for p in keys]
+    with pytest.MonkeyPatch.context() as patched:
+        messages, all_reduce = [], torch.distributed.all_reduce
+        patched.setattr(gradients_of_ranks, "ALONE_BYTES", alone_bytes)
+        patched.setattr(gradients_of_ranks, "BUCKET_BYTES", bucket_bytes)
+        patched.setattr(torch.distributed, "all_reduce", lambda x, **how: [messages.append(x), all_reduce(x, **how)][1])
+        summed = sums.finish([*keys, keys[0]], [*(sums.start(x, None) for x in grads), None])
+    assert summed.pop() is None
+    assert all(x.dtype == y.dtype and x.is_contiguous() for x, y in zip(summed, grads, strict=True))
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in summed), "no gradient keeps a bucket"
+    whole = [torch.zeros_like(x) for x in grads]
+    for total, x in zip(whole, grads, strict=True):
+        total.copy_(x)
+        torch.distributed.all_reduce(total, group=rank.process_group)
+    pairs = zip(summed, whole, strict=True)
+    return {f"{i}": error(x, y) for i, (x, y) in enumerate(pairs)}, len(messages)
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        sums.append(args[0].numel())
-        return all_reduce(*args, **kwargs)
 
-    sync = model.forward.sync
-    tensors = [p.detach().clone() for p in model.parameters()]
-    grads = [torch.full_like(p, 1.0) for p in tensors]
-    grads[1] = None
-    before = gradient_sums.BUCKET_BYTES
-    try:
-        gradient_sums.BUCKET_BYTES, torch.distributed.all_reduce = num_bytes, counted
-        summed = sync.sum(tensors, grads)
-    finally:
-        gradient_sums.BUCKET_BYTES, torch.distributed.all_reduce = before, all_reduce
-    assert summed[1] is None
-    pairs = [(x, y) for x, y in zip(summed, grads, strict=True) if y is not None]
-    assert all(x.dtype == y.dtype and x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes for x, y in pairs)
-    return {f"{i}": error(x, rank.world_size * y) for i, (x, y) in enumerate(pairs)}, len(sums)
+@pytest.mark.parametrize(
+    ("alone_bytes", "bucket_bytes", "num_messages"), [(1, 1, 16), (1 << 20, 1, 16), (1 << 20, 1 << 20, 3)]
+)
+def test_buckets(pool: Any, alone_bytes: int, bucket_bytes: int, num_messages: int) -> None:
+    """A bucket has one dtype: the norms in float32 stand between others in float64."""
+    results = pool.run(2, in_buckets, alone_bytes, bucket_bytes)
+    assert_exact([found for found, _ in results], 1e-6)  # a norm is float32
+    assert [count for _, count in results] == [num_messages] * 2
 
 
-@pytest.mark.parametrize(("num_bytes", "num_sums"), [(1, 15), (1 << 20, 3)])
-def test_buckets(pool: Any, num_bytes: int, num_sums: int) -> None:
-    """A bucket has one dtype: the two norms in float32 stand between others in float64."""
-    results = pool.run(2, in_buckets, num_bytes)
-    assert_exact([found for found, _ in results])
-    assert [count for _, count in results] == [num_sums] * 2
+def overlapped(rank: Any, inner: str) -> tuple[dict[str, float], list[str]]:
+    """Errors, and the order of what backward sends: keys and values, sums of gradients."""
+    torch._dynamo.reset()
+    model, alone = make("rotary", num_layers=3), make("rotary", num_layers=3)
+    cpcompile.apply(model, rank.mesh(), inner=inner, strategy="ring")
+    inputs, events = batch(alone, 31), list[str]()
+    loss_of(alone(**inputs)).backward()
+    all_reduce, exchange = torch.distributed.all_reduce, torch.distributed.batch_isend_irecv
+
+    def told(name: str, send: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            events.append(name)
+            return send(*args, **kwargs)
+
+        return run
+
+    loss = loss_of(model(**inputs))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gradients_of_ranks, "ALONE_BYTES", 1)
+        patched.setattr(torch.distributed, "all_reduce", told("sum", all_reduce))
+        patched.setattr(torch.distributed, "batch_isend_irecv", told("keys", exchange))
+        loss.backward()
+    return errors(gradients(model), gradients(alone)), events
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_sums_travel_during_backward(pool: Any, inner: str) -> None:
+    for found, events in pool.run(2, overlapped, inner):
+        assert max(found.values()) < EXACT, found
+        last = len(events) - events[::-1].index("keys")
+        assert events[:last].count("sum") > events.count("sum") / 2, "most sums began before the last ring"
 
 
 def bucketed(rank: Any) -> dict[str, float]:
-    before, gradient_sums.BUCKET_BYTES = gradient_sums.BUCKET_BYTES, 3000
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gradients_of_ranks, "ALONE_BYTES", 2000)
+        patched.setattr(gradients_of_ranks, "BUCKET_BYTES", 3000)
         model, alone = new(rank)
         for module in (model, alone):
             loss_of(module(**batch(alone, 31))).backward()
         return errors(gradients(model), gradients(alone))
-    finally:
-        gradient_sums.BUCKET_BYTES = before
 
 
 def test_training_in_small_buckets(pool: Any) -> None:

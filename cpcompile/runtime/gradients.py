@@ -1,0 +1,168 @@
+"""Gradients of what every rank holds whole: each sum over the ranks begins as soon as backward has the gradient.
+
+A large gradient travels by itself, small ones together at the end (Li et al., PyTorch Distributed: Experiences on Accelerating
+Data Parallel Training, 2020, fill buckets for the same reason). Ranks run one graph, so that they sum in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.weak import WeakIdKeyDictionary
+
+Tensor = torch.Tensor
+
+ALONE_BYTES = 1 << 20  # from here on a message is so large that its start counts for little
+BUCKET_BYTES = 64 << 20  # large enough for full bandwidth, small beside the gradients themselves
+
+_LIBRARY = torch.library.Library("cpcompile", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("sum_gradient(Tensor x, int site, int index) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+class GradientSums:
+    """The sums of gradients of one model.
+
+    Attributes:
+        group: the ranks.
+        scale: what each sum is multiplied by.
+        enabled: whether gradients are summed now, or kept until they are.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.group: dist.ProcessGroup | None = None
+        self.scale, self.enabled = scale, True
+        self._unsummed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._works: list[tuple[dist.Work, Tensor]] = []
+        self._small: list[Tensor] = []
+
+    def start(self, grad: Tensor, key: Tensor | None) -> Tensor:
+        """Return what will be the sum of a gradient once `finish` has returned; a copy of the gradient where none is due."""
+        if not self.enabled:
+            return grad.clone(memory_format=torch.contiguous_format)
+        earlier = self._taken(key) if key is not None else None
+        if earlier is None:
+            total = grad.clone(memory_format=torch.contiguous_format)
+        else:
+            total = torch.add(grad, earlier, out=torch.empty_like(grad, memory_format=torch.contiguous_format))
+        if total.nbytes >= ALONE_BYTES:
+            self._send(total)
+        elif total.numel():
+            self._small.append(total)
+        return total
+
+    def finish(self, keys: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the sums of gradients that `start` returned, or None for all while none are due."""
+        if not self.enabled:
+            for key, grad in zip(keys, grads, strict=True):
+                earlier = self._taken(key)
+                total = grad if earlier is None else earlier if grad is None else earlier + grad
+                if total is not None:
+                    self._unsummed[key] = total
+            return [None] * len(grads)
+        sums = list(grads)
+        late = {i: x for i, key in enumerate(keys) if (x := self._taken(key)) is not None}  # no part in this backward
+        self._small += late.values()
+        self._wait()
+        for i, x in late.items():
+            own = sums[i]
+            sums[i] = x if own is None else own + x
+        return sums
+
+    def _send(self, total: Tensor) -> None:
+        work = dist.all_reduce(total, group=self.group, async_op=True)
+        assert work is not None, "this rank is not of the group"
+        self._works.append((work, total))
+
+    def _wait(self) -> None:
+        works, small = self._works, self._small
+        self._works, self._small = [], []
+        for bucket in buckets(small):
+            flat = torch.cat([x.reshape(-1) for x in bucket])
+            dist.all_reduce(flat, group=self.group)
+            for part, x in zip(torch.split(flat, [x.numel() for x in bucket]), bucket, strict=True):
+                x.copy_(part.view(x.shape))
+        for work, _ in works:
+            work.wait()
+        if self.scale != 1:
+            torch._foreach_mul_([*small, *(x for _, x in works)], self.scale)
+
+    def _taken(self, key: Tensor) -> Tensor | None:
+        """Return what was kept of an earlier backward, and keep it no longer."""
+        earlier: Tensor | None = self._unsummed.get(key)  # type: ignore[no-untyped-call]
+        self._unsummed.pop(key, None)  # type: ignore[no-untyped-call]
+        return earlier
+
+
+class Site:
+    """The inputs of one graph whose gradients are summed.
+
+    Attributes:
+        sums: of the model.
+        number: of this graph in the process, for its operators.
+        keys: the parameters of the newest call, in order; None for what is no parameter.
+    """
+
+    def __init__(self, sums: GradientSums) -> None:
+        self.sums, self.number = sums, len(_SITES)
+        self.keys: list[Tensor | None] = []
+        _SITES.append(self)
+
+    def set_keys(self, keys: Iterable[Tensor]) -> None:
+        """Say which tensors the graph is called with."""
+        self.keys = [x if isinstance(x, torch.nn.Parameter) else None for x in keys]
+
+
+_SITES: list[Site] = []
+
+
+def sum_gradient(x: Tensor, site: int, index: int) -> Tensor:
+    """Return `x`; its gradient is summed over the ranks, see `GradientSums`.
+
+    Args:
+        site, index: which graph, and which of its summed inputs.
+    """
+    return _Sum.apply(x, site, index)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# Composite: autograd and the compiler see what it is made of.
+_LIBRARY.impl("sum_gradient", sum_gradient, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, site: int, index: int) -> Tensor:
+        ctx.place = site, index
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return start_sum(grads[0], *ctx.place), None, None
+
+
+@torch.library.custom_op("cpcompile::start_sum", mutates_args=())
+def start_sum(grad: Tensor, site: int, index: int) -> Tensor:
+    """Return memory that holds the sum of a gradient when the whole backward of the graph is done."""
+    of = _SITES[site]
+    return of.sums.start(grad, of.keys[index])
+
+
+@start_sum.register_fake
+def _(grad: Tensor, site: int, index: int) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def buckets(grads: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Group gradients, in order, by dtype and up to `BUCKET_BYTES`."""
+    bucket: list[Tensor] = []
+    size = 0
+    for grad in grads:
+        if bucket and (size + grad.nbytes > BUCKET_BYTES or grad.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(grad)
+        size += grad.nbytes
+    if bucket:
+        yield bucket
