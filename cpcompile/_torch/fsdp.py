@@ -42,6 +42,12 @@ def fsdp_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def reshard(model: nn.Module) -> None:
+    """Give back what forwards without a backward left gathered."""
+    for module in fsdp_modules(model):
+        module.reshard()  # type: ignore[operator]
+
+
 def fsdp_parameters(model: nn.Module) -> Iterator[FsdpParameter]:
     """Yield what `fully_shard` manages in the model."""
     seen = set[int]()

@@ -54,6 +54,6 @@ def refuse_earlier_tokens(inputs: Mapping[str, Any]) -> None:
         length = getattr(value, "get_seq_length", None)
         if callable(length) and int(length()) > 0:
             raise InputError(
-                f"{name} is a cache that holds {int(length())} tokens already: decoding token by token is not sharded. Generate "
-                "with the model as it is (cpcompile.remove(model) first, or a copy), or with use_cache=False."
+                f"{name} is a cache that holds {int(length())} tokens already: decoding token by token is not sharded. "
+                "model.generate() runs the untouched model; for a loop of your own call cpcompile.remove(model) first."
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,11 +12,13 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
+from cpcompile._torch import fsdp
 from cpcompile.balance.layout import local_length
 from cpcompile.capture.dynamo import by_name, compile_whole, token_length, uncompiled
 from cpcompile.errors import ConfigError
 from cpcompile.front.backend import Compiled, gradient_sync, prepare
 from cpcompile.front.call_agreement import CallAgreement
+from cpcompile.front.generation import Generation
 from cpcompile.front.last_call import LastCall
 from cpcompile.front.module_state import ModuleState
 from cpcompile.front.sharded_parameters import ShardedParameters, adopt
@@ -61,6 +63,7 @@ def apply(model: Model, mesh: DeviceMesh, *, axis: str | tuple[str, str] | None 
     prepare(config, chosen)
     inner = uncompiled(model)
     inner.forward = forward = ParallelForward(inner, inner.forward, config, chosen)
+    Generation.replace(inner)
     forward.on_load = inner.register_load_state_dict_post_hook(weights_loaded)  # type: ignore[no-untyped-call]
     return model
 
@@ -72,6 +75,7 @@ def remove(model: Model) -> Model:
     forward = parallel.__wrapped__
     if parallel.on_load is not None:
         parallel.on_load.remove()
+    Generation.remove(inner)
     del inner.__dict__["forward"]
     if getattr(forward, "__self__", None) is not inner:
         inner.forward = forward  # another library had replaced it before `apply` did
@@ -106,6 +110,7 @@ class ParallelForward:
         self.length = 0  # tokens of the last call
         self.layout = ""  # chosen when the model is first called
         self.last = LastCall()
+        self._is_untouched = False
         self._has_labels = False  # that were compared over the ranks
         self.__wrapped__ = forward  # `inspect.signature(model.forward)` stays that of the model
         self.sync = gradient_sync(config, axis)
@@ -143,11 +148,24 @@ class ParallelForward:
     # torch.compile around the model leaves this call alone, which compiles the model itself.
     @torch.compiler.disable(reason=COMPILED_ALREADY)  # type: ignore[untyped-decorator, no-untyped-call]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_untouched:
+            return self.__wrapped__(*args, **kwargs)
         with self._plain_modules(), self.agreement.call():
             named = by_name(self.__wrapped__, kwargs, *args, beside=self.config.told_by)
             self.agreement.before_compiling(named)
             self.length = token_length(named, self.config, mark_dynamic=self.config.dynamic) or 0
             return self._compiled(**named)
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Return a context in which calls run the model as it was."""
+        before, self._is_untouched = self._is_untouched, True
+        try:
+            with contextlib.nullcontext() if self._sharded is None or before else self._sharded.outside_call():
+                yield
+        finally:
+            self._is_untouched = before
+            fsdp.reshard(self.model)
 
     def _plain_modules(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which modules that `fully_shard` wrapped, before or after `apply`, are plain ones."""

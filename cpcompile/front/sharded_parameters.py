@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,20 +57,29 @@ class ShardedParameters:
         Raises:
             ConfigError: a parameter is sharded in a way that the graph cannot gather; its name and the remedy are said.
         """
-        self.model = model
         self.dresses = [fsdp.FsdpDress.of(module) for module in fsdp.fsdp_modules(model)]
         self.own = [dress for dress in self.dresses if dress.module is model]  # its hooks run around the compiled call
         for dress in self.own:
             dress.withdraw()
-        self.entries = [entry_of(found, model, config, axis) for found in fsdp.fsdp_parameters(model)]
+        paths = {module: path for path, module in model.named_modules()}
+        self.entries = [entry_of(found, paths, config, axis) for found in fsdp.fsdp_parameters(model)]
         self.by_stand_in: WeakIdKeyDictionary = WeakIdKeyDictionary({e.stand_in: e for e in self.entries})
-        refuse_others(model, self.entries)
+        refuse_others(paths, self.entries)
         self._taken = [dress.replace_hooks() for dress in self.own]
 
     def release(self) -> None:
         """Give the model its own hooks back."""
         for dress, taken in zip(self.own, self._taken, strict=True):
             dress.restore_hooks(taken)
+
+    @contextlib.contextmanager
+    def outside_call(self) -> Iterator[None]:
+        """Give the model its own hooks back for a while, in which it is called as without cpcompile."""
+        self.release()
+        try:
+            yield
+        finally:
+            self._taken = [dress.replace_hooks() for dress in self.own]
 
     @contextlib.contextmanager
     def inside_call(self) -> Iterator[None]:
@@ -101,11 +110,11 @@ def adopt(model: nn.Module, config: Config, axis: Axis) -> ShardedParameters | N
     return None
 
 
-def entry_of(found: fsdp.FsdpParameter, model: nn.Module, config: Config, axis: Axis) -> Entry:
+def entry_of(found: fsdp.FsdpParameter, paths: Mapping[nn.Module, str], config: Config, axis: Axis) -> Entry:
     """Return the entry of a parameter that FSDP manages."""
     (module, name), *_ = found.sites
     parameter: Any = module._parameters[name]
-    path = path_of(model, module, name)
+    path = path_of(paths, module, name)
     if found.obstacle:
         raise ConfigError(
             f"the parameter {path} cannot be gathered inside the compiled step: {found.obstacle}. Call fully_shard without it."
@@ -191,7 +200,7 @@ def stand_in_for(parameter: DTensor, shard: ParameterShard) -> nn.Parameter:
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
-def refuse_others(model: nn.Module, entries: Sequence[Entry]) -> None:
+def refuse_others(paths: Mapping[nn.Module, str], entries: Sequence[Entry]) -> None:
     """Refuse DTensors that are not FSDP's.
 
     Raises:
@@ -199,8 +208,8 @@ def refuse_others(model: nn.Module, entries: Sequence[Entry]) -> None:
     """
     known = {(id(module), name) for entry in entries for module, name in entry.sites}
     others = [
-        path_of(model, module, name)
-        for module in model.modules()
+        path_of(paths, module, name)
+        for module in paths
         for name, value in module._parameters.items()
         if is_dtensor(value) and (id(module), name) not in known
     ]
@@ -217,9 +226,9 @@ def is_dtensor(value: Any) -> bool:
     return isinstance(value, DTensor)
 
 
-def path_of(model: nn.Module, module: nn.Module, name: str) -> str:
-    """Return the name of a parameter in the model."""
-    path = next((path for path, other in model.named_modules() if other is module), type(module).__name__)
+def path_of(paths: Mapping[nn.Module, str], module: nn.Module, name: str) -> str:
+    """Return the name of a parameter in the model, whose modules `paths` names."""
+    path = paths.get(module, type(module).__name__)
     return f"{path}.{name}" if path else name
 
 
