@@ -1,7 +1,7 @@
 """The private parts of torch that cpcompile needs, each behind one function. Checked on torch 2.11 to 2.14."""
 
 from cpcompile._torch.autograd import assert_on_device, recording_gradients, run_backward
-from cpcompile._torch.distributed import SymmetricMemory, resolve_group, shares_gpus, twin_group
+from cpcompile._torch.distributed import SymmetricMemory, group_names, resolve_group, shares_gpus, twin_group
 from cpcompile._torch.dynamo import (
     CONTROL_FLOW,
     DATA_DEPENDENT,
@@ -38,6 +38,7 @@ __all__ = [
     "fake_inputs",
     "fake_static_input",
     "global_hooks",
+    "group_names",
     "guard_on_hooks",
     "has_backward_hooks",
     "holdings",

@@ -18,6 +18,13 @@ def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
+def group_names() -> set[str]:
+    """Return the names of all process groups that this rank is in."""
+    from torch.distributed.distributed_c10d import _world
+
+    return {str(name) for name in _world.pg_names.values()}
+
+
 def twin_group(group: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup | None:
     """Return another group of the same ranks, None where torch cannot make one without the ranks outside. Collective.
 

@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from cpcompile import _torch
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.compile.transform import Transformed, transform
+from cpcompile.errors import NoRule, where
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
@@ -22,6 +24,7 @@ INNER_REMEDY = (
     "The transformed program is right, but this compiler cannot compile it: inner='aot_eager' or 'eager' runs it without. "
     "Please report it with the error above; dynamic=False, which compiles each length by itself, may help as well."
 )
+COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd")
 _ARGUMENT = re.compile(r"\['?(\w+)'?\]")
 
 
@@ -51,9 +54,30 @@ def transform_dynamo_graph(
 ) -> Transformed:
     """Capture and transform the graph of a whole model; `shards` says which inputs are parameters that FSDP shards."""
     captured = capture(gm, example_inputs)
+    refuse_collectives(captured, axis)
     nodes = placeholders(captured)
     of_node = {nodes[i].name: shard for i, shard in (shards or {}).items()}
     return transform(captured, config=config, axis=axis, inputs=input_names(captured), shards=of_node)
+
+
+def refuse_collectives(gm: fx.GraphModule, axis: Axis) -> None:
+    """Refuse collectives of the model's own between ranks that share a sequence, each of which holds some of its tokens.
+
+    Raises:
+        NoRule: with the line of the first.
+    """
+    together = set(axis.ranks)
+    for node in gm.graph.nodes:
+        if getattr(node.target, "namespace", "") not in COLLECTIVES:
+            continue
+        for name in (x for x in node.args if isinstance(x, str) and x in _torch.group_names()):
+            common = together & set(torch.distributed.get_process_group_ranks(_torch.resolve_group(name)))
+            if len(common) > 1:
+                raise NoRule(
+                    f"{node.target} is a collective of the model's own between ranks {sorted(common)}, which share a sequence: "
+                    f"each holds some of its tokens, and on one device there is no such thing.\n\n{where(node)}\n\n"
+                    "Put experts, shards of weights or batches on another axis of the mesh than the context-parallel one."
+                )
 
 
 def compile_inner(

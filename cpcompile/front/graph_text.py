@@ -36,12 +36,13 @@ class GraphText:
     def of(cls, gm: fx.GraphModule, axis: Axis, fsdp_groups: Set[str] = frozenset()) -> GraphText:
         """Return the text of a graph for the ranks of an axis.
 
-        Groups along a grid, and those in which FSDP shards parameters, have other names on other ranks.
+        Groups along a grid, those in which FSDP shards parameters and those of the model have other names on other ranks.
         """
         groups = {
             name: f"<group {i}>" for i, name in enumerate((axis.group, axis.inner_group, axis.outer_group)) if name
         }
-        return cls.of_lines(text_lines(gm, dict.fromkeys(fsdp_groups, "<FSDP's group>") | groups))
+        others = dict.fromkeys(_torch.group_names(), "<another group>") | dict.fromkeys(fsdp_groups, "<FSDP's group>")
+        return cls.of_lines(text_lines(gm, others | groups))
 
     @classmethod
     def of_lines(cls, lines: list[str]) -> GraphText:

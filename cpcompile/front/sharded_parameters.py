@@ -138,7 +138,7 @@ def shard_of(path: str, parameter: DTensor, found: fsdp.FsdpParameter, config: C
             "fully_shard does on one axis, or on two with replicas on the first, can be gathered inside the compiled step: leave "
             "out parallelize_module, or flatten the mesh (mesh['dp', 'cp']._flatten())."
         )
-    ranks, together = set(mesh.mesh.flatten().tolist()), set(axis_ranks(axis))
+    ranks, together = set(mesh.mesh.flatten().tolist()), set(axis.ranks)
     common = len(ranks & together)
     if common not in (1, len(together)):
         raise ConfigError(
@@ -164,11 +164,6 @@ def shard_of(path: str, parameter: DTensor, found: fsdp.FsdpParameter, config: C
         stays_whole=not found.reshards,
         sums_axis=common == len(together),
     )
-
-
-def axis_ranks(axis: Axis) -> list[int]:
-    """Return the global ranks of an axis."""
-    return dist.get_process_group_ranks(axis.process_group) if axis.group else [dist.get_rank()]
 
 
 _TWINS: dict[str, str] = {}

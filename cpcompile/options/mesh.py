@@ -58,6 +58,13 @@ class Axis:
 
         return _torch.resolve_group(self.group)
 
+    @property
+    def ranks(self) -> list[int]:
+        """The global ranks of the axis; those of this process only have none but its own."""
+        if self.group:
+            return torch.distributed.get_process_group_ranks(self.process_group)
+        return [torch.distributed.get_rank()] if torch.distributed.is_initialized() else []
+
 
 def axis_of(mesh: DeviceMesh, axis: str | Sequence[str] | None) -> Axis:
     """Return the context-parallel axis of `mesh`: its only one, the one called `axis`, or the pair (ring, Ulysses) flattened.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
@@ -32,6 +33,10 @@ ONE_NUMBER = "it needs one number on the host, and every rank holds tokens of it
 RESIZED = "it changes the number of tokens, which is another sequence; resize before the model"
 WEIGHT = "it normalises a weight, and a weight holds no tokens"
 BAGS = "its bags cut the tokens at places that are known at run time only; use torch.nn.Embedding and sum each bag"
+COLLECTIVE = (
+    "it is a collective of the model's own, and nobody knows what it does to a sharded sequence; a module that computes each "
+    "token from that token alone (experts on other ranks) may hold it if it is declared: token_local=['model.layers.*.mlp']"
+)
 LABELS = "its second result counts the labels of one rank only; call torch.nn.functional.nll_loss"
 
 REFUSED: dict[str, tuple[str, ...]] = {
@@ -63,6 +68,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
     BAGS: ("embedding_bag.default", "embedding_bag.padding_idx", "_embedding_bag.default"),
     LABELS: ("nll_loss_forward.default", "nll_loss2d_forward.default"),
 }  # fmt: skip
+COLLECTIVES = (
+    "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all_single", "broadcast", "reduce_scatter_single",
+    "reduce_scatter_tensor",
+)  # fmt: skip
 
 
 def refusal(reason: str) -> Along:
@@ -92,4 +101,13 @@ def _enter() -> None:
                 REASONS.setdefault(target, why(reason))
 
 
+def _enter_collectives() -> None:
+    """Enter the reason for torch's functional collectives."""
+    for namespace in (torch.ops._c10d_functional, torch.ops._c10d_functional_autograd):
+        for name in COLLECTIVES:
+            if hasattr(namespace, name):
+                REASONS.setdefault(getattr(namespace, name).default, why(COLLECTIVE))
+
+
 _enter()
+_enter_collectives()
