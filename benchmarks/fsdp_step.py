@@ -62,6 +62,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "cpcompile, bucketed": {"inner_options": OVERLAP | BUCKETS},
     "cpcompile, scheduled": {"inner_options": {"aten_distributed_optimizations.enable_overlap_scheduling": True}},
     "cpcompile, ulysses": {"strategy": "ulysses"},
+    "cpcompile, reduce-overhead": {"mode": "reduce-overhead", "dynamic": False},
     "torchtitan recipe": {},
 }
 
@@ -244,10 +245,13 @@ def torchtitan(model: Any, mesh: Any, policy: Any, options: dict[str, Any]) -> S
         labels = F.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()
         ids, places = ids.clone(), torch.arange(length, device=ids.device)[None].clone()
         kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-        context = context_parallel(
-            mesh, buffers=[ids, labels, places], buffer_seq_dims=[1, 1, 1], no_restore_buffers={ids, labels, places}
-        )
-        holder = _Held([context, sdpa_kernel(kernels)])
+        contexts: list[Any] = [sdpa_kernel(kernels)]
+        if world_size > 1:
+            buffers = [ids, labels, places]
+            contexts.insert(
+                0, context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1, 1, 1], no_restore_buffers=set(buffers))
+            )
+        holder = _Held(contexts)
         loss = sum_of_losses(model(ids, places), labels)
         return holder.until_backward(Loss.apply(loss, length - 1))
 

@@ -142,7 +142,7 @@ class _Sum(torch.autograd.Function):
         return start_sum(grads[0], *ctx.place), None, None
 
 
-@torch.library.custom_op("cpcompile::start_sum", mutates_args=())
+@torch.library.custom_op("cpcompile::start_sum", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def start_sum(grad: Tensor, site: int, index: int) -> Tensor:
     """Return memory that holds the sum of a gradient when the whole backward of the graph is done."""
     of = _SITES[site]

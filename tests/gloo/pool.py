@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that lives for the whole test session.
+"""A pool of gloo ranks that lives as long as tests in a row need it.
 
     def job(rank, x): ...                       # a module-level function of a test file
     results = pool.run(3, job, x)               # [job(Rank(0), x), job(Rank(1), x), job(Rank(2), x)]
@@ -17,15 +17,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 NUM_RANKS = 4
@@ -80,6 +81,7 @@ def _serve(rank: int, store: str, jobs: Connection) -> None:
     )
     groups = {size: dist.new_group(range(size)) for size in range(1, NUM_RANKS + 1)}
     pairs = {(a, b): dist.new_group([a, b]) for a in range(NUM_RANKS) for b in range(a + 1, NUM_RANKS)}
+    kept = set(distributed_c10d._world.pg_map)
     while True:
         try:
             world_size, path, name, args = pickle.loads(jobs.recv_bytes())
@@ -90,12 +92,24 @@ def _serve(rank: int, store: str, jobs: Connection) -> None:
         except Exception:
             answer = (False, traceback.format_exc())
         jobs.send_bytes(pickle.dumps(answer))
+        if answer[0]:
+            _forget_groups(kept, groups[world_size])
+
+
+def _forget_groups(kept: Collection[Any], ranks: Any) -> None:
+    """Destroy the groups that a job made, when all its ranks are done: each costs threads that wake up all the time."""
+    dist.barrier(ranks)
+    for group in [group for group in distributed_c10d._world.pg_map if group not in kept]:
+        dist.destroy_process_group(group)
 
 
 class Pool:
     """Starts its ranks with the first job."""
 
+    started: ClassVar[list[Pool]] = []
+
     def __init__(self) -> None:
+        self.started.append(self)
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 

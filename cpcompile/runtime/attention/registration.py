@@ -14,7 +14,8 @@ import torch
 from cpcompile.runtime.attention.arguments import NAMES, SCHEMA
 
 Tensor = torch.Tensor
-TAGS = (torch.Tag.pt2_compliant_tag,)
+# Plans are made on the host at each call, so that no CUDA graph may hold one.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 _TENSORS = [i for i, argument in enumerate(SCHEMA.split(",")) if argument.strip().startswith("Tensor")]
 _SINKS = NAMES.index("sinks")
 
