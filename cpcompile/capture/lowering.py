@@ -11,6 +11,7 @@ from torch import fx
 
 from cpcompile import _torch
 from cpcompile.capture.block_masks import unread_nodes
+from cpcompile.capture.checkpoint_policies import ask_policies
 from cpcompile.capture.faults import faults_of
 from cpcompile.errors import TORCH, CPError, GraphBreakError, where
 
@@ -37,24 +38,22 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     """Return `gm` as ATen before dispatch, with the same inputs in the same order.
 
     Every node carries `stack_trace`, `nn_module_stack` and `val`. Raises `GraphBreakError` when `gm` is a
-    part of the model, and `CPError` for selective activation checkpointing and for gradients of the model's own.
+    part of the model, and `CPError` for checkpoints whose policy cannot be asked and for gradients of the model's own.
     """
     reason = _torch.dynamo_break_reason(gm)
     if reason is not None:
         raise GraphBreakError(describe_break(reason))
     refuse_own_gradients(gm)
+    refuse_returned_leaves(gm)
     mode, inputs = _torch.fake_inputs(example_inputs)
     try:
-        traced = _torch.trace_pre_dispatch(gm, mode, inputs, unread_nodes(gm))
-    except _torch.SelectiveCheckpointError:
-        raise CPError(
-            "selective activation checkpointing (context_fn=...) is not supported yet: checkpoint without it, or not at all."
-        ) from None
+        traced, policies = _torch.trace_pre_dispatch(gm, mode, inputs, unread_nodes(gm))
     except _torch.TransformError as error:
         raise CPError(
             f"a transform of torch.func (torch.vmap, torch.func.grad, ...) cannot be traced: {error.reason}.\n\n"
             f"{where(error.node)}\n\nWrite this with operators on whole tensors."
         ) from None
+    ask_policies(traced, policies, mode, inputs)
     for new, old in zip(placeholders(traced), placeholders(gm), strict=True):
         new.name = old.name
         new.meta.update({key: old.meta[key] for key in _KEPT_INPUT_META if key in old.meta})
@@ -98,6 +97,22 @@ def refuse_own_gradients(gm: fx.GraphModule) -> None:
                     f"a torch.autograd.Function has a backward of its own, which cannot be sharded yet.\n\n{where(node)}\n\n"
                     + (FLASH_REMEDY if is_flash else OWN_REMEDY)
                 )
+
+
+def refuse_returned_leaves(gm: fx.GraphModule) -> None:
+    """Refuse to return a value that the model made a leaf of autograd: its `.grad` would stay empty.
+
+    Raises:
+        CPError: with the user's line.
+    """
+    (output,) = gm.graph.find_nodes(op="output")
+    for node in output.all_input_nodes:
+        if _torch.is_new_leaf(node):
+            raise CPError(
+                f"the model returns a value on which it calls requires_grad_(), whose .grad would stay empty.\n\n{where(node)}\n\n"
+                "Gradients of parameters do not need this call: leave it out (model.disable_input_require_grads() in transformers), "
+                "or do not return the value (output_hidden_states=False)."
+            )
 
 
 def describe_break(reason: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +13,7 @@ from torch import fx
 from cpcompile import _torch
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
+from cpcompile.compile.saved_results import is_recomputed, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Lengths
@@ -21,6 +24,11 @@ INNER_REMEDY = (
     "The transformed program is right, but this compiler cannot compile it: inner='aot_eager' or 'eager' runs it without. "
     "Please report it with the error above; dynamic=False, which compiles each length by itself, may help as well."
 )
+KEPT = (
+    "inner='eager' computes nothing again in backward: activation checkpoints and reshard_after_forward change no result, but save "
+    "no memory either. inner='inductor' and 'aot_eager' do as they say."
+)
+_log = logging.getLogger(__name__)
 _ARGUMENT = re.compile(r"\['?(\w+)'?\]")
 
 
@@ -55,6 +63,12 @@ def transform_dynamo_graph(
     return transform(captured, config=config, axis=axis, inputs=input_names(captured), shards=of_node)
 
 
+@functools.cache
+def warn_of_kept_results() -> None:
+    """Say, once, that a compiler does not do what was asked for."""
+    _log.warning(KEPT)
+
+
 def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
     """Compile the transformed graph with the inner compiler.
 
@@ -69,5 +83,9 @@ def compile_inner(transformed: Transformed, example_inputs: Sequence[Any], inner
         # Values are those of the whole model; what runs here is local.
         if node.op != "placeholder":
             node.meta.pop("val", None)
+    tags = tags_of(graph.graph)
+    if inner == "eager" and is_recomputed(graph.graph):
+        warn_of_kept_results()
+    joint_pass = _torch.JointPass(tag_saved_results, tags) if tags else None
     with faults_of(f"the inner compiler ({inner})", INNER_REMEDY):
-        return _torch.inner_compiler(inner)(graph, example_inputs)
+        return _torch.inner_compiler(inner, joint_pass)(graph, example_inputs)
