@@ -65,9 +65,9 @@ def _on_any_device(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 def _identity_for_new_leaves(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return `TensorVariable.method_requires_grad_` for which an intermediate value only seems to be a leaf of autograd.
 
-    Dynamo refuses (2.11, 2.12) or traces (2.13, 2.14) `requires_grad_()` on a value of the graph, and refuses then what depends on it
-    as an output. The gradients of everything else are the same without: a graph knows by itself which of them it needs. Only
-    the `.grad` of the value would differ, so its node is marked; inputs and `requires_grad_(False)` are left to Dynamo.
+    Dynamo (2.13) traces `requires_grad_()` on a value of the graph, and refuses it when an output depends on it. The gradients of
+    everything else are the same without: a graph knows by itself which of them it needs. Only the `.grad` of the value would
+    differ, so its node is marked; inputs and `requires_grad_(False)` are left to Dynamo.
     """
 
     def method(self: Any, tx: Any, requires_grad: Any = True) -> Any:
@@ -99,7 +99,8 @@ def tracing_one_graph() -> Iterator[None]:
 
     The limit of compilations for one function is raised: several models, plans or lengths may share a forward. A module that
     has got a hook since is compiled again, which Dynamo does not look for by default.
-    `requires_grad_()` is traced on values that the model computes. Flex attention is traced on any device, because it is opened: what it lacks on some is a kernel for its backward.
+    `requires_grad_()` is traced on values that the model computes. Flex attention is traced on any device, because it is opened:
+    what it lacks on some is a kernel for its backward.
     """
     import torch._dynamo.config as config
     import torch.nn.attention.flex_attention as flex

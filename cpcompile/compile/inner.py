@@ -25,8 +25,8 @@ INNER_REMEDY = (
     "Please report it with the error above; dynamic=False, which compiles each length by itself, may help as well."
 )
 KEPT = (
-    "inner='eager' computes nothing again in backward: activation checkpoints and reshard_after_forward change no result, but save "
-    "no memory either. inner='inductor' and 'aot_eager' do as they say."
+    "inner='eager' computes nothing again in backward: activation checkpoints and reshard_after_forward change no result, but "
+    "save no memory either. inner='inductor' and 'aot_eager' do as they say."
 )
 _log = logging.getLogger(__name__)
 _ARGUMENT = re.compile(r"\['?(\w+)'?\]")

@@ -1,4 +1,4 @@
-"""Saved results: on the graph of forward and backward, what selective checkpoints said of operators becomes tags of their results.
+"""Saved results: on the graph of forward and backward, results are tagged as selective checkpoints say of their operators.
 
 before  y = aten.mm(x, w)      # recompute: PREFER_RECOMPUTE, the policy says MUST_SAVE of aten.mm
 after   y = aten.mm(x, w)      # recompute: MUST_SAVE
