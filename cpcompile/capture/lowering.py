@@ -26,8 +26,8 @@ FLASH_REMEDY = (
 )
 
 LEAF_REMEDY = (
-    "Gradients of parameters do not need this call: leave it out (model.disable_input_require_grads() in transformers), or do not "
-    "return the value (output_hidden_states=False)."
+    "Gradients of parameters do not need this call: leave it out (model.disable_input_require_grads() in transformers), or do "
+    "not return the value (output_hidden_states=False)."
 )
 REENTRANT_REMEDY = (
     "Use use_reentrant=False (CheckpointImpl.NO_REENTRANT), or let its inputs take gradients (model.enable_input_require_grads() "
@@ -136,8 +136,8 @@ def refuse_lost_gradients(gm: fx.GraphModule) -> None:
         is_lost = bool(given) and all(isinstance(x, torch.nn.Parameter) for x in given)
         if is_lost and node.kwargs.get("use_reentrant") and torch.is_grad_enabled():
             raise CPError(
-                "no input of a reentrant activation checkpoint takes gradients, so that on one device its parameters get none.\n\n"
-                f"{where(node)}\n\n{REENTRANT_REMEDY}"
+                "no input of a reentrant activation checkpoint takes gradients, so that on one device its parameters get "
+                f"none.\n\n{where(node)}\n\n{REENTRANT_REMEDY}"
             )
 
 
