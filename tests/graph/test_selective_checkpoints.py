@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import cpcompile
-from cpcompile import CPError, verify
-from tests.graph.small_models import TinyLM, batch
+from cpcompile import CPError, InternalError, verify
+from cpcompile._torch.joint_graph import JointPass, in_inductor
+from tests.graph.small_models import TinyLM, batch, planned
 
 aten = torch.ops.aten
 ContextFn = Callable[[], Any]
@@ -83,9 +83,14 @@ POLICIES: dict[str, ContextFn | None] = {
     "nothing": asking(lambda *args, **kwargs: CheckpointPolicy.MUST_RECOMPUTE),
     "batched products": list_of(aten.bmm.default),
 }
-# How often backward computes (attention, products of two dims, products of three, cos, sin) again.
+# What backward computes again: attention, products with a bias and without, batched products, sines.
 AGAIN = {
-    "none": (1, 2, 0, 0, 1),
+    "none": (1, 1, 1, 1, 1),
+    "products": (1, 0, 0, 1, 1),
+    "every second product": (0, 0, 1, 1, 1),
+    "everything": (0, 0, 0, 0, 0),
+    "nothing": (1, 1, 1, 1, 1),
+    "batched products": (1, 1, 1, 0, 1),
 }
 
 
@@ -113,31 +118,26 @@ class PartitionedError(Exception):
 
 def partitioned(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inner: str = "aot_eager") -> list[fx.GraphModule]:
     """Return the forward and backward graph of the first of two ranks."""
+    import torch._functorch.partitioners as partitioners
+    import torch._inductor.compile_fx as compile_fx
+
     graphs: list[fx.GraphModule] = []
-    if inner == "aot_eager":
+    home, name = {
+        "aot_eager": (partitioners, "default_partition"),
+        "inductor": (compile_fx, "min_cut_rematerialization_partition"),
+    }[inner]
+    partition = getattr(home, name)
 
-        def kept(gm: fx.GraphModule, inputs: Any) -> Any:
-            graphs.append(gm)
-            return lambda *args: gm(*args)
+    def divided(*args: Any, **kwargs: Any) -> Any:
+        graphs.extend(partition(*args, **kwargs))
+        raise PartitionedError  # nothing needs to be compiled
 
-        monkeypatch.setattr("torch._functorch.compilers.nop", kept)
-    else:
-        import torch._inductor.compile_fx as compile_fx
-
-        partition = compile_fx.min_cut_rematerialization_partition
-
-        def divided(*args: Any, **kwargs: Any) -> Any:
-            graphs.extend(partition(*args, **kwargs))
-            raise PartitionedError  # code for the CPU takes long to compile
-
-        monkeypatch.setattr(compile_fx, "min_cut_rematerialization_partition", divided)
+    monkeypatch.setattr(home, name, divided)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
     cpcompile.apply(model, mesh, strategy="ring", inner=inner, check_inputs="never", dynamic=False)
-    try:
-        model(**batch(16)).backward()
-    except CPError as error:
-        if not isinstance(error.__cause__, PartitionedError) and "PartitionedError" not in str(error):
-            raise
+    with pytest.raises(InternalError, match="PartitionedError"):
+        model(**batch(16))
+    monkeypatch.setattr(home, name, partition)
     return graphs
 
 
@@ -150,28 +150,135 @@ def saved(gm: fx.GraphModule) -> list[fx.Node]:
     return [x for x in gm.graph.output_node().args[0] if isinstance(x, fx.Node) and x.op != "placeholder"]
 
 
-def again(graphs: list[fx.GraphModule]) -> tuple[int, ...]:
-    """Return how often backward computes attention, products (beyond those of gradients), and sines again."""
-    forward, backward = graphs
-    outputs = {node.name for node in saved(forward)}
-    assert len(outputs) == len(saved(forward))
-    return computed(backward, ATTENTION), computed(backward, *PRODUCTS), computed(backward, aten.bmm.default)
+def again(backward: fx.GraphModule) -> tuple[int, ...]:
+    """Return what backward computes again, beside six products, two batched ones and a sine that are gradients."""
+    targets = (ATTENTION, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.sin.default)
+    own = (0, 0, 6, 2, 1)
+    return tuple(computed(backward, target) - count for target, count in zip(targets, own, strict=True))
 
 
 @pytest.mark.usefixtures("ranks")
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_debug(monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
-    for name, policy in POLICIES.items():
-        torch._dynamo.reset()
-        graphs = partitioned(monkeypatch, Checkpointed(policy), inner)
-        for gm in graphs:
-            print(
-                inner,
-                name,
-                Counter(
-                    str(n.target)
-                    for n in gm.graph.nodes
-                    if n.op == "call_function" and re.search("mm|attention|sin|cos|tanh|clone", str(n.target))
-                ),
-            )
-        print([(str(n.target), tuple(n.meta["val"].shape)) for n in saved(graphs[0])])
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [
+        *((name, "aot_eager") for name in POLICIES),
+        ("every second product", "inductor"),
+        ("batched products", "inductor"),
+    ],
+)
+def test_backward_computes_again_what_is_not_saved(monkeypatch: pytest.MonkeyPatch, name: str, inner: str) -> None:
+    forward, backward = partitioned(monkeypatch, Checkpointed(POLICIES[name]), inner)
+    assert again(backward) == AGAIN[name]
+    kept = {node.target for node in saved(forward)}
+    assert (aten.bmm.default in kept) == (name == "batched products")
+    # The operands of the batched product are copies that the same call makes.
+    assert (aten.clone.default in kept) == (name == "everything")
+
+
+def answers(model: nn.Module, **options: Any) -> list[tuple[Any, CheckpointPolicy | None]]:
+    """Return the operators of the graph of a rank, and what is to be done with their results."""
+    nodes = planned(model, batch(), strategy="ring", **options).graph.graph.nodes
+    return [(node.target, policy_of(node)) for node in nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_any_kernel_of_attention_is_ours(kernel: Any) -> None:
+    assert dict(answers(Checkpointed(list_of(kernel))))[ATTENTION] == SAVE
+
+
+class Attending(TinyLM):
+    """Three attentions in one checkpoint, perhaps by hand."""
+
+    def __init__(self, context_fn: ContextFn, is_by_hand: bool = False) -> None:
+        super().__init__()
+        self.context_fn, self.is_by_hand = context_fn, is_by_hand
+
+    def attend(self, x: Tensor) -> Tensor:
+        if not self.is_by_hand:
+            return super().attend(x)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return ((q @ k.transpose(-1, -2) / 2).softmax(-1) @ v).transpose(1, 2).flatten(-2)
+
+    def layers(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.attend(x)
+        return x
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        x = checkpoint(self.layers, self.embedding(input_ids), use_reentrant=False, context_fn=self.context_fn)
+        return self.head(x)
+
+
+def test_every_second_attention() -> None:
+    found = answers(Attending(every_second(FLASH)))
+    assert [policy for target, policy in found if target is ATTENTION] == [SAVE, None, SAVE]
+
+
+def test_attention_by_hand_is_saved_with_its_last_product() -> None:
+    found = answers(Attending(list_of(aten.bmm.default), is_by_hand=True))
+    assert [policy for target, policy in found if target is ATTENTION] == [SAVE] * 3
+
+
+def logged() -> tuple[ContextFn, list[list[Any]]]:
+    """Return contexts that save nothing, and the operators that each of their policies is asked about."""
+    logs: list[list[Any]] = []
+
+    def contexts() -> Any:
+        log: list[Any] = []
+        logs.append(log)
+        return create_selective_checkpoint_contexts(lambda ctx, func, *args, **kwargs: bool(log.append(func)))
+
+    return contexts, logs
+
+
+def test_the_policy_is_asked_as_in_eager_mode() -> None:
+    expected, eager = logged()
+    Checkpointed(expected)(**batch())
+    contexts, logs = logged()
+    answers(Checkpointed(contexts))
+    asked = [log for log in logs if len(log) > 2]  # others are asked for kernels of attention only
+    assert len(asked) == len(eager) == 2
+    assert asked == eager
+
+
+@pytest.mark.parametrize(
+    ("contexts", "texts"),
+    [
+        (lambda: (nullcontext(), nullcontext()), ("asks no policy", "create_selective_checkpoint_contexts")),
+        (asking(lambda ctx, func, *args, **kwargs: 1 // 0), ("fails: ZeroDivisionError", "have no values")),
+        (
+            asking(lambda ctx, func, *args, **kwargs: CheckpointPolicy.MUST_CPU_OFFLOAD),
+            ("MUST_CPU_OFFLOAD for aten.", "Answer MUST_SAVE"),
+        ),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(contexts: ContextFn, texts: tuple[str, ...]) -> None:
+    with pytest.raises(CPError) as error:
+        planned(Checkpointed(contexts), batch())
+    assert all(text in str(error.value) for text in (*texts, "small_models.py:")), error.value
+
+
+def test_graphs_that_differ_in_what_is_saved_are_not_taken_for_one() -> None:
+    tags = {name: tags_of(planned(Checkpointed(POLICIES[name]), batch()).graph.graph) for name in POLICIES}
+    assert len(set(tags.values())) == len(POLICIES)
+    assert tags_of(planned(TinyLM(), batch()).graph.graph) == ""
+
+
+def test_eager_says_once_that_it_saves_no_memory(caplog: pytest.LogCaptureFixture) -> None:
+    inner_module.warn_of_kept_results.cache_clear()
+    for _ in range(2):
+        inner_module.compile_inner(planned(Checkpointed(None), batch()), [], "eager")
+    inner_module.compile_inner(planned(TinyLM(), batch()), [], "eager")
+    (message,) = (record.getMessage() for record in caplog.records if record.name == inner_module.__name__)
+    assert "computes nothing again" in message
+
+
+def test_passes_of_the_user_run_first() -> None:
+    seen: list[str] = []
+    config = torch._inductor.config
+    with config.patch(joint_custom_pre_pass=lambda graph: seen.append("user")):
+        with in_inductor(JointPass(lambda graph: seen.append("own"), "key")):
+            config.joint_custom_pre_pass(fx.Graph())
+            assert config.joint_custom_pre_pass.uuid() is None, "a pass without a name keeps the graph out of caches"
+    assert seen == ["user", "own"]
+    assert JointPass(tag_saved_results, "one").uuid() != JointPass(tag_saved_results, "other").uuid()
