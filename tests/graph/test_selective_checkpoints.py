@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import cpcompile
 from cpcompile import CPError, InternalError, verify
 from cpcompile._torch.joint_graph import JointPass, in_inductor
+from cpcompile.capture.checkpoint_policies import KERNELS
+from cpcompile.compile import inner as inner_module
+from cpcompile.compile.saved_results import policy_of, tag_saved_results, tags_of
 from tests.graph.small_models import TinyLM, batch, planned
 
 aten = torch.ops.aten
@@ -276,9 +280,9 @@ def test_eager_says_once_that_it_saves_no_memory(caplog: pytest.LogCaptureFixtur
 def test_passes_of_the_user_run_first() -> None:
     seen: list[str] = []
     config = torch._inductor.config
-    with config.patch(joint_custom_pre_pass=lambda graph: seen.append("user")):
-        with in_inductor(JointPass(lambda graph: seen.append("own"), "key")):
-            config.joint_custom_pre_pass(fx.Graph())
-            assert config.joint_custom_pre_pass.uuid() is None, "a pass without a name keeps the graph out of caches"
+    own = JointPass(lambda graph: seen.append("own"), "key")
+    with config.patch(joint_custom_pre_pass=lambda graph: seen.append("user")), in_inductor(own):
+        config.joint_custom_pre_pass(fx.Graph())
+        assert config.joint_custom_pre_pass.uuid() is None, "a pass without a name keeps the graph out of caches"
     assert seen == ["user", "own"]
     assert JointPass(tag_saved_results, "one").uuid() != JointPass(tag_saved_results, "other").uuid()
