@@ -1,6 +1,7 @@
 """The private parts of torch that cpcompile needs, each behind one function. Checked on torch 2.11 to 2.14."""
 
 from cpcompile._torch.autograd import assert_on_device, recording_gradients, run_backward
+from cpcompile._torch.checkpoints import NoPolicyError, Policy, PolicyFailedError
 from cpcompile._torch.distributed import SymmetricMemory, group_names, resolve_group, shares_gpus, twin_group
 from cpcompile._torch.dynamo import (
     CONTROL_FLOW,
@@ -10,14 +11,15 @@ from cpcompile._torch.dynamo import (
     global_hooks,
     guard_on_hooks,
     has_backward_hooks,
+    is_new_leaf,
     source_name,
     tracing_one_graph,
 )
 from cpcompile._torch.functorch import TransformError
 from cpcompile._torch.inductor import inner_compiler, known_options, option_fits, options_of_mode
+from cpcompile._torch.joint_graph import JointPass
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.tracing import (
-    SelectiveCheckpointError,
     fake_inputs,
     fake_static_input,
     is_only_traced,
@@ -29,7 +31,10 @@ from cpcompile._torch.tracing import (
 __all__ = [
     "CONTROL_FLOW",
     "DATA_DEPENDENT",
-    "SelectiveCheckpointError",
+    "JointPass",
+    "NoPolicyError",
+    "Policy",
+    "PolicyFailedError",
     "SymmetricMemory",
     "TransformError",
     "assert_on_device",
@@ -44,6 +49,7 @@ __all__ = [
     "holdings",
     "inner_compiler",
     "inner_tensors",
+    "is_new_leaf",
     "is_only_traced",
     "known_options",
     "num_writes",

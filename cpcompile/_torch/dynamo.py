@@ -6,7 +6,7 @@ import contextlib
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch._dynamo
 import torch._functorch.config
 import torch.fx.traceback
 from torch import fx
+from torch._dynamo.variables.tensor import TensorVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cpcompile._torch.functorch import TransformError as TransformError
@@ -60,13 +61,45 @@ def _on_any_device(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     """Stand in for the check of flex attention that its backward has a kernel on the device."""
 
 
+def _identity_for_new_leaves(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `TensorVariable.method_requires_grad_` for which an intermediate value only seems to be a leaf of autograd.
+
+    Dynamo (2.13) traces `requires_grad_()` on a value of the graph, and refuses it when an output depends on it. The gradients of
+    everything else are the same without: a graph knows by itself which of them it needs. Only the `.grad` of the value would
+    differ, so its node is marked; inputs and `requires_grad_(False)` are left to Dynamo.
+    """
+
+    def method(self: Any, tx: Any, requires_grad: Any = True) -> Any:
+        wanted = requires_grad if isinstance(requires_grad, bool) else requires_grad.as_python_constant()
+        node = self.as_proxy().node
+        value = node.meta["example_value"]
+        is_new_leaf = wanted and not value.requires_grad and not self.source
+        if not is_new_leaf or torch._C._functorch.peek_interpreter_stack() is not None:
+            return original(self, tx, requires_grad)
+        value.requires_grad_()
+        self.requires_grad = True  # for code of the model that asks
+        node.meta[_LEAF] = True
+        return self
+
+    return method
+
+
+_LEAF = "cpcompile_leaf"
+
+
+def is_new_leaf(node: fx.Node) -> bool:
+    """Tell whether the model called `requires_grad_()` on a value that it had computed, of a Dynamo graph."""
+    return _LEAF in node.meta
+
+
 @contextlib.contextmanager
 def tracing_one_graph() -> Iterator[None]:
     """Let Dynamo skip logging calls and warnings, so that a model that logs once still traces as one graph.
 
     The limit of compilations for one function is raised: several models, plans or lengths may share a forward. A module that
     has got a hook since is compiled again, which Dynamo does not look for by default.
-    Flex attention is traced on any device, because it is opened: what it lacks on some is a kernel for its backward.
+    `requires_grad_()` is traced on values that the model computes. Flex attention is traced on any device, because it is opened:
+    what it lacks on some is a kernel for its backward.
     """
     import torch._dynamo.config as config
     import torch.nn.attention.flex_attention as flex
@@ -76,6 +109,8 @@ def tracing_one_graph() -> Iterator[None]:
     metrics = logging.getLogger("torch._dynamo.metrics_context")
     was_disabled, metrics.disabled = metrics.disabled, metrics.disabled or _METRICS_MISREAD_CONFIG
     validate, flex._validate_device = flex._validate_device, _on_any_device
+    require = TensorVariable.method_requires_grad_
+    TensorVariable.method_requires_grad_ = _identity_for_new_leaves(require)  # type: ignore[method-assign]
     try:
         with config.patch(
             ignore_logging_functions=ignored, recompile_limit=_RECOMPILE_LIMIT, skip_nnmodule_hook_guards=False
@@ -84,6 +119,7 @@ def tracing_one_graph() -> Iterator[None]:
     finally:
         metrics.disabled = was_disabled
         flex._validate_device = validate
+        TensorVariable.method_requires_grad_ = require  # type: ignore[method-assign]
 
 
 def guard_on_hooks() -> None:

@@ -8,26 +8,43 @@ from typing import Any
 import torch
 from torch import fx
 
+from cpcompile._torch.joint_graph import JointPass, in_inductor
+
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
-def inner_compiler(name: str, options: Mapping[str, Any] | None = None) -> Compiler:
-    """Return the function that compiles the transformed graph: `inductor` with these options, `aot_eager` or `eager`."""
+def inner_compiler(
+    name: str, options: Mapping[str, Any] | None = None, joint_pass: JointPass | None = None
+) -> Compiler:
+    """Return the function that compiles the transformed graph: `inductor` with these options, `aot_eager` or `eager`.
+
+    `joint_pass` runs on the graph of forward and backward, which `eager` has not.
+    """
     if name == "eager":
         return lambda gm, inputs: gm
     if name == "aot_eager":
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch.compilers import nop
+        from torch._functorch.partitioners import default_partition
 
-        return aot_autograd(fw_compiler=nop, bw_compiler=nop)
+        def partition(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+            if joint_pass is not None:
+                joint_pass(gm.graph)
+            return default_partition(gm, *args, **kwargs)
+
+        return aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=partition)
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(options or {})
 
     def compile_both(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         # Otherwise a backward that does not compile is an error of the first backward, outside of our hands.
-        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
-            return compile_fx(gm, inputs, config_patches=patches or None)  # type: ignore[return-value]
+        with (
+            torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+            torch._inductor.config.patch(patches),
+            in_inductor(joint_pass),
+        ):
+            return compile_fx(gm, inputs)  # type: ignore[return-value]
 
     return compile_both
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -55,21 +55,18 @@ def fake_static_input(value: torch.Tensor) -> torch.Tensor:
     return context.fake_mode.from_tensor(value, static_shapes=True)
 
 
-class SelectiveCheckpointError(Exception):
-    """A checkpoint that chooses what to recompute by a `context_fn`, which the graph in line could not honour."""
-
-
 class _InlineCheckpoints(fx.Interpreter):
     """Run a Dynamo graph with the bodies of activation checkpoints in line, their nodes marked for recomputation.
 
-    Bodies of `torch.compiler.nested_compile_region` run in line too, calls of `torch.vmap` as plain operators.
+    Bodies of `torch.compiler.nested_compile_region` run in line too, calls of `torch.vmap` as plain operators. `policies` gets
+    the `context_fn` of each checkpoint that has one, by the number that its nodes are marked with.
     """
 
     num_regions = 0
 
-    def __init__(self, gm: fx.GraphModule, skipped: Container[fx.Node]) -> None:
+    def __init__(self, gm: fx.GraphModule, skipped: Container[fx.Node], policies: dict[int, Callable[[], Any]]) -> None:
         super().__init__(gm)
-        self.skipped = skipped
+        self.skipped, self.policies = skipped, policies
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.skipped:
@@ -106,17 +103,17 @@ class _InlineCheckpoints(fx.Interpreter):
             lists = [no_list if i in (2, 3, 6, 7) and x is None else x for i, x in enumerate(args[4])]
             args = (*args[:4], tuple(lists), *args[5:])
         if target is torch.ops.higher_order.invoke_subgraph:  # args: the body, its name, what it is given
-            return _InlineCheckpoints(args[0], self.skipped).run(*args[2:])
+            return _InlineCheckpoints(args[0], self.skipped, self.policies).run(*args[2:])
         if target is not tag_activation_checkpoint:
             return super().call_function(target, args, kwargs)
         body = args[0]
-        if "_checkpoint_context_fn" in body.meta:
-            raise SelectiveCheckpointError
         _InlineCheckpoints.num_regions += 1
+        if "_checkpoint_context_fn" in body.meta:
+            self.policies[_InlineCheckpoints.num_regions] = body.meta["_checkpoint_context_fn"]
         for node in body.graph.nodes:
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["ac_graph_id"] = _InlineCheckpoints.num_regions
-        return _InlineCheckpoints(body, self.skipped).run(*args[1:])
+        return _InlineCheckpoints(body, self.skipped, self.policies).run(*args[1:])
 
 
 def symbolic_operators() -> AbstractContextManager[None]:
@@ -136,20 +133,23 @@ def _hooks_kept() -> Iterator[None]:
 
 def trace_pre_dispatch(
     gm: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any], skipped: Container[fx.Node] = ()
-) -> fx.GraphModule:
+) -> tuple[fx.GraphModule, dict[int, Callable[[], Any]]]:
     """Trace `gm` to ATen before dispatch: no decomposition, no autograd, source lines and module paths kept.
 
-    Nodes that are `skipped` do not run and give None.
+    Nodes that are `skipped` do not run and give None. Returns the graph, and the `context_fn` of activation checkpoints by the
+    `ac_graph_id` of their nodes.
     """
-    interpreter = _InlineCheckpoints(gm, skipped)
+    policies: dict[int, Callable[[], Any]] = {}
+    interpreter = _InlineCheckpoints(gm, skipped, policies)
     with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher(), mode, _hooks_kept():
-        return make_fx(
+        traced = make_fx(
             lambda *args: interpreter.run(*args),
             decomposition_table={},
             tracing_mode="real",
             pre_dispatch=True,
             _allow_non_fake_inputs=True,
         )(*inputs)
+    return traced, policies
 
 
 def is_only_traced(value: torch.Tensor) -> bool:

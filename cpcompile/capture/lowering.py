@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
 from cpcompile import _torch
 from cpcompile.capture.block_masks import unread_nodes
+from cpcompile.capture.checkpoint_policies import ask_policies
 from cpcompile.capture.faults import faults_of
 from cpcompile.errors import TORCH, CPError, GraphBreakError, where
 
@@ -23,6 +25,14 @@ FLASH_REMEDY = (
     "cu_seq_lens_q with documents='cu_seqlens'). cpcompile runs its kernels itself, with kernel='flash_attn'."
 )
 
+LEAF_REMEDY = (
+    "Gradients of parameters do not need this call: leave it out (model.disable_input_require_grads() in transformers), or do "
+    "not return the value (output_hidden_states=False)."
+)
+REENTRANT_REMEDY = (
+    "Use use_reentrant=False (CheckpointImpl.NO_REENTRANT), or let its inputs take gradients (model.enable_input_require_grads() "
+    "in transformers)."
+)
 FSDP_REMEDY = (
     "The model, or a part of it, is wrapped by fully_shard, whose hooks do not trace. Use cpcompile.apply(model, mesh), before "
     "or after fully_shard: it takes the sharded parameters over. If fully_shard came after the first call of the model, call "
@@ -37,24 +47,23 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     """Return `gm` as ATen before dispatch, with the same inputs in the same order.
 
     Every node carries `stack_trace`, `nn_module_stack` and `val`. Raises `GraphBreakError` when `gm` is a
-    part of the model, and `CPError` for selective activation checkpointing and for gradients of the model's own.
+    part of the model, and `CPError` for checkpoints whose policy cannot be asked and for gradients of the model's own.
     """
     reason = _torch.dynamo_break_reason(gm)
     if reason is not None:
         raise GraphBreakError(describe_break(reason))
     refuse_own_gradients(gm)
+    refuse_returned_leaves(gm)
+    refuse_lost_gradients(gm)
     mode, inputs = _torch.fake_inputs(example_inputs)
     try:
-        traced = _torch.trace_pre_dispatch(gm, mode, inputs, unread_nodes(gm))
-    except _torch.SelectiveCheckpointError:
-        raise CPError(
-            "selective activation checkpointing (context_fn=...) is not supported yet: checkpoint without it, or not at all."
-        ) from None
+        traced, policies = _torch.trace_pre_dispatch(gm, mode, inputs, unread_nodes(gm))
     except _torch.TransformError as error:
         raise CPError(
             f"a transform of torch.func (torch.vmap, torch.func.grad, ...) cannot be traced: {error.reason}.\n\n"
             f"{where(error.node)}\n\nWrite this with operators on whole tensors."
         ) from None
+    ask_policies(traced, policies, mode, inputs)
     for new, old in zip(placeholders(traced), placeholders(gm), strict=True):
         new.name = old.name
         new.meta.update({key: old.meta[key] for key in _KEPT_INPUT_META if key in old.meta})
@@ -98,6 +107,38 @@ def refuse_own_gradients(gm: fx.GraphModule) -> None:
                     f"a torch.autograd.Function has a backward of its own, which cannot be sharded yet.\n\n{where(node)}\n\n"
                     + (FLASH_REMEDY if is_flash else OWN_REMEDY)
                 )
+
+
+def refuse_returned_leaves(gm: fx.GraphModule) -> None:
+    """Refuse to return a value that the model made a leaf of autograd: its `.grad` would stay empty.
+
+    Raises:
+        CPError: with the user's line.
+    """
+    (output,) = gm.graph.find_nodes(op="output")
+    for node in output.all_input_nodes:
+        if _torch.is_new_leaf(node):
+            raise CPError(
+                "the model returns a value on which it calls requires_grad_(), whose .grad would stay empty.\n\n"
+                f"{where(node)}\n\n{LEAF_REMEDY}"
+            )
+
+
+def refuse_lost_gradients(gm: fx.GraphModule) -> None:
+    """Refuse a reentrant checkpoint whose parameters get no gradients on one device, since none of its inputs takes any.
+
+    Raises:
+        CPError: with the user's line.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
+        takes = [x for x in node.all_input_nodes if getattr(x.meta.get("example_value"), "requires_grad", False)]
+        given = [getattr(x.meta.get("grapharg"), "example", None) for x in takes]
+        is_lost = bool(given) and all(isinstance(x, torch.nn.Parameter) for x in given)
+        if is_lost and node.kwargs.get("use_reentrant") and torch.is_grad_enabled():
+            raise CPError(
+                "no input of a reentrant activation checkpoint takes gradients, so that on one device its parameters get "
+                f"none.\n\n{where(node)}\n\n{REENTRANT_REMEDY}"
+            )
 
 
 def describe_break(reason: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ from torch import fx
 from cpcompile import _torch
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
+from cpcompile.compile.saved_results import is_recomputed, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import NoRule, where
 from cpcompile.ir.parameter_shard import ParameterShard
@@ -25,6 +28,11 @@ INNER_REMEDY = (
     "Please report it with the error above; dynamic=False, which compiles each length by itself, may help as well."
 )
 COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd")
+KEPT = (
+    "inner='eager' computes nothing again in backward: activation checkpoints and reshard_after_forward change no result, but "
+    "save no memory either. inner='inductor' and 'aot_eager' do as they say."
+)
+_log = logging.getLogger(__name__)
 _ARGUMENT = re.compile(r"\['?(\w+)'?\]")
 
 
@@ -80,6 +88,12 @@ def refuse_collectives(gm: fx.GraphModule, axis: Axis) -> None:
                 )
 
 
+@functools.cache
+def warn_of_kept_results() -> None:
+    """Say, once, that a compiler does not do what was asked for."""
+    _log.warning(KEPT)
+
+
 def compile_inner(
     transformed: Transformed,
     example_inputs: Sequence[Any],
@@ -102,5 +116,9 @@ def compile_inner(
         # Values are those of the whole model; what runs here is local.
         if node.op != "placeholder":
             node.meta.pop("val", None)
+    tags = tags_of(graph.graph)
+    if config.inner == "eager" and is_recomputed(graph.graph):
+        warn_of_kept_results()
+    joint_pass = _torch.JointPass(tag_saved_results, tags) if tags else None
     with faults_of(f"the inner compiler ({config.inner})", INNER_REMEDY):
-        return _torch.inner_compiler(config.inner, config.inductor_options)(graph, example_inputs)
+        return _torch.inner_compiler(config.inner, config.inductor_options, joint_pass)(graph, example_inputs)

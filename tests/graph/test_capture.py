@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.associative_scan import associative_scan
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from cpcompile import CPError, verify
 from tests.models import RotaryLM, batch
@@ -39,21 +38,6 @@ def test_metadata_asserts_are_dropped() -> None:
     model = RotaryLM()
     found = verify(model, batch(model, 31), world_size=2)
     assert aten._assert_tensor_metadata.default not in {n.target for n in found.transformed.original.graph.nodes}
-
-
-class SelectivelyCheckpointed(RotaryLM):
-    """Chooses what its first block saves."""
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        policy = functools.partial(create_selective_checkpoint_contexts, [aten.mm.default])
-        x = checkpoint(self.blocks[0], self.embed(input_ids), use_reentrant=False, context_fn=policy)
-        return super().forward(labels=labels, inputs_embeds=x)
-
-
-def test_selective_checkpointing_is_refused() -> None:
-    model = SelectivelyCheckpointed()
-    with pytest.raises(CPError, match="selective activation checkpointing"):
-        verify(model, batch(model, 31), world_size=2)
 
 
 class StraightThrough(torch.autograd.Function):

@@ -1,0 +1,71 @@
+"""Saved results: on the graph of forward and backward, results are tagged as selective checkpoints say of their operators.
+
+before  y = aten.mm(x, w)      # recompute: PREFER_RECOMPUTE, the policy says MUST_SAVE of aten.mm
+after   y = aten.mm(x, w)      # recompute: MUST_SAVE
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from cpcompile.choose.attention_sites import REWRITTEN
+from cpcompile.ir.checkpoint_answers import answers_of, strongest
+
+
+def tag_saved_results(graph: fx.Graph) -> int:
+    """Return how many results are tagged. The graph is that of forward and backward, below autograd."""
+    count = 0
+    for node in graph.nodes:
+        policy = policy_of(node)
+        if policy is not None:
+            node.meta["recompute"] = policy
+            count += 1
+    return count
+
+
+def policy_of(node: fx.Node) -> CheckpointPolicy | None:
+    """Return what the policy of its checkpoint says of a node; None where it says nothing in particular.
+
+    An attention of ours is saved where anything was that it took the place of. Views are never saved, but what they view.
+    """
+    if "recompute" not in node.meta:
+        return None
+    if node.target is operator.getitem:
+        parent = node.args[0]
+        return policy_of(parent) if isinstance(parent, fx.Node) else None
+    answers = answers_of(node)
+    if not answers or is_view(node.target):
+        return None
+    if node.target in REWRITTEN:
+        return strongest(answers.values())
+    # Compilers write some operators as several others, which have the first one's name beside theirs.
+    return answers.get(str(node.target)) or answers.get(str(node.meta.get("original_aten")))
+
+
+def is_view(target: object) -> bool:
+    """Tell whether an operator returns the memory of an operand."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target is torch.ops.aten._unsafe_view.default:
+        return True
+    return any(value.alias_info is not None for value in target._schema.returns)
+
+
+def tags_of(graph: fx.Graph) -> str:
+    """Return all that is said of what backward computes again, which the code of a graph does not show."""
+    said = [
+        (i, str(node.meta["recompute"]), answers_of(node))
+        for i, node in enumerate(graph.nodes)
+        if "recompute" in node.meta
+    ]
+    return repr(said) if said else ""
+
+
+def is_recomputed(graph: fx.Graph) -> bool:
+    """Tell whether anything is to be computed again in backward."""
+    recomputed = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+    return any(node.meta.get("recompute") in recomputed for node in graph.nodes)
