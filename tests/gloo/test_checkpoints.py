@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.compiled_autograd import _enable
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
@@ -158,4 +160,41 @@ def trained_in_backward(rank: Any, inner: str) -> dict[str, float]:
 
 def test_optimizer_inside_backward_under_fsdp(pool: Any) -> None:
     for found in pool.run(2, trained_in_backward, "aot_eager"):
+        assert max(found.values()) < EXACT, found
+
+
+def compiled_backward(rank: Any, inner: str, is_around: bool, is_sharded: bool) -> dict[str, float]:
+    """Errors of two backwards that compiled autograd compiles, alone or together with forward."""
+    torch._dynamo.reset()
+    captures = torch._dynamo.utils.counters["compiled_autograd"]
+    before = captures["captures"]
+    model, alone = make("rotary", num_layers=1), make("rotary", num_layers=1)
+    if is_sharded:
+        fully_shard(model, mesh=rank.mesh())
+    cpcompile.apply(model, rank.mesh(), inner=inner)
+    found: dict[str, float] = {}
+
+    def step(inputs: dict[str, Tensor]) -> Tensor:
+        loss = loss_of(model(**inputs))
+        with contextlib.nullcontext() if is_around else _enable(torch.compile(backend="eager")):
+            loss.backward()
+        return loss
+
+    with torch._dynamo.config.patch(compiled_autograd=is_around):
+        run = torch.compile(step, backend="eager") if is_around else step
+        for index in range(2):
+            inputs = batch(alone, LENGTH, seed=index)
+            losses = [run(inputs), loss_of(alone(**inputs))]
+            losses[1].backward()
+            found[f"loss {index}"] = error(losses[0].detach(), losses[1].detach())
+    assert captures["captures"] > before
+    return found | errors(by_name(model), by_name(alone))
+
+
+@pytest.mark.parametrize(
+    ("inner", "is_around", "is_sharded"),
+    [("eager", True, False), ("aot_eager", False, False), ("aot_eager", True, True)],
+)
+def test_compiled_autograd(pool: Any, inner: str, is_around: bool, is_sharded: bool) -> None:
+    for found in pool.run(2, compiled_backward, inner, is_around, is_sharded):
         assert max(found.values()) < EXACT, found

@@ -242,7 +242,10 @@ def test_the_policy_is_asked_as_in_eager_mode() -> None:
     answers(Checkpointed(contexts))
     asked = [log for log in logs if len(log) > 2]  # others are asked for kernels of attention only
     assert len(asked) == len(eager) == 2
-    assert asked == eager
+    for ours, theirs in zip(asked, eager, strict=True):
+        assert [str(target).replace("_unsafe_", "") for target in ours] == [
+            str(target).replace("_unsafe_", "") for target in theirs
+        ]
 
 
 @pytest.mark.parametrize(
