@@ -60,7 +60,7 @@ def test_a_fault_outside_of_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_inner_compiler_that_fails_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compiler(name: str, joint_pass: Any) -> Callable[..., Any]:
+    def compiler(name: str, *settings: Any) -> Callable[..., Any]:
         def compile_it(gm: Any, inputs: Any) -> Any:
             raise RuntimeError("cannot determine truth value of Relational")
 
@@ -69,7 +69,7 @@ def test_an_inner_compiler_that_fails_has_a_remedy(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(inner_module._torch, "inner_compiler", compiler)
     transformed = planned(TinyLM(), batch())
     with pytest.raises(InternalError, match=r"inner compiler \(inductor\) failed: RuntimeError: cannot") as error:
-        compile_inner(transformed, [], "inductor")
+        compile_inner(transformed, [], Config())
     assert "inner='aot_eager'" in str(error.value)
 
 

@@ -21,6 +21,7 @@ from cpcompile._torch.joint_graph import JointPass, in_inductor
 from cpcompile.capture.checkpoint_policies import KERNELS
 from cpcompile.compile import inner as inner_module
 from cpcompile.compile.saved_results import policy_of, tag_saved_results, tags_of
+from cpcompile.options.config import Config
 from tests.graph.small_models import TinyLM, batch, planned
 
 aten = torch.ops.aten
@@ -274,8 +275,8 @@ def test_graphs_that_differ_in_what_is_saved_are_not_taken_for_one() -> None:
 def test_eager_says_once_that_it_saves_no_memory(caplog: pytest.LogCaptureFixture) -> None:
     inner_module.warn_of_kept_results.cache_clear()
     for _ in range(2):
-        inner_module.compile_inner(planned(Checkpointed(None), batch()), [], "eager")
-    inner_module.compile_inner(planned(TinyLM(), batch()), [], "eager")
+        inner_module.compile_inner(planned(Checkpointed(None), batch()), [], Config(inner="eager"))
+    inner_module.compile_inner(planned(TinyLM(), batch()), [], Config(inner="eager"))
     (message,) = (record.getMessage() for record in caplog.records if record.name == inner_module.__name__)
     assert "computes nothing again" in message
 

@@ -72,7 +72,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[fx.GraphM
     torch._dynamo.reset()
     graphs = []
 
-    def inner(name: str, joint_pass: Any) -> Any:
+    def inner(name: str, *settings: Any) -> Any:
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch.partitioners import min_cut_rematerialization_partition
 
