@@ -107,7 +107,7 @@ def test_terms_are_found(form: str) -> None:
         ("ring", "eager", 3),
         ("gather", "eager", 2),
         ("ulysses", "eager", 3),
-        ("ring", "inductor", 2),
+        pytest.param("ring", "inductor", 2, marks=pytest.mark.slow),
         pytest.param("gather", "inductor", 2, marks=pytest.mark.slow),
         pytest.param("ulysses", "inductor", 2, marks=pytest.mark.slow),
     ],

@@ -131,13 +131,13 @@ def trained(rank: Any, data: int, name: str, over: str, when: str, options: dict
     [
         (1, 1, "dp_cp", "before"),
         (2, 1, "dp_cp", "before"),
-        (2, 1, "cp", "after"),
-        (4, 4, "dp_cp", "after"),
+        pytest.param(2, 1, "cp", "after", marks=pytest.mark.slow),
+        pytest.param(4, 4, "dp_cp", "after", marks=pytest.mark.slow),
         (3, 1, "cp", "before"),
         (4, 2, "dp_cp", "before"),
         (4, 2, "dp", "after"),
         (4, 2, "hsdp", "before"),
-        (4, 1, "cp", "after"),
+        pytest.param(4, 1, "cp", "after", marks=pytest.mark.slow),
     ],
 )
 def test_trains_exactly(pool: Any, world_size: int, data: int, over: str, when: str) -> None:
@@ -154,7 +154,9 @@ def test_tied_weights_and_compilers(pool: Any, name: str, inner: str, strategy: 
     assert_exact(pool.run(2, trained, 1, name, "dp_cp", "before", options, timeout=200))
 
 
-@pytest.mark.parametrize("reshard", [True, False, 2])
+@pytest.mark.parametrize(
+    "reshard", [True, pytest.param(False, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_reshards_as_told(pool: Any, reshard: bool | int) -> None:
     options = {"inner": "aot_eager", "fsdp": {"reshard_after_forward": reshard}}
     assert_exact(pool.run(4, trained, 2, "rotary", "dp_cp", "before", options))

@@ -54,7 +54,7 @@ def hooked(rank: Any, backend: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("backend", ["apply", "torch.compile"])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_hooks_of_modules_at_any_time(pool: Any, backend: str, world_size: int) -> None:
     for found in pool.run(world_size, hooked, backend):
         assert max(found.values()) < EXACT, found

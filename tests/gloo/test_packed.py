@@ -66,7 +66,7 @@ def trained(rank: Any, name: str, inner: str, strategy: str, layout: str) -> tup
     [
         ("llama", "eager", "gather", "zig_zag", 3),
         ("llama", "aot_eager", "ring", "balanced", 2),
-        ("llama", "inductor", "ring", "balanced", 2),
+        pytest.param("llama", "inductor", "ring", "balanced", 2, marks=pytest.mark.slow),
         pytest.param("llama", "inductor", "ulysses", "zig_zag", 2, marks=pytest.mark.slow),
         pytest.param("gemma2", "inductor", "gather", "balanced", 2, marks=pytest.mark.slow),
     ],

@@ -155,7 +155,7 @@ def conjunctions(draw: Any) -> tuple[set[str], Callable[..., Tensor]]:
     return {named.get(kind, kind) for kind in kinds}, mask
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(conjunctions())
 def test_a_conjunction_is_recognised_however_it_is_written(drawn: tuple[set[str], Callable[..., Tensor]]) -> None:
     expected, mask = drawn
@@ -188,7 +188,7 @@ CONNECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(sorted(ATOMS)), st.sampled_from(sorted(CONNECTIVES)), st.booleans()),

@@ -22,7 +22,7 @@ from cpcompile.ir.placement import Sharded
 from tests.graph.rule_checker import Case, Program, Setting
 
 aten = torch.ops.aten
-FEW = settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=30, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=int(os.environ.get("CPCOMPILE_FUZZ", "1000")), derandomize=False)
 
 
