@@ -13,7 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 
 @dataclass(frozen=True)
-class JointPass(CustomGraphPass):  # type: ignore[misc]
+class JointPass(CustomGraphPass):
     """A pass on the joint graph.
 
     Attributes:
