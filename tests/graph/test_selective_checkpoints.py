@@ -20,7 +20,8 @@ from cpcompile import CPError, InternalError, verify
 from cpcompile._torch.joint_graph import JointPass, in_inductor
 from cpcompile.capture.checkpoint_policies import KERNELS
 from cpcompile.compile import inner as inner_module
-from cpcompile.compile.saved_results import policy_of, tag_saved_results, tags_of
+from cpcompile.compile.saved_results import is_view, policy_of, tag_saved_results, tags_of
+from cpcompile.ir.checkpoint_answers import set_answers
 from cpcompile.options.config import Config
 from tests.graph.small_models import TinyLM, batch, planned
 
@@ -178,6 +179,22 @@ def test_backward_computes_again_what_is_not_saved(monkeypatch: pytest.MonkeyPat
     assert (aten.bmm.default in kept) == (name == "batched products")
     # The operands of the batched product are copies that the same call makes.
     assert (aten.clone.default in kept) == (name == "everything")
+    assert not any(is_view(node.target) for node in saved(forward) if "ac_graph_id" in node.meta)
+
+
+def test_what_compilers_make_of_an_operator_follows_it() -> None:
+    graph = fx.Graph()
+    node = graph.call_function(aten.mul.Tensor, (graph.placeholder("x"), 2))
+    set_answers(
+        node,
+        [(aten.gelu.default, CheckpointPolicy.PREFER_SAVE), (aten.gelu.default, SAVE), (aten.add.Tensor, RECOMPUTE)],
+    )
+    assert policy_of(node) is None, "not in a checkpoint"
+    node.meta["recompute"] = RECOMPUTE
+    assert policy_of(node) is None, "another operator"
+    node.meta["original_aten"] = aten.gelu.default
+    assert tag_saved_results(graph) == 1
+    assert node.meta["recompute"] == SAVE
 
 
 def answers(model: nn.Module, **options: Any) -> list[tuple[Any, CheckpointPolicy | None]]:
