@@ -32,11 +32,13 @@ def train(options: argparse.Namespace) -> Trained:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=128, num_key_value_heads=2, use_cache=False, **sizes))
     rows = torch.randint(128, (options.steps * ROWS * ACCUMULATED * options.data, LENGTH))
     together = options.data if options.alone else 1
-    loader = DataLoader(rows, batch_size=ROWS * together, shuffle=True)  # type: ignore[arg-type]
+    loader = DataLoader(rows, batch_size=ROWS * together, shuffle=True, generator=torch.Generator())  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
     if not options.alone:
-        mesh = init_device_mesh("cpu", (options.data, accelerator.num_processes // options.data), mesh_dim_names=("dp", "cp"))
+        mesh = init_device_mesh(
+            "cpu", (options.data, accelerator.num_processes // options.data), mesh_dim_names=("dp", "cp")
+        )
         cpcompile.integrations.accelerate.apply(accelerator, model, mesh, axis="cp", inner="aot_eager")
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses: list[float] = []
@@ -53,4 +55,4 @@ def train(options: argparse.Namespace) -> Trained:
 
 
 if __name__ == "__main__":
-    sys.exit(compare(train, __doc__))
+    sys.exit(compare(train, __doc__ or ""))

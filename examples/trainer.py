@@ -80,4 +80,4 @@ def train(options: argparse.Namespace) -> Trained:
 
 
 if __name__ == "__main__":
-    sys.exit(compare(train, __doc__))
+    sys.exit(compare(train, __doc__ or ""))

@@ -29,12 +29,12 @@ def rank_and_replicas(mesh: DeviceMesh, axis: str | Sequence[str] | None = None)
         ConfigError: the mesh has no such axis, or not all ranks.
     """
     axis_of(
-        mesh, axis if axis is None or isinstance(axis, str) else tuple(axis)[0]
+        mesh, axis if axis is None or isinstance(axis, str) else next(iter(axis))
     )  # refuses what is no axis of the mesh
     if mesh.size() != dist.get_world_size():
         raise ConfigError(
-            f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks, so that the number of groups is not known: pass the mesh "
-            "of all ranks, and the name of the context-parallel axis."
+            f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks, so that the number of groups is not known: pass the "
+            "mesh of all ranks, and the name of the context-parallel axis."
         )
     names = mesh.mesh_dim_names or ("",)
     alike = {names[0]} if axis is None else {axis} if isinstance(axis, str) else set(axis)

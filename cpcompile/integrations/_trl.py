@@ -36,8 +36,8 @@ def replace_fused_head(model: torch.nn.Module) -> None:
     wanted, temperature = found.get("outputs"), found.get("temperature")
     if wanted is None or temperature is None or "original_forward" not in found or not set(wanted) <= KNOWN:
         raise ConfigError(
-            f"TRL's trainer wants {', '.join(wanted or ['unknown values'])} of each token, of which {', '.join(sorted(KNOWN))} are "
-            "known: use the trainers for supervised or preference training, of TRL 1.16 or near it."
+            f"TRL's trainer wants {', '.join(wanted or ['unknown values'])} of each token, of which {', '.join(sorted(KNOWN))} "
+            "are known: use the trainers for supervised or preference training, of TRL 1.16 or near it."
         )
     model.forward = types.MethodType(token_by_token(found["original_forward"], temperature, set(wanted)), model)
 

@@ -107,8 +107,8 @@ def refuse(accelerator: Any) -> None:
     for name in ("cp_size", "sp_size", "tp_size"):
         if sizes is not None and getattr(sizes, name, 1) > 1:
             raise ConfigError(
-                f"ParallelismConfig({name}={getattr(sizes, name)}) has accelerate shard the sequence or the model too: leave it out, "
-                "and name the ranks that share a sequence by mesh= and axis=."
+                f"ParallelismConfig({name}={getattr(sizes, name)}) has accelerate shard the sequence or the model too: leave it "
+                "out, and name the ranks that share a sequence by mesh= and axis=."
             )
     backend = str(getattr(accelerator.state.dynamo_plugin, "backend", "NO"))
     if not backend.upper().endswith("NO"):
@@ -118,8 +118,8 @@ def refuse(accelerator: Any) -> None:
         )
     if accelerator.dispatch_batches:
         raise ConfigError(
-            "dispatch_batches=True gives each rank a part of a batch, but the ranks that share a sequence need the same one: leave it "
-            "out."
+            "dispatch_batches=True gives each rank a part of a batch, but the ranks that share a sequence need the same one: "
+            "leave it out."
         )
 
 
@@ -139,7 +139,8 @@ def share_batches(accelerator: Any, mesh: DeviceMesh, axis: str | Sequence[str] 
         return
     if accelerator._dataloaders:
         raise ConfigError(
-            "the Accelerator has prepared a data loader already, which deals each rank a batch of its own: call this before prepare."
+            "the Accelerator has prepared a data loader already, which deals each rank a batch of its own: call this before "
+            "prepare."
         )
     first = first_of_groups(mesh, rank, replicas)
     own = type(accelerator)

@@ -29,8 +29,8 @@ class ContextParallelStrategy(DDPStrategy):  # type: ignore[misc]
     """DDP over all ranks, in which groups of `size` neighbouring ranks share each sequence.
 
     The sampler that Lightning puts in deals the same batches to the ranks of a group, and different ones to groups; with
-    `use_distributed_sampler=False` and for iterable data sets that is up to you (`cpcompile.rank_and_replicas(strategy.mesh, "cp")`).
-    Logged losses, accumulation and clipping are as on one device that gets the batches of all groups.
+    `use_distributed_sampler=False` and for iterable data sets that is up to you, by `cpcompile.rank_and_replicas(strategy.mesh,
+    "cp")`. Logged losses, accumulation and clipping are as on one device that gets the batches of all groups.
 
     Args:
         module: the attribute of the LightningModule that holds the model.

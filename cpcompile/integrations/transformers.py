@@ -4,8 +4,8 @@
     cpcompile.integrations.transformers.apply(trainer)                           # the added line
     trainer.train()
 
-To the Trainer the ranks of a group look like data-parallel ranks that happen to get equal batches, so that the means that it takes
-over ranks (loss, gradients, items in a batch) are those of one device.
+To the Trainer the ranks of a group look like data-parallel ranks that happen to get equal batches, so that the means that it
+takes over ranks (loss, gradients, items in a batch) are those of one device.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def apply(trainer: Trainer, mesh: DeviceMesh | None = None, *, axis: AxisName = 
     mesh = mesh if mesh is not None else mesh_of_all(own.accelerator)
     share_batches(own.accelerator, mesh, axis)
     options = {"outputs": "full" if reads_outputs(own) else "local"} | options
-    models = [own.model] + [own.ref_model] * (getattr(own, "ref_model", None) is not None)
-    for model in models:
+    reference = getattr(own, "ref_model", None)  # of preference training
+    for model in [own.model] if reference is None else [own.model, reference]:
         replace_fused_head(base_of(model))
         apply_to(own.accelerator, model, mesh, axis, options)
     count_once(own, mesh, axis)
