@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import cpcompile
-from cpcompile.errors import ConfigError, InputError
+from cpcompile.errors import ConfigError
+from cpcompile.integrations.accelerate import refuse as refuse_accelerator
+from cpcompile.integrations.transformers import refuse as refuse_trainer
 from tests.gloo.frameworks import alone, far, on_ranks, weights
 
 pytest.importorskip("accelerate")
@@ -294,3 +297,80 @@ def test_supervised(pool: Any, case: str) -> None:
 @pytest.mark.parametrize("case", ["dpo", "lora", "reward"])
 def test_preferences(pool: Any, case: str) -> None:
     assert_equal(pool.run(4, trained, "preferred", case))
+
+
+class Trainer:
+    """What is read of a Trainer before it is touched."""
+
+    def __init__(self, **changes: Any) -> None:
+        off = {
+            "torch_compile": False,
+            "use_liger_kernel": False,
+            "train_sampling_strategy": "random",
+            "predict_with_generate": False,
+            "neftune_noise_alpha": None,
+            "n_gpu": 1,
+        }
+        own = {name: changes.pop(name) for name in ("model_init", "model_wrapped") if name in changes}
+        self.args = types.SimpleNamespace(**(off | changes))
+        self.accelerator, self.model, self.model_init, self.model_wrapped = None, 1, None, 1
+        vars(self).update(own)
+
+
+class GRPOTrainer(Trainer):
+    """One that generates."""
+
+
+@pytest.mark.parametrize(
+    ("trainer", "text"),
+    [
+        (Trainer(torch_compile=True), "torch_compile=True.*compiled twice.*leave it out"),
+        (Trainer(model_init=dict), "model_init.*pass model="),
+        (Trainer(use_liger_kernel=True), "use_liger_kernel=True.*leave it out"),
+        (Trainer(train_sampling_strategy="batch_rebalance"), "batch_rebalance.*group_by_length"),
+        (Trainer(predict_with_generate=True), "predict_with_generate=True.*cpcompile.remove"),
+        (Trainer(neftune_noise_alpha=5.0), "neftune_noise_alpha.*leave it out"),
+        (Trainer(n_gpu=2), "DataParallel.*torchrun"),
+        (Trainer(model_wrapped=2), "wrapped its model already.*before train"),
+        (GRPOTrainer(), "GRPOTrainer generates while it trains"),
+        (torch.nn.Linear(1, 1), "Linear is no Trainer"),
+    ],
+)
+def test_what_a_trainer_cannot_do_is_refused(trainer: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        refuse_trainer(trainer)
+
+
+def test_a_plain_trainer_is_not_refused() -> None:
+    refuse_trainer(Trainer())
+    refuse_accelerator(accelerator_stub())
+
+
+def accelerator_stub(**changes: Any) -> Any:
+    plain = {
+        "distributed_type": "MULTI_GPU",
+        "is_fsdp2": False,
+        "parallelism_config": None,
+        "state": types.SimpleNamespace(dynamo_plugin=types.SimpleNamespace(backend="NO")),
+        "dispatch_batches": None,
+    }
+    return types.SimpleNamespace(**(plain | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"distributed_type": "FSDP"}, "version 1.*fsdp_version=2"),
+        ({"distributed_type": "DEEPSPEED"}, "DEEPSPEED.*fsdp_version=2"),
+        ({"parallelism_config": types.SimpleNamespace(cp_size=2)}, r"ParallelismConfig\(cp_size=2\).*mesh="),
+        ({"parallelism_config": types.SimpleNamespace(tp_size=2)}, r"ParallelismConfig\(tp_size=2\).*leave it"),
+        (
+            {"state": types.SimpleNamespace(dynamo_plugin=types.SimpleNamespace(backend="INDUCTOR"))},
+            "compiled twice.*INDUCTOR.*inner=",
+        ),
+        ({"dispatch_batches": True}, "dispatch_batches=True.*leave it out"),
+    ],
+)
+def test_what_an_accelerator_cannot_do_is_refused(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        refuse_accelerator(accelerator_stub(**changes))
