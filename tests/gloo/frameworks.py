@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,7 +46,13 @@ def alone() -> contextlib.AbstractContextManager[None]:
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the trained weights by name."""
-    return {name: x.detach().clone() for name, x in model.named_parameters()}
+    return {name: whole(x.detach()).clone() for name, x in model.named_parameters()}
+
+
+def whole(x: Any) -> torch.Tensor:
+    """Return a tensor of which each rank may hold a shard."""
+    found: torch.Tensor = x.full_tensor() if isinstance(x, DTensor) else x
+    return found
 
 
 def far(found: Any, expected: Any) -> dict[str, float]:

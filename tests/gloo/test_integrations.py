@@ -15,7 +15,7 @@ import cpcompile
 from cpcompile.errors import ConfigError
 from cpcompile.integrations.accelerate import refuse as refuse_accelerator
 from cpcompile.integrations.transformers import refuse as refuse_trainer
-from tests.gloo.frameworks import alone, far, on_ranks, weights
+from tests.gloo.frameworks import alone, far, on_ranks, weights, whole
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
@@ -66,7 +66,10 @@ def loop(together: int, apply: Callable[..., Any], data: Any, **arguments: Any) 
     """Train two steps of two batches with accelerate, and evaluate on rows that do not divide."""
     from accelerate import Accelerator
 
+    is_sharded = arguments.pop("fsdp2", False)
     accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=2, **arguments), small()
+    if is_sharded and apply is not untouched:
+        shard_by_accelerate(accelerator)
     loader = torch.utils.data.DataLoader(data, batch_size=together)
     uneven = torch.utils.data.DataLoader(rows(7, 2), batch_size=together)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
@@ -78,7 +81,7 @@ def loop(together: int, apply: Callable[..., Any], data: Any, **arguments: Any) 
             loss = wrapped(**batch, num_items_in_batch=10 * together).loss
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                found[f"norm {index}"] = accelerator.clip_grad_norm_(wrapped.parameters(), 0.5)
+                found[f"norm {index}"] = whole(accelerator.clip_grad_norm_(wrapped.parameters(), 0.5))
             optimizer.step()
             optimizer.zero_grad()
         found[f"loss {index}"] = accelerator.reduce(loss.detach(), "mean")
@@ -87,12 +90,26 @@ def loop(together: int, apply: Callable[..., Any], data: Any, **arguments: Any) 
     for batch in uneven:
         with torch.no_grad():
             logits = wrapped(**batch).logits
-        whole = cpcompile.unshard(logits, wrapped) if apply is not untouched else logits
-        seen.append(accelerator.gather_for_metrics(whole))
+        joined = cpcompile.unshard(logits, wrapped) if apply is not untouched else logits
+        seen.append(accelerator.gather_for_metrics(joined))
         objects += accelerator.gather_for_metrics([int(ids[0]) for ids in batch["input_ids"]], use_gather_object=True)
     unwrapped = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     after = unwrapped(**{name: x[None] for name, x in rows(1, 3)[0].items()}).loss.detach()
     return found | {"seen": torch.cat(seen), "objects": torch.tensor(objects), "after": after} | weights(model)
+
+
+def shard_by_accelerate(accelerator: Any) -> None:
+    """Have an Accelerator of CPU ranks prepare models by FSDP2, which it does on GPUs only."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+    assert accelerator.is_fsdp2
 
 
 def untouched(*args: Any, **options: Any) -> None:
@@ -120,6 +137,10 @@ def test_accelerate(pool: Any, is_iterable: bool) -> None:
 
 def test_accelerate_in_bfloat16(pool: Any) -> None:
     assert_equal(pool.run(4, accelerated, False, {"mixed_precision": "bf16"}), tolerance=0.05)
+
+
+def test_accelerate_with_fsdp2(pool: Any) -> None:
+    assert_equal(pool.run(4, accelerated, False, {"fsdp2": True}))
 
 
 def metrics(prediction: Any) -> dict[str, float]:
