@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -39,9 +39,14 @@ def on_ranks() -> contextlib.AbstractContextManager[None]:
     return started(dict(zip(NAMES, values, strict=True)))
 
 
-def alone() -> contextlib.AbstractContextManager[None]:
-    """Surround what one device does."""
-    return started({})
+def on_one_device(run: Callable[[], Any]) -> Any:
+    """Return what a function returns that knows of no ranks; the first one calls it for all."""
+    found = [None]
+    if dist.get_rank() == 0:
+        with started({}):
+            found = [run()]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import cpcompile
 from cpcompile.errors import ConfigError
 from cpcompile.integrations.accelerate import refuse as refuse_accelerator
 from cpcompile.integrations.transformers import refuse as refuse_trainer
-from tests.gloo.frameworks import alone, far, on_ranks, weights, whole
+from tests.gloo.frameworks import far, on_one_device, on_ranks, weights, whole
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
@@ -125,9 +125,7 @@ def accelerated(rank: Any, is_iterable: bool, arguments: dict[str, Any]) -> dict
     with on_ranks():
         mesh = mesh_of_groups()
         found = loop(1, lambda a, m: apply(a, m, mesh, axis="cp", inner="eager"), data(), **arguments)
-    with alone():
-        expected = loop(GROUPS, untouched, data(), **arguments)
-    return far(found, expected)
+    return far(found, on_one_device(lambda: loop(GROUPS, untouched, data(), **arguments)))
 
 
 @pytest.mark.parametrize("is_iterable", [False, True])
@@ -235,9 +233,7 @@ def trained(rank: Any, make: str, case: str) -> dict[str, float]:
     with on_ranks():
         mesh = mesh_of_groups()
         found = run(1, lambda trainer: apply(trainer, mesh, axis="cp", inner="eager"), case)
-    with alone():
-        expected = run(GROUPS, untouched, case)
-    return far(found, expected)
+    return far(found, on_one_device(lambda: run(GROUPS, untouched, case)))
 
 
 @pytest.mark.parametrize(
@@ -297,9 +293,11 @@ def preferred(together: int, apply: Callable[..., Any], case: str) -> dict[str, 
     made, config = (trl.RewardTrainer, trl.RewardConfig) if is_reward else (trl.DPOTrainer, trl.DPOConfig)
     columns = {"prompt": texts(16, 9, 3), "chosen": texts(16, 12, 4), "rejected": texts(16, 12, 5)}
     model = small("LlamaForSequenceClassification", num_labels=1) if is_reward else small()
+    reference = {"ref_model": small()} if case == "dpo" else {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = made(
             model=model,
+            **reference,
             args=arguments(config, together, folder, gradient_checkpointing=False, bf16=False),
             train_dataset=datasets.Dataset.from_dict(columns),
             eval_dataset=datasets.Dataset.from_dict({name: x[:6] for name, x in columns.items()}),
