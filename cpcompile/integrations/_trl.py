@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cpcompile.errors import ConfigError
 
-KNOWN = {"log_probs", "entropy", "is_top1"}
+KNOWN = {"log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs"}
 
 
 def replace_fused_head(model: torch.nn.Module) -> None:
@@ -34,7 +34,8 @@ def replace_fused_head(model: torch.nn.Module) -> None:
         return
     found = inspect.getclosurevars(forward).nonlocals  # type: ignore[arg-type]
     wanted, temperature = found.get("outputs"), found.get("temperature")
-    if wanted is None or temperature is None or "original_forward" not in found or not set(wanted) <= KNOWN:
+    is_known = wanted is not None and temperature is not None and "original_forward" in found and set(wanted) <= KNOWN
+    if not is_known or found.get("cast_lm_head_to_fp32"):
         raise ConfigError(
             f"TRL's trainer wants {', '.join(wanted or ['unknown values'])} of each token, of which {', '.join(sorted(KNOWN))} "
             "are known: use the trainers for supervised or preference training, of TRL 1.16 or near it."
@@ -57,11 +58,16 @@ def token_by_token(original: Any, temperature: float, wanted: set[str]) -> Any:
         outputs = original(*args, **(kwargs | {"use_cache": False}))
         targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
         mask = targets != -100
-        scores = (outputs.logits.float() / temperature).log_softmax(-1)
+        logits = outputs.logits.float() / temperature
+        scores = logits.log_softmax(-1)
         log_probs = scores.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0)
         fields = {"log_probs": log_probs}
         if "entropy" in wanted:
             fields["entropy"] = -(scores.exp() * scores).sum(-1).masked_fill(~mask, 0)
+        if "mean_logits" in wanted:
+            fields["mean_logits"] = logits.detach().mean(-1).masked_fill(~mask, 0)
+        if "log_sum_sq_probs" in wanted:
+            fields["log_sum_sq_probs"] = (2 * scores.detach()).logsumexp(-1).masked_fill(~mask, 0)
         if "is_top1" in wanted:
             fields["is_top1"] = (scores.argmax(-1) == targets).masked_fill(~mask, False)
         loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)

@@ -154,19 +154,27 @@ def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None)
     return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum())
 
 
-def run_trainer(trainer: Any, resume: bool = False) -> dict[str, Any]:
-    """Train and evaluate; returns what was logged, the metrics, and the weights."""
+def run_trainer(trainer: Any, resume: bool = False, skipped: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Train and evaluate; returns what was logged, the metrics but those `skipped`, and the weights."""
     trainer.train(resume_from_checkpoint=resume)
     found = {
         f"{name} {line['step']}": line[name]
         for line in trainer.state.log_history
-        for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "rewards/margins", "num_tokens")
+        for name in (
+            "loss",
+            "grad_norm",
+            "entropy",
+            "mean_token_accuracy",
+            "rewards/margins",
+            "logits/chosen",
+            "num_tokens",
+        )
         if name in line
     }
     evaluated = {
         name: x
         for name, x in trainer.evaluate().items()
-        if not name.endswith(("runtime", "per_second", "time", "epoch"))
+        if not name.endswith(("runtime", "per_second", "time", "epoch", *skipped))
     }
     return found | evaluated | weights(trainer.model)
 
@@ -204,6 +212,8 @@ def plain(together: int, apply: Callable[..., Any], case: str) -> dict[str, Any]
     if case == "each device":  # the mean over groups of their means is that over rows which have equally many labels
         for row in data:
             row["labels"] = row["input_ids"]
+    # A Trainer's loss over groups is that of one device where batches are full, or counted over all ranks.
+    num_rows, skipped = (7 if case == "metrics" else 8), ("eval_loss",) if case in ("metrics", "each device") else ()
     with tempfile.TemporaryDirectory() as own:
         shared = [own]
         if apply is not untouched:
@@ -211,12 +221,12 @@ def plain(together: int, apply: Callable[..., Any], case: str) -> dict[str, Any]
         made = arguments(transformers.TrainingArguments, together, shared[0], **changes)
 
         def trainer() -> Any:
-            built = transformers.Trainer(small(), made, train_dataset=data, eval_dataset=rows(7, 2), **given)
+            built = transformers.Trainer(small(), made, train_dataset=data, eval_dataset=rows(num_rows, 2), **given)
             apply(built)
             return built
 
         if case != "resumed":
-            return run_trainer(trainer())
+            return run_trainer(trainer(), skipped=skipped)
         trainer().train()
         if apply is not untouched:
             torch.distributed.barrier()
@@ -284,7 +294,7 @@ def supervised(together: int, apply: Callable[..., Any], case: str) -> dict[str,
             peft_config=lora(case == "lora"),
         )
         apply(trainer)
-        return run_trainer(trainer)
+        return run_trainer(trainer, skipped=("eval_loss",))  # a mean over groups of means over tokens
 
 
 def preferred(together: int, apply: Callable[..., Any], case: str) -> dict[str, Any]:
