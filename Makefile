@@ -52,5 +52,5 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
-	$(PIP) -e '.[train,plot,dev]'
+	$(PIP) -e '.[train,plot,integrations,dev]'
 	@touch $@

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from cpcompile.front.apply import apply, no_sync, remove, shard, unshard
+    from cpcompile.front.data import rank_and_replicas
     from cpcompile.front.loss import cross_entropy
     from cpcompile.inspect.explain import explain
     from cpcompile.inspect.explanation import Explanation
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "front.apply": ("apply", "no_sync", "remove", "shard", "unshard"),
+    "front.data": ("rank_and_replicas",),
     "front.loss": ("cross_entropy",),
     "options.config": ("Config",),
     "errors": (
@@ -79,6 +81,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "no_sync",
+    "rank_and_replicas",
     "remove",
     "shard",
     "token_local",

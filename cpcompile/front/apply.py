@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,21 @@ from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis, axis_of
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+# Classes of wrappers by name, so that none of their packages is imported: where they are from, and what to do instead.
+WRAPPERS = {
+    "DistributedDataParallel": (
+        ("torch",),
+        'call cpcompile.apply(model.module, mesh, grad_sync="mean"), or apply before wrapping: DDP averages the gradients',
+    ),
+    "DataParallel": (("torch",), "it runs all devices in one process, so start one for each, by torchrun"),
+    "FullyShardedDataParallel": (("torch",), "version 1 of FSDP hides the parameters: use fully_shard (FSDP2)"),
+    "PeftModel": (("peft",), "call cpcompile.apply(model.get_base_model(), mesh), which holds the adapters"),
+    "LightningModule": (
+        ("lightning", "pytorch_lightning"),
+        "its steps call the model, so call cpcompile.apply on that, or use cpcompile.integrations.lightning",
+    ),
+    "DeepSpeedEngine": (("deepspeed",), "it shards parameters and sums gradients itself: use fully_shard (FSDP2)"),
+}
 COMPILED_ALREADY = (
     "cpcompile.apply compiles the model itself (the option inner= says by what): compile nothing around it"
 )
@@ -57,7 +73,8 @@ def apply(model: Model, mesh: DeviceMesh, *, axis: str | tuple[str, str] | None 
     """
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"cpcompile.apply takes a torch.nn.Module, not {type(model).__name__}.")
-    if isinstance(uncompiled(model).__dict__.get("forward"), ParallelForward):
+    refuse_wrapper(model)
+    if parallel_parts(model):
         raise ConfigError("this model is context parallel already: call cpcompile.remove(model) first.")
     config, chosen = Config.of(options), axis_of(mesh, axis)
     prepare(config, chosen)
@@ -70,7 +87,13 @@ def apply(model: Model, mesh: DeviceMesh, *, axis: str | tuple[str, str] | None 
 
 def remove(model: Model) -> Model:
     """Undo `apply`: the model is the single-device one again. Returns the same object."""
-    parallel, inner = parallel_forward(model), uncompiled(model)
+    parallel = parallel_forward(model)
+    inner = parallel.model
+    if inner.__dict__["forward"] is not parallel:
+        raise ConfigError(
+            "another library has replaced the forward of this model since cpcompile.apply: undo that first "
+            "(accelerator.unwrap_model(model, keep_fp32_wrapper=False), where accelerate casts what it returns)."
+        )
     parallel.release()
     forward = parallel.__wrapped__
     if parallel.on_load is not None:
@@ -87,12 +110,64 @@ def no_sync(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
     return parallel_forward(model).sync.no_sync()
 
 
+@contextlib.contextmanager
+def whole_outputs(model: torch.nn.Module) -> Iterator[None]:
+    """Surround calls whose sequence-shaped outputs are to come back whole, whatever the option `outputs` says."""
+    forward = parallel_forward(model)
+    before, forward.outputs = forward.outputs, "full"
+    try:
+        yield
+    finally:
+        forward.outputs = before
+
+
 def parallel_forward(model: torch.nn.Module) -> ParallelForward:
-    """Return what `apply` put in place of the model's forward."""
-    forward = uncompiled(model).__dict__.get("forward")
-    if not isinstance(forward, ParallelForward):
+    """Return what `apply` put in place of the forward of the model, or of the one that it holds (DDP and others hold one).
+
+    Raises:
+        ConfigError: there is none, or several.
+    """
+    own = unwrapped(uncompiled(model).__dict__.get("forward"))
+    if own is not None:
+        return own
+    found = parallel_parts(model)
+    if not found:
         raise ConfigError("this model is not context parallel: call cpcompile.apply(model, mesh) first.")
+    if len(found) > 1:
+        names = {id(module): name for name, module in model.named_modules()}
+        paths = ", ".join(names.get(id(forward.model)) or "the model" for forward in found)
+        raise ConfigError(
+            f"this module holds {len(found)} context-parallel models: pass the one that is meant ({paths})."
+        )
+    return found[0]
+
+
+def parallel_parts(model: torch.nn.Module) -> list[ParallelForward]:
+    """Return what `apply` put into the model and into those that it holds."""
+    forwards = (unwrapped(module.__dict__.get("forward")) for module in model.modules())
+    return list({id(forward): forward for forward in forwards if forward is not None}.values())
+
+
+def unwrapped(forward: Any) -> ParallelForward | None:
+    """Return what `apply` put in place of a forward that others may have wrapped since, as accelerate does for autocast."""
+    while not isinstance(forward, ParallelForward):
+        bound = getattr(forward, "__func__", None)
+        forward = bound if isinstance(bound, ParallelForward) else getattr(forward, "__wrapped__", None)
+        if forward is None:
+            return None
     return forward
+
+
+def refuse_wrapper(model: torch.nn.Module) -> None:
+    """Refuse a module whose forward is not that of a model but calls one.
+
+    Raises:
+        ConfigError: with what to call instead.
+    """
+    names = {cls.__name__: cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    remedies = {name: text for name, (package, text) in WRAPPERS.items() if names.get(name) in package}
+    for name, remedy in remedies.items():
+        raise ConfigError(f"{name} is a wrapper around the model: {remedy}.")
 
 
 def weights_loaded(model: torch.nn.Module, keys: object) -> None:
@@ -114,15 +189,24 @@ class ParallelForward:
         self._has_labels = False  # that were compared over the ranks
         self.__wrapped__ = forward  # `inspect.signature(model.forward)` stays that of the model
         self.sync = gradient_sync(config, axis)
-        self._compiled = compile_whole(forward, self._backend, config)
+        self.outputs = config.outputs  # of the coming calls
+        self._programs: dict[str, Callable[..., Any]] = {}  # by what they return
         self.agreement = CallAgreement(config, self.sync, ModuleState(model))
         self.on_load: RemovableHandle | None = None
         self._sharded: ShardedParameters | None = None
         self._adopted: type | None = None  # the class of the model when FSDP's modules were looked for
 
-    def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+    def _program(self) -> Callable[..., Any]:
+        """Return the compiled model, whose outputs are as they are wanted now."""
+        if self.outputs not in self._programs:
+            self._programs[self.outputs] = compile_whole(
+                self.__wrapped__, partial(self._backend, self.outputs), self.config
+            )
+        return self._programs[self.outputs]
+
+    def _backend(self, outputs: str, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         # The first graph chooses the layout for all: `unshard` must know it whichever graph ran last.
-        config = replace(self.config, balancer=self.layout or self.config.balancer)
+        config = replace(self.config, balancer=self.layout or self.config.balancer, outputs=outputs)
         compiled = Compiled(
             gm, example_inputs, config, self.sync, self.agreement, last=self.last, sharded=self._sharded
         )
@@ -148,13 +232,15 @@ class ParallelForward:
     # torch.compile around the model leaves this call alone, which compiles the model itself.
     @torch.compiler.disable(reason=COMPILED_ALREADY)  # type: ignore[untyped-decorator, no-untyped-call]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.model:
+            args = args[1:]  # accelerate.unwrap_model makes a method of what it finds
         if self._is_untouched:
             return self.__wrapped__(*args, **kwargs)
         with self._plain_modules(), self.agreement.call():
             named = by_name(self.__wrapped__, kwargs, *args, beside=self.config.told_by)
             self.agreement.before_compiling(named)
             self.length = token_length(named, self.config, mark_dynamic=self.config.dynamic) or 0
-            return self._compiled(**named)
+            return self._program()(**named)
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
@@ -190,7 +276,7 @@ def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, lengt
 
     Args:
         tensor: this rank's tokens, as the model returned them.
-        model: the context-parallel model.
+        model: the context-parallel model, or a wrapper that holds it (DDP, PEFT, a Lightning module).
         dim: the dim of the tokens.
         length: tokens of the whole sequence; by default those of the last call.
     """

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from cpcompile.balance.layout import local_length
 from cpcompile.errors import ConfigError
-from cpcompile.front.apply import ParallelForward, axis_arguments
+from cpcompile.front.apply import ParallelForward, axis_arguments, parallel_forward, parallel_parts
 from cpcompile.front.rank_agreement import check_same_inputs
 
 _REDUCTIONS = ("mean", "sum")
@@ -53,7 +53,7 @@ def cross_entropy(
         )
     at = dim % labels.dim()
     check_shapes(logits, labels, at)
-    forward = parallel_part(model)
+    forward = parallel_forward(model) if parallel_parts(model) else None
     if forward is not None and forward.compares_labels():
         count = {} if num_items_in_batch is None else {"num_items_in_batch": torch.as_tensor(num_items_in_batch)}
         check_same_inputs({"labels": labels, **count}, forward.axis)
@@ -95,12 +95,6 @@ def check_shapes(logits: torch.Tensor, labels: torch.Tensor, at: int) -> None:
             f"logits of shape {list(logits.shape)} need integer labels of one dim less, {list(logits.shape[:-1])} with all "
             f"tokens in dim {at}, and not {str(labels.dtype).removeprefix('torch.')}{list(labels.shape)}."
         )
-
-
-def parallel_part(model: torch.nn.Module) -> ParallelForward | None:
-    """Return what `apply` put into the model or into one that it holds (a wrapper such as DDP holds one), or None."""
-    found = [module.__dict__.get("forward") for module in model.modules()]
-    return next((forward for forward in found if isinstance(forward, ParallelForward)), None)
 
 
 def holds_local_tokens(forward: ParallelForward, logits: torch.Tensor, labels: torch.Tensor, at: int) -> bool:
