@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from one_device import Trained, compare
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cpcompile
@@ -51,7 +51,13 @@ def train(options: argparse.Namespace) -> Trained:
     """Train for some steps."""
     module = Language()
     rows = torch.randint(128, (options.steps * ROWS * ACCUMULATED * options.data, LENGTH))
-    loader: DataLoader[Any] = DataLoader(rows, batch_size=ROWS * (options.data if options.alone else 1))  # type: ignore[arg-type]
+    # On several ranks Lightning puts a sampler of this kind in; on one device it does not.
+    sampler = DistributedSampler(rows, 1, 0) if options.alone else None  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(
+        rows,  # type: ignore[arg-type]
+        batch_size=ROWS * (options.data if options.alone else 1),
+        sampler=sampler,
+    )
     strategy: Any = "auto"
     devices = 1
     if not options.alone:

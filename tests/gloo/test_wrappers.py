@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import cpcompile
 from cpcompile.errors import ConfigError
 from cpcompile.front.apply import whole_outputs
-from tests.models import batch, error, make
+from tests.models import batch, error, logits_of, make
 
 EXACT = 1e-12
 
@@ -29,10 +29,6 @@ class Holder(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         return self.models[0](**inputs)
-
-
-def logits_of(outputs: Any) -> Any:
-    return outputs[1] if isinstance(outputs, tuple) else outputs.logits
 
 
 def cast(model: nn.Module) -> nn.Module:
