@@ -34,8 +34,8 @@ def replace_fused_head(model: torch.nn.Module) -> None:
         return
     found = inspect.getclosurevars(forward).nonlocals  # type: ignore[arg-type]
     wanted, temperature = found.get("outputs"), found.get("temperature")
-    is_known = wanted is not None and temperature is not None and "original_forward" in found and set(wanted) <= KNOWN
-    if not is_known or found.get("cast_lm_head_to_fp32"):
+    is_known = "original_forward" in found and not found.get("cast_lm_head_to_fp32")
+    if wanted is None or temperature is None or not is_known or not set(wanted) <= KNOWN:
         raise ConfigError(
             f"TRL's trainer wants {', '.join(wanted or ['unknown values'])} of each token, of which {', '.join(sorted(KNOWN))} "
             "are known: use the trainers for supervised or preference training, of TRL 1.16 or near it."
