@@ -70,7 +70,7 @@ def describe_hooks(model: object, error: TorchDynamoException) -> str:
     if not hooked:
         return ""
     return (
-        f"backward hooks of modules inside the model cannot be traced: {', '.join(hooked)}.{line_of(stack)}\n\n"
+        f"backward hooks of modules inside the model cannot be traced: {', '.join(hooked)}.\n\n"
         "Remove them (handle.remove()). Forward hooks work, hooks of the whole model, and those of parameters (register_hook, "
         "register_post_accumulate_grad_hook), which see the gradients of one device."
     )
