@@ -39,7 +39,7 @@ def train(options: argparse.Namespace) -> Trained:
         mesh = init_device_mesh(
             "cpu", (options.data, accelerator.num_processes // options.data), mesh_dim_names=("dp", "cp")
         )
-        cpcompile.integrations.accelerate.apply(accelerator, model, mesh, axis="cp", inner="aot_eager")
+        cpcompile.integrations.accelerate.apply(accelerator, model, mesh, axis="cp", inner="eager")
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses: list[float] = []
     for ids in loader:

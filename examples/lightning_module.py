@@ -62,7 +62,7 @@ def train(options: argparse.Namespace) -> Trained:
     devices = 1
     if not options.alone:
         devices = int(os.environ["WORLD_SIZE"])
-        strategy = ContextParallelStrategy(size=devices // options.data, options={"inner": "aot_eager"})
+        strategy = ContextParallelStrategy(size=devices // options.data, options={"inner": "eager"})
     trainer = Trainer(
         strategy=strategy,
         accelerator="cpu",

@@ -41,7 +41,7 @@ def train(options: argparse.Namespace) -> Trained:
             "cpu", (options.data, dist.get_world_size() // options.data), mesh_dim_names=("dp", "cp")
         )
         rank, replicas = cpcompile.rank_and_replicas(mesh, "cp")
-        cpcompile.apply(model.get_base_model(), mesh, axis="cp", grad_sync="mean", inner="aot_eager")
+        cpcompile.apply(model.get_base_model(), mesh, axis="cp", grad_sync="mean", inner="eager")
         wrapped = DistributedDataParallel(model)
     sampler = DistributedSampler(rows, num_replicas=replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=0.1, momentum=0.9)

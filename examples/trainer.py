@@ -71,7 +71,7 @@ def train(options: argparse.Namespace) -> Trained:
         if not options.alone:
             ranks = arguments.world_size
             mesh = init_device_mesh("cpu", (options.data, ranks // options.data), mesh_dim_names=("dp", "cp"))
-            cpcompile.integrations.transformers.apply(trainer, mesh, axis="cp", inner="aot_eager")
+            cpcompile.integrations.transformers.apply(trainer, mesh, axis="cp", inner="eager")
         trainer.train()
         found = trainer.evaluate()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]

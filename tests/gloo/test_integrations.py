@@ -128,7 +128,12 @@ def accelerated(rank: Any, is_iterable: bool, arguments: dict[str, Any]) -> dict
     return far(found, on_one_device(lambda: loop(GROUPS, untouched, data(), **arguments)))
 
 
-@pytest.mark.parametrize("is_iterable", [False, True])
+def slow(*values: Any) -> list[Any]:
+    """Return parameters of tests that need not run each time."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("is_iterable", [False, *slow(True)])
 def test_accelerate(pool: Any, is_iterable: bool) -> None:
     assert_equal(pool.run(4, accelerated, is_iterable, {}))
 
@@ -247,7 +252,7 @@ def trained(rank: Any, make: str, case: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "case", ["metrics", "smoothing", "own loss", "each device", "resumed", "loss only", "checkpoints"]
+    "case", ["metrics", "own loss", "resumed", *slow("smoothing", "each device", "loss only", "checkpoints")]
 )
 def test_trainer(pool: Any, case: str) -> None:
     assert_equal(pool.run(4, trained, "plain", case))
@@ -318,12 +323,12 @@ def preferred(together: int, apply: Callable[..., Any], case: str) -> dict[str, 
         return run_trainer(trainer)
 
 
-@pytest.mark.parametrize("case", ["padded", "packed", "padding-free", "dft", "lora"])
+@pytest.mark.parametrize("case", ["packed", "lora", *slow("padded", "padding-free", "dft")])
 def test_supervised(pool: Any, case: str) -> None:
     assert_equal(pool.run(4, trained, "supervised", case))
 
 
-@pytest.mark.parametrize("case", ["dpo", "lora", "reward"])
+@pytest.mark.parametrize("case", ["dpo", *slow("lora", "reward")])
 def test_preferences(pool: Any, case: str) -> None:
     assert_equal(pool.run(4, trained, "preferred", case))
 
