@@ -150,7 +150,7 @@ def break_text(reason: str, stack: Sequence[traceback.FrameSummary]) -> str:
     """Return the text for a graph break: why, the innermost line outside torch, and what to do."""
     if "FSDP" in reason:
         return FSDP_REMEDY
-    is_of_value = "data-dependent" in reason
+    is_of_value = reason.startswith("Could not guard on data-dependent expression")
     by_length = (
         " If the number follows from sizes, dynamic=False traces it: sizes are known then." if is_of_value else ""
     )
