@@ -33,6 +33,7 @@ RUNS = {
     "trl_sft_packed.py": [("--steps 2", COMPARED)],
     "peft_lora.py": [("--steps 2", COMPARED)],
     "lightning_module.py": [("--steps 2", COMPARED)],
+    "torchtitan_style.py": [("--steps 2", COMPARED)],
     "loss_curves.py": [("--help", "--ranks")],  # trains a language model, for minutes
 }
 
