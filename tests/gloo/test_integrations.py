@@ -138,6 +138,7 @@ def test_accelerate(pool: Any, is_iterable: bool) -> None:
     assert_equal(pool.run(4, accelerated, is_iterable, {}))
 
 
+@pytest.mark.slow
 def test_accelerate_in_bfloat16(pool: Any) -> None:
     assert_equal(pool.run(4, accelerated, False, {"mixed_precision": "bf16"}), tolerance=0.05)
 
@@ -323,7 +324,7 @@ def preferred(together: int, apply: Callable[..., Any], case: str) -> dict[str, 
         return run_trainer(trainer)
 
 
-@pytest.mark.parametrize("case", ["packed", "lora", *slow("padded", "padding-free", "dft")])
+@pytest.mark.parametrize("case", ["packed", *slow("lora", "padded", "padding-free", "dft")])
 def test_supervised(pool: Any, case: str) -> None:
     assert_equal(pool.run(4, trained, "supervised", case))
 
