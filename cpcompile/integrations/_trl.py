@@ -30,16 +30,14 @@ def replace_fused_head(model: torch.nn.Module) -> None:
         ConfigError: this TRL computes something that is not known here.
     """
     forward = getattr(model.forward, "__func__", None)
-    if getattr(forward, "__name__", "") != "forward" or "_fused_forward" not in getattr(
-        getattr(forward, "__code__", None), "co_name", ""
-    ):
+    if getattr(getattr(forward, "__code__", None), "co_name", "") != "_fused_forward":
         return
     found = inspect.getclosurevars(forward).nonlocals  # type: ignore[arg-type]
     wanted, temperature = set(found.get("outputs", ())), found.get("temperature", 0.0)
     if not wanted or not wanted <= KNOWN or not temperature or "original_forward" not in found or found.get(CAST):
         raise ConfigError(
-            f"TRL's trainer wants {', '.join(sorted(wanted)) or 'unknown values'} of each token, of which {', '.join(sorted(KNOWN))} "
-            "are known: use the trainers for supervised or preference training, of TRL 1.16 or near it."
+            f"TRL's trainer wants {', '.join(sorted(wanted)) or 'unknown values'} of each token, of which "
+            f"{', '.join(sorted(KNOWN))} are known: use the trainers for supervised or preference training, of TRL 1.16 or near it."
         )
     model.forward = types.MethodType(token_by_token(found["original_forward"], temperature, wanted), model)
 
