@@ -37,7 +37,8 @@ def replace_fused_head(model: torch.nn.Module) -> None:
     if not wanted or not wanted <= KNOWN or not temperature or "original_forward" not in found or found.get(CAST):
         raise ConfigError(
             f"TRL's trainer wants {', '.join(sorted(wanted)) or 'unknown values'} of each token, of which "
-            f"{', '.join(sorted(KNOWN))} are known: use the trainers for supervised or preference training, of TRL 1.16 or near it."
+            f"{', '.join(sorted(KNOWN))} are known: use the trainers for supervised or preference training, of TRL "
+            "1.16 or near it."
         )
     model.forward = types.MethodType(token_by_token(found["original_forward"], temperature, wanted), model)
 
