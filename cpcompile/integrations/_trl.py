@@ -17,6 +17,8 @@ from cpcompile.errors import ConfigError
 
 KNOWN = {"log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs"}
 
+CAST = "cast_lm_head_to_fp32"
+
 
 def replace_fused_head(model: torch.nn.Module) -> None:
     """Replace the forward that TRL's `add_fused_lm_head` has given a model; other models are left alone.
@@ -28,19 +30,17 @@ def replace_fused_head(model: torch.nn.Module) -> None:
         ConfigError: this TRL computes something that is not known here.
     """
     forward = getattr(model.forward, "__func__", None)
-    if getattr(forward, "__name__", "") != "forward" or "_fused_forward" not in getattr(
-        getattr(forward, "__code__", None), "co_name", ""
-    ):
+    if getattr(getattr(forward, "__code__", None), "co_name", "") != "_fused_forward":
         return
     found = inspect.getclosurevars(forward).nonlocals  # type: ignore[arg-type]
-    wanted, temperature = found.get("outputs"), found.get("temperature")
-    is_known = "original_forward" in found and not found.get("cast_lm_head_to_fp32")
-    if wanted is None or temperature is None or not is_known or not set(wanted) <= KNOWN:
+    wanted, temperature = set(found.get("outputs", ())), found.get("temperature", 0.0)
+    if not wanted or not wanted <= KNOWN or not temperature or "original_forward" not in found or found.get(CAST):
         raise ConfigError(
-            f"TRL's trainer wants {', '.join(wanted or ['unknown values'])} of each token, of which {', '.join(sorted(KNOWN))} "
-            "are known: use the trainers for supervised or preference training, of TRL 1.16 or near it."
+            f"TRL's trainer wants {', '.join(sorted(wanted)) or 'unknown values'} of each token, of which "
+            f"{', '.join(sorted(KNOWN))} are known: use the trainers for supervised or preference training, of TRL "
+            "1.16 or near it."
         )
-    model.forward = types.MethodType(token_by_token(found["original_forward"], temperature, set(wanted)), model)
+    model.forward = types.MethodType(token_by_token(found["original_forward"], temperature, wanted), model)
 
 
 def token_by_token(original: Any, temperature: float, wanted: set[str]) -> Any:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import cpcompile
 from cpcompile.errors import ConfigError
+from cpcompile.integrations._trl import replace_fused_head
 from cpcompile.integrations.accelerate import refuse as refuse_accelerator
 from cpcompile.integrations.transformers import refuse as refuse_trainer
 from tests.gloo.frameworks import far, on_one_device, on_ranks, weights, whole
@@ -138,6 +139,7 @@ def test_accelerate(pool: Any, is_iterable: bool) -> None:
     assert_equal(pool.run(4, accelerated, is_iterable, {}))
 
 
+@pytest.mark.slow
 def test_accelerate_in_bfloat16(pool: Any) -> None:
     assert_equal(pool.run(4, accelerated, False, {"mixed_precision": "bf16"}), tolerance=0.05)
 
@@ -323,7 +325,7 @@ def preferred(together: int, apply: Callable[..., Any], case: str) -> dict[str, 
         return run_trainer(trainer)
 
 
-@pytest.mark.parametrize("case", ["packed", "lora", *slow("padded", "padding-free", "dft")])
+@pytest.mark.parametrize("case", ["packed", *slow("lora", "padded", "padding-free", "dft")])
 def test_supervised(pool: Any, case: str) -> None:
     assert_equal(pool.run(4, trained, "supervised", case))
 
@@ -408,3 +410,17 @@ def accelerator_stub(**changes: Any) -> Any:
 def test_what_an_accelerator_cannot_do_is_refused(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         refuse_accelerator(accelerator_stub(**changes))
+
+
+def test_an_unknown_head_of_trl_is_refused() -> None:
+    outputs, temperature, original_forward = ("log_probs", "new"), 1.0, None
+
+    def _fused_forward(self: Any) -> Any:
+        return outputs, temperature, original_forward
+
+    model = torch.nn.Linear(2, 2)
+    replace_fused_head(model)
+    assert "forward" not in vars(model), "another model is left alone"
+    model.forward = types.MethodType(_fused_forward, model)  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"log_probs, new of each token.*TRL 1\.16"):
+        replace_fused_head(model)
