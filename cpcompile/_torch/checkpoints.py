@@ -1,7 +1,7 @@
 """Selective checkpoints: what a user's policy says of each operator that a node runs, without running the model.
 
 `create_selective_checkpoint_contexts` returns a dispatch mode that asks `policy_fn` about every operator below autograd, in
-torch 2.11 to 2.14 by its attribute of that name. Here nodes run under that mode on fake values.
+torch 2.13 by its attribute of that name. Here nodes run under that mode on fake values.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class JointPass(CustomGraphPass):
 
 @contextlib.contextmanager
 def in_inductor(joint_pass: JointPass | None) -> Iterator[None]:
-    """Have Inductor run a pass on the joint graph, behind those of the user (torch 2.11 to 2.14: `joint_custom_pre_pass`)."""
+    """Have Inductor run a pass on the joint graph, behind those of the user (torch 2.13: `joint_custom_pre_pass`)."""
     if joint_pass is None:
         yield
         return
