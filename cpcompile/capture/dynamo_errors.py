@@ -22,7 +22,7 @@ from cpcompile import _torch
 from cpcompile.capture.arguments import did_you_mean
 from cpcompile.capture.faults import REMEDY, summary
 from cpcompile.capture.lowering import break_text, line_of
-from cpcompile.errors import CPError, GraphBreakError, InputError, InternalError
+from cpcompile.errors import TORCH, CPError, GraphBreakError, InputError, InternalError
 
 DYNAMO_REMEDY = (
     "torch.compile(model, fullgraph=True) on one device tells whether torch alone can compile this model; if it can, please "
@@ -69,8 +69,9 @@ def describe_hooks(model: object, error: TorchDynamoException) -> str:
     hooked = [path for path, module in model.named_modules() if path and _torch.has_backward_hooks(module)]
     if not hooked:
         return ""
+    own = [frame for frame in stack if not frame.filename.startswith(TORCH)]
     return (
-        f"backward hooks of modules inside the model cannot be traced: {', '.join(hooked)}.\n\n"
+        f"backward hooks of modules inside the model cannot be traced: {', '.join(hooked)}.{line_of(own)}\n\n"
         "Remove them (handle.remove()). Forward hooks work, hooks of the whole model, and those of parameters (register_hook, "
         "register_post_accumulate_grad_hook), which see the gradients of one device."
     )
