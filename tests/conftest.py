@@ -5,12 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.gloo.pool import Pool
-
-# For models of one or two layers this cache of torch costs a quarter of the time of a capture, and saves nothing.
-torch._dynamo.config.fake_tensor_cache_enabled = False
 
 GLOO = Path(__file__).parent / "gloo"
 
