@@ -80,7 +80,7 @@ def _serve(rank: int, store: str, jobs: Connection) -> None:
     """Run jobs until the pipe closes."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, NUM_RANKS), rank=rank, world_size=NUM_RANKS, timeout=timedelta(seconds=60)
+        "gloo", store=dist.FileStore(store, NUM_RANKS), rank=rank, world_size=NUM_RANKS, timeout=timedelta(seconds=150)
     )
     groups = {size: dist.new_group(range(size)) for size in range(1, NUM_RANKS + 1)}
     pairs = {(a, b): dist.new_group([a, b]) for a in range(NUM_RANKS) for b in range(a + 1, NUM_RANKS)}
@@ -136,7 +136,7 @@ class Pool:
             pipe.close()
         self._processes, self._pipes = [], []
 
-    def run(self, world_size: int, job: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, world_size: int, job: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
         """Return `job(rank, *args)` of every rank, in their order."""
         if not self._processes:
             self._start()
