@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cpcompile import _torch
+from cpcompile.front.parameter_group import parameter_group
 from cpcompile.options.mesh import Axis
 from cpcompile.runtime.gradients import GradientSums, Site
 
@@ -42,7 +42,7 @@ class GradientSync:
         `keys` are the same at each call: gradients that `no_sync` keeps back are kept under them.
         """
         if self.sums.group is None:
-            self.sums.group = own_group(self.axis)
+            self.sums.group = parameter_group(self.axis.process_group, self.axis)
         site.set_keys(keys)
         return FinishSums.apply(self.sums, keys, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -54,12 +54,6 @@ class GradientSync:
             yield
         finally:
             self.sums.enabled = before
-
-
-def own_group(axis: Axis) -> torch.distributed.ProcessGroup:
-    """Return the group that sums travel in: on GPUs one of its own, so that they do not stand in the way of keys and values."""
-    group = axis.process_group
-    return (_torch.twin_group(group) if axis.device_type == "cuda" else None) or group
 
 
 class FinishSums(torch.autograd.Function):

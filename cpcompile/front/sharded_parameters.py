@@ -9,25 +9,21 @@ Outside of the call all is FSDP's as before, so that the optimizer, clipping and
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils.weak import WeakIdKeyDictionary
 
-from cpcompile import _torch
 from cpcompile._torch import fsdp
 from cpcompile.errors import ConfigError
+from cpcompile.front.parameter_group import parameter_group
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -155,7 +151,7 @@ def shard_of(path: str, parameter: DTensor, found: fsdp.FsdpParameter, config: C
         shape=tuple(parameter.shape),
         dim=placements[-1].dim,  # type: ignore[attr-defined]
         world_size=group.size(),
-        group=gathering_group(group, axis),
+        group=str(parameter_group(group, axis).group_name),
         replicas=replicas.size() if replicas is not None else 1,
         replica_group=replicas.group_name if replicas is not None else "",
         dtype=dtype or parameter.dtype,
@@ -164,28 +160,6 @@ def shard_of(path: str, parameter: DTensor, found: fsdp.FsdpParameter, config: C
         stays_whole=not found.reshards,
         sums_axis=common == len(together),
     )
-
-
-_TWINS: dict[str, str] = {}
-
-
-def gathering_group(group: dist.ProcessGroup, axis: Axis) -> str:
-    """Return the name of the group that parameters travel in.
-
-    On GPUs it is not one that attention uses, whose messages they would wait for.
-    """
-    name = str(group.group_name)
-    if name not in axis.groups or axis.device_type != "cuda":
-        return name
-    if name not in _TWINS:
-        twin = _torch.twin_group(group)
-        if twin is None:
-            _log.warning(
-                "FSDP gathers parameters in the process group of the context-parallel axis, so that they wait for each other: "
-                "the ranks belong to different numbers of process groups, and torch cannot make another one for them alone."
-            )
-        _TWINS[name] = name if twin is None else str(twin.group_name)
-    return _TWINS[name]
 
 
 def stand_in_for(parameter: DTensor, shard: ParameterShard) -> nn.Parameter:
