@@ -19,6 +19,7 @@ from cpcompile._torch.functorch import TransformError
 from cpcompile._torch.inductor import inner_compiler, known_options, option_fits, options_of_mode
 from cpcompile._torch.joint_graph import JointPass
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
+from cpcompile._torch.overlap import OverlapPass
 from cpcompile._torch.tracing import (
     fake_inputs,
     fake_static_input,
@@ -33,6 +34,7 @@ __all__ = [
     "DATA_DEPENDENT",
     "JointPass",
     "NoPolicyError",
+    "OverlapPass",
     "Policy",
     "PolicyFailedError",
     "SymmetricMemory",

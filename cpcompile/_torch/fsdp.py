@@ -24,6 +24,7 @@ class FsdpParameter:
 
     Attributes:
         sites: the modules that hold it, and its name there.
+        unit: the wrapped module with whose parameters it is gathered.
         policy: its mixed precision.
         reshards: it is sharded again after forward.
         divide_factor: what the user divides gradients by, None for the number of ranks.
@@ -31,6 +32,7 @@ class FsdpParameter:
     """
 
     sites: tuple[tuple[nn.Module, str], ...]
+    unit: nn.Module
     policy: MixedPrecisionPolicy
     reshards: bool
     divide_factor: float | None
@@ -64,6 +66,7 @@ def fsdp_parameters(model: nn.Module) -> Iterator[FsdpParameter]:
                 shared = zip(info.shared_modules, info.shared_param_names, strict=True)
                 yield FsdpParameter(
                     sites=((info.module, info.param_name), *shared),
+                    unit=module,
                     policy=parameter.mp_policy,
                     reshards=reshards,
                     divide_factor=group.gradient_divide_factor,

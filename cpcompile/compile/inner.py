@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import fx
 from cpcompile import _torch
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
+from cpcompile.compile.overlap import overlapped
 from cpcompile.compile.saved_results import is_recomputed, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import NoRule, where
@@ -100,8 +101,11 @@ def compile_inner(
     config: Config,
     summed: Sequence[int] = (),
     site: int = 0,
+    shards: Collection[ParameterShard] = (),
+    bytes_ahead: int = 0,
 ) -> Callable[..., Any]:
     """Compile the transformed graph with the inner compiler. The gradients of its inputs `summed` are summed at `site`.
+    `bytes_ahead` of parameters in `shards` are gathered before they are used.
 
     Behind its own outputs it returns where the documents begin that the layout follows; there are as many as `Lengths.bounds_of`
     finds.
@@ -120,5 +124,9 @@ def compile_inner(
     if config.inner == "eager" and is_recomputed(graph.graph):
         warn_of_kept_results()
     joint_pass = _torch.JointPass(tag_saved_results, tags) if tags else None
+    options = config.inductor_options
+    if bytes_ahead and config.inner == "inductor":
+        groups = frozenset(shard.group for shard in shards)
+        options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options
     with faults_of(f"the inner compiler ({config.inner})", INNER_REMEDY):
-        return _torch.inner_compiler(config.inner, config.inductor_options, joint_pass)(graph, example_inputs)
+        return _torch.inner_compiler(config.inner, options, joint_pass)(graph, example_inputs)

@@ -151,7 +151,10 @@ class Compiled:
             self._summed.clear()
         self._sync, self._site = sync, sync.site()
         local = local_inputs(example_inputs, self._entries)
-        self._run = compile_inner(self.transformed, local, config, self._summed, self._site.number)
+        ahead = config.prefetch * sharded.largest_unit if sharded is not None else 0
+        self._run = compile_inner(
+            self.transformed, local, config, self._summed, self._site.number, shards=shards.values(), bytes_ahead=ahead
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         told = self._inputs.read(inputs) if self._inputs is not None else None

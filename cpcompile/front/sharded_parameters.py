@@ -8,6 +8,7 @@ Outside of the call all is FSDP's as before, so that the optimizer, clipping and
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ from cpcompile.options.mesh import Axis
 
 @dataclass(slots=True)
 class Entry:
-    """A sharded parameter: where it is, the parameter of the current call, what stands in for it, and how it is sharded."""
+    """A sharded parameter: where it is, its unit of `fully_shard`, its value now, what stands in for it, how it is sharded."""
 
     sites: tuple[tuple[nn.Module, str], ...]
+    unit: nn.Module
     parameter: DTensor
     stand_in: nn.Parameter
     shard: ParameterShard
@@ -53,6 +55,7 @@ class ShardedParameters:
         Raises:
             ConfigError: a parameter is sharded in a way that the graph cannot gather; its name and the remedy are said.
         """
+        self.model = model
         self.dresses = [fsdp.FsdpDress.of(module) for module in fsdp.fsdp_modules(model)]
         self.own = [dress for dress in self.dresses if dress.module is model]  # its hooks run around the compiled call
         for dress in self.own:
@@ -62,6 +65,15 @@ class ShardedParameters:
         self.by_stand_in: WeakIdKeyDictionary = WeakIdKeyDictionary({e.stand_in: e for e in self.entries})
         refuse_others(paths, self.entries)
         self._taken = [dress.replace_hooks() for dress in self.own]
+
+    @property
+    def largest_unit(self) -> int:
+        """The bytes of the largest module that is gathered at once; of the model itself, if `fully_shard` wrapped no other."""
+        sizes = collections.Counter[nn.Module]()
+        for entry in self.entries:
+            sizes[entry.unit] += entry.shard.num_bytes
+        inner = [size for unit, size in sizes.items() if unit is not self.model]
+        return max(inner or sizes.values(), default=0)
 
     def release(self) -> None:
         """Give the model its own hooks back."""
@@ -116,7 +128,7 @@ def entry_of(found: fsdp.FsdpParameter, paths: Mapping[nn.Module, str], config: 
             f"the parameter {path} cannot be gathered inside the compiled step: {found.obstacle}. Call fully_shard without it."
         )
     shard = shard_of(path, parameter, found, config, axis)
-    return Entry(found.sites, parameter, stand_in_for(parameter, shard), shard)
+    return Entry(found.sites, found.unit, parameter, stand_in_for(parameter, shard), shard)
 
 
 def shard_of(path: str, parameter: DTensor, found: fsdp.FsdpParameter, config: Config, axis: Axis) -> ParameterShard:

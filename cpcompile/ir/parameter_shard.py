@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,11 @@ class ParameterShard:
     def num_rows(self) -> int:
         """The rows of each rank, padding included."""
         return -(-self.shape[self.dim] // self.world_size)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the whole parameter, as the model computes with it."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def local_shape(self) -> tuple[int, ...]:

@@ -50,6 +50,9 @@ class Config:
             share, beside the computation), `p2p` (NCCL sends and receives) or `auto` (symmetric where it works). It holds for
             the process groups of the axis, and so for every model on them.
         inner: what compiles the transformed graph: `inductor`, `aot_eager` or `eager`.
+        prefetch: how many modules that `fully_shard` wrapped are gathered before they are used, beside computation, and have
+            the sums of their gradients under way at once. Each holds its whole parameters; 0 gathers them where they are used.
+            Only with `inductor`.
         mode: the mode of `torch.compile` for Inductor, `max-autotune-no-cudagraphs` for example; '' is its default.
         inner_options: options of Inductor (those of `torch.compile`), such as `{"shape_padding": True}`; they go before those of
             the mode.
@@ -86,6 +89,7 @@ class Config:
     heads_per_message: int = 0
     transport: str = "auto"
     inner: str = "inductor"
+    prefetch: int = 1
     mode: str = ""
     inner_options: Mapping[str, Any] = field(default_factory=dict)
     outputs: str = "local"
@@ -112,6 +116,10 @@ class Config:
         if self.heads_per_message < 0:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
+            )
+        if self.prefetch < 0:
+            raise ConfigError(
+                f"prefetch={self.prefetch} is not a number of modules: 0 gathers them where they are used."
             )
         self._check_inductor()
         if self.documents:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import unittest.mock
 import warnings
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import cpcompile
+from cpcompile.compile.overlap import overlapped
 from tests.models import batch, error, errors, loss_of, make
 
 EXACT = 1e-12  # float64
@@ -147,11 +149,35 @@ def test_trains_exactly(pool: Any, world_size: int, data: int, over: str, when: 
 
 @pytest.mark.parametrize(
     ("name", "inner", "strategy"),
-    [("nanogpt", "eager", "ring"), ("rotary", "aot_eager", "ulysses"), ("rotary", "inductor", "gather")],
+    [("nanogpt", "eager", "ring"), ("rotary", "aot_eager", "ulysses")],
 )
 def test_tied_weights_and_compilers(pool: Any, name: str, inner: str, strategy: str) -> None:
     options = {"inner": inner, "strategy": strategy}
     assert_exact(pool.run(2, trained, 1, name, "dp_cp", "before", options, timeout=200))
+
+
+def overlapping(rank: Any, prefetch: int) -> tuple[dict[str, float], list[int]]:
+    """Errors of training, and in each graph the most gathers that were under way at once."""
+    most = []
+
+    def recorded(*args: Any, **kwargs: Any) -> list[int]:
+        order = overlapped(*args, **kwargs)
+        place = {i: position for position, i in enumerate(order)}
+        spans = [(place[start], place[wait]) for start, wait, _ in args[1]]
+        most.append(max(sum(a <= start < b for a, b in spans) for start, _ in spans))
+        return order
+
+    uncached = torch._inductor.config.patch(force_disable_caches=True)
+    with unittest.mock.patch("cpcompile.compile.inner.overlapped", recorded), uncached:
+        return trained(rank, 1, "rotary", "dp_cp", "before", {"inner": "inductor", "prefetch": prefetch}), most
+
+
+@pytest.mark.parametrize("prefetch", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_gathers_overlap(pool: Any, prefetch: int) -> None:
+    results = pool.run(2, overlapping, prefetch, timeout=200)
+    assert_exact([found for found, _ in results])
+    for _, most in results:
+        assert not most if not prefetch else min(most) > 4, most  # a block has more parameters
 
 
 @pytest.mark.parametrize(

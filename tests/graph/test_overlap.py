@@ -1,0 +1,120 @@
+"""The order of operations in which parameters travel beside computation."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpcompile.compile.overlap import Transfer, overlapped
+
+
+class Program:
+    """Operations by name, each behind those that it needs."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.needs: list[set[int]] = []
+        self.gathers: list[Transfer] = []
+        self.sums: list[Transfer] = []
+
+    def add(self, name: str, *needs: int) -> int:
+        self.names.append(name)
+        self.needs.append(set(needs))
+        return len(self.names) - 1
+
+    def layer(self, index: int, x: int, size: int = 4) -> int:
+        """A parameter is cast, gathered and multiplied with."""
+        start = self.add(f"gather {index}", self.add(f"cast {index}"))
+        wait = self.add(f"wait {index}", start)
+        self.gathers.append(Transfer(start, wait, size))
+        return self.add(f"mm {index}", x, wait)
+
+    def gradient(self, index: int, x: int, size: int = 4) -> int:
+        """A gradient is computed, summed and scattered, and cast."""
+        start = self.add(f"sum {index}", self.add(f"grad {index}", x))
+        wait = self.add(f"wait {index}", start)
+        self.sums.append(Transfer(start, wait, size))
+        return self.add(f"cast {index}", wait)
+
+    def order(self, limit: int) -> list[str]:
+        return [self.names[i] for i in overlapped(self.needs, self.gathers, self.sums, limit)]
+
+
+def test_a_gather_starts_while_the_one_before_is_used() -> None:
+    program = Program()
+    x = program.add("x")
+    for index in range(3):
+        x = program.layer(index, x)
+    assert program.order(0) == [
+        *("cast 0", "gather 0", "x"),
+        *("wait 0", "cast 1", "gather 1", "mm 0"),
+        *("wait 1", "cast 2", "gather 2", "mm 1"),
+        *("wait 2", "mm 2"),
+    ]
+    assert program.order(4)[:6] == ["cast 0", "gather 0", "cast 1", "gather 1", "x", "wait 0"]
+    assert program.order(4)[6:8] == ["cast 2", "gather 2"]
+
+
+def test_a_sum_is_waited_for_behind_the_next_ones() -> None:
+    program = Program()
+    x = program.add("x")
+    for index in range(3):
+        x = program.add(f"mm {index}", x)
+        program.gradient(index, x)
+    assert program.order(4) == [
+        *("x", "mm 0", "grad 0", "sum 0", "mm 1", "grad 1", "sum 1", "mm 2", "grad 2", "sum 2"),
+        *("wait 0", "cast 0", "wait 1", "cast 1", "wait 2", "cast 2"),
+    ]
+    assert program.order(0)[7:] == [
+        "wait 0",
+        "cast 0",
+        "mm 2",
+        "grad 2",
+        "sum 2",
+        "wait 1",
+        "cast 1",
+        "wait 2",
+        "cast 2",
+    ]
+
+
+def test_a_collective_that_needs_a_sum_does_not_wait() -> None:
+    program = Program()
+    x = program.add("x")
+    scattered = program.gradient(0, x)
+    program.add("sum over replicas", scattered)
+    program.add("mm", x)
+    fixed = {program.names.index("sum over replicas")}
+    order = [program.names[i] for i in overlapped(program.needs, [], program.sums, 100, fixed=fixed)]
+    assert order.index("sum over replicas") < order.index("mm")
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Program:
+    program = Program()
+    results = [program.add("x")]
+    for index in range(draw(st.integers(1, 12))):
+        kind, size = draw(st.sampled_from(["layer", "gradient", "other"])), draw(st.integers(1, 9))
+        x = draw(st.sampled_from(results))
+        if kind == "layer":
+            results.append(program.layer(index, x, size))
+        elif kind == "gradient":
+            reduced = program.gradient(index, x, size)
+            if draw(st.booleans()):
+                results.append(reduced)
+        else:
+            results.append(program.add("other", x, draw(st.sampled_from(results))))
+    return program
+
+
+@settings(deadline=None, max_examples=200)
+@given(programs(), st.integers(0, 20))
+def test_every_order_is_of_the_same_program(program: Program, limit: int) -> None:
+    order = overlapped(program.needs, program.gathers, program.sums, limit)
+    assert sorted(order) == list(range(len(program.names)))
+    place = {i: position for position, i in enumerate(order)}
+    assert all(place[need] < place[i] for i, needs in enumerate(program.needs) for need in needs)
+    # At most the limit is in flight beside the transfer that started last.
+    for start, end, _ in program.gathers:
+        others = [size for at, wait, size in program.gathers if place[at] < place[start] < place[wait]]
+        assert sum(others) <= limit or place[end] == place[start] + 1  # it is needed now
