@@ -15,7 +15,7 @@ from cpcompile import _torch
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.compile.overlap import overlapped
-from cpcompile.compile.saved_results import is_recomputed, tag_saved_results, tags_of
+from cpcompile.compile.saved_results import is_recomputed, keep_attention, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import NoRule, where
 from cpcompile.ir.parameter_shard import ParameterShard
@@ -120,6 +120,8 @@ def compile_inner(
         # Values are those of the whole model; what runs here is local.
         if node.op != "placeholder":
             node.meta.pop("val", None)
+    if not config.recompute_attention:
+        keep_attention(graph.graph)
     tags = tags_of(graph.graph)
     if config.inner == "eager" and is_recomputed(graph.graph):
         warn_of_kept_results()

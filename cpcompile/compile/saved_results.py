@@ -13,7 +13,19 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.choose.attention_sites import REWRITTEN
-from cpcompile.ir.checkpoint_answers import answers_of, strongest
+from cpcompile.ir.checkpoint_answers import answers_of, set_answers, strongest
+
+
+def keep_attention(graph: fx.Graph) -> None:
+    """Have the results of each attention inside an activation checkpoint saved, unless a policy says that they must not be.
+
+    They take as much memory as the input of a layer; to compute them again takes a third of the time of attention or more.
+    """
+    for node in graph.nodes:
+        is_recomputed = node.meta.get("recompute") is CheckpointPolicy.PREFER_RECOMPUTE
+        answers = answers_of(node)
+        if node.target in REWRITTEN and is_recomputed and CheckpointPolicy.MUST_RECOMPUTE not in answers.values():
+            set_answers(node, [*answers.items(), (node.target, CheckpointPolicy.MUST_SAVE)])
 
 
 def tag_saved_results(graph: fx.Graph) -> int:

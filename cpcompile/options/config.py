@@ -53,6 +53,9 @@ class Config:
         prefetch: how many modules that `fully_shard` wrapped are gathered before they are used, beside computation, and have
             the sums of their gradients under way at once. Each holds its whole parameters; 0 gathers them where they are used.
             Only with `inductor`.
+        recompute_attention: attention inside activation checkpoints runs again in backward, as without cpcompile (True), or its
+            results are kept, which take as much memory as the input of a layer (False). A selective checkpoint whose policy
+            says MUST_RECOMPUTE of attention is followed.
         mode: the mode of `torch.compile` for Inductor, `max-autotune-no-cudagraphs` for example; '' is its default.
         inner_options: options of Inductor (those of `torch.compile`), such as `{"shape_padding": True}`; they go before those of
             the mode.
@@ -90,6 +93,7 @@ class Config:
     transport: str = "auto"
     inner: str = "inductor"
     prefetch: int = 1
+    recompute_attention: bool = False
     mode: str = ""
     inner_options: Mapping[str, Any] = field(default_factory=dict)
     outputs: str = "local"

@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 # For models of one or two layers this cache of torch costs a quarter of the time of a capture, and saves nothing.
 torch._dynamo.config.fake_tensor_cache_enabled = False
@@ -100,10 +101,14 @@ def _serve(rank: int, store: str, jobs: Connection) -> None:
 
 
 def _forget_groups(kept: Collection[Any], ranks: Any) -> None:
-    """Destroy the groups that a job made, when all its ranks are done: each costs threads that wake up all the time."""
+    """Destroy the groups that a job made, when all its ranks are done: each costs threads that wake up all the time.
+
+    DTensor's cache gives what it makes the mesh of an equal, earlier call, whose groups are gone then.
+    """
     dist.barrier(ranks)
     for group in [group for group in distributed_c10d._world.pg_map if group not in kept]:
         dist.destroy_process_group(group)
+    _clear_sharding_prop_cache()
 
 
 class Pool:

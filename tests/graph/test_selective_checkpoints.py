@@ -91,12 +91,12 @@ POLICIES: dict[str, ContextFn | None] = {
 }
 # What backward computes again: attention, products with a bias and without, batched products, sines.
 AGAIN = {
-    "none": (1, 1, 1, 1, 1),
-    "products": (1, 0, 0, 1, 1),
+    "none": (0, 1, 1, 1, 1),
+    "products": (0, 0, 0, 1, 1),
     "every second product": (0, 0, 1, 1, 1),
     "everything": (0, 0, 0, 0, 0),
     "nothing": (1, 1, 1, 1, 1),
-    "batched products": (1, 1, 1, 0, 1),
+    "batched products": (0, 1, 1, 0, 1),
 }
 
 
