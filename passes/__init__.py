@@ -4,6 +4,7 @@ if __name__ != "cpcompile.passes":
     raise ImportError("import this package as cpcompile.passes")
 
 from cpcompile.passes.choose_strategies import choose_strategies
+from cpcompile.passes.chunk_losses import chunk_losses
 from cpcompile.passes.cut_hidden_rows import cut_hidden_rows
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.find_token_local import find_token_local
@@ -51,16 +52,21 @@ SHARDING = (
 # What FSDP shards, for models that `fully_shard` wrapped, and where gradients are added up.
 PARAMETERS = (unshard_parameters, sum_gradients)
 
+# What saves memory and changes no result.
+MEMORY = (chunk_losses,)
+
 # All of them in order. `separate_documents` runs for packed documents that a model does not keep apart, `choose_strategies` marks
 # what `cpcompile.choose` decided in between.
-PIPELINE = (*ANALYSIS, separate_documents, choose_strategies, *SHARDING, *PARAMETERS)
+PIPELINE = (*ANALYSIS, separate_documents, choose_strategies, *SHARDING, *MEMORY, *PARAMETERS)
 
 __all__ = [
     "ANALYSIS",
+    "MEMORY",
     "PARAMETERS",
     "PIPELINE",
     "SHARDING",
     "choose_strategies",
+    "chunk_losses",
     "cut_hidden_rows",
     "find_attention",
     "find_token_local",

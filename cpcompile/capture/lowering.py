@@ -15,6 +15,7 @@ from cpcompile.capture.block_masks import unread_nodes
 from cpcompile.capture.checkpoint_policies import ask_policies
 from cpcompile.capture.faults import faults_of
 from cpcompile.errors import TORCH, CPError, GraphBreakError, where
+from cpcompile.ir.annotation import annotate
 
 OWN_REMEDY = (
     "Write it with operators that torch differentiates, or make it a custom operator "
@@ -64,8 +65,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
             f"{where(error.node)}\n\nWrite this with operators on whole tensors."
         ) from None
     ask_policies(traced, policies, mode, inputs)
-    for new, old in zip(placeholders(traced), placeholders(gm), strict=True):
+    for new, old, given in zip(placeholders(traced), placeholders(gm), example_inputs, strict=True):
         new.name = old.name
+        annotate(new, takes_gradient=isinstance(given, torch.Tensor) and given.requires_grad)
         new.meta.update({key: old.meta[key] for key in _KEPT_INPUT_META if key in old.meta})
     refuse_untraced_tensors(traced)
     # Flex attention holds the functions of its scores as graphs inside the graph.

@@ -89,6 +89,13 @@ def refuse_collectives(gm: fx.GraphModule, axis: Axis) -> None:
                 )
 
 
+def compile_chunks(gm: fx.GraphModule) -> None:
+    """Have Inductor compile what is done with each chunk of logits as well."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.chunked_loss.default):
+        node.args = (*node.args[:-1], True)
+    gm.recompile()
+
+
 @functools.cache
 def warn_of_kept_results() -> None:
     """Say, once, that a compiler does not do what was asked for."""
@@ -127,6 +134,8 @@ def compile_inner(
         warn_of_kept_results()
     joint_pass = _torch.JointPass(tag_saved_results, tags) if tags else None
     options = config.inductor_options
+    if config.inner == "inductor":
+        compile_chunks(graph)
     if bytes_ahead and config.inner == "inductor":
         groups = frozenset(shard.group for shard in shards)
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options

@@ -36,12 +36,16 @@ from cpcompile.passes import (
     ANALYSIS,
     SHARDING,
     choose_strategies,
+    chunk_losses,
     find_attention,
     separate_documents,
     unshard_parameters,
 )
 
 cp = torch.ops.cpcompile
+
+LOSS_CHUNK = 2048  # tokens: enough for products at full speed
+MANY_CLASSES = 4096  # from here on logits take more memory than the hidden states they come from, as a rule
 
 # Why an attention cannot be computed from a latent.
 NO_LATENT = {
@@ -147,6 +151,8 @@ def transform(
         choice = choose(sites, config.strategy, config.balancer, ranks, follow=False)
         captured, plan = copy.deepcopy(analysed), replace(plan, layout=choice.layout)
         shard_graph(captured, choice, plan, changes, times)
+    if config.loss_chunk != 0:
+        run_pass(captured, chunk_losses, changes, times, **chunks_of(config))
     if shards:
         run_pass(captured, unshard_parameters, changes, times, shards=shards)
     captured.graph.eliminate_dead_code()
@@ -171,6 +177,16 @@ def shard_graph(
     run_pass(gm, choose_strategies, changes, times, strategies=choice.strategies, kernel=plan.kernel)
     for sharding in SHARDING:
         run_pass(gm, sharding, changes, times, plan=plan)
+
+
+def chunks_of(config: Config) -> dict[str, Any]:
+    """Return how losses are computed in chunks."""
+    returns_deferred = config.logits == "auto" and config.outputs == "local" and torch.is_grad_enabled()
+    return {
+        "chunk": config.loss_chunk or LOSS_CHUNK,
+        "least_classes": 2 if config.loss_chunk else MANY_CLASSES,
+        "may_return_logits": returns_deferred,
+    }
 
 
 def run_pass(

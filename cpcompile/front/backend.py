@@ -15,10 +15,12 @@ from torch import fx
 from cpcompile import _torch
 from cpcompile._torch import fsdp
 from cpcompile.capture.lowering import FSDP_REMEDY, break_text
+from cpcompile.compile.deferred_outputs import defer_outputs
 from cpcompile.compile.inner import compile_inner, transform_dynamo_graph
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import TORCH, ConfigError, GraphBreakError, InputError
 from cpcompile.front.call_agreement import CallAgreement
+from cpcompile.front.deferred_logits import DeferredLogits
 from cpcompile.front.gradient_sums import GradientSync
 from cpcompile.front.graph_inputs import GraphInputs
 from cpcompile.front.graph_text import GraphText
@@ -151,6 +153,7 @@ class Compiled:
             self._summed.clear()
         self._sync, self._site = sync, sync.site()
         local = local_inputs(example_inputs, self._entries)
+        self._deferred = [DeferredLogits(each, self._summed, sync) for each in defer_outputs(self.transformed.graph)]
         ahead = config.prefetch * sharded.largest_unit if sharded is not None else 0
         self._run = compile_inner(
             self.transformed, local, config, self._summed, self._site.number, shards=shards.values(), bytes_ahead=ahead
@@ -160,12 +163,17 @@ class Compiled:
         told = self._inputs.read(inputs) if self._inputs is not None else None
         self._agreement.before_running(self._text, self._drawing, told)
         given = self._with_local_rows(inputs)
+        own = list(given) if self._deferred else given
         if self._summed and torch.is_grad_enabled():
             keys = [inputs[i] for i in self._summed]
             of_graph = self._sync(self._site, [given[i] for i in self._summed], keys)
             for i, tensor in zip(self._summed, of_graph, strict=True):
                 given[i] = tensor
         results = self._run(*given)
+        if self._deferred:
+            results = list(results)
+            for deferred in self._deferred:
+                results[deferred.position] = deferred.of(results[deferred.position], own, inputs)
         self._last.lengths, self._last.outputs = self._reader.lengths(inputs), self._reader.outputs
         self._last.bounds.clear()  # of an earlier call: each is as long as its sequence, and no two need be of one length
         if not self._num_bounds:

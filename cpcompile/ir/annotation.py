@@ -26,6 +26,7 @@ class Annotation:
         is_of_layout: these are the bounds of the documents that the layout follows.
         is_table: its rows are read by positions in documents, so that every rank needs them all.
         is_filled: the mask of this attention replaces scores in the model, in place of being added.
+        takes_gradient: a gradient may reach this input.
         is_local: the recorded value is what one rank holds; elsewhere it is the whole.
     """
 
@@ -38,6 +39,7 @@ class Annotation:
     is_of_layout: bool = False
     is_table: bool = False
     is_filled: bool = False
+    takes_gradient: bool = False
     is_local: bool = False
 
 

@@ -23,6 +23,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "transport": TRANSPORTS,
     "inner": INNER_COMPILERS,
     "outputs": ("local", "full"),
+    "logits": ("auto", "keep"),
     "grad_sync": ("sum", "mean", "none"),
     "check_inputs": ("always", "first", "never"),
 }
@@ -56,6 +57,10 @@ class Config:
         recompute_attention: attention inside activation checkpoints runs again in backward, as without cpcompile (True), or its
             results are kept, which take as much memory as the input of a layer (False). A selective checkpoint whose policy
             says MUST_RECOMPUTE of attention is followed.
+        loss_chunk: how many tokens' logits are in memory at once where only a loss reads them: the head, the loss and the
+            gradients are computed for some tokens after the other. None: 2048 for heads of at least 4096 classes; 0: all.
+        logits: what becomes of logits that a model returns beside such a loss, in training: `auto` makes them when they are read,
+            `keep` always, and then the loss is not computed in chunks.
         mode: the mode of `torch.compile` for Inductor, `max-autotune-no-cudagraphs` for example; '' is its default.
         inner_options: options of Inductor (those of `torch.compile`), such as `{"shape_padding": True}`; they go before those of
             the mode.
@@ -94,6 +99,8 @@ class Config:
     inner: str = "inductor"
     prefetch: int = 1
     recompute_attention: bool = False
+    loss_chunk: int | None = None
+    logits: str = "auto"
     mode: str = ""
     inner_options: Mapping[str, Any] = field(default_factory=dict)
     outputs: str = "local"
@@ -120,6 +127,10 @@ class Config:
         if self.heads_per_message < 0:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
+            )
+        if self.loss_chunk is not None and self.loss_chunk < 0:
+            raise ConfigError(
+                f"loss_chunk={self.loss_chunk} is not a number of tokens: 0 computes the loss of all at once."
             )
         if self.prefetch < 0:
             raise ConfigError(

@@ -1,0 +1,299 @@
+"""Token rows: the operators that compute each token's row of a value from that token's rows alone, found from one value on.
+
+A value holds rows if its leading dims are those of the tokens, in one order, and `inner` dims behind them are what each token
+has. Here all of them are written again with one dim in the place of the leading ones, so that they run for some tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.ir.operator_call import Call, is_tensor, value_of
+
+aten = torch.ops.aten
+
+_SAME = {
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.where.self,
+}
+_VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
+# Operators on one of the inner dims, by the name of the argument that says which.
+_ALONG = {
+    aten.log_softmax.int: "dim",
+    aten.softmax.int: "dim",
+    aten._log_softmax.default: "dim",
+    aten._softmax.default: "dim",
+    aten.slice.Tensor: "dim",
+    aten.gather.default: "dim",
+    aten.unsqueeze.default: "dim",
+    aten.squeeze.dim: "dim",
+    aten.select.int: "dim",
+    aten.logsumexp.default: "dim",
+    aten.sum.dim_IntList: "dim",
+    aten.mean.dim: "dim",
+    aten.amax.default: "dim",
+    aten.argmax.default: "dim",
+}
+_LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default}
+_NONE, _SUM = 0, 2  # at::Reduction
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How a value holds rows.
+
+    Attributes:
+        lead: the sizes of the dims of the tokens.
+        inner: of those behind them.
+    """
+
+    lead: tuple[Any, ...]
+    inner: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class RowRegion:
+    """What is computed of the rows of one value.
+
+    Attributes:
+        source: the value.
+        rows: how it and each node hold rows; None for a sum over all tokens.
+        graph: all of them for some tokens.
+        made: what stands there for each.
+        given_rows, given_others: what stands there for values from elsewhere, of each token and of all.
+        num_lead: how many dims of the former are those of the tokens.
+    """
+
+    source: fx.Node
+    rows: dict[fx.Node, Rows | None]
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    made: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    given_rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    given_others: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    num_lead: dict[fx.Node, int] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The nodes, in order, without the value itself."""
+        return [node for node in self.rows if node is not self.source]
+
+    def body(self, results: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
+        """Return a function of the value's rows, of given rows and of given others to `results`, and which are given."""
+        needed, stack = set[fx.Node](), [self.made[node] for node in results]
+        while stack:
+            node = stack.pop()
+            needed.add(node)
+            stack += [x for x in node.all_input_nodes if x not in needed]
+        rows = [x for x, made in self.given_rows.items() if made in needed]
+        others = [x for x, made in self.given_others.items() if made in needed]
+        inputs = [self.made[self.source], *[self.given_rows[x] for x in rows], *[self.given_others[x] for x in others]]
+        graph = fx.Graph()
+        copies = {node: graph.placeholder(f"x{i}") for i, node in enumerate(inputs)}
+        for node in self.graph.nodes:
+            if node in needed and node not in copies:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[self.made[node]] for node in results))
+        return fx.GraphModule({}, graph), rows, others
+
+
+class NotByRowsError(Exception):
+    """An operator that does not compute rows from rows, as far as is known."""
+
+
+def region_of(source: fx.Node, is_constant: Callable[[fx.Node], bool]) -> RowRegion:
+    """Return all that is computed of the rows of `source`, `[..., inner]`, up to sums over the tokens.
+
+    Args:
+        source: its last dim is the inner one.
+        is_constant: whether a value from elsewhere needs no gradient; operators on others are left out.
+    """
+    return _Writer(source, is_constant).written()
+
+
+class _Writer:
+    """Writes the graph for some tokens, operator by operator."""
+
+    def __init__(self, source: fx.Node, is_constant: Callable[[fx.Node], bool]) -> None:
+        shape = tuple(value_of(source).shape)
+        self.region = RowRegion(source, {source: Rows(shape[:-1], static(shape[-1:]))})
+        self.is_constant = is_constant
+        self.rows, self.graph, self.made = self.region.rows, self.region.graph, self.region.made
+        self.made[source] = self.graph.placeholder("value")
+
+    def written(self) -> RowRegion:
+        for node in self.region.source.graph.nodes:
+            if node.op != "call_function" or not is_tensor(node) or not any(map(self.rows.get, node.all_input_nodes)):
+                continue
+            with contextlib.suppress(NotByRowsError):
+                self.rows[node] = self._write(Call.of(node))
+        return self.region
+
+    def _write(self, call: Call) -> Rows | None:
+        target = call.target
+        if target in _VIEWS:
+            return self._view(call)
+        if target in _ALONG:
+            return self._along(call)
+        if target in _LOSSES:
+            return self._loss(call)
+        if target is aten.sum.default:
+            self._emit(call, {"self": self._inside(call["self"])})
+            return None
+        is_pointwise = torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
+        if (is_pointwise or target in _SAME) and not target._schema.is_mutable:
+            return self._pointwise(call)
+        raise NotByRowsError
+
+    def _emit(self, call: Call, changes: dict[str, Any]) -> None:
+        args, kwargs = call.rebound(changes)
+        self.made[call.node] = self.graph.call_function(call.target, args, kwargs)
+
+    def _inside(self, node: Any) -> fx.Node:
+        """Return what stands for the rows of a node."""
+        if not isinstance(node, fx.Node) or self.rows.get(node) is None:
+            raise NotByRowsError
+        return self.made[node]
+
+    def _of(self, node: fx.Node) -> Rows:
+        rows = self.rows.get(node)
+        if rows is None:
+            raise NotByRowsError
+        return rows
+
+    def _given(self, node: fx.Node, num_lead: int = 0) -> fx.Node:
+        """Return what stands for a value from elsewhere, the first dims of which may be those of the tokens."""
+        if (
+            node in self.rows
+            or not self.is_constant(node)
+            or self.region.num_lead.setdefault(node, num_lead) != num_lead
+        ):
+            raise NotByRowsError
+        given = self.region.given_rows if num_lead else self.region.given_others
+        if node not in given:
+            given[node] = self.graph.placeholder("given")
+        return given[node]
+
+    def _operand(self, node: fx.Node, lead: tuple[Any, ...], num_inner: int) -> tuple[fx.Node, int]:
+        """Return what stands for an operand that is broadcast to rows, and how many inner dims it has."""
+        if node in self.rows:
+            of = self._of(node)
+            if not same(of.lead, lead):
+                raise NotByRowsError
+            return self.made[node], len(of.inner)
+        shape = tuple(value_of(node).shape)
+        if len(shape) <= num_inner:
+            return self._given(node), len(shape)
+        before, inner = shape[: len(shape) - num_inner], static(shape[len(shape) - num_inner :])
+        if same(before, lead):
+            return self._given(node, len(lead)), num_inner
+        if all(size == 1 for size in static(before)):
+            made = self._given(node)
+            return self.graph.call_function(aten.reshape.default, (made, list(inner))), num_inner
+        raise NotByRowsError
+
+    def _pointwise(self, call: Call) -> Rows:
+        known = [self._of(x) for _, x in call.operands() if x in self.rows]
+        shape = tuple(call.result.shape)
+        lead = known[0].lead
+        num_inner = len(shape) - len(lead)
+        if num_inner < 0 or not same(shape[: len(lead)], lead):
+            raise NotByRowsError
+        changes = {}
+        for name, node in call.operands():
+            made, has = self._operand(node, lead, num_inner)
+            if node in self.rows and has != num_inner:
+                raise NotByRowsError  # its tokens would meet another dim
+            changes[name] = made
+        self._emit(call, changes)
+        return Rows(lead, static(shape[len(lead) :]))
+
+    def _view(self, call: Call) -> Rows:
+        of, shape = self._of(call["self"]), tuple(call.result.shape)
+        size, num_inner = math.prod(of.inner), 0
+        while of.inner and math.prod(static(shape[len(shape) - num_inner :])) != size:
+            num_inner += 1
+            if num_inner > len(shape):
+                raise NotByRowsError
+        inner = static(shape[len(shape) - num_inner :])
+        made = self._inside(call["self"])
+        self.made[call.node] = self.graph.call_function(aten.reshape.default, (made, [-1, *inner]))
+        return Rows(shape[: len(shape) - num_inner], inner)
+
+    def _along(self, call: Call) -> Rows:
+        of, result = self._of(call["self"]), tuple(call.result.shape)
+        if call.target is aten.slice.Tensor and takes_all(
+            call
+        ):  # of the tokens of a rank: the lengths are those of the whole
+            self.made[call.node] = self._inside(call["self"])
+            return Rows(result[: len(of.lead)], of.inner)
+        rank = len(of.lead) + len(of.inner) + (call.target is aten.unsqueeze.default)
+        dims = call["dim"] if isinstance(call["dim"], list | tuple) else [call["dim"]]
+        if not dims or None in dims or min(int(d) % rank for d in dims) < len(of.lead):
+            raise NotByRowsError
+        moved = [int(d) % rank - len(of.lead) + 1 for d in dims]
+        changes: dict[str, Any] = {"self": self._inside(call["self"])}
+        changes["dim"] = moved if isinstance(call["dim"], list | tuple) else moved[0]
+        for name, node in call.operands():
+            if name != "self":  # the index of a gather
+                changes[name], has = self._operand(node, of.lead, len(of.inner))
+                if has != len(of.inner):
+                    raise NotByRowsError
+        self._emit(call, changes)
+        return Rows(of.lead, static(result[len(of.lead) :]))
+
+    def _loss(self, call: Call) -> Rows | None:
+        of = self._of(call["self"])
+        if len(of.lead) != 1 or len(of.inner) != 1 or call["reduction"] not in (_NONE, _SUM):
+            raise NotByRowsError
+        rank = len(call.shape("target")) - 1
+        target, _ = self._operand(call["target"], of.lead, rank)
+        changes = {"self": self._inside(call["self"]), "target": target}
+        if call["weight"] is not None:
+            changes["weight"] = self._given(call["weight"])
+        self._emit(call, changes)
+        return Rows(of.lead, ()) if call["reduction"] == _NONE else None
+
+
+def takes_all(call: Call) -> bool:
+    """Tell whether a slice is the whole operand."""
+    return call["start"] in (None, 0) and call["end"] in (None, sys.maxsize) and call["step"] == 1
+
+
+def static(sizes: Sequence[Any]) -> tuple[int, ...]:
+    """Return sizes that are numbers.
+
+    Raises:
+        NotByRowsError: one is not.
+    """
+    if not all(isinstance(size, int) for size in sizes):
+        raise NotByRowsError
+    return tuple(sizes)
+
+
+def same(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Tell whether sizes are known to be equal."""
+    return len(sizes) == len(others) and all(map(_is_same, sizes, others))
+
+
+def _is_same(size: Any, other: Any) -> bool:
+    if isinstance(size, torch.SymInt) and isinstance(other, torch.SymInt):
+        return bool(size.node.expr == other.node.expr)
+    return isinstance(size, int) and isinstance(other, int) and size == other

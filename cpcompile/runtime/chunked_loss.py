@@ -1,0 +1,329 @@
+"""Chunked loss: a head and what is computed of its logits, a chunk of tokens at a time, so that few logits are in memory.
+
+A chunk's logits, losses and gradients are computed at once, where a loss is one sum: logits are needed by their own gradient
+only, and that is what a sum over tokens needs of them (Hsu et al., Liger Kernel, 2024; Wijmans et al., Cut Your Losses, 2024).
+Other results need the gradient that arrives in backward, where the logits of each chunk are computed again.
+
+Gradients of weights are added up over chunks in float32 at least.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cpcompile import _torch
+
+Tensor = torch.Tensor
+
+_LIBRARY = torch.library.Library("cpcompile", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "chunked_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor[] rows, Tensor[] others, str body, int chunk, "
+    "bool compiled) -> Tensor[]"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A result of a body.
+
+    Attributes:
+        inner: its shape behind the dim of the tokens; None for a sum over them.
+        dtype: of the result.
+    """
+
+    inner: tuple[int, ...] | None
+    dtype: torch.dtype
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether it can be differentiated."""
+        return self.dtype.is_floating_point
+
+
+@dataclass(slots=True)
+class Body:
+    """What is computed of the logits of some tokens.
+
+    Attributes:
+        function: from logits `[T, classes]`, tensors of `[T, ...]` and others to the results.
+        results: what it returns.
+    """
+
+    function: fx.GraphModule
+    results: tuple[Result, ...]
+    _step: Callable[..., Any] | None = field(default=None)
+
+    @property
+    def key(self) -> str:
+        """What the body is known by, alike on all ranks and in every process."""
+        text = f"{self.function.code}\n{[(r.inner, str(r.dtype)) for r in self.results]}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def is_one_sum(self) -> bool:
+        """Whether all that has a gradient is one sum over the tokens."""
+        sums = [r.inner is None for r in self.results if r.has_gradient]
+        return sums == [True]
+
+    def step(self, compiled: bool, arguments: Sequence[Any]) -> Callable[..., Any]:
+        """Return a function from logits, gradients of the results and the other operands to (results, gradient of the logits)."""
+        if not compiled:
+            return self.eager_step
+        if self._step is None:
+            traced = make_fx(lambda *each: self.eager_step(*each), tracing_mode="symbolic")(*arguments)
+            self._step = torch.compile(traced, dynamic=True)
+        return self._step
+
+    def eager_step(
+        self, logits: Tensor, grads: Sequence[Tensor], rows: Sequence[Tensor], others: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the results for a chunk, and the gradient of its logits."""
+        with _torch.recording_gradients():
+            logits = logits.detach().requires_grad_()
+            results = self.function(logits, *rows, *others)
+            smooth = [r for r, of in zip(results, self.results, strict=True) if of.has_gradient]
+            (grad,) = torch.autograd.grad(smooth, [logits], list(grads))
+        return [r.detach() for r in results], grad
+
+
+_BODIES: dict[str, Body] = {}
+
+
+def add_body(body: Body) -> str:
+    """Make a body known to the operators, and return its key."""
+    return _BODIES.setdefault(body.key, body).key
+
+
+def chunked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Sequence[Tensor],
+    others: Sequence[Tensor],
+    body: str,
+    chunk: int,
+    compiled: bool,
+) -> list[Tensor]:
+    """Return what a body computes of `hidden @ weight.T + bias`.
+
+    Args:
+        hidden: `[..., features]`.
+        weight, bias: of the head, `[classes, features]` and `[classes]`.
+        rows: tensors of one row a token, `[T, ...]`; no gradient reaches them.
+        others: what all tokens share, without gradients too.
+        body: the key of the body.
+        chunk: how many tokens at once.
+        compiled: whether Inductor compiles what is done with the logits.
+    """
+    operands = [hidden, weight, *([] if bias is None else [bias]), *rows, *others]
+    return list(_ChunkedLoss.apply(body, chunk, compiled, bias is not None, len(rows), *operands))  # type: ignore[no-untyped-call]
+
+
+# Composite: autograd and the compiler see the operators below.
+_LIBRARY.impl("chunked_loss", chunked_loss, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, key: str, chunk: int, compiled: bool, has_bias: bool, num_rows: int, *operands: Tensor
+    ) -> tuple[Tensor, ...]:
+        body, num_heads = _BODIES[key], 2 + has_bias
+        head, rows, others = operands[:num_heads], operands[num_heads:][:num_rows], operands[num_heads + num_rows :]
+        ctx.needs = list(ctx.needs_input_grad[5 : 5 + num_heads])
+        ctx.arguments = key, chunk, compiled
+        ctx.sizes = num_heads, num_rows
+        bias = head[2] if has_bias else None
+        ctx.is_done = body.is_one_sum and any(ctx.needs)
+        if ctx.is_done:
+            found = loss_and_gradients(
+                head[0], head[1], bias, [], list(rows), list(others), key, chunk, compiled, ctx.needs
+            )
+            results, grads = found[: len(body.results)], found[len(body.results) :]
+            ctx.save_for_backward(*grads)
+        else:
+            results = loss_chunks(head[0], head[1], bias, list(rows), list(others), key, chunk)
+            ctx.save_for_backward(*operands)
+        ctx.mark_non_differentiable(*[x for x, of in zip(results, body.results, strict=True) if not of.has_gradient])
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        key, chunk, compiled = ctx.arguments
+        body = _BODIES[key]
+        smooth = [g for g, of in zip(grads, body.results, strict=True) if of.has_gradient]
+        if ctx.is_done:
+            (scale,) = smooth
+            found = [(grad * scale).to(grad.dtype) for grad in ctx.saved_tensors]
+        else:
+            num_heads, num_rows = ctx.sizes
+            head, rest = ctx.saved_tensors[:num_heads], ctx.saved_tensors[num_heads:]
+            bias = head[2] if num_heads == 3 else None
+            rows, others = list(rest[:num_rows]), list(rest[num_rows:])
+            found = loss_and_gradients(head[0], head[1], bias, smooth, rows, others, key, chunk, compiled, ctx.needs)[
+                len(body.results) :
+            ]
+        given = iter(found)
+        of_head = [next(given) if needed else None for needed in ctx.needs]
+        return None, None, None, None, None, *of_head, *[None] * (len(ctx.needs_input_grad) - 5 - len(of_head))
+
+
+@torch.library.custom_op("cpcompile::loss_chunks", mutates_args=())
+def loss_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: list[Tensor],
+    others: list[Tensor],
+    body: str,
+    chunk: int,
+) -> list[Tensor]:
+    """Return the results of a body without gradients."""
+    of = _BODIES[body]
+    total = _Total(of, hidden)
+    for part, x, mine in _chunks(hidden, rows, chunk):
+        logits = torch.nn.functional.linear(x, weight, bias)
+        total.add(part, of.function(logits, *mine, *others))
+    return total.results
+
+
+@loss_chunks.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Any, rows: Any, others: Any, body: str, chunk: int) -> list[Tensor]:
+    return _empty_results(_BODIES[body], hidden)
+
+
+@torch.library.custom_op("cpcompile::loss_and_gradients", mutates_args=())
+def loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grads: list[Tensor],
+    rows: list[Tensor],
+    others: list[Tensor],
+    body: str,
+    chunk: int,
+    compiled: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Return the results of a body, and the gradients of those of hidden states, weight and bias that `needs` says.
+
+    Args:
+        grads: the gradients of the results that have one; none for one sum, whose gradient is 1.
+    """
+    of = _BODIES[body]
+    total = _Total(of, hidden)
+    sums = (
+        [torch.ones((), dtype=r.dtype, device=hidden.device) for r in of.results if r.has_gradient] if not grads else []
+    )
+    of_rows = [r.inner is not None for r in of.results if r.has_gradient]
+    given = sums or [
+        g.reshape(-1, *g.shape[hidden.dim() - 1 :]) if by else g for g, by in zip(grads, of_rows, strict=True)
+    ]
+    of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+    flat = of_hidden.view(-1, hidden.shape[-1]) if of_hidden is not None else None
+    of_weight = _WeightSum(weight) if needs[1] else None
+    of_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if bias is not None and needs[2] else None
+    for part, x, mine in _chunks(hidden, rows, chunk):
+        logits = torch.nn.functional.linear(x, weight, bias)
+        own = [g[part] if by else g for g, by in zip(given, of_rows, strict=True)]
+        arguments = (logits, own, mine, others)
+        results, grad = of.step(compiled, arguments)(*arguments)
+        del logits, arguments
+        total.add(part, results)
+        if flat is not None:
+            torch.mm(grad, weight, out=flat[part])
+        if of_weight is not None:
+            of_weight.add(grad, x)
+        if of_bias is not None:
+            of_bias += grad.sum(0, dtype=of_bias.dtype)
+    found = [of_hidden, of_weight.total.to(weight.dtype) if of_weight is not None else None]
+    found += [of_bias.to(bias.dtype) if of_bias is not None and bias is not None else None]
+    return [*total.results, *[x for x in found if x is not None]]
+
+
+@loss_and_gradients.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Any,
+    grads: Any,
+    rows: Any,
+    others: Any,
+    body: str,
+    chunk: int,
+    compiled: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    head = [x for x, needed in zip((hidden, weight, bias), needs, strict=False) if needed]
+    made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in head]
+    return [*_empty_results(_BODIES[body], hidden), *made]
+
+
+class _Total:
+    """The results of all chunks: sums are added up, in float32 at least, rows put in their places."""
+
+    def __init__(self, body: Body, hidden: Tensor) -> None:
+        self._body, self._lead = body, hidden.shape[:-1]
+        self._parts: list[list[Tensor]] = [[] for _ in body.results]
+
+    def add(self, part: slice, results: Sequence[Tensor]) -> None:
+        """Add those of a chunk."""
+        for parts, result in zip(self._parts, results, strict=True):
+            parts.append(result)
+
+    @property
+    def results(self) -> list[Tensor]:
+        """What the body would return for all tokens."""
+        found = []
+        for parts, of in zip(self._parts, self._body.results, strict=True):
+            if of.inner is None:
+                wide = torch.stack(parts)
+                found.append(wide.sum(dtype=_wide(of.dtype)).to(of.dtype))
+            else:
+                found.append(torch.cat(parts).reshape(*self._lead, *of.inner))
+        return found
+
+
+class _WeightSum:
+    """The gradient of a weight, added up over chunks."""
+
+    def __init__(self, weight: Tensor) -> None:
+        wide = _wide(weight.dtype)
+        self.total = torch.zeros_like(weight, dtype=wide, memory_format=torch.contiguous_format)
+        self._adds_wide = wide != weight.dtype and weight.is_cuda  # a product of GPUs, which adds in float32 itself
+
+    def add(self, grad: Tensor, x: Tensor) -> None:
+        """Add the product of a chunk."""
+        if self._adds_wide:
+            torch.ops.aten.addmm.dtype_out(self.total, grad.t(), x, self.total.dtype, out=self.total)
+        elif self.total.dtype == grad.dtype:
+            self.total.addmm_(grad.t(), x)
+        else:
+            self.total += grad.t() @ x
+
+
+def _chunks(hidden: Tensor, rows: Sequence[Tensor], chunk: int) -> Any:
+    """Yield (the slice of tokens, their hidden states, their rows) of chunks of about the same size."""
+    x = hidden.reshape(-1, hidden.shape[-1])
+    count = max(-(-x.shape[0] // chunk), 1)
+    size = max(-(-x.shape[0] // count), 1)
+    for start in range(0, max(x.shape[0], 1), size):
+        part = slice(start, start + size)
+        yield part, x[part], [row[part] for row in rows]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that many values of a dtype are added up in."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _empty_results(body: Body, hidden: Tensor) -> list[Tensor]:
+    lead = hidden.shape[:-1]
+    return [hidden.new_empty([] if r.inner is None else [*lead, *r.inner], dtype=r.dtype) for r in body.results]

@@ -1,0 +1,118 @@
+"""Losses in chunks of tokens on gloo ranks, and logits that are made when they are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+
+import cpcompile
+from cpcompile import ConfigError
+from cpcompile.front.deferred_tensor import DeferredTensor
+from tests.models import batch, error, errors, make
+
+EXACT = 1e-12  # float64
+FLOAT32 = 2e-5  # transformers models cast to float32 themselves: rounding, times the depth
+LENGTH = 29  # no number of ranks divides it
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+
+
+def new(rank: Any, is_sharded: bool = False, **options: Any) -> Any:
+    torch._dynamo.reset()
+    model, alone = make("llama"), make("llama")
+    if is_sharded:
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=rank.mesh())
+        fully_shard(model, mesh=rank.mesh())
+    cpcompile.apply(model, rank.mesh(), **{"inner": "aot_eager", "loss_chunk": 4} | options)
+    return model, alone
+
+
+def trained(rank: Any, inner: str, is_sharded: bool) -> dict[str, float]:
+    """Errors of two backward passes, of sequences of two lengths."""
+    model, alone = new(rank, is_sharded, inner=inner)
+    found: dict[str, float] = {}
+    for length in (LENGTH, LENGTH + 6):
+        ours, theirs = model(**batch(alone, length)), alone(**batch(alone, length))
+        assert isinstance(ours.logits, DeferredTensor)
+        for each in (ours, theirs):
+            each.loss.backward()
+        found[f"loss {length}"] = error(ours.loss.detach(), theirs.loss.detach())
+    return found | errors(gradients(model), gradients(alone))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "inner", "is_sharded"),
+    [
+        (1, "aot_eager", False),
+        (2, "inductor", True),
+        (3, "eager", False),
+        pytest.param(4, "inductor", False, marks=pytest.mark.slow),
+    ],
+)
+def test_trains_exactly(pool: Any, world_size: int, inner: str, is_sharded: bool) -> None:
+    for found in pool.run(world_size, trained, inner, is_sharded, timeout=250):
+        assert max(found.values()) < FLOAT32, found
+
+
+def read(rank: Any) -> dict[str, float]:
+    """Errors where logits are read: without gradients, with them in a second loss, and behind `no_sync`."""
+    model, alone = new(rank)
+    found: dict[str, float] = {}
+    for index in range(2):
+        ours, theirs = model(**batch(alone, LENGTH)), alone(**batch(alone, LENGTH))
+        logits = ours.logits
+        assert (
+            logits.requires_grad and logits.shape[-1] == theirs.logits.shape[-1] and logits.dtype == theirs.logits.dtype
+        )
+        halves = logits.float().detach()
+        assert isinstance(halves, DeferredTensor) and not halves.requires_grad
+        with torch.no_grad():
+            whole = cpcompile.unshard(logits, model)
+            found[f"logits {index}"] = error(whole, theirs.logits.detach())
+            found[f"cast {index}"] = error(cpcompile.unshard(halves, model), theirs.logits.detach().float())
+        again = cpcompile.cross_entropy(logits, batch(alone, LENGTH)["labels"], model, label_smoothing=0.3)
+        expected = cpcompile.cross_entropy(theirs.logits, batch(alone, LENGTH)["labels"], alone, label_smoothing=0.3)
+        found[f"second loss {index}"] = error(again.detach(), expected.detach())
+        with cpcompile.no_sync(model) if index == 0 else torch.enable_grad():
+            (ours.loss + 0.5 * again).backward()
+        (theirs.loss + 0.5 * expected).backward()
+    return found | errors(gradients(model), gradients(alone))
+
+
+def test_logits_that_are_read(pool: Any) -> None:
+    for found in pool.run(2, read):
+        assert max(found.values()) < FLOAT32, found
+
+
+def sharded_logits(rank: Any) -> str:
+    model, alone = new(rank, is_sharded=True, inner="eager")
+    out = model(**batch(alone, LENGTH))
+    try:
+        out.logits.sum()
+    except ConfigError as refused:
+        return str(refused)
+    return "nothing"
+
+
+def test_a_sharded_head_says_so(pool: Any) -> None:
+    for text in pool.run(2, sharded_logits):
+        assert "logits='keep' makes them in every step" in text
+
+
+def evaluated(rank: Any, is_sharded: bool) -> tuple[float, bool]:
+    model, alone = new(rank, is_sharded, inner="eager")
+    with torch.no_grad():
+        ours, theirs = model(**batch(alone, LENGTH)), alone(**batch(alone, LENGTH))
+        return error(cpcompile.unshard(ours.logits, model), theirs.logits), isinstance(ours.logits, DeferredTensor)
+
+
+def test_evaluation_returns_logits(pool: Any) -> None:
+    for worst, is_deferred in pool.run(2, evaluated, True):
+        assert worst < FLOAT32 and not is_deferred

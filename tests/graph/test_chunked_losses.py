@@ -1,0 +1,191 @@
+"""Losses in chunks of tokens: every spelling is exact, and what is no sum over rows stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cpcompile import ConfigError, verify
+from cpcompile.options.config import Config
+from tests.graph.small_models import VOCABULARY, TinyLM, batch, count, mean_loss, planned
+
+CHUNKED = torch.ops.cpcompile.chunked_loss.default
+WEIGHTS = torch.linspace(0.5, 2, VOCABULARY, dtype=torch.float64)
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def shifted_by_slice(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+
+def shifted_by_pad(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.view(-1, VOCABULARY), F.pad(y, (0, 1), value=-100)[..., 1:].reshape(-1))
+
+
+def cast(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.to(torch.float64).flatten(0, 1), y.flatten())
+
+
+def softcapped(z: Tensor, y: Tensor) -> Tensor:
+    return mean_loss(3.0 * torch.tanh(z / 3.0), y)
+
+
+def smoothed(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(0.7 * z.flatten(0, 1), y.flatten(), label_smoothing=0.1)
+
+
+def of_weighted_classes(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1), y.flatten(), weight=WEIGHTS)
+
+
+def with_z_loss(z: Tensor, y: Tensor) -> Tensor:
+    return mean_loss(z, y) + 1e-2 * z.logsumexp(-1).pow(2).mean()
+
+
+def of_weighted_tokens(z: Tensor, y: Tensor) -> Tensor:
+    each = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+    importance = 1 + (y % 3).to(z.dtype)
+    return (each * importance).sum() / importance.sum()
+
+
+def by_log_softmax(z: Tensor, y: Tensor) -> Tensor:
+    picked = F.log_softmax(z, dim=-1).gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -(picked * (y != -100)).sum() / (y != -100).sum()
+
+
+def by_nll(z: Tensor, y: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(z, -1).flatten(0, 1), y.flatten(), ignore_index=-100)
+
+
+def by_num_items(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum") / 37
+
+
+def entropy_too(z: Tensor, y: Tensor) -> Tensor:
+    entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+    return mean_loss(z, y) - 0.1 * entropy.mean()
+
+
+def focal(z: Tensor, y: Tensor) -> Tensor:
+    each = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")
+    return ((1 - torch.exp(-each)) ** 2 * each).sum()
+
+
+LOSSES: list[Loss] = [
+    mean_loss,
+    shifted_by_slice,
+    shifted_by_pad,
+    cast,
+    softcapped,
+    smoothed,
+    of_weighted_classes,
+    with_z_loss,
+    of_weighted_tokens,
+    by_log_softmax,
+    by_nll,
+    by_num_items,
+    entropy_too,
+    focal,
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+def test_every_spelling_is_exact(loss: Loss, world_size: int) -> None:
+    options: dict[str, Any] = {"loss_chunk": 3}
+    model, inputs = TinyLM(loss).double(), batch(11)
+    assert count(planned(model, inputs, world_size, **options).graph, CHUNKED) == 1
+    found = verify(model, inputs, world_size=world_size, dtype=torch.float64, **options)
+    assert found.tolerance < 1e-12
+    found.raise_if_wrong()
+
+
+class HeadOf(TinyLM):
+    """A head that is spelled or shared otherwise."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__(shifted_by_pad)
+        self.spelling = spelling
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        x = x + self.attend(x)
+        if self.spelling == "tied":
+            return F.linear(x, self.embedding.weight)
+        if self.spelling == "matmul":
+            return x @ self.embedding.weight.T
+        if self.spelling == "no bias":
+            return F.linear(x, self.head.weight)
+        if self.spelling == "two heads":
+            return self.head(x) + 0 * F.linear(x, self.embedding.weight)
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("spelling", "is_chunked"), [("tied", True), ("matmul", True), ("no bias", True), ("two heads", False)]
+)
+def test_heads(spelling: str, is_chunked: bool) -> None:
+    model = HeadOf(spelling).double()
+    assert count(planned(model, batch(11), loss_chunk=4).graph, CHUNKED) == is_chunked
+    verify(model, batch(11), world_size=2, dtype=torch.float64, loss_chunk=4).raise_if_wrong()
+
+
+class Both(TinyLM):
+    """Returns logits beside the loss, as transformers do; `made` of them."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        z = self.logits(input_ids)
+        return self.loss(z, labels), self.made(z)
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "is_chunked"),
+    [
+        (lambda z: z, {}, True),
+        (lambda z: 3 * torch.tanh(z / 3), {}, True),
+        (lambda z: z, {"logits": "keep"}, False),
+        (lambda z: z, {"outputs": "full"}, False),
+        (lambda z: z, {"loss_chunk": 0}, False),
+        (lambda z: z, {"loss_chunk": None}, False),  # too few classes
+        (lambda z: z.argmax(-1), {}, True),
+        (lambda z: z.cumsum(-1), {}, False),
+    ],
+    ids=["logits", "softcapped", "kept", "full", "off", "few", "argmax", "cumsum"],
+)
+def test_logits_that_are_returned(made: Any, options: dict[str, Any], is_chunked: bool) -> None:
+    model, options = Both(made).double(), {"loss_chunk": 4, **options}
+    assert count(planned(model, batch(11), **options).graph, CHUNKED) == is_chunked
+    verify(model, batch(11), world_size=2, dtype=torch.float64, **options).raise_if_wrong()
+
+
+class Tempered(TinyLM):
+    """Its logits are divided by a parameter, which gets a gradient of all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        return super().logits(input_ids) / self.temperature
+
+
+def test_a_gradient_that_a_chunk_does_not_give() -> None:
+    model = Tempered().double()
+    assert count(planned(model, batch(11), loss_chunk=4).graph, CHUNKED) == 0
+    verify(model, batch(11), world_size=2, dtype=torch.float64, loss_chunk=4).raise_if_wrong()
+
+
+def test_the_option_is_checked() -> None:
+    with pytest.raises(ConfigError, match="loss_chunk=-1 is not a number of tokens"):
+        Config(loss_chunk=-1)
+    with pytest.raises(ConfigError, match="logits='drop' is not an option"):
+        Config(logits="drop")
