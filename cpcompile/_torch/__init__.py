@@ -16,7 +16,7 @@ from cpcompile._torch.dynamo import (
     tracing_one_graph,
 )
 from cpcompile._torch.functorch import TransformError
-from cpcompile._torch.inductor import inner_compiler, known_options, option_fits, options_of_mode
+from cpcompile._torch.inductor import compile_by_rows, inner_compiler, known_options, option_fits, options_of_mode
 from cpcompile._torch.joint_graph import JointPass
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.overlap import OverlapPass
@@ -41,6 +41,7 @@ __all__ = [
     "TransformError",
     "assert_on_device",
     "break_frames",
+    "compile_by_rows",
     "dynamo_break_reason",
     "fake_inputs",
     "fake_static_input",

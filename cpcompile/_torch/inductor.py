@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from cpcompile._torch.joint_graph import JointPass, in_inductor
 
@@ -47,6 +51,34 @@ def inner_compiler(
             return compile_fx(gm, inputs)  # type: ignore[return-value]
 
     return compile_both
+
+
+def compile_by_rows(
+    function: Callable[..., Sequence[torch.Tensor]],
+    operands: Sequence[torch.Tensor],
+    by_row: Sequence[bool],
+    options: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """Return a function compiled by Inductor for any first size of the operands that `by_row` says, the same of all.
+
+    Args:
+        function: of tensors to tensors; it may write to operands.
+        operands: their values are not read.
+        by_row: of each operand.
+        options: of Inductor.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes: list[Any] = []
+    for i, (x, varies) in enumerate(zip(operands, by_row, strict=True)):
+        sizes = [DimDynamic.DUCK if varies and dim == 0 else DimDynamic.STATIC for dim in range(x.dim())]
+        real = torch.empty(tuple(map(int, x.shape)), dtype=x.dtype, device=x.device)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        fakes.append(mode.from_tensor(real, symbolic_context=context, source=ConstantSource(f"operand{i}")))
+    with mode:
+        traced = make_fx(lambda *each: function(*each))(*fakes)
+    with torch._inductor.config.patch(dict(options)):
+        compiled: Callable[..., Any] = torch._inductor.standalone_compile(traced, fakes)
+    return compiled
 
 
 def options_of_mode(mode: str) -> dict[str, Any]:

@@ -18,16 +18,19 @@ from cpcompile.compile.overlap import overlapped
 from cpcompile.compile.saved_results import is_recomputed, keep_attention, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import NoRule, where
+from cpcompile.ir.operator_call import Call
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 from cpcompile.passes import sum_gradients
+from cpcompile.runtime.chunked_loss import body_of
 
 INNER_REMEDY = (
     "The transformed program is right, but this compiler cannot compile it: inner='aot_eager' or 'eager' runs it without. "
     "Please report it with the error above; dynamic=False, which compiles each length by itself, may help as well."
 )
+FEW_TOKENS = 16  # what stands for any number of tokens while a chunk is compiled
 COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd")
 KEPT = (
     "inner='eager' computes nothing again in backward: activation checkpoints and reshard_after_forward change no result, but "
@@ -89,9 +92,15 @@ def refuse_collectives(gm: fx.GraphModule, axis: Axis) -> None:
                 )
 
 
-def compile_chunks(gm: fx.GraphModule) -> None:
-    """Have Inductor compile what is done with each chunk of logits as well."""
+def compile_chunks(gm: fx.GraphModule, options: Mapping[str, Any]) -> None:
+    """Have Inductor compile what is done with each chunk of logits as well. Values are still those of the whole model."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.chunked_loss.default):
+        call = Call.of(node)
+        hidden, weight = call.tensor("hidden"), call.tensor("weight")
+        logits = hidden.new_empty(FEW_TOKENS, weight.shape[0])
+        rows = [x.meta["val"].new_empty(FEW_TOKENS, *x.meta["val"].shape[1:]) for x in call["rows"]]
+        others = [x.meta["val"] for x in call["others"]]
+        body_of(call["body"]).compile(logits, rows, others, options)
         node.args = (*node.args[:-1], True)
     gm.recompile()
 
@@ -123,6 +132,9 @@ def compile_inner(
     (output,) = graph.graph.find_nodes(op="output")
     output.args = ((*output.args[0], *Lengths.bounds_of(graph)),)
     graph.recompile()
+    options = config.inductor_options
+    if config.inner == "inductor":
+        compile_chunks(graph, options)
     for node in graph.graph.nodes:
         # Values are those of the whole model; what runs here is local.
         if node.op != "placeholder":
@@ -133,9 +145,6 @@ def compile_inner(
     if config.inner == "eager" and is_recomputed(graph.graph):
         warn_of_kept_results()
     joint_pass = _torch.JointPass(tag_saved_results, tags) if tags else None
-    options = config.inductor_options
-    if config.inner == "inductor":
-        compile_chunks(graph)
     if bytes_ahead and config.inner == "inductor":
         groups = frozenset(shard.group for shard in shards)
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options

@@ -44,7 +44,7 @@ from cpcompile.passes import (
 
 cp = torch.ops.cpcompile
 
-LOSS_CHUNK = 2048  # tokens: enough for products at full speed
+LOSS_CHUNK = 4096  # tokens: enough for products at full speed
 MANY_CLASSES = 4096  # from here on logits take more memory than the hidden states they come from, as a rule
 
 # Why an attention cannot be computed from a latent.

@@ -58,7 +58,7 @@ class Config:
             results are kept, which take as much memory as the input of a layer (False). A selective checkpoint whose policy
             says MUST_RECOMPUTE of attention is followed.
         loss_chunk: how many tokens' logits are in memory at once where only a loss reads them: the head, the loss and the
-            gradients are computed for some tokens after the other. None: 2048 for heads of at least 4096 classes; 0: all.
+            gradients are computed for some tokens after the other. None: 4096 for heads of at least 4096 classes; 0: all.
         logits: what becomes of logits that a model returns beside such a loss, in training: `auto` makes them when they are read,
             `keep` always, and then the loss is not computed in chunks.
         mode: the mode of `torch.compile` for Inductor, `max-autotune-no-cudagraphs` for example; '' is its default.

@@ -10,13 +10,12 @@ Gradients of weights are added up over chunks in float32 at least.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from cpcompile import _torch
 
@@ -58,7 +57,7 @@ class Body:
 
     function: fx.GraphModule
     results: tuple[Result, ...]
-    _step: Callable[..., Any] | None = field(default=None)
+    _compiled: Callable[..., Any] | None = field(default=None)
 
     @property
     def key(self) -> str:
@@ -72,25 +71,51 @@ class Body:
         sums = [r.inner is None for r in self.results if r.has_gradient]
         return sums == [True]
 
-    def step(self, compiled: bool, arguments: Sequence[Any]) -> Callable[..., Any]:
-        """Return a function from logits, gradients of the results and the other operands to (results, gradient of the logits)."""
-        if not compiled:
-            return self.eager_step
-        if self._step is None:
-            traced = make_fx(lambda *each: self.eager_step(*each), tracing_mode="symbolic")(*arguments)
-            self._step = torch.compile(traced, dynamic=True)
-        return self._step
+    def compile(
+        self, logits: Tensor, rows: Sequence[Tensor], others: Sequence[Tensor], options: Mapping[str, Any]
+    ) -> None:
+        """Have Inductor compile `step` for any number of tokens, given operands of a few."""
+        if self._compiled is None:
+            smooth = [r for r in self.results if r.has_gradient]
+            shapes = [() if r.inner is None else (logits.shape[0], *r.inner) for r in smooth]
+            grads = [logits.new_zeros(shape, dtype=r.dtype) for shape, r in zip(shapes, smooth, strict=True)]
+            by_row = [True, *[r.inner is not None for r in smooth], *[True] * len(rows), *[False] * len(others)]
+            sizes = len(grads), len(rows)
+            self._compiled = _torch.compile_by_rows(
+                lambda z, *rest: self.eager_step(z, *split(rest, *sizes)),
+                [logits, *grads, *rows, *others],
+                by_row,
+                options,
+            )
+
+    def step(
+        self, compiled: bool, logits: Tensor, grads: Sequence[Tensor], rows: Sequence[Tensor], others: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the results for a chunk, and write the gradient of its logits in their place."""
+        if compiled and self._compiled is not None:
+            return list(self._compiled(logits, *grads, *rows, *others))
+        return self.eager_step(logits, grads, rows, others)
 
     def eager_step(
         self, logits: Tensor, grads: Sequence[Tensor], rows: Sequence[Tensor], others: Sequence[Tensor]
-    ) -> tuple[list[Tensor], Tensor]:
-        """Return the results for a chunk, and the gradient of its logits."""
+    ) -> list[Tensor]:
+        """Do what `step` does, not compiled."""
         with _torch.recording_gradients():
-            logits = logits.detach().requires_grad_()
-            results = self.function(logits, *rows, *others)
+            leaf = logits.detach().requires_grad_()
+            results = self.function(leaf, *rows, *others)
             smooth = [r for r, of in zip(results, self.results, strict=True) if of.has_gradient]
-            (grad,) = torch.autograd.grad(smooth, [logits], list(grads))
-        return [r.detach() for r in results], grad
+            (grad,) = torch.autograd.grad(smooth, [leaf], list(grads))
+        logits.copy_(grad)
+        return [r.detach() for r in results]
+
+
+def split(values: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
+    """Return parts of these sizes, and the rest."""
+    parts = []
+    for size in sizes:
+        parts.append(values[:size])
+        values = values[size:]
+    return [*parts, values]
 
 
 _BODIES: dict[str, Body] = {}
@@ -99,6 +124,11 @@ _BODIES: dict[str, Body] = {}
 def add_body(body: Body) -> str:
     """Make a body known to the operators, and return its key."""
     return _BODIES.setdefault(body.key, body).key
+
+
+def body_of(key: str) -> Body:
+    """Return the body that a key stands for."""
+    return _BODIES[key]
 
 
 def chunked_loss(
@@ -139,7 +169,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head, rows, others = operands[:num_heads], operands[num_heads:][:num_rows], operands[num_heads + num_rows :]
         ctx.needs = list(ctx.needs_input_grad[5 : 5 + num_heads])
         ctx.arguments = key, chunk, compiled
-        ctx.sizes = num_heads, num_rows
+        ctx.sizes, ctx.dtypes = (num_heads, num_rows), [x.dtype for x in head]
         bias = head[2] if has_bias else None
         ctx.is_done = body.is_one_sum and any(ctx.needs)
         if ctx.is_done:
@@ -161,7 +191,7 @@ class _ChunkedLoss(torch.autograd.Function):
         smooth = [g for g, of in zip(grads, body.results, strict=True) if of.has_gradient]
         if ctx.is_done:
             (scale,) = smooth
-            found = [(grad * scale).to(grad.dtype) for grad in ctx.saved_tensors]
+            found = [grad * scale for grad in ctx.saved_tensors]
         else:
             num_heads, num_rows = ctx.sizes
             head, rest = ctx.saved_tensors[:num_heads], ctx.saved_tensors[num_heads:]
@@ -171,7 +201,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 len(body.results) :
             ]
         given = iter(found)
-        of_head = [next(given) if needed else None for needed in ctx.needs]
+        of_head = [next(given).to(of) if needed else None for needed, of in zip(ctx.needs, ctx.dtypes, strict=True)]
         return None, None, None, None, None, *of_head, *[None] * (len(ctx.needs_input_grad) - 5 - len(of_head))
 
 
@@ -226,26 +256,22 @@ def loss_and_gradients(
     given = sums or [
         g.reshape(-1, *g.shape[hidden.dim() - 1 :]) if by else g for g, by in zip(grads, of_rows, strict=True)
     ]
-    of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-    flat = of_hidden.view(-1, hidden.shape[-1]) if of_hidden is not None else None
-    of_weight = _WeightSum(weight) if needs[1] else None
-    of_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if bias is not None and needs[2] else None
+    of_hidden, of_weight, *of_bias = _empty_gradients(hidden, weight, bias, needs)
+    is_first = True
     for part, x, mine in _chunks(hidden, rows, chunk):
         logits = torch.nn.functional.linear(x, weight, bias)
         own = [g[part] if by else g for g, by in zip(given, of_rows, strict=True)]
-        arguments = (logits, own, mine, others)
-        results, grad = of.step(compiled, arguments)(*arguments)
-        del logits, arguments
-        total.add(part, results)
-        if flat is not None:
-            torch.mm(grad, weight, out=flat[part])
+        total.add(part, of.step(compiled, logits, own, mine, others))
+        if of_hidden is not None:
+            _product(logits, weight, of_hidden.view(-1, hidden.shape[-1])[part])
         if of_weight is not None:
-            of_weight.add(grad, x)
-        if of_bias is not None:
-            of_bias += grad.sum(0, dtype=of_bias.dtype)
-    found = [of_hidden, of_weight.total.to(weight.dtype) if of_weight is not None else None]
-    found += [of_bias.to(bias.dtype) if of_bias is not None and bias is not None else None]
-    return [*total.results, *[x for x in found if x is not None]]
+            _product(logits.t(), x, of_weight, adds=not is_first)
+        for bias_grad in of_bias:
+            if bias_grad is not None:
+                bias_grad += logits.sum(0, dtype=bias_grad.dtype)
+        del logits
+        is_first = False
+    return [*total.results, *[x for x in (of_hidden, of_weight, *of_bias) if x is not None]]
 
 
 @loss_and_gradients.register_fake
@@ -261,9 +287,8 @@ def _(
     compiled: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    head = [x for x, needed in zip((hidden, weight, bias), needs, strict=False) if needed]
-    made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in head]
-    return [*_empty_results(_BODIES[body], hidden), *made]
+    made = _empty_gradients(hidden, weight, bias, needs)
+    return [*_empty_results(_BODIES[body], hidden), *[x for x in made if x is not None]]
 
 
 class _Total:
@@ -291,22 +316,25 @@ class _Total:
         return found
 
 
-class _WeightSum:
-    """The gradient of a weight, added up over chunks."""
+def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return memory for the gradients that are needed, in float32 at least; that of the bias is 0."""
+    made = [
+        torch.empty_like(x, dtype=_wide(x.dtype), memory_format=torch.contiguous_format) if needed else None
+        for x, needed in zip((hidden, weight), needs, strict=False)
+    ]
+    return made if bias is None else [*made, torch.zeros_like(bias, dtype=_wide(bias.dtype)) if needs[2] else None]
 
-    def __init__(self, weight: Tensor) -> None:
-        wide = _wide(weight.dtype)
-        self.total = torch.zeros_like(weight, dtype=wide, memory_format=torch.contiguous_format)
-        self._adds_wide = wide != weight.dtype and weight.is_cuda  # a product of GPUs, which adds in float32 itself
 
-    def add(self, grad: Tensor, x: Tensor) -> None:
-        """Add the product of a chunk."""
-        if self._adds_wide:
-            torch.ops.aten.addmm.dtype_out(self.total, grad.t(), x, self.total.dtype, out=self.total)
-        elif self.total.dtype == grad.dtype:
-            self.total.addmm_(grad.t(), x)
-        else:
-            self.total += grad.t() @ x
+def _product(a: Tensor, b: Tensor, out: Tensor, adds: bool = False) -> None:
+    """Write `a @ b` to `out`, or add it there; GPUs add products of 16-bit numbers to float32 ones themselves."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b) if adds else torch.mm(a, b, out=out)
+    elif not out.is_cuda:
+        out.add_(a @ b) if adds else out.copy_(a @ b)
+    elif adds:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
 def _chunks(hidden: Tensor, rows: Sequence[Tensor], chunk: int) -> Any:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 import cpcompile
 from cpcompile import ConfigError
 from cpcompile.front.deferred_tensor import DeferredTensor
+from cpcompile.runtime.chunked_loss import _BODIES
 from tests.models import batch, error, errors, make
 
 EXACT = 1e-12  # float64
@@ -36,6 +37,7 @@ def new(rank: Any, is_sharded: bool = False, **options: Any) -> Any:
 
 def trained(rank: Any, inner: str, is_sharded: bool) -> dict[str, float]:
     """Errors of two backward passes, of sequences of two lengths."""
+    _BODIES.clear()
     model, alone = new(rank, is_sharded, inner=inner)
     found: dict[str, float] = {}
     for length in (LENGTH, LENGTH + 6):
@@ -44,6 +46,8 @@ def trained(rank: Any, inner: str, is_sharded: bool) -> dict[str, float]:
         for each in (ours, theirs):
             each.loss.backward()
         found[f"loss {length}"] = error(ours.loss.detach(), theirs.loss.detach())
+    (body,) = _BODIES.values()
+    assert (body._compiled is not None) == (inner == "inductor")
     return found | errors(gradients(model), gradients(alone))
 
 
