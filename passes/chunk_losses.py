@@ -22,13 +22,12 @@ FEW = 1 / 64  # of the values of a token's logits may leave a chunk
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default)
 
 
-def chunk_losses(gm: fx.GraphModule, *, chunk: int, least_classes: int, may_return_logits: bool) -> int:
+def chunk_losses(gm: fx.GraphModule, *, chunk: int, may_return_logits: bool) -> int:
     """Return how many heads have their losses computed in chunks of `chunk` tokens.
 
     Args:
         gm: the graph of every rank.
         chunk: how many tokens.
-        least_classes: heads of fewer are left as they are.
         may_return_logits: whether logits that the model returns as well are made only when they are read (`defer_outputs`).
 
     Needs: reductions rewritten (`rewrite_reductions`), so that what is left are sums.
@@ -37,7 +36,7 @@ def chunk_losses(gm: fx.GraphModule, *, chunk: int, least_classes: int, may_retu
     count = 0
     for node in list(gm.graph.nodes):
         head = head_of(node)
-        if head is None or value_of(node).dim() < 2 or not is_large(value_of(node).shape[-1], least_classes):
+        if head is None or value_of(node).dim() < 2:
             continue
         try:
             region = region_of(node, needs_no_gradient)
@@ -47,11 +46,6 @@ def chunk_losses(gm: fx.GraphModule, *, chunk: int, least_classes: int, may_retu
         count += bool(results) and replace_by_chunks(region, head, results, chunk)
     gm.graph.eliminate_dead_code()
     return count
-
-
-def is_large(size: object, least: int) -> bool:
-    """Tell whether a number of classes is known and large enough."""
-    return isinstance(size, int) and size >= least
 
 
 def head_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:

@@ -29,6 +29,7 @@ from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
 from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.operator_call import is_tensor
 from cpcompile.ir.parameter_shard import ParameterShard
+from cpcompile.ir.placement import Sharded
 from cpcompile.ir.plan import Plan, sequences_of
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
@@ -43,9 +44,6 @@ from cpcompile.passes import (
 )
 
 cp = torch.ops.cpcompile
-
-LOSS_CHUNK = 4096  # tokens: enough for products at full speed
-MANY_CLASSES = 4096  # from here on logits take more memory than the hidden states they come from, as a rule
 
 # Why an attention cannot be computed from a latent.
 NO_LATENT = {
@@ -151,13 +149,16 @@ def transform(
         choice = choose(sites, config.strategy, config.balancer, ranks, follow=False)
         captured, plan = copy.deepcopy(analysed), replace(plan, layout=choice.layout)
         shard_graph(captured, choice, plan, changes, times)
-    if config.loss_chunk != 0:
-        run_pass(captured, chunk_losses, changes, times, **chunks_of(config))
+    if config.loss_chunk:
+        may_defer = config.logits == "auto" and config.outputs == "local" and torch.is_grad_enabled()
+        run_pass(captured, chunk_losses, changes, times, chunk=config.loss_chunk, may_return_logits=may_defer)
     if shards:
         run_pass(captured, unshard_parameters, changes, times, shards=shards)
     captured.graph.eliminate_dead_code()
     captured.recompile()
     warn_of_rows(captured, config.strategy)
+    if not config.strict:
+        warn_of_whole_attentions(captured)
     if config.kernel != "auto":
         refuse_unable_kernel(rewritten_attentions(captured), config.kernel)
     check_legal(captured, config.strict)
@@ -177,16 +178,6 @@ def shard_graph(
     run_pass(gm, choose_strategies, changes, times, strategies=choice.strategies, kernel=plan.kernel)
     for sharding in SHARDING:
         run_pass(gm, sharding, changes, times, plan=plan)
-
-
-def chunks_of(config: Config) -> dict[str, Any]:
-    """Return how losses are computed in chunks."""
-    returns_deferred = config.logits == "auto" and config.outputs == "local" and torch.is_grad_enabled()
-    return {
-        "chunk": config.loss_chunk or LOSS_CHUNK,
-        "least_classes": 2 if config.loss_chunk else MANY_CLASSES,
-        "may_return_logits": returns_deferred,
-    }
 
 
 def run_pass(
@@ -225,6 +216,22 @@ def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
     gathers = gm.graph.find_nodes(op="call_function", target=cp.gather_attention.default)
     others = [node for node in gathers if annotation(node).strategy == asked != "gather"]
     warn_of_gathers(others, asked, "each rank computes the rows of its mask for its own queries only")
+
+
+def warn_of_whole_attentions(gm: fx.GraphModule) -> None:
+    """Say, once, which attentions every rank computes whole: `strict=False` allows it, and nothing is gained by the ranks."""
+    whole = [
+        node
+        for node in gm.graph.find_nodes(op="call_function", target=cp.attention.default)
+        if not isinstance(annotation(node).placement, Sharded)
+    ]
+    if whole:
+        lines = "\n".join(where(node) for node in whole)
+        warnings.warn(
+            f"{len(whole)} attention(s) run whole on every rank, since what they read is not sharded along its tokens "
+            f"(strict=False allows it).\n{lines}",
+            stacklevel=3,
+        )
 
 
 def warn_of_gathers(nodes: list[fx.Node], asked: str, reason: str) -> None:

@@ -58,7 +58,7 @@ class Config:
             results are kept, which take as much memory as the input of a layer (False). A selective checkpoint whose policy
             says MUST_RECOMPUTE of attention is followed.
         loss_chunk: how many tokens' logits are in memory at once where only a loss reads them: the head, the loss and the
-            gradients are computed for some tokens after the other. None: 4096 for heads of at least 4096 classes; 0: all.
+            gradients are computed for so many tokens after the other. 0: all at once.
         logits: what becomes of logits that a model returns beside such a loss, in training: `auto` makes them when they are read,
             `keep` always, and then the loss is not computed in chunks.
         mode: the mode of `torch.compile` for Inductor, `max-autotune-no-cudagraphs` for example; '' is its default.
@@ -99,7 +99,7 @@ class Config:
     inner: str = "inductor"
     prefetch: int = 1
     recompute_attention: bool = False
-    loss_chunk: int | None = None
+    loss_chunk: int = 0
     logits: str = "auto"
     mode: str = ""
     inner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class Config:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
             )
-        if self.loss_chunk is not None and self.loss_chunk < 0:
+        if self.loss_chunk < 0:
             raise ConfigError(
                 f"loss_chunk={self.loss_chunk} is not a number of tokens: 0 computes the loss of all at once."
             )
