@@ -57,7 +57,7 @@ class Body:
 
     function: fx.GraphModule
     results: tuple[Result, ...]
-    _compiled: Callable[..., Any] | None = field(default=None)
+    _compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)  # by the kinds of operands
 
     @property
     def key(self) -> str:
@@ -75,13 +75,14 @@ class Body:
         self, logits: Tensor, rows: Sequence[Tensor], others: Sequence[Tensor], options: Mapping[str, Any]
     ) -> None:
         """Have Inductor compile `step` for any number of tokens, given operands of a few."""
-        if self._compiled is None:
+        kinds = kinds_of(logits, rows, others)
+        if kinds not in self._compiled:
             smooth = [r for r in self.results if r.has_gradient]
             shapes = [() if r.inner is None else (logits.shape[0], *r.inner) for r in smooth]
             grads = [logits.new_zeros(shape, dtype=r.dtype) for shape, r in zip(shapes, smooth, strict=True)]
             by_row = [True, *[r.inner is not None for r in smooth], *[True] * len(rows), *[False] * len(others)]
             sizes = len(grads), len(rows)
-            self._compiled = _torch.compile_by_rows(
+            self._compiled[kinds] = _torch.compile_by_rows(
                 lambda z, *rest: self.eager_step(z, *split(rest, *sizes)),
                 [logits, *grads, *rows, *others],
                 by_row,
@@ -92,9 +93,9 @@ class Body:
         self, compiled: bool, logits: Tensor, grads: Sequence[Tensor], rows: Sequence[Tensor], others: Sequence[Tensor]
     ) -> list[Tensor]:
         """Return the results for a chunk, and write the gradient of its logits in their place."""
-        if compiled and self._compiled is not None:
-            return list(self._compiled(logits, *grads, *rows, *others))
-        return self.eager_step(logits, grads, rows, others)
+        if not compiled:
+            return self.eager_step(logits, grads, rows, others)
+        return list(self._compiled[kinds_of(logits, rows, others)](logits, *grads, *rows, *others))
 
     def eager_step(
         self, logits: Tensor, grads: Sequence[Tensor], rows: Sequence[Tensor], others: Sequence[Tensor]
@@ -107,6 +108,12 @@ class Body:
             (grad,) = torch.autograd.grad(smooth, [leaf], list(grads))
         logits.copy_(grad)
         return [r.detach() for r in results]
+
+
+def kinds_of(logits: Tensor, rows: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
+    """Return what a compiled step depends on beside the number of tokens."""
+    by_row = [(x.dtype, tuple(x.shape[1:]), x.device.type) for x in (logits, *rows)]
+    return (*by_row, *[(x.dtype, tuple(x.shape), x.device.type) for x in others])
 
 
 def split(values: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
@@ -152,8 +159,10 @@ def chunked_loss(
         chunk: how many tokens at once.
         compiled: whether Inductor compiles what is done with the logits.
     """
-    operands = [hidden, weight, *([] if bias is None else [bias]), *rows, *others]
-    return list(_ChunkedLoss.apply(body, chunk, compiled, bias is not None, len(rows), *operands))  # type: ignore[no-untyped-call]
+    operands = [hidden, weight, *([] if bias is None else [bias]), *[x.contiguous() for x in (*rows, *others)]]
+    with_gradients = torch.is_grad_enabled()
+    options = body, chunk, compiled, with_gradients, bias is not None, len(rows)
+    return list(_ChunkedLoss.apply(*options, *operands))  # type: ignore[no-untyped-call]
 
 
 # Composite: autograd and the compiler see the operators below.
@@ -163,15 +172,22 @@ _LIBRARY.impl("chunked_loss", chunked_loss, "CompositeImplicitAutograd")  # type
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, key: str, chunk: int, compiled: bool, has_bias: bool, num_rows: int, *operands: Tensor
+        ctx: Any,
+        key: str,
+        chunk: int,
+        compiled: bool,
+        with_gradients: bool,
+        has_bias: bool,
+        num_rows: int,
+        *operands: Tensor,
     ) -> tuple[Tensor, ...]:
         body, num_heads = _BODIES[key], 2 + has_bias
         head, rows, others = operands[:num_heads], operands[num_heads:][:num_rows], operands[num_heads + num_rows :]
-        ctx.needs = list(ctx.needs_input_grad[5 : 5 + num_heads])
+        ctx.needs = list(ctx.needs_input_grad[6 : 6 + num_heads])
         ctx.arguments = key, chunk, compiled
         ctx.sizes, ctx.dtypes = (num_heads, num_rows), [x.dtype for x in head]
         bias = head[2] if has_bias else None
-        ctx.is_done = body.is_one_sum and any(ctx.needs)
+        ctx.is_done = with_gradients and body.is_one_sum and any(ctx.needs)
         if ctx.is_done:
             found = loss_and_gradients(
                 head[0], head[1], bias, [], list(rows), list(others), key, chunk, compiled, ctx.needs
@@ -202,10 +218,10 @@ class _ChunkedLoss(torch.autograd.Function):
             ]
         given = iter(found)
         of_head = [next(given).to(of) if needed else None for needed, of in zip(ctx.needs, ctx.dtypes, strict=True)]
-        return None, None, None, None, None, *of_head, *[None] * (len(ctx.needs_input_grad) - 5 - len(of_head))
+        return *[None] * 6, *of_head, *[None] * (len(ctx.needs_input_grad) - 6 - len(of_head))
 
 
-@torch.library.custom_op("cpcompile::loss_chunks", mutates_args=())
+@torch.library.custom_op("cpcompile::loss_chunks", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def loss_chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -229,7 +245,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, rows: Any, others: Any, body: s
     return _empty_results(_BODIES[body], hidden)
 
 
-@torch.library.custom_op("cpcompile::loss_and_gradients", mutates_args=())
+@torch.library.custom_op("cpcompile::loss_and_gradients", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,

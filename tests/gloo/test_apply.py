@@ -80,7 +80,12 @@ def check_lengths(
 
 @pytest.mark.parametrize(
     ("world_size", "layout", "inner"),
-    [(2, "zig_zag", "eager"), (3, "contiguous", "eager"), (2, "zig_zag", "aot_eager"), (2, "contiguous", "inductor")],
+    [
+        (2, "zig_zag", "eager"),
+        (3, "contiguous", "eager"),
+        (2, "zig_zag", "aot_eager"),
+        pytest.param(2, "contiguous", "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_operators_along_the_tokens(pool: Any, world_size: int, layout: str, inner: str) -> None:
     # Inductor compiles the gradient of a convolution for each length, on one device too.

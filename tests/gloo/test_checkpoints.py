@@ -85,7 +85,7 @@ def checkpointed(rank: Any, wrapper: str, inner: str, is_sharded: bool) -> dict[
     [
         ("selective", "eager", False),
         ("selective", "aot_eager", True),
-        ("selective", "inductor", False),
+        pytest.param("selective", "inductor", False, marks=pytest.mark.slow),
         ("plain", "aot_eager", True),
         ("reentrant", "aot_eager", True),
     ],
@@ -193,7 +193,11 @@ def compiled_backward(rank: Any, inner: str, is_around: bool, is_sharded: bool) 
 
 @pytest.mark.parametrize(
     ("inner", "is_around", "is_sharded"),
-    [("eager", True, False), ("aot_eager", False, False), ("aot_eager", True, True)],
+    [
+        ("eager", True, False),
+        pytest.param("aot_eager", False, False, marks=pytest.mark.slow),
+        ("aot_eager", True, True),
+    ],
 )
 def test_compiled_autograd(pool: Any, inner: str, is_around: bool, is_sharded: bool) -> None:
     for found in pool.run(2, compiled_backward, inner, is_around, is_sharded):

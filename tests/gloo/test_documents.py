@@ -39,7 +39,7 @@ def trained(rank: Any, front: str, inner: str) -> tuple[dict[str, float], int]:
 
 @pytest.mark.parametrize(
     ("front", "inner", "world_size"),
-    [("apply", "aot_eager", 2), ("apply", "inductor", 2), ("backend", "eager", 2)],
+    [("apply", "aot_eager", 2), pytest.param("apply", "inductor", 2, marks=pytest.mark.slow), ("backend", "eager", 2)],
 )
 def test_documents_of_eos_tokens(pool: Any, front: str, inner: str, world_size: int) -> None:
     for found, num_graphs in pool.run(world_size, trained, front, inner, timeout=300):

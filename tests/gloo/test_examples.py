@@ -27,13 +27,13 @@ RUNS = {
     "olmo_core_names.py": [
         ("", r"zig_zag: 3 ranks of 26 tokens.*\n +llama3: 3 ranks of 21 tokens.* gradients by \d\.\de-")
     ],
-    "fsdp2.py": [("--ranks 2 --steps 3", r"after 3 steps losses differ by \d\.\de-\d+, weights by \d\.\de-\d+")],
-    "accelerate_loop.py": [("--steps 2", COMPARED)],
-    "trainer.py": [("--steps 2", COMPARED)],
-    "trl_sft_packed.py": [("--steps 2", COMPARED)],
-    "peft_lora.py": [("--steps 2", COMPARED)],
-    "lightning_module.py": [("--steps 2", COMPARED)],
-    "torchtitan_style.py": [("--steps 2", COMPARED)],
+    "fsdp2.py": [("--ranks 2 --steps 20", r"after 20 steps losses differ by \d\.\de-\d+, weights by \d\.\de-\d+")],
+    "accelerate_loop.py": [("--steps 20", COMPARED)],
+    "trainer.py": [("--steps 20", COMPARED)],
+    "trl_sft_packed.py": [("--steps 20", COMPARED)],
+    "peft_lora.py": [("--steps 20", COMPARED)],
+    "lightning_module.py": [("--steps 20", COMPARED)],
+    "torchtitan_style.py": [("--steps 20", COMPARED)],
     "loss_curves.py": [("--help", "--ranks")],  # trains a language model, for minutes
 }
 

@@ -172,7 +172,8 @@ def overlapping(rank: Any, prefetch: int) -> tuple[dict[str, float], list[int]]:
         return trained(rank, 1, "rotary", "dp_cp", "before", {"inner": "inductor", "prefetch": prefetch}), most
 
 
-@pytest.mark.parametrize("prefetch", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("prefetch", [0, 1])
 def test_gathers_overlap(pool: Any, prefetch: int) -> None:
     results = pool.run(2, overlapping, prefetch, timeout=200)
     assert_exact([found for found, _ in results])

@@ -82,6 +82,7 @@ def test_other_strategies_use_all_ranks_of_a_pair(pool: Any, strategy: str) -> N
     assert_exact(pool.run(4, train, "llama", (2, 2), {"strategy": strategy}, timeout=200))
 
 
+@pytest.mark.slow
 def test_usp_compiles(pool: Any) -> None:
     assert_exact(pool.run(4, train, "llama", (2, 2), {"strategy": "usp", "inner": "inductor"}, timeout=300))
 

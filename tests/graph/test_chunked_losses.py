@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from cpcompile import ConfigError, verify
 from cpcompile.options.config import Config
+from cpcompile.runtime.chunked_loss import Body, Result, add_body
 from tests.graph.small_models import VOCABULARY, TinyLM, batch, count, mean_loss, planned
 
 CHUNKED = torch.ops.cpcompile.chunked_loss.default
@@ -181,6 +183,33 @@ def test_a_gradient_that_a_chunk_does_not_give() -> None:
     model = Tempered().double()
     assert count(planned(model, batch(11), loss_chunk=4).graph, CHUNKED) == 0
     verify(model, batch(11), world_size=2, dtype=torch.float64, loss_chunk=4).raise_if_wrong()
+
+
+def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("gradients were computed")
+
+    monkeypatch.setattr(sys.modules[Body.__module__], "loss_and_gradients", refuse)
+    hidden, weight = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    body = fx.symbolic_trace(lambda z, y: (F.cross_entropy(z, y, reduction="sum"),))
+    key = add_body(Body(body, (Result(None, torch.float32),)))
+    labels = torch.tensor([0, 1, 2, -100, 4])
+    with torch.no_grad():
+        (found,) = torch.ops.cpcompile.chunked_loss(hidden, weight, None, [labels], [], key, 2, False)
+    torch.testing.assert_close(found, F.cross_entropy(hidden @ weight.T, labels, reduction="sum").detach())
+    with pytest.raises(AssertionError, match="gradients were computed"):
+        torch.ops.cpcompile.chunked_loss(hidden, weight, None, [labels], [], key, 2, False)
+
+
+def test_a_body_is_compiled_for_each_dtype() -> None:
+    body = Body(fx.symbolic_trace(lambda z: (z.float().logsumexp(-1).sum(),)), (Result(None, torch.float32),))
+    for dtype in (torch.float32, torch.bfloat16):
+        body.compile(torch.empty(4, 5, dtype=dtype), [], [], {})
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(9, 5).to(dtype)
+        expected = logits.float().softmax(-1)
+        body.step(True, logits, [torch.ones(())], [], [])
+        torch.testing.assert_close(logits.float(), expected, rtol=2**-7, atol=2**-8)  # bfloat16 has 8 bits
 
 
 def test_the_option_is_checked() -> None:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
+import torch
+import torch._inductor.config
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from cpcompile import runtime  # noqa: F401  (registers the operators)
+from cpcompile._torch import OverlapPass
 from cpcompile.compile.overlap import Transfer, overlapped
 
 
@@ -118,3 +128,42 @@ def test_every_order_is_of_the_same_program(program: Program, limit: int) -> Non
     for start, end, _ in program.gathers:
         others = [size for at, wait, size in program.gathers if place[at] < place[start] < place[wait]]
         assert sum(others) <= limit or place[end] == place[start] + 1  # it is needed now
+
+
+def test_order_of_a_compiled_program() -> None:
+    """Three layers of sharded weights, for a rank of two whose collectives do nothing: what Inductor runs, in order.
+
+    A function that cannot be pickled keeps the program out of Inductor's caches.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        group = dist.group.WORLD.group_name
+        seen = []
+
+        def recorded(*args: Any, **kwargs: Any) -> list[int]:
+            order = overlapped(*args, **kwargs)
+            place = {i: position for position, i in enumerate(order)}
+            seen.append([[(place[start], place[wait]) for start, wait, _ in transfers] for transfers in args[1:3]])
+            return order
+
+        def model(x: Tensor, weights: list[Tensor]) -> Tensor:
+            for weight in weights:
+                options = [32, 32], 0, 2, group, 1, "", torch.float32, torch.float32, 1.0
+                x = torch.tanh(x @ torch.ops.cpcompile.unshard_parameter(weight, *options))
+            return x.sum()
+
+        weights = [torch.randn(16, 32, requires_grad=True) for _ in range(3)]
+        overlap = OverlapPass(recorded, 32 * 32 * 4, frozenset([group]))
+        with torch._inductor.config.patch(overlap.options):
+            torch.compile(model)(torch.randn(32, 32), weights).backward()
+    finally:
+        dist.destroy_process_group()
+    (gathers, none), (again, sums) = seen
+    assert len(gathers) == len(sums) == 3 and not none and not again
+    assert gathers[1][0] < gathers[0][1] < gathers[2][0] < gathers[1][1]  # one and no more is under way beside it
+    assert sums[1][0] < sums[0][1]
+
+
+def test_pickled_for_the_caches_of_inductor() -> None:
+    overlap = OverlapPass(overlapped, 10, frozenset(["0"]))
+    assert pickle.loads(pickle.dumps(overlap)) == overlap
