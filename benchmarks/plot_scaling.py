@@ -1,7 +1,7 @@
 """Write the tables of docs/scaling.md and draw its plots.
 
 python benchmarks/plot_scaling.py    # results/scaling.json where it is, results/scaling_predicted.json and results/one_rank.json
-python benchmarks/plot_scaling.py benchmarks/results/scaling_4.json --docs docs/scaling.md --picture docs/scaling.png
+python benchmarks/plot_scaling.py benchmarks/results/scaling_h200x4.json --docs docs/scaling_h200.md --picture docs/scaling_h200.png
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def provenance(result: Row) -> str:
     versions = ", ".join(f"{name} {result[name]}" for name in names if result.get(name))
     scale = f"lengths divided by {result['scale']}" if result["scale"] > 1 else ""
     device = f"{result.get('device') or 'unknown'}, runs on {runs} of them"
-    return "; ".join(filter(None, (device, versions, f"commit {result['commit']}", peers, scale)))
+    return "; ".join(filter(None, (device, versions, f"commit {result['commit'] or 'not recorded'}", peers, scale)))
 
 
 def failures(result: Row) -> list[str]:
@@ -344,8 +344,10 @@ def finish(axes: Any, title: str, rows: list[Row]) -> None:
 
 
 def put(text: str, name: str, lines: list[str]) -> str:
-    """Return the text with other lines between the markers of a name."""
+    """Return the text with other lines between the markers of a name; a document without them has no such part."""
     begin, end = BEGIN.format(name), END.format(name)
+    if begin not in text:
+        return text
     head, rest = text.split(begin)
     tail = rest.split(end)[1]
     return f"{head}{begin}\n" + "\n".join(lines).rstrip("\n") + f"\n{end}{tail}"
