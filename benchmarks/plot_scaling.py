@@ -1,7 +1,7 @@
 """Write the tables of docs/scaling.md and draw its plots.
 
 python benchmarks/plot_scaling.py    # results/scaling.json where it is, results/scaling_predicted.json and results/one_rank.json
-python benchmarks/plot_scaling.py benchmarks/results/scaling_h200x4.json --docs docs/scaling_h200.md --picture docs/scaling_h200.png
+python benchmarks/plot_scaling.py results/scaling_h200x4.json --docs docs/scaling_h200.md --picture docs/scaling_h200.png
 """
 
 from __future__ import annotations

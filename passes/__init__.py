@@ -23,6 +23,7 @@ from cpcompile.passes.rewrite_dropout import rewrite_dropout
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
 from cpcompile.passes.separate_documents import separate_documents
 from cpcompile.passes.sum_gradients import sum_gradients
+from cpcompile.passes.tile_rows import tile_rows
 from cpcompile.passes.unshard_parameters import unshard_parameters
 
 # Still a single-device program: these only say what the attentions are.
@@ -53,7 +54,7 @@ SHARDING = (
 PARAMETERS = (unshard_parameters, sum_gradients)
 
 # What saves memory and changes no result.
-MEMORY = (chunk_losses,)
+MEMORY = (chunk_losses, tile_rows)
 
 # All of them in order. `separate_documents` runs for packed documents that a model does not keep apart, `choose_strategies` marks
 # what `cpcompile.choose` decided in between.
@@ -85,5 +86,6 @@ __all__ = [
     "rewrite_reductions",
     "separate_documents",
     "sum_gradients",
+    "tile_rows",
     "unshard_parameters",
 ]

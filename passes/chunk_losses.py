@@ -11,6 +11,7 @@ import operator
 import torch
 from torch import fx
 
+from cpcompile.analysis.gradient_flow import needs_no_gradient
 from cpcompile.analysis.token_rows import NotByRowsError, RowRegion, region_of
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.insertion import insert_call, keep_source
@@ -59,22 +60,6 @@ def head_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         if is_turned and is_tensor(hidden):
             return hidden, turned.args[0], None  # type: ignore[union-attr, return-value]
     return None
-
-
-def needs_no_gradient(node: fx.Node) -> bool:
-    """Tell whether a value is computed without anything that a gradient may reach."""
-    seen, stack = {node}, [node]
-    while stack:
-        x = stack.pop()
-        value = value_of(x)
-        if x.target is aten.detach.default or (isinstance(value, torch.Tensor) and not value.is_floating_point()):
-            continue
-        if annotation(x).takes_gradient:
-            return False
-        fresh = [y for y in x.all_input_nodes if y not in seen]
-        seen.update(fresh)
-        stack += fresh
-    return True
 
 
 def results_of(region: RowRegion, may_return_logits: bool) -> list[fx.Node]:

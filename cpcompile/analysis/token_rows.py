@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ _ALONG = {
     aten.amax.default: "dim",
     aten.argmax.default: "dim",
 }
+_PIECES = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_chunk.default}
 _LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default}
 _NONE, _SUM = 0, 2  # at::Reduction
 
@@ -95,6 +97,11 @@ class RowRegion:
         """The nodes, in order, without the value itself."""
         return [node for node in self.rows if node is not self.source]
 
+    def size(self, node: fx.Node) -> int:
+        """Return how many values a node has of each token; 0 for a sum over all."""
+        rows = self.rows[node]
+        return 0 if rows is None else math.prod(rows.inner)
+
     def body(self, results: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
         """Return a function of the value's rows, of given rows and of given others to `results`, and which are given."""
         needed, stack = set[fx.Node](), [self.made[node] for node in results]
@@ -116,6 +123,32 @@ class RowRegion:
 
 class NotByRowsError(Exception):
     """An operator that does not compute rows from rows, as far as is known."""
+
+
+def wide_region_of(source: fx.Node) -> RowRegion | None:
+    """Return what products of the rows of `source` make wider than it, with all that reads that; None if some is not by rows."""
+    width = value_of(source).shape[-1]
+    writer = _Writer(source, lambda node: True)
+    starts = {x for x in source.users if x.target is aten.linear.default and x.args[0] is source}
+    wide = {x for x in starts if is_wider(value_of(x).shape[-1], width)}
+    if not wide:
+        return None
+    reads = set(wide)
+    for node in source.graph.nodes:
+        if node not in wide and not any(x in reads for x in node.all_input_nodes):
+            continue
+        try:
+            writer.add(node)
+        except NotByRowsError:
+            return None
+        if writer.region.size(node) > width:
+            reads.add(node)
+    return writer.region
+
+
+def is_wider(size: object, width: object) -> bool:
+    """Tell whether a size is known to be larger than another."""
+    return isinstance(size, int) and isinstance(width, int) and size > width
 
 
 def region_of(source: fx.Node, is_constant: Callable[[fx.Node], bool]) -> RowRegion:
@@ -140,14 +173,36 @@ class _Writer:
 
     def written(self) -> RowRegion:
         for node in self.region.source.graph.nodes:
-            if node.op != "call_function" or not is_tensor(node) or not any(map(self.rows.get, node.all_input_nodes)):
-                continue
-            with contextlib.suppress(NotByRowsError):
-                self.rows[node] = self._write(Call.of(node))
+            is_computed = node.op == "call_function" and node.target is not aten.linear.default
+            if is_computed and any(map(self.rows.get, node.all_input_nodes)):
+                with contextlib.suppress(NotByRowsError):
+                    self.add(node)
         return self.region
+
+    def add(self, node: fx.Node) -> None:
+        """Write an operator.
+
+        Raises:
+            NotByRowsError: it does not compute rows from rows.
+        """
+        if node.target is operator.getitem and node.args[0] in self.rows:
+            parent, index = node.args
+            of = self._of(parent)  # type: ignore[arg-type]
+            self.made[node] = self.graph.call_function(operator.getitem, (self.made[parent], index))  # type: ignore[index]
+            self.rows[node] = Rows(of.lead, static(value_of(node).shape[len(of.lead) :]))
+        elif isinstance(node.target, torch._ops.OpOverload):
+            self.rows[node] = self._write(Call.of(node))
+        else:
+            raise NotByRowsError
 
     def _write(self, call: Call) -> Rows | None:
         target = call.target
+        if target is aten.linear.default:
+            return self._linear(call)
+        if target in _PIECES:
+            return self._pieces(call)
+        if not is_tensor(call.node):
+            raise NotByRowsError
         if target in _VIEWS:
             return self._view(call)
         if target in _ALONG:
@@ -258,6 +313,24 @@ class _Writer:
                     raise NotByRowsError
         self._emit(call, changes)
         return Rows(of.lead, static(result[len(of.lead) :]))
+
+    def _linear(self, call: Call) -> Rows:
+        of = self._of(call["input"])
+        if len(of.inner) != 1 or call["weight"] in self.rows or call["bias"] in self.rows:
+            raise NotByRowsError
+        changes = {"input": self.made[call["input"]], "weight": self._given(call["weight"])}
+        if call["bias"] is not None:
+            changes["bias"] = self._given(call["bias"])
+        self._emit(call, changes)
+        return Rows(of.lead, static(tuple(call.result.shape)[len(of.lead) :]))
+
+    def _pieces(self, call: Call) -> Rows:
+        of = self._of(call["self"])
+        dim = int(call["dim"]) % (len(of.lead) + len(of.inner))
+        if dim < len(of.lead):
+            raise NotByRowsError
+        self._emit(call, {"self": self.made[call["self"]], "dim": dim - len(of.lead) + 1})
+        return of
 
     def _loss(self, call: Call) -> Rows | None:
         of = self._of(call["self"])

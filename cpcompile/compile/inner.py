@@ -12,18 +12,20 @@ import torch
 from torch import fx
 
 from cpcompile import _torch
+from cpcompile.analysis.gradient_flow import needs_no_gradient
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.compile.overlap import overlapped
 from cpcompile.compile.saved_results import is_recomputed, keep_attention, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import NoRule, where
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import Call, value_of
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 from cpcompile.passes import sum_gradients
+from cpcompile.runtime.by_rows import function_of
 from cpcompile.runtime.chunked_loss import body_of
 
 INNER_REMEDY = (
@@ -36,6 +38,7 @@ KEPT = (
     "inner='eager' computes nothing again in backward: activation checkpoints and reshard_after_forward change no result, but "
     "save no memory either. inner='inductor' and 'aot_eager' do as they say."
 )
+cp = torch.ops.cpcompile
 _log = logging.getLogger(__name__)
 _ARGUMENT = re.compile(r"\['?(\w+)'?\]")
 
@@ -92,17 +95,31 @@ def refuse_collectives(gm: fx.GraphModule, axis: Axis) -> None:
                 )
 
 
-def compile_chunks(gm: fx.GraphModule, options: Mapping[str, Any]) -> None:
-    """Have Inductor compile what is done with each chunk of logits as well. Values are still those of the whole model."""
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.chunked_loss.default):
+def compile_parts(gm: fx.GraphModule, options: Mapping[str, Any]) -> None:
+    """Have Inductor compile what runs for some tokens after the other. Values are still those of the whole model."""
+    for node in gm.graph.find_nodes(op="call_function", target=cp.chunked_loss.default):
         call = Call.of(node)
         hidden, weight = call.tensor("hidden"), call.tensor("weight")
+        rows = [few_rows(value_of(x)) for x in call["rows"]]
         logits = hidden.new_empty(FEW_TOKENS, weight.shape[0])
-        rows = [x.meta["val"].new_empty(FEW_TOKENS, *x.meta["val"].shape[1:]) for x in call["rows"]]
-        others = [x.meta["val"] for x in call["others"]]
-        body_of(call["body"]).compile(logits, rows, others, options)
+        body_of(call["body"]).compile(logits, rows, [value_of(x) for x in call["others"]], options)
+        node.args = (*node.args[:-1], True)
+    for node in gm.graph.find_nodes(op="call_function", target=cp.by_rows.default):
+        call = Call.of(node)
+        first, *rest = call["rows"]
+        rows = [
+            value_of(first).new_empty(FEW_TOKENS, value_of(first).shape[-1]),
+            *[few_rows(value_of(x)) for x in rest],
+        ]
+        needs = [not needs_no_gradient(x) for x in (first, *rest, *call["others"])]
+        function_of(call["function"]).compile(rows, [value_of(x) for x in call["others"]], needs, options)
         node.args = (*node.args[:-1], True)
     gm.recompile()
+
+
+def few_rows(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of a few of the rows of a tensor `[T, ...]`."""
+    return value.new_empty(FEW_TOKENS, *value.shape[1:])
 
 
 @functools.cache
@@ -134,7 +151,7 @@ def compile_inner(
     graph.recompile()
     options = config.inductor_options
     if config.inner == "inductor":
-        compile_chunks(graph, options)
+        compile_parts(graph, options)
     for node in graph.graph.nodes:
         # Values are those of the whole model; what runs here is local.
         if node.op != "placeholder":

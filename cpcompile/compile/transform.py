@@ -40,6 +40,7 @@ from cpcompile.passes import (
     chunk_losses,
     find_attention,
     separate_documents,
+    tile_rows,
     unshard_parameters,
 )
 
@@ -152,6 +153,8 @@ def transform(
     if config.loss_chunk:
         may_defer = config.logits == "auto" and config.outputs == "local" and torch.is_grad_enabled()
         run_pass(captured, chunk_losses, changes, times, chunk=config.loss_chunk, may_return_logits=may_defer)
+    if config.tile:
+        run_pass(captured, tile_rows, changes, times, tile=config.tile)
     if shards:
         run_pass(captured, unshard_parameters, changes, times, shards=shards)
     captured.graph.eliminate_dead_code()

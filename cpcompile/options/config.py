@@ -59,6 +59,8 @@ class Config:
             says MUST_RECOMPUTE of attention is followed.
         loss_chunk: how many tokens' logits are in memory at once where only a loss reads them: the head, the loss and the
             gradients are computed for so many tokens after the other. 0: all at once.
+        tile: how many tokens at once what is computed of each token alone, and is wider than hidden states, runs for: the inside
+            of MLPs. It is computed again in backward, and only that of one tile is in memory. 0: all tokens at once.
         logits: what becomes of logits that a model returns beside such a loss, in training: `auto` makes them when they are read,
             `keep` always, and then the loss is not computed in chunks.
         mode: the mode of `torch.compile` for Inductor, `max-autotune-no-cudagraphs` for example; '' is its default.
@@ -100,6 +102,7 @@ class Config:
     prefetch: int = 1
     recompute_attention: bool = False
     loss_chunk: int = 0
+    tile: int = 0
     logits: str = "auto"
     mode: str = ""
     inner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -128,6 +131,8 @@ class Config:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
             )
+        if self.tile < 0:
+            raise ConfigError(f"tile={self.tile} is not a number of tokens: 0 computes all at once.")
         if self.loss_chunk < 0:
             raise ConfigError(
                 f"loss_chunk={self.loss_chunk} is not a number of tokens: 0 computes the loss of all at once."

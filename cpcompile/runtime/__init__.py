@@ -4,6 +4,7 @@ from cpcompile.runtime.attention import (
     one_device as one_device,  # registers the operators of its name and of `strategies`
 )
 from cpcompile.runtime.attention import strategies as strategies
+from cpcompile.runtime.by_rows import by_rows as by_rows
 from cpcompile.runtime.chunked_loss import chunked_loss as chunked_loss
 from cpcompile.runtime.gradients import sum_gradient as sum_gradient
 from cpcompile.runtime.parameters import unshard_parameter as unshard_parameter

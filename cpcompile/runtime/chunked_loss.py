@@ -10,7 +10,7 @@ Gradients of weights are added up over chunks in float32 at least.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from cpcompile import _torch
+from cpcompile.runtime.by_rows import tiles, wide
 
 Tensor = torch.Tensor
 
@@ -325,8 +326,7 @@ class _Total:
         found = []
         for parts, of in zip(self._parts, self._body.results, strict=True):
             if of.inner is None:
-                wide = torch.stack(parts)
-                found.append(wide.sum(dtype=_wide(of.dtype)).to(of.dtype))
+                found.append(torch.stack(parts).sum(dtype=wide(of.dtype)).to(of.dtype))
             else:
                 found.append(torch.cat(parts).reshape(*self._lead, *of.inner))
         return found
@@ -335,10 +335,10 @@ class _Total:
 def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
     """Return memory for the gradients that are needed, in float32 at least; that of the bias is 0."""
     made = [
-        torch.empty_like(x, dtype=_wide(x.dtype), memory_format=torch.contiguous_format) if needed else None
+        torch.empty_like(x, dtype=wide(x.dtype), memory_format=torch.contiguous_format) if needed else None
         for x, needed in zip((hidden, weight), needs, strict=False)
     ]
-    return made if bias is None else [*made, torch.zeros_like(bias, dtype=_wide(bias.dtype)) if needs[2] else None]
+    return made if bias is None else [*made, torch.zeros_like(bias, dtype=wide(bias.dtype)) if needs[2] else None]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, adds: bool = False) -> None:
@@ -353,19 +353,11 @@ def _product(a: Tensor, b: Tensor, out: Tensor, adds: bool = False) -> None:
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
-def _chunks(hidden: Tensor, rows: Sequence[Tensor], chunk: int) -> Any:
+def _chunks(hidden: Tensor, rows: Sequence[Tensor], chunk: int) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
     """Yield (the slice of tokens, their hidden states, their rows) of chunks of about the same size."""
     x = hidden.reshape(-1, hidden.shape[-1])
-    count = max(-(-x.shape[0] // chunk), 1)
-    size = max(-(-x.shape[0] // count), 1)
-    for start in range(0, max(x.shape[0], 1), size):
-        part = slice(start, start + size)
+    for part in tiles(x.shape[0], chunk):
         yield part, x[part], [row[part] for row in rows]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that many values of a dtype are added up in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _empty_results(body: Body, hidden: Tensor) -> list[Tensor]:
