@@ -14,7 +14,7 @@ from torch import fx
 from cpcompile.analysis.gradient_flow import needs_no_gradient
 from cpcompile.analysis.token_rows import NotByRowsError, RowRegion, region_of
 from cpcompile.ir.annotation import annotate, annotation, placement_of
-from cpcompile.ir.insertion import insert_call, keep_source
+from cpcompile.ir.insertion import insert_call, insert_copy, keep_source
 from cpcompile.ir.operator_call import is_tensor, value_of
 from cpcompile.runtime.chunked_loss import Body, Result, add_body
 
@@ -90,7 +90,8 @@ def replace_by_chunks(
     hidden, weight, bias = head
     users = {node: [user for user in node.users if user not in region.rows] for node in results}
     first = min(user for each in users.values() for user in each)
-    if any(x >= first for x in (hidden, weight, bias, *rows, *others) if x is not None):
+    read = (hidden, weight, bias, *rows, *others, *region.read_to_write(results))
+    if any(x >= first for x in read if x is not None):
         return False
     kinds = [Result(None if (of := region.rows[node]) is None else of.inner, value_of(node).dtype) for node in results]
     key = add_body(Body(function, tuple(kinds)))
@@ -102,9 +103,9 @@ def replace_by_chunks(
     for i, node in enumerate(results):
         found = insert_call(first, operator.getitem, call, i)
         of = region.rows[node]
-        if of is not None and len(of.lead) != value_of(hidden).dim() - 1:
-            found = insert_call(first, aten.reshape.default, found, [-1, *of.inner])
-        keep_source(found, node)
+        if of is not None and of.written is not None:
+            with first.graph.inserting_before(first):  # sizes are those of a rank, and values those of the whole
+                found = insert_copy(first.graph, aten.reshape.default, (found, [*of.written, *of.inner]), node)
         found.meta["val"] = value_of(node)
         annotate(found, placement=placement_of(node), origin=annotation(node).origin)
         for user in users[node]:

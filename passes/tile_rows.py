@@ -13,7 +13,7 @@ from torch import fx
 
 from cpcompile.analysis.token_rows import NotByRowsError, RowRegion, static, wide_region_of
 from cpcompile.ir.annotation import annotate, annotation, placement_of
-from cpcompile.ir.insertion import insert_call, keep_source
+from cpcompile.ir.insertion import insert_call, insert_copy, keep_source
 from cpcompile.ir.operator_call import is_tensor, value_of
 from cpcompile.runtime.by_rows import RowFunction, add_function
 
@@ -52,7 +52,7 @@ def replace_by_tiles(region: RowRegion, tile: int) -> bool:
     function, rows, others = region.body(results)
     users = {node: [user for user in node.users if user not in region.rows] for node in results}
     first = min(user for each in users.values() for user in each)
-    if any(x >= first for x in (region.source, *rows, *others)):
+    if any(x >= first for x in (region.source, *rows, *others, *region.read_to_write(results))):
         return False
     try:
         kinds = tuple((static(region.rows[node].inner), value_of(node).dtype) for node in results)  # type: ignore[union-attr]
@@ -67,9 +67,10 @@ def replace_by_tiles(region: RowRegion, tile: int) -> bool:
     for i, node in enumerate(results):
         found = insert_call(first, operator.getitem, call, i)
         keep_source(found, node)
-        if len(region.rows[node].lead) != value_of(region.source).dim() - 1:  # type: ignore[union-attr]
-            found = insert_call(first, aten.reshape.default, found, [-1, *kinds[i][0]])
-            keep_source(found, node)
+        written = region.rows[node].written  # type: ignore[union-attr]
+        if written is not None:
+            with first.graph.inserting_before(first):  # sizes are those of a rank, and values those of the whole
+                found = insert_copy(first.graph, aten.reshape.default, (found, [*written, *kinds[i][0]]), node)
         found.meta["val"] = value_of(node)
         annotate(found, placement=placement_of(node), origin=annotation(node).origin)
         for user in users[node]:

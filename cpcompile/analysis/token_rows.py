@@ -11,7 +11,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,13 @@ _ALONG = {
     aten.amax.default: "dim",
     aten.argmax.default: "dim",
 }
+# Products of rows with a weight, by the name of the rows.
+PRODUCTS = {
+    aten.linear.default: "input",
+    aten.addmm.default: "mat1",
+    aten.mm.default: "self",
+    aten.matmul.default: "self",
+}
 _PIECES = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_chunk.default}
 _LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default}
 _NONE, _SUM = 0, 2  # at::Reduction
@@ -65,10 +72,16 @@ class Rows:
     Attributes:
         lead: the sizes of the dims of the tokens.
         inner: of those behind them.
+        written: the former as a view spells them on a rank; None for those of the source.
     """
 
     lead: tuple[Any, ...]
     inner: tuple[int, ...]
+    written: tuple[Any, ...] | None = None
+
+    def of_inner(self, sizes: Sequence[Any]) -> Rows:
+        """Return the same rows with other dims behind; raises `NotByRowsError` if a size is no number."""
+        return replace(self, inner=static(sizes))
 
 
 @dataclass(slots=True)
@@ -102,6 +115,11 @@ class RowRegion:
         rows = self.rows[node]
         return 0 if rows is None else math.prod(rows.inner)
 
+    def read_to_write(self, results: Sequence[fx.Node]) -> list[fx.Node]:
+        """Return the sizes that are read to give results their shapes."""
+        found = [rows.written or () for node in results if (rows := self.rows[node]) is not None]
+        return [x for written in found for x in written if isinstance(x, fx.Node)]
+
     def body(self, results: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
         """Return a function of the value's rows, of given rows and of given others to `results`, and which are given."""
         needed, stack = set[fx.Node](), [self.made[node] for node in results]
@@ -129,7 +147,7 @@ def wide_region_of(source: fx.Node) -> RowRegion | None:
     """Return what products of the rows of `source` make wider than it, with all that reads that; None if some is not by rows."""
     width = value_of(source).shape[-1]
     writer = _Writer(source, lambda node: True)
-    starts = {x for x in source.users if x.target is aten.linear.default and x.args[0] is source}
+    starts = {x for x in source.users if x.target in PRODUCTS and Call.of(x)[PRODUCTS[x.target]] is source}
     wide = {x for x in starts if is_wider(value_of(x).shape[-1], width)}
     if not wide:
         return None
@@ -173,7 +191,7 @@ class _Writer:
 
     def written(self) -> RowRegion:
         for node in self.region.source.graph.nodes:
-            is_computed = node.op == "call_function" and node.target is not aten.linear.default
+            is_computed = node.op == "call_function" and node.target not in PRODUCTS
             if is_computed and any(map(self.rows.get, node.all_input_nodes)):
                 with contextlib.suppress(NotByRowsError):
                     self.add(node)
@@ -189,7 +207,7 @@ class _Writer:
             parent, index = node.args
             of = self._of(parent)  # type: ignore[arg-type]
             self.made[node] = self.graph.call_function(operator.getitem, (self.made[parent], index))  # type: ignore[index]
-            self.rows[node] = Rows(of.lead, static(value_of(node).shape[len(of.lead) :]))
+            self.rows[node] = of.of_inner(value_of(node).shape[len(of.lead) :])
         elif isinstance(node.target, torch._ops.OpOverload):
             self.rows[node] = self._write(Call.of(node))
         else:
@@ -197,8 +215,8 @@ class _Writer:
 
     def _write(self, call: Call) -> Rows | None:
         target = call.target
-        if target is aten.linear.default:
-            return self._linear(call)
+        if target in PRODUCTS:
+            return self._product(call)
         if target in _PIECES:
             return self._pieces(call)
         if not is_tensor(call.node):
@@ -278,7 +296,7 @@ class _Writer:
                 raise NotByRowsError  # its tokens would meet another dim
             changes[name] = made
         self._emit(call, changes)
-        return Rows(lead, static(shape[len(lead) :]))
+        return known[0].of_inner(shape[len(lead) :])
 
     def _view(self, call: Call) -> Rows:
         of, shape = self._of(call["self"]), tuple(call.result.shape)
@@ -290,7 +308,12 @@ class _Writer:
         inner = static(shape[len(shape) - num_inner :])
         made = self._inside(call["self"])
         self.made[call.node] = self.graph.call_function(aten.reshape.default, (made, [-1, *inner]))
-        return Rows(shape[: len(shape) - num_inner], inner)
+        num_lead = len(shape) - num_inner
+        if num_lead == 1:
+            return Rows(shape[:1], inner, (-1,))
+        if "size" not in call and "shape" not in call:
+            raise NotByRowsError
+        return Rows(shape[:num_lead], inner, tuple(call["size" if "size" in call else "shape"][:num_lead]))
 
     def _along(self, call: Call) -> Rows:
         of, result = self._of(call["self"]), tuple(call.result.shape)
@@ -298,7 +321,7 @@ class _Writer:
             call
         ):  # of the tokens of a rank: the lengths are those of the whole
             self.made[call.node] = self._inside(call["self"])
-            return Rows(result[: len(of.lead)], of.inner)
+            return replace(of, lead=result[: len(of.lead)])
         rank = len(of.lead) + len(of.inner) + (call.target is aten.unsqueeze.default)
         dims = call["dim"] if isinstance(call["dim"], list | tuple) else [call["dim"]]
         if not dims or None in dims or min(int(d) % rank for d in dims) < len(of.lead):
@@ -312,17 +335,17 @@ class _Writer:
                 if has != len(of.inner):
                     raise NotByRowsError
         self._emit(call, changes)
-        return Rows(of.lead, static(result[len(of.lead) :]))
+        return of.of_inner(result[len(of.lead) :])
 
-    def _linear(self, call: Call) -> Rows:
-        of = self._of(call["input"])
-        if len(of.inner) != 1 or call["weight"] in self.rows or call["bias"] in self.rows:
+    def _product(self, call: Call) -> Rows:
+        """Write a product of rows with a weight."""
+        name = PRODUCTS[call.target]
+        of = self._of(call[name])
+        others = {key: x for key, x in call.operands() if key != name}
+        if len(of.inner) != 1 or any(x in self.rows or value_of(x).dim() > 2 for x in others.values()):
             raise NotByRowsError
-        changes = {"input": self.made[call["input"]], "weight": self._given(call["weight"])}
-        if call["bias"] is not None:
-            changes["bias"] = self._given(call["bias"])
-        self._emit(call, changes)
-        return Rows(of.lead, static(tuple(call.result.shape)[len(of.lead) :]))
+        self._emit(call, {name: self.made[call[name]], **{key: self._given(x) for key, x in others.items()}})
+        return of.of_inner(tuple(call.result.shape)[len(of.lead) :])
 
     def _pieces(self, call: Call) -> Rows:
         of = self._of(call["self"])
@@ -342,7 +365,7 @@ class _Writer:
         if call["weight"] is not None:
             changes["weight"] = self._given(call["weight"])
         self._emit(call, changes)
-        return Rows(of.lead, ()) if call["reduction"] == _NONE else None
+        return of.of_inner(()) if call["reduction"] == _NONE else None
 
 
 def takes_all(call: Call) -> bool:

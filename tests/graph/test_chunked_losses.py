@@ -121,6 +121,8 @@ class HeadOf(TinyLM):
             return F.linear(x, self.embedding.weight)
         if self.spelling == "matmul":
             return x @ self.embedding.weight.T
+        if self.spelling == "flat":
+            return self.head(x.flatten(0, 1)).view(*x.shape[:-1], VOCABULARY)
         if self.spelling == "no bias":
             return F.linear(x, self.head.weight)
         if self.spelling == "two heads":
@@ -129,7 +131,8 @@ class HeadOf(TinyLM):
 
 
 @pytest.mark.parametrize(
-    ("spelling", "is_chunked"), [("tied", True), ("matmul", True), ("no bias", True), ("two heads", False)]
+    ("spelling", "is_chunked"),
+    [("tied", True), ("matmul", True), ("no bias", True), ("flat", True), ("two heads", False)],
 )
 def test_heads(spelling: str, is_chunked: bool) -> None:
     model = HeadOf(spelling).double()
@@ -158,9 +161,11 @@ class Both(TinyLM):
         (lambda z: z, {"outputs": "full"}, False),
         (lambda z: z, {"loss_chunk": 0}, False),
         (lambda z: z.argmax(-1), {}, True),
+        (lambda z: z.logsumexp(-1), {}, True),
+        (lambda z: z.flatten(0, 1).logsumexp(-1).view(z.shape[:2]), {}, True),
         (lambda z: z.cumsum(-1), {}, False),
     ],
-    ids=["logits", "softcapped", "kept", "full", "off", "argmax", "cumsum"],
+    ids=["logits", "softcapped", "kept", "full", "off", "argmax", "rows", "flat rows", "cumsum"],
 )
 def test_logits_that_are_returned(made: Any, options: dict[str, Any], is_chunked: bool) -> None:
     model, options = Both(made).double(), {"loss_chunk": 4, **options}

@@ -62,6 +62,12 @@ def flat(m: WithMlp, x: Tensor) -> Tensor:
     return m.down(m.up(x.flatten(0, 1)).relu()).view(x.shape)
 
 
+def transposed(m: WithMlp, x: Tensor) -> Tensor:
+    """As GPT-2 writes it: weights the other way round, on flat rows."""
+    wide = torch.addmm(m.up.bias, x.view(-1, WIDTH), m.up.weight.t()).view(*x.shape[:-1], WIDE)
+    return (F.gelu(wide) @ m.down.weight.t()) + m.down.bias
+
+
 def two_results(m: WithMlp, x: Tensor) -> Tensor:
     wide = m.up(x).sin()
     return m.down(wide) * wide.mean(-1, keepdim=True)
@@ -80,7 +86,9 @@ def dropped(m: WithMlp, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("mlp", [swiglu, gelu, fused, split, shared, flat, two_results], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "mlp", [swiglu, gelu, fused, split, shared, flat, transposed, two_results], ids=lambda f: f.__name__
+)
 def test_every_form_is_exact(mlp: Callable[[WithMlp, Tensor], Tensor], world_size: int) -> None:
     model = WithMlp(mlp).double()
     assert count(planned(model, batch(11), world_size, tile=3).graph, BY_ROWS) == 1
