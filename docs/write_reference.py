@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from cpcompile import rules
-from cpcompile.passes import ANALYSIS, PARAMETERS, PIPELINE, SHARDING
+from cpcompile.passes import ANALYSIS, MEMORY, PARAMETERS, PIPELINE, SHARDING
 from cpcompile.rules.along import ExtendedRule
 from cpcompile.rules.pointwise import UNTAGGED, pointwise
 from cpcompile.rules.refusals import REFUSED
@@ -99,11 +99,12 @@ def pass_section(function: Callable[..., int]) -> str:
 
 def passes_page() -> str:
     """Return docs/passes.md."""
-    between = [function for function in PIPELINE if function not in {*ANALYSIS, *SHARDING, *PARAMETERS}]
+    between = [function for function in PIPELINE if function not in {*ANALYSIS, *SHARDING, *MEMORY, *PARAMETERS}]
     kinds = (
         ("What the model says", "Still a program of one device.", ANALYSIS),
         ("What was asked for and chosen", "Documents that the user names; one strategy for each attention.", between),
         ("From one device to the ranks of an axis", "Each takes the plan.", SHARDING),
+        ("Memory", "Each runs where it is asked for, changes no result, and saves memory.", MEMORY),
         ("Parameters", "For models that `fully_shard` wrapped.", PARAMETERS),
     )
     out = [PASSES.format(by_hand=BY_HAND).rstrip()]
