@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
 
 import cpcompile
 from cpcompile.errors import ConfigError
@@ -142,6 +143,30 @@ def parts(rank: Any) -> list[tuple[int, int]]:
             cpcompile.rank_and_replicas(mesh, axis)
     ways = ((grid, "cp"), (grid, "dp"), (cube, "cp"), (cube, ("cp", "tp")), (line, None))
     return [cpcompile.rank_and_replicas(mesh, axis) for mesh, axis in ways]
+
+
+def dealt(rank: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """The batches of an epoch of torchdata's loader, and those of one that goes on where another stopped."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    part, num_replicas = cpcompile.rank_and_replicas(grid, "cp")
+
+    def loader() -> Any:
+        sampler = DistributedSampler(range(12), num_replicas=num_replicas, rank=part, seed=1)  # type: ignore[arg-type]
+        return StatefulDataLoader(range(12), batch_size=2, sampler=sampler)  # type: ignore[arg-type]
+
+    stopped, resumed = loader(), loader()
+    batches = iter(stopped)
+    first = next(batches).tolist()
+    resumed.load_state_dict(stopped.state_dict())
+    return [batch.tolist() for batch in loader()], [first, *(batch.tolist() for batch in resumed)]
+
+
+def test_a_stateful_loader_deals_groups_their_batches(pool: Any) -> None:
+    (first, resumed), same, (others, _), _ = found = pool.run(4, dealt)
+    assert first == resumed and found[0] == same and found[2] == found[3]
+    assert sorted(x for batches in (first, others) for batch in batches for x in batch) == list(range(12))
 
 
 def test_rank_and_replicas(pool: Any) -> None:
