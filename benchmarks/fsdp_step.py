@@ -58,6 +58,10 @@ OVERLAP = {"reorder_for_compute_comm_overlap": True}
 BUCKETS = {"bucket_all_gathers_fx": "all", "bucket_reduce_scatters_fx": "all"}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "cpcompile": {},
+    "cpcompile, no prefetch": {"prefetch": 0},
+    "cpcompile, attention again": {"recompute_attention": True},
+    "cpcompile, chunked loss": {"loss_chunk": 4096},
+    "cpcompile, chunked loss and tiles": {"loss_chunk": 4096, "tile": 4096},
     "cpcompile, reordered": {"inner_options": OVERLAP},
     "cpcompile, bucketed": {"inner_options": OVERLAP | BUCKETS},
     "cpcompile, scheduled": {"inner_options": {"aten_distributed_optimizations.enable_overlap_scheduling": True}},
