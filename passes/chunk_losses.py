@@ -6,15 +6,12 @@ after   loss, = cp.chunked_loss(hidden, weight, None, [labels], [], body, 2048)
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
 from cpcompile.analysis.gradient_flow import needs_no_gradient
 from cpcompile.analysis.token_rows import NotByRowsError, RowRegion, region_of
-from cpcompile.ir.annotation import annotate, annotation, placement_of
-from cpcompile.ir.insertion import insert_call, insert_copy, keep_source
+from cpcompile.ir.insertion import insert_call, keep_source
 from cpcompile.ir.operator_call import is_tensor, value_of
 from cpcompile.runtime.chunked_loss import Body, Result, add_body
 
@@ -67,7 +64,7 @@ def results_of(region: RowRegion, may_return_logits: bool) -> list[fx.Node]:
     few = max(FEW * value_of(region.source).shape[-1], 1)
     results = []
     for node in (region.source, *region.nodes):
-        outside = [user for user in node.users if user not in region.rows]
+        outside = region.readers(node)
         rows = region.rows[node]
         if not outside:
             continue
@@ -88,8 +85,7 @@ def replace_by_chunks(
     """Let what reads the results of a region read those of `cp.chunked_loss`; False where nothing can stand in its place."""
     function, rows, others = region.body(results)
     hidden, weight, bias = head
-    users = {node: [user for user in node.users if user not in region.rows] for node in results}
-    first = min(user for each in users.values() for user in each)
+    first = min(user for node in results for user in region.readers(node))
     read = (hidden, weight, bias, *rows, *others, *region.read_to_write(results))
     if any(x >= first for x in read if x is not None):
         return False
@@ -99,15 +95,5 @@ def replace_by_chunks(
     arguments = (hidden, weight, bias, flat, list(others), key, chunk, False)
     call = insert_call(first, cp.chunked_loss.default, *arguments)
     keep_source(call, region.source)
-    annotate(call, placement=tuple(placement_of(node) for node in results))
-    for i, node in enumerate(results):
-        found = insert_call(first, operator.getitem, call, i)
-        of = region.rows[node]
-        if of is not None and of.written is not None:
-            with first.graph.inserting_before(first):  # sizes are those of a rank, and values those of the whole
-                found = insert_copy(first.graph, aten.reshape.default, (found, [*of.written, *of.inner]), node)
-        found.meta["val"] = value_of(node)
-        annotate(found, placement=placement_of(node), origin=annotation(node).origin)
-        for user in users[node]:
-            user.replace_input_with(node, found)
+    region.replace(results, call, first)
     return True

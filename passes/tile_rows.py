@@ -6,14 +6,11 @@ after   y, = cp.by_rows([x], [gate, up, down], function, 4096)
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
 from cpcompile.analysis.token_rows import NotByRowsError, RowRegion, static, wide_region_of
-from cpcompile.ir.annotation import annotate, annotation, placement_of
-from cpcompile.ir.insertion import insert_call, insert_copy, keep_source
+from cpcompile.ir.insertion import insert_call, keep_source
 from cpcompile.ir.operator_call import is_tensor, value_of
 from cpcompile.runtime.by_rows import RowFunction, add_function
 
@@ -42,7 +39,7 @@ def tile_rows(gm: fx.GraphModule, *, tile: int) -> int:
 
 def replace_by_tiles(region: RowRegion, tile: int) -> bool:
     """Let what reads the results of a region read those of `cp.by_rows`; False where nothing can stand in its place."""
-    results = [node for node in region.nodes if any(user not in region.rows for user in node.users)]
+    results = [node for node in region.nodes if region.readers(node)]
     if not results or any(region.rows[node] is None or not is_tensor(node) for node in results):
         return False
     if sum(map(region.size, results)) >= max(
@@ -50,8 +47,7 @@ def replace_by_tiles(region: RowRegion, tile: int) -> bool:
     ):  # what is kept is as wide: keys, queries, values
         return False
     function, rows, others = region.body(results)
-    users = {node: [user for user in node.users if user not in region.rows] for node in results}
-    first = min(user for each in users.values() for user in each)
+    first = min(user for node in results for user in region.readers(node))
     if any(x >= first for x in (region.source, *rows, *others, *region.read_to_write(results))):
         return False
     try:
@@ -63,16 +59,5 @@ def replace_by_tiles(region: RowRegion, tile: int) -> bool:
     call = insert_call(first, cp.by_rows.default, [region.source, *flat], list(others), key, tile, False)
     for node in (*flat, call):
         keep_source(node, results[0])
-    annotate(call, placement=tuple(placement_of(node) for node in results))
-    for i, node in enumerate(results):
-        found = insert_call(first, operator.getitem, call, i)
-        keep_source(found, node)
-        written = region.rows[node].written  # type: ignore[union-attr]
-        if written is not None:
-            with first.graph.inserting_before(first):  # sizes are those of a rank, and values those of the whole
-                found = insert_copy(first.graph, aten.reshape.default, (found, [*written, *kinds[i][0]]), node)
-        found.meta["val"] = value_of(node)
-        annotate(found, placement=placement_of(node), origin=annotation(node).origin)
-        for user in users[node]:
-            user.replace_input_with(node, found)
+    region.replace(results, call, first)
     return True

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from cpcompile.ir.annotation import annotate, annotation, placement_of
+from cpcompile.ir.insertion import insert_call, insert_copy, keep_source
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
 
 aten = torch.ops.aten
@@ -36,22 +38,22 @@ _SAME = {
     aten.where.self,
 }
 _VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
-# Operators on one of the inner dims, by the name of the argument that says which.
+# Operators on one of the inner dims, their argument `dim`.
 _ALONG = {
-    aten.log_softmax.int: "dim",
-    aten.softmax.int: "dim",
-    aten._log_softmax.default: "dim",
-    aten._softmax.default: "dim",
-    aten.slice.Tensor: "dim",
-    aten.gather.default: "dim",
-    aten.unsqueeze.default: "dim",
-    aten.squeeze.dim: "dim",
-    aten.select.int: "dim",
-    aten.logsumexp.default: "dim",
-    aten.sum.dim_IntList: "dim",
-    aten.mean.dim: "dim",
-    aten.amax.default: "dim",
-    aten.argmax.default: "dim",
+    aten.log_softmax.int,
+    aten.softmax.int,
+    aten._log_softmax.default,
+    aten._softmax.default,
+    aten.slice.Tensor,
+    aten.gather.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.select.int,
+    aten.logsumexp.default,
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.amax.default,
+    aten.argmax.default,
 }
 # Products of rows with a weight, by the name of the rows.
 PRODUCTS = {
@@ -114,6 +116,25 @@ class RowRegion:
         """Return how many values a node has of each token; 0 for a sum over all."""
         rows = self.rows[node]
         return 0 if rows is None else math.prod(rows.inner)
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """Return what reads a node outside of the region."""
+        return [user for user in node.users if user not in self.rows]
+
+    def replace(self, results: Sequence[fx.Node], call: fx.Node, first: fx.Node) -> None:
+        """Let what reads results outside of the region read those of `call`, which is before `first`, the earliest reader."""
+        annotate(call, placement=tuple(placement_of(node) for node in results))
+        for i, node in enumerate(results):
+            found = insert_call(first, operator.getitem, call, i)
+            keep_source(found, node)
+            rows = self.rows[node]
+            if rows is not None and rows.written is not None:
+                with first.graph.inserting_before(first):  # sizes are those of a rank, and values those of the whole
+                    found = insert_copy(first.graph, aten.reshape.default, (found, [*rows.written, *rows.inner]), node)
+            found.meta["val"] = value_of(node)
+            annotate(found, placement=placement_of(node), origin=annotation(node).origin)
+            for user in self.readers(node):
+                user.replace_input_with(node, found)
 
     def read_to_write(self, results: Sequence[fx.Node]) -> list[fx.Node]:
         """Return the sizes that are read to give results their shapes."""
