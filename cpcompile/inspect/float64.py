@@ -37,9 +37,14 @@ class Widen(TorchFunctionMode):
         return func(*widened(tuple(args)), **widened(dict(kwargs or {})))
 
 
+def _wide_value(value: Any) -> Any:
+    return value.to(WIDER[value.dtype]) if isinstance(value, torch.Tensor) and value.dtype in WIDER else value
+
+
 def widen_graph(gm: fx.GraphModule) -> None:
-    """Make the casts to float32 of a captured graph casts to float64."""
+    """Make the casts to float32 of a captured graph casts to float64, and what is known of their values as well."""
     for node in gm.graph.nodes:
         if node.op == "call_function":
             node.args, node.kwargs = widened(node.args), widened(node.kwargs)
+            node.meta["val"] = tree_map(_wide_value, node.meta.get("val"))
     gm.recompile()

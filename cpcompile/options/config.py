@@ -101,7 +101,7 @@ class Config:
     inner: str = "inductor"
     prefetch: int = 1
     recompute_attention: bool = False
-    loss_chunk: int = 0
+    loss_chunk: int = 4096
     tile: int = 0
     logits: str = "auto"
     mode: str = ""

@@ -208,7 +208,8 @@ class _ChunkedLoss(torch.autograd.Function):
         smooth = [g for g, of in zip(grads, body.results, strict=True) if of.has_gradient]
         if ctx.is_done:
             (scale,) = smooth
-            found = [grad * scale for grad in ctx.saved_tensors]
+            # A mean over no token at all arrives as infinity, which leaves gradients of 0 alone on one device.
+            found = [torch.where(grad == 0, 0, grad * scale) for grad in ctx.saved_tensors]
         else:
             num_heads, num_rows = ctx.sizes
             head, rest = ctx.saved_tensors[:num_heads], ctx.saved_tensors[num_heads:]

@@ -43,8 +43,8 @@ def test_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
         return gm
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-    transformed = planned(TinyLM(), batch())
+    transformed = planned(TinyLM(), batch(), loss_chunk=0)
     inputs = [torch.empty(0)]
-    compile_inner(transformed, inputs, Config(inner_options={"max_autotune": True}))
+    compile_inner(transformed, inputs, Config(inner_options={"max_autotune": True}, loss_chunk=0))
     assert given == [True]
     assert not torch._inductor.config.max_autotune
