@@ -8,15 +8,9 @@ from typing import Any
 import torch
 
 from cpcompile.compile.deferred_outputs import DeferredOutput
-from cpcompile.errors import ConfigError
 from cpcompile.front.deferred_tensor import DeferredTensor
 from cpcompile.front.gradient_sums import GradientSync
 from cpcompile.passes import sum_gradients
-
-SHARDED = (
-    "the logits were not made: the loss is computed in chunks of tokens, and fully_shard shards the weight of the head, which a "
-    "rank that reads its logits cannot gather alone. logits='keep' makes them in every step."
-)
 
 
 class DeferredLogits:
@@ -27,31 +21,29 @@ class DeferredLogits:
         self._sync, self._site = sync, sync.site()
         nodes = deferred.graph.graph.find_nodes(op="placeholder")
         self._summed = [i for i, given in enumerate(deferred.inputs) if given in summed]
-        if not deferred.is_sharded:
-            names = [nodes[i + 1].name for i in self._summed]  # hidden states come first
-            sum_gradients(deferred.graph, summed=names, site=self._site.number)
-            deferred.graph.recompile()
+        names = [nodes[i + 1].name for i in self._summed]  # hidden states come first
+        sum_gradients(deferred.graph, summed=names, site=self._site.number)
+        deferred.graph.recompile()
 
-    def of(self, hidden: torch.Tensor, inputs: Sequence[Any], keys: Sequence[Any]) -> torch.Tensor:
+    def of(self, results: Sequence[Any], inputs: Sequence[Any], keys: Sequence[Any]) -> torch.Tensor:
         """Return the output, not made yet.
 
         Args:
-            hidden: what the graph returned in its place.
+            results: what the graph returned.
             inputs: of the graph.
             keys: for each, what its gradient is kept under while none is summed.
         """
+        hidden, gathered = results[self.position], [results[i] for i in self.deferred.gathered]
         given = [inputs[i] for i in self.deferred.inputs]
         known = [keys[i] for i in self.deferred.inputs]
 
         def make() -> torch.Tensor:
-            if self.deferred.is_sharded:
-                raise ConfigError(SHARDED)
             tensors = list(given)
             if self._summed and torch.is_grad_enabled():
                 of_graph = self._sync(self._site, [given[i] for i in self._summed], [known[i] for i in self._summed])
                 for i, tensor in zip(self._summed, of_graph, strict=True):
                     tensors[i] = tensor
-            made: torch.Tensor = self.deferred.graph(hidden, *tensors)
+            made: torch.Tensor = self.deferred.graph(hidden, *tensors, *gathered)
             return made
 
         shape = (*hidden.shape[:-1], *self.deferred.inner)

@@ -45,22 +45,9 @@ _LIBRARY.impl("unshard_parameter", unshard_parameter, "CompositeImplicitAutograd
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        shard: Tensor,
-        shape: Sequence[int],
-        dim: int,
-        world_size: int,
-        group: str,
-        replicas: int,
-        replica_group: str,
-        dtype: torch.dtype,
-        reduce_dtype: torch.dtype,
-        divisor: float,
-    ) -> Tensor:
-        ctx.dim, ctx.num_rows, ctx.dtype = dim, world_size * shard.shape[dim], shard.dtype
-        ctx.ranks = world_size, group, replicas, replica_group
-        ctx.reduce_dtype, ctx.divisor = reduce_dtype, divisor
+    def forward(ctx: Any, shard: Tensor, shape: Sequence[int], dim: int, *sharding: Any) -> Tensor:
+        _keep_sharding(ctx, shard, dim, *sharding)
+        world_size, group, _, _, dtype, *_ = sharding
         rows = shard.to(dtype)
         if world_size == 1:
             return rows.clone() if rows is shard else rows
@@ -84,6 +71,40 @@ class _Unshard(torch.autograd.Function):
         if ctx.divisor != 1:
             rows = rows / ctx.divisor
         return _rows_back(rows, ctx.dim).to(ctx.dtype), *[None] * 9
+
+
+def gathered_parameter(shard: Tensor, whole: Tensor, *sharding: Any) -> Tensor:
+    """Return a parameter that `unshard_parameter(shard, *sharding)` has gathered already; its gradient reaches the shard."""
+    return _Gathered.apply(shard, whole, *sharding)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, whole: Tensor, shape: Sequence[int], dim: int, *sharding: Any) -> Tensor:
+        _keep_sharding(ctx, shard, dim, *sharding)
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        of_shard, *others = _Unshard.backward(ctx, *grads)
+        return of_shard, None, *others
+
+
+def _keep_sharding(
+    ctx: Any,
+    shard: Tensor,
+    dim: int,
+    world_size: int,
+    group: str,
+    replicas: int,
+    replica_group: str,
+    dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    divisor: float,
+) -> None:
+    ctx.dim, ctx.num_rows, ctx.dtype = dim, world_size * shard.shape[dim], shard.dtype
+    ctx.ranks = world_size, group, replicas, replica_group
+    ctx.reduce_dtype, ctx.divisor = reduce_dtype, divisor
 
 
 def _rows_first(x: Tensor, dim: int) -> Tensor:
