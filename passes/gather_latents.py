@@ -104,7 +104,7 @@ class Expander:
         with old.graph.inserting_after(old):
             copy = old.graph.node_copy(old, lambda operand: self.new.get(operand, operand))
         copy.meta = dict(old.meta)
-        annotate(copy, origin=annotation(old).origin or old.name)
+        annotate(copy, origin=annotation(old).origin or old.name, stays_whole=True)
         self._recompute(copy)
         return copy
 

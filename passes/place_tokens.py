@@ -107,7 +107,7 @@ class Placer:
     def _place_whole(self, node: fx.Node, call: Call, hints: Mapping[str, Sharded]) -> None:
         """Place a call of whole operands: a heavy one that meets tokens starts the sharded stream."""
         annotate(node, placement=whole_placement(node))
-        if annotation(node).is_table:
+        if annotation(node).stays_whole:
             return
         if not hints and (node.target is aten.embedding.default or (self.plan.num_tokens and node.target in HEAVY)):
             hints = self._hint_by_size(call)

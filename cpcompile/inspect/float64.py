@@ -37,14 +37,31 @@ class Widen(TorchFunctionMode):
         return func(*widened(tuple(args)), **widened(dict(kwargs or {})))
 
 
-def _wide_value(value: Any) -> Any:
-    return value.to(WIDER[value.dtype]) if isinstance(value, torch.Tensor) and value.dtype in WIDER else value
-
-
 def widen_graph(gm: fx.GraphModule) -> None:
     """Make the casts to float32 of a captured graph casts to float64, and what is known of their values as well."""
+    values = _WideValues()
     for node in gm.graph.nodes:
         if node.op == "call_function":
             node.args, node.kwargs = widened(node.args), widened(node.kwargs)
-            node.meta["val"] = tree_map(_wide_value, node.meta.get("val"))
+            node.meta["val"] = tree_map(values.of, node.meta.get("val"))
     gm.recompile()
+
+
+class _WideValues:
+    """Wide values in the place of recorded ones: those that share memory share it still."""
+
+    def __init__(self) -> None:
+        self._memories: dict[int, torch.Tensor] = {}
+
+    def of(self, value: Any) -> Any:
+        """Return the wide value, or what is none."""
+        if not isinstance(value, torch.Tensor) or value.dtype not in WIDER:
+            return value
+        storage = value.untyped_storage()
+        with value.fake_mode:  # type: ignore[attr-defined]
+            if storage._cdata not in self._memories:
+                numbers = storage.nbytes() // torch.float32.itemsize
+                self._memories[storage._cdata] = torch.empty(numbers, dtype=torch.float64, device=value.device)
+            memory = self._memories[storage._cdata].view(WIDER[value.dtype])
+            wide = memory.as_strided(value.shape, value.stride(), value.storage_offset())
+            return wide.requires_grad_(value.requires_grad)

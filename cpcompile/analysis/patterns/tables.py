@@ -100,7 +100,7 @@ def at_positions(table: fx.Node, dim: int, positions: fx.Node, rank: int) -> fx.
         is_batched = lead == dim and str(shape[0]) == str(batch)
         return gathered(table, dim, positions) if is_batched else None
     for node in ancestors(table):
-        annotate(node, is_table=True)
+        annotate(node, stays_whole=True)
     rows = insert_call(before, aten.reshape.default, table, [size_of(before, table, dim), -1])
     here = insert_call(before, aten.embedding.default, rows, positions)
     sizes = [size_of(before, positions, i) for i in (0, 1)]
