@@ -38,11 +38,14 @@ class Widen(TorchFunctionMode):
 
 
 def widen_graph(gm: fx.GraphModule) -> None:
-    """Make the casts to float32 of a captured graph casts to float64, and what is known of their values as well."""
+    """Make the casts to float32 of a captured graph casts to float64, its constants and what is known of values as well."""
     values = _WideValues()
     for node in gm.graph.nodes:
         if node.op == "call_function":
             node.args, node.kwargs = widened(node.args), widened(node.kwargs)
+        elif node.op == "get_attr" and isinstance(constant := getattr(gm, str(node.target)), torch.Tensor):
+            setattr(gm, str(node.target), constant.to(WIDER.get(constant.dtype, constant.dtype)))
+        if node.op in ("call_function", "get_attr"):
             node.meta["val"] = tree_map(values.of, node.meta.get("val"))
     gm.recompile()
 

@@ -43,6 +43,7 @@ def run_and_keep(
     """
     from cpcompile.zoo.pool import run_jobs
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -47,7 +47,8 @@ class Batch:
         if draw.has_types and "token_type_ids" in self.takes and draw.entry.category == "mlm":
             inputs["token_type_ids"] = self.tokens(2)
         if draw.head == "multiple choice":
-            inputs = {name: torch.stack([x, x.roll(1, 0)][:CHOICES], 1) for name, x in inputs.items()}
+            along = 0 if draw.batch > 1 else 1  # choices that are alike have no gradient
+            inputs = {name: torch.stack([x, x.roll(1, along)][:CHOICES], 1) for name, x in inputs.items()}
         return inputs | self._labels()
 
     def tokens(self, below: int, length: int = 0) -> Tensor:
