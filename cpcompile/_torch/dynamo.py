@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -143,6 +144,8 @@ def global_hooks() -> tuple[Any, ...]:
     return tuple(hook for hooks in _HOOKS_OF_ALL for hook in hooks.values())
 
 
-def break_frames(error: torch._dynamo.exc.TorchDynamoException) -> traceback.StackSummary:
-    """Return the user's stack where Dynamo gave up, as far as the error knows it."""
-    return traceback.StackSummary.from_list(getattr(error, "real_stack", []))
+def break_frames(error: Exception) -> traceback.StackSummary:
+    """Return the user's stack where Dynamo gave up, as far as the error knows it: some only have it in their text."""
+    told = re.findall(r'File "(.*)", line (\d+), in (\S+)', str(error).partition("from user code:")[2])
+    of_text = [traceback.FrameSummary(file, int(line), name) for file, line, name in told]
+    return traceback.StackSummary.from_list(getattr(error, "real_stack", None) or of_text)

@@ -28,6 +28,7 @@ DYNAMO_REMEDY = (
     "torch.compile(model, fullgraph=True) on one device tells whether torch alone can compile this model; if it can, please "
     "report this with the error above."
 )
+VALUE_SIZE = "a size depends on the values of a tensor, which Dynamo loses"
 
 
 @contextlib.contextmanager
@@ -46,6 +47,8 @@ def clear_errors(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Iter
     except TorchRuntimeError as error:
         raise InputError(describe_failure(error, inputs) + meant(forward, inputs)) from None
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        if "PendingUnbackedSymbolNotFound" in str(error):
+            raise GraphBreakError(break_text(VALUE_SIZE, _torch.break_frames(error))) from error
         raise InternalError(f"Dynamo failed: {summary(error)}\n\n{DYNAMO_REMEDY}") from error
 
 

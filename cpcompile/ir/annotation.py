@@ -24,7 +24,7 @@ class Annotation:
         reason: what a gathered value is needed for.
         region: the token-local region that the node is a part of.
         is_of_layout: these are the bounds of the documents that the layout follows.
-        stays_whole: every rank needs all its tokens: of a table that positions in documents index, of what keys are computed from.
+        stays_whole: every rank needs all its tokens: of a table that positions index, of what keys are made of.
         is_filled: the mask of this attention replaces scores in the model, in place of being added.
         takes_gradient: a gradient may reach this input.
         is_local: the recorded value is what one rank holds; elsewhere it is the whole.
