@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 import transformers
+from memory_peak import peak_of
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.experimental import context_parallel
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
     parser.add_argument("--profile", type=Path, help="folder for a trace of one step of each system")
+    parser.add_argument("--memory", action="store_true", help="print what the first rank holds at the peak of a step")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.dynamic, options.deadline = True, time.time() + options.budget
@@ -169,6 +171,11 @@ def measure(rank: int, options: argparse.Namespace, mesh: Any, system: str, rows
             dist.all_reduce(took, op=dist.ReduceOp.MAX)
             seconds.append(took.item())
             losses.append(float(loss))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else 0.0
+        if options.memory:
+            table = peak_of(one)
+            if rank == 0:
+                print(f"{system}, {length} tokens\n{table}", flush=True)
         if options.profile:
             trace(rank, options, one, f"{system}_{length}".replace(" ", "_").replace(",", ""))
         median = statistics.median(seconds[2:])
@@ -182,7 +189,7 @@ def measure(rank: int, options: argparse.Namespace, mesh: Any, system: str, rows
             "ms": round(median * 1e3, 1),
             "tokens_per_second": round(length / median),
             "mfu": round(flops / median / options.ranks / peak_rate, 4),
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if options.device == "cuda" else 0.0,
+            "peak_gib": round(peak, 2),
             "first_step_s": round(seconds[0], 1),
             "losses": losses,
         }

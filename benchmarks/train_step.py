@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--dynamic", action="store_true", help="one graph for all lengths")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--checkpoints", action="store_true", help="activation checkpoints of all layers")
     parser.add_argument("--single", action="store_true", help="also the untouched, compiled model on one device")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
@@ -107,6 +108,8 @@ def measure(
     with torch.device(options.device):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
         ids = torch.randint(config.vocab_size, (1, options.length))
+    if options.checkpoints:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if is_sharded:
         cpcompile.apply(model, mesh, strategy=strategy, inner=options.inner, dynamic=options.dynamic)
     else:
@@ -135,6 +138,7 @@ def measure(
         "strategy": strategy,
         "ranks": options.ranks if is_sharded else 1,
         "length": options.length,
+        "checkpoints": options.checkpoints,
         "ms": round(median * 1e3, 2),
         "tokens_per_second": round(options.length / median),
         "peak_gib": round(peak, 2),
