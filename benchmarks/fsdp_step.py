@@ -89,47 +89,49 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="print what the first rank holds at the peak of a step")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    options.dynamic, options.deadline = True, time.time() + options.budget
+    options.dynamic = True
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.unlink(missing_ok=True)
+    deadline = time.time() + options.budget
+    for system in options.systems:
+        if time.time() < deadline:  # in processes of its own: what another system leaves behind is not its memory
+            torch.multiprocessing.start_processes(
+                run, args=(options, system, free_port()), nprocs=options.ranks, start_method="spawn"
+            )
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        options.port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(run, args=(options,), nprocs=options.ranks, start_method="spawn")
+        return int(free.getsockname()[1])
 
 
-def run(rank: int, options: argparse.Namespace) -> None:
+def run(rank: int, options: argparse.Namespace, system: str, port: int) -> None:
     is_cuda = options.device == "cuda"
     if is_cuda:
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "nccl" if is_cuda else "gloo",
-        init_method=f"tcp://127.0.0.1:{options.port}",
-        rank=rank,
-        world_size=options.ranks,
+        "nccl" if is_cuda else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=options.ranks
     )
     mesh = dist.init_device_mesh(options.device, (options.ranks,), mesh_dim_names=("cp",))
     rows: list[dict[str, Any]] = []
-    for system in options.systems:
-        late = torch.tensor(float(time.time() > options.deadline), device=options.device)
-        dist.all_reduce(late)
-        if late.item():
-            break
-        try:
-            measure(rank, options, mesh, system, rows)
-        except Exception as error:
-            if rank == 0:
-                traceback.print_exc()
-            rows.append({"system": system, "error": f"{type(error).__name__}: {error}"[:500]})
-        if rank == 0 and options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            layers = {"layers": options.layers}
-            options.out.write_text(json.dumps({**environment(options), **layers, "rows": rows}, indent=1) + "\n")
+    try:
+        measure(rank, options, mesh, system, rows)
+    except Exception as error:
+        if rank == 0:
+            traceback.print_exc()
+        rows.append({"system": system, "error": f"{type(error).__name__}: {error}"[:500]})
+    if rank == 0 and options.out:
+        before = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+        known = {**environment(options), "layers": options.layers, "rows": before + rows}
+        options.out.write_text(json.dumps(known, indent=1) + "\n")
     dist.destroy_process_group()
     os._exit(0)  # NCCL's threads of a system that failed may not end
 
 
 def measure(rank: int, options: argparse.Namespace, mesh: Any, system: str, rows: list[dict[str, Any]]) -> None:
     """Append a row for each length."""
-    torch._dynamo.reset()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         **SHAPES[options.shape],

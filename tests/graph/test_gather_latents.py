@@ -388,3 +388,33 @@ def test_auto_does_not_take_it_for_keys_that_fill_the_memory() -> None:
         assert site.tokens * LATENT.key_bytes > MOST_HELD
         assert choose([site], "auto", "zig_zag", axis).strategies != ("latent",)
         assert choose([site], "latent", "zig_zag", axis).strategies == ("latent",)
+
+
+class BeginsInside(nn.Module):
+    """Features and a token of the model's own: the sharded stream begins inside, at the first attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(1, 1, 32))
+        names = {"q": (32, 64), "k": (32, 32), "v": (32, 32), "out": (64, 32)}
+        self.layers = nn.ModuleList([nn.ModuleDict({n: nn.Linear(*w) for n, w in names.items()}) for _ in range(2)])
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = torch.cat([self.own.expand(features.shape[0], -1, -1), features], 1)
+        for layer in self.layers:
+            h = F.layer_norm(x, [32])
+            heads = [layer[n](h).unflatten(-1, (-1, 8)).transpose(1, 2) for n in ("q", "k", "v")]
+            x = x + layer["out"](F.scaled_dot_product_attention(*heads, enable_gqa=True).transpose(1, 2).flatten(2))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("strategy", ["latent", "latent_heads"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_stream_that_begins_inside(strategy: str, world_size: int) -> None:
+    inputs, options = {"features": torch.randn(2, 10, 32)}, {"strict": False, "strategy": strategy}
+    with pytest.warns(
+        UserWarning, match=r"1 attention\(s\) use gather in place of latent"
+    ):  # the first, before the stream
+        found = cpcompile.verify(BeginsInside(), inputs, world_size=world_size, dtype=torch.float64, **options)
+    found.raise_if_wrong()
+    assert found.transformed.choice.strategies[-1] == strategy
