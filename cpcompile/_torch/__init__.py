@@ -14,6 +14,7 @@ from cpcompile._torch.dynamo import (
     is_new_leaf,
     source_name,
     tracing_one_graph,
+    when_tracing,
 )
 from cpcompile._torch.functorch import TransformError
 from cpcompile._torch.inductor import compile_by_rows, inner_compiler, known_options, option_fits, options_of_mode
@@ -68,4 +69,5 @@ __all__ = [
     "tracing_one_graph",
     "trial_on_fake_tensors",
     "twin_group",
+    "when_tracing",
 ]

@@ -15,6 +15,7 @@ import torch._dynamo
 import torch._functorch.config
 import torch.fx.traceback
 from torch import fx
+from torch._dynamo.callback import CallbackTrigger, callback_handler
 from torch._dynamo.variables.tensor import TensorVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -149,3 +150,19 @@ def break_frames(error: Exception) -> traceback.StackSummary:
     told = re.findall(r'File "(.*)", line (\d+), in (\S+)', str(error).partition("from user code:")[2])
     of_text = [traceback.FrameSummary(file, int(line), name) for file, line, name in told]
     return traceback.StackSummary.from_list(getattr(error, "real_stack", None) or of_text)
+
+
+@contextlib.contextmanager
+def when_tracing(start: Callable[[], Any]) -> Iterator[None]:
+    """Call `start` when Dynamo begins to trace in this context (`torch._dynamo.callback`, torch 2.11 to 2.13)."""
+
+    def begun(args: Any) -> None:
+        if args.callback_trigger is CallbackTrigger.DYNAMO:
+            start()
+
+    callback_handler.register_start_callback(begun)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # torch._dynamo.reset() forgets all callbacks
+            callback_handler.remove_start_callback(begun)

@@ -16,6 +16,7 @@ from cpcompile import _torch
 from cpcompile.capture.arguments import describe_call, refuse_earlier_tokens, refuse_unnamed, takes
 from cpcompile.capture.definitions import Definitions
 from cpcompile.capture.dynamo_errors import clear_errors
+from cpcompile.capture.stages import Tracing
 from cpcompile.capture.token_inputs import KNOWN, token_dim
 from cpcompile.errors import ConfigError, InputError
 from cpcompile.options.config import Config
@@ -102,10 +103,11 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], con
     """Return `function` compiled as one graph by `backend`; errors come out as ours, with the user's line."""
     whole = with_own_code(reading(function, config.told_by) if config.told_by else function)
     model = getattr(function, "__self__", None)
-    definitions = Definitions(model)
+    definitions, tracing = Definitions(model), Tracing()
 
     def compiled_now() -> Callable[..., Any]:
         def remembering(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            tracing.end()
             definitions.remember()
             result: Callable[..., Any] = backend(gm, example_inputs)
             return result
@@ -121,7 +123,12 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], con
         if definitions.have_changed():
             compiled = compiled_now()  # of another backend, so that Dynamo finds nothing compiled before
         # DDP has Dynamo cut the model into a graph for each bucket; the parts could not be sharded.
-        with clear_errors(function, kwargs), _torch.tracing_one_graph(), torch._dynamo.config.patch(optimize_ddp=False):
+        with (
+            clear_errors(function, kwargs),
+            _torch.tracing_one_graph(),
+            torch._dynamo.config.patch(optimize_ddp=False),
+            tracing.call(),
+        ):
             return compiled(*args, **kwargs)
 
     return call

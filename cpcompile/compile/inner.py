@@ -15,6 +15,7 @@ from cpcompile import _torch
 from cpcompile.analysis.gradient_flow import needs_no_gradient
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
+from cpcompile.capture.stages import stage
 from cpcompile.compile.overlap import overlapped
 from cpcompile.compile.saved_results import is_recomputed, keep_attention, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
@@ -68,11 +69,12 @@ def transform_dynamo_graph(
     shards: Mapping[int, ParameterShard] | None = None,
 ) -> Transformed:
     """Capture and transform the graph of a whole model; `shards` says which inputs are parameters that FSDP shards."""
-    captured = capture(gm, example_inputs)
-    refuse_collectives(captured, axis)
-    nodes = placeholders(captured)
-    of_node = {nodes[i].name: shard for i, shard in (shards or {}).items()}
-    return transform(captured, config=config, axis=axis, inputs=input_names(captured), shards=of_node)
+    with stage("sharding the graph"):
+        captured = capture(gm, example_inputs)
+        refuse_collectives(captured, axis)
+        nodes = placeholders(captured)
+        of_node = {nodes[i].name: shard for i, shard in (shards or {}).items()}
+        return transform(captured, config=config, axis=axis, inputs=input_names(captured), shards=of_node)
 
 
 def refuse_collectives(gm: fx.GraphModule, axis: Axis) -> None:
@@ -95,26 +97,42 @@ def refuse_collectives(gm: fx.GraphModule, axis: Axis) -> None:
                 )
 
 
-def compile_parts(gm: fx.GraphModule, options: Mapping[str, Any]) -> None:
-    """Have Inductor compile what runs for some tokens after the other. Values are still those of the whole model."""
-    for node in gm.graph.find_nodes(op="call_function", target=cp.chunked_loss.default):
-        call = Call.of(node)
-        hidden, weight = call.tensor("hidden"), call.tensor("weight")
-        rows = [few_rows(value_of(x)) for x in call["rows"]]
-        logits = hidden.new_empty(FEW_TOKENS, weight.shape[0])
-        body_of(call["body"]).compile(logits, rows, [value_of(x) for x in call["others"]], options)
-        node.args = (*node.args[:-1], True)
-    for node in gm.graph.find_nodes(op="call_function", target=cp.by_rows.default):
-        call = Call.of(node)
-        first, *rest = call["rows"]
-        rows = [
-            value_of(first).new_empty(FEW_TOKENS, value_of(first).shape[-1]),
-            *[few_rows(value_of(x)) for x in rest],
-        ]
-        needs = [not needs_no_gradient(x) for x in (first, *rest, *call["others"])]
-        function_of(call["function"]).compile(rows, [value_of(x) for x in call["others"]], needs, options)
+def compile_parts(gm: fx.GraphModule, options: Mapping[str, Any]) -> int:
+    """Have Inductor compile what runs for some tokens after the other, and return how many there are.
+
+    Values are still those of the whole model.
+    """
+    parts = [node for target in PARTS for node in gm.graph.find_nodes(op="call_function", target=target)]
+    for number, node in enumerate(parts, 1):
+        name, compile_part = PARTS[node.target]
+        with stage(f"compiling {number} of {len(parts) + 1} ({name})"):
+            compile_part(Call.of(node), options)
         node.args = (*node.args[:-1], True)
     gm.recompile()
+    return len(parts)
+
+
+def compile_chunked_loss(call: Call, options: Mapping[str, Any]) -> None:
+    hidden, weight = call.tensor("hidden"), call.tensor("weight")
+    rows = [few_rows(value_of(x)) for x in call["rows"]]
+    logits = hidden.new_empty(FEW_TOKENS, weight.shape[0])
+    body_of(call["body"]).compile(logits, rows, [value_of(x) for x in call["others"]], options)
+
+
+def compile_by_rows(call: Call, options: Mapping[str, Any]) -> None:
+    first, *rest = call["rows"]
+    rows = [
+        value_of(first).new_empty(FEW_TOKENS, value_of(first).shape[-1]),
+        *[few_rows(value_of(x)) for x in rest],
+    ]
+    needs = [not needs_no_gradient(x) for x in (first, *rest, *call["others"])]
+    function_of(call["function"]).compile(rows, [value_of(x) for x in call["others"]], needs, options)
+
+
+PARTS = {
+    cp.chunked_loss.default: ("a loss in chunks", compile_chunked_loss),
+    cp.by_rows.default: ("an MLP by tiles", compile_by_rows),
+}
 
 
 def few_rows(value: torch.Tensor) -> torch.Tensor:
@@ -150,8 +168,7 @@ def compile_inner(
     output.args = ((*output.args[0], *Lengths.bounds_of(graph)),)
     graph.recompile()
     options = config.inductor_options
-    if config.inner == "inductor":
-        compile_parts(graph, options)
+    num_parts = compile_parts(graph, options) if config.inner == "inductor" else 0
     for node in graph.graph.nodes:
         # Values are those of the whole model; what runs here is local.
         if node.op != "placeholder":
@@ -165,5 +182,6 @@ def compile_inner(
     if bytes_ahead and config.inner == "inductor":
         groups = frozenset(shard.group for shard in shards)
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options
-    with faults_of(f"the inner compiler ({config.inner})", INNER_REMEDY):
+    program = f"compiling {num_parts + 1} of {num_parts + 1} (forward and backward)"
+    with stage(program), faults_of(f"the inner compiler ({config.inner})", INNER_REMEDY):
         return _torch.inner_compiler(config.inner, options, joint_pass)(graph, example_inputs)

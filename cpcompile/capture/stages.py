@@ -1,0 +1,71 @@
+"""Stages: what a first call does for so long is said on the first rank, in a line on stderr.
+
+What takes a moment is not mentioned. `logging.getLogger("cpcompile.stages").setLevel("WARNING")` silences all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from cpcompile import _torch
+
+PATIENCE = 5.0  # seconds without a word
+
+
+class _ToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+_log = logging.getLogger("cpcompile.stages")
+_log.setLevel(logging.INFO)
+_log.addHandler(_ToStderr())
+_log.propagate = False
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Surround a stage; if it takes longer than `PATIENCE` seconds, say so while it runs, and how long it took."""
+    timer = threading.Timer(PATIENCE, _say, [f"{name} ..."])
+    timer.daemon = True
+    timer.start()
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        seconds = time.perf_counter() - start
+    if seconds > PATIENCE:
+        _say(f"{name} took {seconds:.0f} s")
+
+
+class Tracing:
+    """The stage in which Dynamo traces a model: from when it begins, if it does, until it hands over a graph."""
+
+    def __init__(self) -> None:
+        self._open = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Surround a call of a compiled function."""
+        with _torch.when_tracing(lambda: self._open.enter_context(stage("tracing the model"))):
+            try:
+                yield
+            finally:
+                self.end()
+
+    def end(self) -> None:
+        """End the stage: what follows is not Dynamo's."""
+        self._open.close()
+
+
+def _say(text: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _log.info("cpcompile: %s", text)

@@ -1,0 +1,52 @@
+"""What a first call does for so long is said, on the first rank."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import cpcompile
+from cpcompile.capture import stages
+from tests.models import batch, make
+
+
+def first_and_second_call(rank: Any, patience: float) -> list[list[str]]:
+    """The lines on stderr of two calls."""
+    torch._dynamo.reset()
+    before, stages.PATIENCE = stages.PATIENCE, patience
+    try:
+        model = cpcompile.apply(make("llama"), rank.mesh(), inner="aot_eager")
+        lines = []
+        for _ in range(2):
+            with contextlib.redirect_stderr(io.StringIO()) as stderr:
+                model(**batch(model, 12)).loss.backward()
+            lines.append([line for line in stderr.getvalue().splitlines() if line.startswith("cpcompile: ")])
+        return lines
+    finally:
+        stages.PATIENCE = before
+
+
+def test_the_first_rank_says_what_the_first_call_does(pool: Any) -> None:
+    (first, second), *others = pool.run(2, first_and_second_call, 0.0)
+    names = ["tracing the model", "sharding the graph", "compiling 1 of 1 (forward and backward)"]
+    said = [line.removeprefix("cpcompile: ") for line in first]
+    assert [line for line in said if line.endswith("...")] == [f"{name} ..." for name in names]
+    assert [line.rpartition(" took ")[0] for line in said if not line.endswith("...")] == names
+    assert not second and others == [[[], []]]
+
+
+def test_what_is_quick_is_not_mentioned(pool: Any) -> None:
+    assert pool.run(1, first_and_second_call, 1000.0) == [[[], []]]
+
+
+def test_a_stage_that_fails_says_no_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "PATIENCE", 0.01)
+    with pytest.raises(ValueError), stages.stage("failing"):
+        time.sleep(0.3)
+        raise ValueError
+    assert capsys.readouterr().err == "cpcompile: failing ...\n"
