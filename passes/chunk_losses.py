@@ -72,8 +72,7 @@ def results_of(region: RowRegion, may_return_logits: bool) -> list[fx.Node]:
             results.append(node)
         elif not may_return_logits or any(user.op != "output" for user in outside):
             return []
-    has_gradient = [node for node in results if value_of(node).is_floating_point()]
-    return results if has_gradient else []
+    return results if any(map(region.has_gradient, results)) else []
 
 
 def replace_by_chunks(
@@ -85,15 +84,20 @@ def replace_by_chunks(
     """Let what reads the results of a region read those of `cp.chunked_loss`; False where nothing can stand in its place."""
     function, rows, others = region.body(results)
     hidden, weight, bias = head
-    first = min(user for node in results for user in region.readers(node))
+    first = region.first_reader(results)
     read = (hidden, weight, bias, *rows, *others, *region.read_to_write(results))
     if any(x >= first for x in read if x is not None):
         return False
-    kinds = [Result(None if (of := region.rows[node]) is None else of.inner, value_of(node).dtype) for node in results]
-    key = add_body(Body(function, tuple(kinds)))
+    key = add_body(Body(function, tuple(result_of(region, node) for node in results)))
     flat = [insert_call(first, aten.reshape.default, x, [-1, *value_of(x).shape[region.num_lead[x] :]]) for x in rows]
     arguments = (hidden, weight, bias, flat, list(others), key, chunk, False)
     call = insert_call(first, cp.chunked_loss.default, *arguments)
     keep_source(call, region.source)
     region.replace(results, call, first)
     return True
+
+
+def result_of(region: RowRegion, node: fx.Node) -> Result:
+    """Return what kind of result a node is."""
+    rows = region.rows[node]
+    return Result(None if rows is None else rows.inner, value_of(node).dtype, region.has_gradient(node))

@@ -47,7 +47,7 @@ def replace_by_tiles(region: RowRegion, tile: int) -> bool:
     ):  # what is kept is as wide: keys, queries, values
         return False
     function, rows, others = region.body(results)
-    first = min(user for node in results for user in region.readers(node))
+    first = region.first_reader(results)
     if any(x >= first for x in (region.source, *rows, *others, *region.read_to_write(results))):
         return False
     try:

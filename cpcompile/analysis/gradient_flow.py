@@ -25,3 +25,14 @@ def needs_no_gradient(node: fx.Node) -> bool:
         seen.update(fresh)
         stack += fresh
     return True
+
+
+def unrecorded(graph: fx.Graph) -> set[fx.Node]:
+    """Return what a graph computes where gradients are off (`torch.no_grad`)."""
+    found, is_recording = set[fx.Node](), True
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            is_recording = bool(node.args[0])
+        elif not is_recording:
+            found.add(node)
+    return found

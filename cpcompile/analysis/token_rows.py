@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cpcompile.analysis.gradient_flow import unrecorded
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.insertion import insert_call, insert_copy, keep_source
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
@@ -97,6 +98,7 @@ class RowRegion:
         made: what stands there for each.
         given_rows, given_others: what stands there for values from elsewhere, of each token and of all.
         num_lead: how many dims of the former are those of the tokens.
+        unrecorded: what the whole graph computes where gradients are off; no part of a region.
     """
 
     source: fx.Node
@@ -106,6 +108,7 @@ class RowRegion:
     given_rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
     given_others: dict[fx.Node, fx.Node] = field(default_factory=dict)
     num_lead: dict[fx.Node, int] = field(default_factory=dict)
+    unrecorded: set[fx.Node] = field(default_factory=set)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -120,6 +123,20 @@ class RowRegion:
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """Return what reads a node outside of the region."""
         return [user for user in node.users if user not in self.rows]
+
+    def first_reader(self, results: Sequence[fx.Node]) -> fx.Node:
+        """Return before what a node must be that results are read from, where gradients are on."""
+        first = min(user for node in results for user in self.readers(node))
+        while first in self.unrecorded:
+            first = first.prev
+        return first
+
+    def has_gradient(self, node: fx.Node) -> bool:
+        """Tell whether a gradient of a node reaches the value that the region is computed of."""
+        if node is self.source:
+            return True
+        is_cut = node.target is aten.detach.default or not is_tensor(node) or not value_of(node).is_floating_point()
+        return not is_cut and any(self.has_gradient(x) for x in node.all_input_nodes if x in self.rows)
 
     def replace(self, results: Sequence[fx.Node], call: fx.Node, first: fx.Node) -> None:
         """Let what reads results outside of the region read those of `call`, which is before `first`, the earliest reader."""
@@ -209,6 +226,9 @@ class _Writer:
         self.is_constant = is_constant
         self.rows, self.graph, self.made = self.region.rows, self.region.graph, self.region.made
         self.made[source] = self.graph.placeholder("value")
+        self.region.unrecorded = unrecorded(source.graph)
+        if source in self.region.unrecorded:
+            raise NotByRowsError
 
     def written(self) -> RowRegion:
         for node in self.region.source.graph.nodes:
@@ -222,8 +242,10 @@ class _Writer:
         """Write an operator.
 
         Raises:
-            NotByRowsError: it does not compute rows from rows.
+            NotByRowsError: it does not compute rows from rows, or where gradients are off.
         """
+        if node in self.region.unrecorded:
+            raise NotByRowsError
         if node.target is operator.getitem and node.args[0] in self.rows:
             parent, index = node.args
             of = self._of(parent)  # type: ignore[arg-type]

@@ -36,15 +36,12 @@ class Result:
     Attributes:
         inner: its shape behind the dim of the tokens; None for a sum over them.
         dtype: of the result.
+        has_gradient: whether it can be differentiated.
     """
 
     inner: tuple[int, ...] | None
     dtype: torch.dtype
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether it can be differentiated."""
-        return self.dtype.is_floating_point
+    has_gradient: bool
 
 
 @dataclass(slots=True)
@@ -63,7 +60,7 @@ class Body:
     @property
     def key(self) -> str:
         """What the body is known by, alike on all ranks and in every process."""
-        text = f"{self.function.code}\n{[(r.inner, str(r.dtype)) for r in self.results]}"
+        text = f"{self.function.code}\n{[(r.inner, str(r.dtype), r.has_gradient) for r in self.results]}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -106,7 +103,10 @@ class Body:
             leaf = logits.detach().requires_grad_()
             results = self.function(leaf, *rows, *others)
             smooth = [r for r, of in zip(results, self.results, strict=True) if of.has_gradient]
-            (grad,) = torch.autograd.grad(smooth, [leaf], list(grads))
+            # Of a value that is only made alike (zeros_like) no gradient reaches the logits.
+            reached = [(r, g) for r, g in zip(smooth, grads, strict=True) if r.requires_grad]
+            of_reached = [r for r, _ in reached], [leaf], [g for _, g in reached]
+            grad = torch.autograd.grad(*of_reached)[0] if reached else torch.zeros_like(leaf)
         logits.copy_(grad)
         return [r.detach() for r in results]
 

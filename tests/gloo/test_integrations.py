@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import cpcompile
 from cpcompile.errors import ConfigError
@@ -46,8 +47,8 @@ def rows(count: int, seed: int = 1) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
 
 
-def mesh_of_groups() -> Any:
-    return init_device_mesh("cpu", (GROUPS, torch.distributed.get_world_size() // GROUPS), mesh_dim_names=("dp", "cp"))
+def mesh_of_groups(count: int = GROUPS) -> Any:
+    return init_device_mesh("cpu", (count, torch.distributed.get_world_size() // count), mesh_dim_names=("dp", "cp"))
 
 
 def assert_equal(results: list[dict[str, float]], tolerance: float = FLOAT32) -> None:
@@ -229,11 +230,18 @@ def plain(together: int, apply: Callable[..., Any], case: str) -> dict[str, Any]
 
         def trainer() -> Any:
             built = transformers.Trainer(small(), made, train_dataset=data, eval_dataset=rows(num_rows, 2), **given)
+            if case == "fsdp2" and apply is not untouched:
+                shard_by_accelerate(built.accelerator)
+                built.is_fsdp_enabled = True
             apply(built)
             return built
 
         if case != "resumed":
-            return run_trainer(trainer(), skipped=skipped)
+            built = trainer()
+            found = run_trainer(built, skipped=skipped)
+            is_sharded = all(isinstance(p, DTensor) for p in built.model.parameters())
+            assert is_sharded == (case == "fsdp2" and apply is not untouched)
+            return found
         trainer().train()
         if apply is not untouched:
             torch.distributed.barrier()
@@ -247,14 +255,16 @@ def trained(rank: Any, make: str, case: str) -> dict[str, float]:
     from cpcompile.integrations.transformers import apply
 
     run = {"plain": plain, "supervised": supervised, "preferred": preferred}[make]
+    # KTO pairs completions with those of others on its device: one group is as one device, two groups are not.
+    num_groups, together = (1, 2) if case == "kto" else (GROUPS, 1)
     with on_ranks():
-        mesh = mesh_of_groups()
-        found = run(1, lambda trainer: apply(trainer, mesh, axis="cp", inner="eager"), case)
-    return far(found, on_one_device(lambda: run(GROUPS, untouched, case)))
+        mesh = mesh_of_groups(num_groups)
+        found = run(together, lambda trainer: apply(trainer, mesh, axis="cp", inner="eager"), case)
+    return far(found, on_one_device(lambda: run(num_groups * together, untouched, case)))
 
 
 @pytest.mark.parametrize(
-    "case", ["metrics", "own loss", "resumed", *slow("smoothing", "each device", "loss only", "checkpoints")]
+    "case", ["metrics", "own loss", "resumed", "fsdp2", *slow("smoothing", "each device", "loss only", "checkpoints")]
 )
 def test_trainer(pool: Any, case: str) -> None:
     assert_equal(pool.run(4, trained, "plain", case))
@@ -307,10 +317,21 @@ def supervised(together: int, apply: Callable[..., Any], case: str) -> dict[str,
 def preferred(together: int, apply: Callable[..., Any], case: str) -> dict[str, Any]:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     is_reward = case == "reward"
-    made, config = (trl.RewardTrainer, trl.RewardConfig) if is_reward else (trl.DPOTrainer, trl.DPOConfig)
-    columns = {"prompt": texts(16, 9, 3), "chosen": texts(16, 12, 4), "rejected": texts(16, 12, 5)}
+    name = {"reward": "Reward", "kto": "KTO"}.get(case, "DPO")
+    made, config = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+    columns: dict[str, list[Any]] = {
+        "prompt": texts(16, 9, 3),
+        "chosen": texts(16, 12, 4),
+        "rejected": texts(16, 12, 5),
+    }
+    if case == "kto":
+        columns = {
+            "prompt": columns["prompt"],
+            "completion": columns["chosen"],
+            "label": [True, False, False, True] * 4,
+        }
     model = small("LlamaForSequenceClassification", num_labels=1) if is_reward else small()
-    reference = {"ref_model": small()} if case == "dpo" else {}
+    reference = {"ref_model": small()} if case in ("dpo", "kto") else {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = made(
             model=model,
@@ -330,7 +351,7 @@ def test_supervised(pool: Any, case: str) -> None:
     assert_equal(pool.run(4, trained, "supervised", case))
 
 
-@pytest.mark.parametrize("case", ["dpo", *slow("lora", "reward")])
+@pytest.mark.parametrize("case", ["dpo", *slow("lora", "reward", "kto")])
 def test_preferences(pool: Any, case: str) -> None:
     assert_equal(pool.run(4, trained, "preferred", case))
 

@@ -78,6 +78,22 @@ def focal(z: Tensor, y: Tensor) -> Tensor:
     return ((1 - torch.exp(-each)) ** 2 * each).sum()
 
 
+def focal_without_gradient(z: Tensor, y: Tensor) -> Tensor:
+    each = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")
+    with torch.no_grad():
+        weight = (1 - torch.exp(-each)) ** 2
+    return (weight * each).sum()
+
+
+def scaled_by_a_detached_mean(z: Tensor, y: Tensor) -> Tensor:
+    return mean_loss(z, y) * (1 + z.detach().logsumexp(-1).mean())
+
+
+def with_what_is_alike(z: Tensor, y: Tensor) -> Tensor:
+    each = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")
+    return each.sum() + 2 * torch.ones_like(each).sum()
+
+
 LOSSES: list[Loss] = [
     mean_loss,
     shifted_by_slice,
@@ -93,6 +109,9 @@ LOSSES: list[Loss] = [
     by_num_items,
     entropy_too,
     focal,
+    focal_without_gradient,
+    scaled_by_a_detached_mean,
+    with_what_is_alike,
 ]
 
 
@@ -197,7 +216,7 @@ def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys.modules[Body.__module__], "loss_and_gradients", refuse)
     hidden, weight = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
     body = fx.symbolic_trace(lambda z, y: (F.cross_entropy(z, y, reduction="sum"),))
-    key = add_body(Body(body, (Result(None, torch.float32),)))
+    key = add_body(Body(body, (Result(None, torch.float32, True),)))
     labels = torch.tensor([0, 1, 2, -100, 4])
     with torch.no_grad():
         (found,) = torch.ops.cpcompile.chunked_loss(hidden, weight, None, [labels], [], key, 2, False)
@@ -207,7 +226,7 @@ def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_body_is_compiled_for_each_dtype() -> None:
-    body = Body(fx.symbolic_trace(lambda z: (z.float().logsumexp(-1).sum(),)), (Result(None, torch.float32),))
+    body = Body(fx.symbolic_trace(lambda z: (z.float().logsumexp(-1).sum(),)), (Result(None, torch.float32, True),))
     for dtype in (torch.float32, torch.bfloat16):
         body.compile(torch.empty(4, 5, dtype=dtype), [], [], {})
     for dtype in (torch.float32, torch.bfloat16):
@@ -222,3 +241,15 @@ def test_the_option_is_checked() -> None:
         Config(loss_chunk=-1)
     with pytest.raises(ConfigError, match="logits='drop' is not an option"):
         Config(logits="drop")
+
+
+def scaled_without_gradient(z: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = 1 + z.logsumexp(-1).mean()
+    return mean_loss(z, y) * scale
+
+
+def test_logits_that_are_read_where_gradients_are_off_are_left_alone() -> None:
+    model = TinyLM(scaled_without_gradient).double()
+    assert count(planned(model, batch(11), loss_chunk=4).graph, CHUNKED) == 0
+    verify(model, batch(11), world_size=2, dtype=torch.float64, loss_chunk=4).raise_if_wrong()
