@@ -132,7 +132,9 @@ def test_ahead_of_time_autograd(pool: Any, strategy: str) -> None:
     check_lengths(pool, 2, "rotary", {"num_layers": 1}, strategy=strategy, balancer="zig_zag", inner="aot_eager")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", ["ring", *(pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES if s != "ring")]
+)
 def test_inductor(pool: Any, strategy: str) -> None:
     check_lengths(pool, 2, "rotary", {"num_layers": 1}, strategy=strategy, balancer="zig_zag", inner="inductor")
 

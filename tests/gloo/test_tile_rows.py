@@ -40,7 +40,9 @@ def trained(rank: Any, inner: str, is_sharded: bool) -> dict[str, float]:
     return found | errors(whole, {name: p.grad for name, p in alone.named_parameters() if p.grad is not None})
 
 
-@pytest.mark.parametrize(("inner", "is_sharded"), [("aot_eager", False), ("inductor", True)])
+@pytest.mark.parametrize(
+    ("inner", "is_sharded"), [("aot_eager", False), pytest.param("inductor", True, marks=pytest.mark.slow)]
+)
 def test_trains_exactly(pool: Any, inner: str, is_sharded: bool) -> None:
     for found in pool.run(2, trained, inner, is_sharded, timeout=250):
         assert max(found.values()) < FLOAT32, found
