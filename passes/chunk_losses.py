@@ -72,7 +72,7 @@ def results_of(region: RowRegion, may_return_logits: bool) -> list[fx.Node]:
             results.append(node)
         elif not may_return_logits or any(user.op != "output" for user in outside):
             return []
-    return results if any(map(region.has_gradient, results)) else []
+    return results if region.with_gradient().intersection(results) else []
 
 
 def replace_by_chunks(
@@ -100,4 +100,4 @@ def replace_by_chunks(
 def result_of(region: RowRegion, node: fx.Node) -> Result:
     """Return what kind of result a node is."""
     rows = region.rows[node]
-    return Result(None if rows is None else rows.inner, value_of(node).dtype, region.has_gradient(node))
+    return Result(None if rows is None else rows.inner, value_of(node).dtype, node in region.with_gradient())

@@ -131,12 +131,14 @@ class RowRegion:
             first = first.prev
         return first
 
-    def has_gradient(self, node: fx.Node) -> bool:
-        """Tell whether a gradient of a node reaches the value that the region is computed of."""
-        if node is self.source:
-            return True
-        is_cut = node.target is aten.detach.default or not is_tensor(node) or not value_of(node).is_floating_point()
-        return not is_cut and any(self.has_gradient(x) for x in node.all_input_nodes if x in self.rows)
+    def with_gradient(self) -> set[fx.Node]:
+        """Return the nodes of which a gradient reaches the value that the region is computed of."""
+        found = {self.source}
+        for node in self.nodes:
+            is_number = is_tensor(node) and not value_of(node).is_floating_point()
+            if not is_number and node.target is not aten.detach.default and not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return found
 
     def replace(self, results: Sequence[fx.Node], call: fx.Node, first: fx.Node) -> None:
         """Let what reads results outside of the region read those of `call`, which is before `first`, the earliest reader."""
