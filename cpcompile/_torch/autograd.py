@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch._dynamo
 import torch.fx.traceback
+from torch._dynamo import compiled_autograd
 
 from cpcompile._torch.functorch import TransformError as TransformError
 
@@ -27,7 +28,10 @@ def run_backward(loss: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def recording_gradients() -> Iterator[None]:
-    """Let operators record for autograd also inside a custom operator, whose body runs below autograd."""
+    """Let operators record for autograd also inside a custom operator, whose body runs below autograd.
+
+    What it records is differentiated at once: compiled autograd has no part in it (its switch, torch 2.11 to 2.13).
+    """
     key = torch._C.DispatchKey.AutogradFunctionality
-    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(key, False):
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(key, False), compiled_autograd._disable():
         yield
