@@ -88,16 +88,13 @@ def replace_by_chunks(
     read = (hidden, weight, bias, *rows, *others, *region.read_to_write(results))
     if any(x >= first for x in read if x is not None):
         return False
-    key = add_body(Body(function, tuple(result_of(region, node) for node in results)))
+    smooth = region.with_gradient()
+    inner = [None if (rows_of := region.rows[node]) is None else rows_of.inner for node in results]
+    kinds = [Result(sizes, value_of(x).dtype, x in smooth) for sizes, x in zip(inner, results, strict=True)]
+    key = add_body(Body(function, tuple(kinds)))
     flat = [insert_call(first, aten.reshape.default, x, [-1, *value_of(x).shape[region.num_lead[x] :]]) for x in rows]
     arguments = (hidden, weight, bias, flat, list(others), key, chunk, False)
     call = insert_call(first, cp.chunked_loss.default, *arguments)
     keep_source(call, region.source)
     region.replace(results, call, first)
     return True
-
-
-def result_of(region: RowRegion, node: fx.Node) -> Result:
-    """Return what kind of result a node is."""
-    rows = region.rows[node]
-    return Result(None if rows is None else rows.inner, value_of(node).dtype, node in region.with_gradient())

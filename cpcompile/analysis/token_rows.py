@@ -186,11 +186,11 @@ class NotByRowsError(Exception):
 def wide_region_of(source: fx.Node) -> RowRegion | None:
     """Return what products of the rows of `source` make wider than it, with all that reads that; None if some is not by rows."""
     width = value_of(source).shape[-1]
-    writer = _Writer(source, lambda node: True)
     starts = {x for x in source.users if x.target in PRODUCTS and Call.of(x)[PRODUCTS[x.target]] is source}
     wide = {x for x in starts if is_wider(value_of(x).shape[-1], width)}
     if not wide:
         return None
+    writer = _Writer(source, lambda node: True)
     reads = set(wide)
     for node in source.graph.nodes:
         if node not in wide and not any(x in reads for x in node.all_input_nodes):

@@ -154,7 +154,7 @@ class Compiled:
         self._sync, self._site = sync, sync.site()
         local = local_inputs(example_inputs, self._entries)
         self._deferred = [DeferredLogits(each, self._summed, sync) for each in defer_outputs(self.transformed.graph)]
-        self._num_gathered = sum(len(each.deferred.gathered) for each in self._deferred)
+        self._gathered = {i for each in self._deferred for i in each.deferred.gathered}
         ahead = config.prefetch * sharded.largest_unit if sharded is not None else 0
         self._run = compile_inner(
             self.transformed, local, config, self._summed, self._site.number, shards=shards.values(), bytes_ahead=ahead
@@ -172,9 +172,8 @@ class Compiled:
                 given[i] = tensor
         results = self._run(*given)
         if self._deferred:
-            returned, results = results, list(results[: len(results) - self._num_gathered])
-            for deferred in self._deferred:
-                results[deferred.position] = deferred.of(returned, own, inputs)
+            made = {each.position: each.of(results, own, inputs) for each in self._deferred}
+            results = [made.get(i, x) for i, x in enumerate(results) if i not in self._gathered]
         self._last.lengths, self._last.outputs = self._reader.lengths(inputs), self._reader.outputs
         self._last.bounds.clear()  # of an earlier call: each is as long as its sequence, and no two need be of one length
         if not self._num_bounds:

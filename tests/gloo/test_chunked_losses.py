@@ -114,6 +114,24 @@ def test_one_rank_may_read_logits_of_a_sharded_head(pool: Any) -> None:
         assert max(found.values()) < FLOAT32, found
 
 
+def packed(rank: Any) -> dict[str, float]:
+    """Errors where FSDP shards the head and the layout follows documents, whose bounds leave the graph as well."""
+    model, alone = new(rank, is_sharded=True, balancer="zig_zag_by_document")
+    given = batch(alone, LENGTH)
+    places = torch.cat([torch.arange(11), torch.arange(LENGTH - 11)]).expand_as(given["input_ids"])
+    ours, theirs = (m(**given, position_ids=places) for m in (model, alone))
+    with torch.no_grad():
+        found = {"logits": error(cpcompile.unshard(ours.logits, model), theirs.logits.detach())}
+    ours.loss.backward()
+    theirs.loss.backward()
+    return found | errors(gradients(model), gradients(alone))
+
+
+def test_a_sharded_head_of_packed_documents(pool: Any) -> None:
+    for found in pool.run(2, packed):
+        assert max(found.values()) < FLOAT32, found
+
+
 def evaluated(rank: Any, is_sharded: bool) -> tuple[float, bool]:
     model, alone = new(rank, is_sharded, inner="eager")
     with torch.no_grad():
