@@ -1,7 +1,7 @@
 """Float64: run a model in float64 although it casts to float32 here and there (logits, softmax, norms).
 
 Such casts round, and rounding hides errors of another order of summation. Both sides of a comparison are
-widened alike: the untouched model by a torch function mode, a captured graph by its dtype arguments.
+widened alike: the untouched model by modes that see each call, a captured graph by its dtype arguments.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
@@ -22,8 +23,36 @@ def widened(arguments: Any) -> Any:
     return tree_map(lambda x: WIDER.get(x, x) if isinstance(x, torch.dtype) else x, arguments)
 
 
+class _WidenScripted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What `torch.jit.script` compiled calls the operators themselves, which a function mode does not see."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return func(*widened(tuple(args)), **widened(dict(kwargs or {})))
+
+
 class Widen(TorchFunctionMode):
     """While active, casts to float32 are casts to float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scripted = _WidenScripted()  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Widen:
+        self._scripted.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._scripted.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,

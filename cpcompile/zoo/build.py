@@ -55,7 +55,15 @@ def build(
 # Models whose untouched form cannot be the truth: torch's flex attention, not compiled, has no gradient for a tensor that
 # the function of the scores reads, and compiled it refuses how this one reads it.
 NO_FLEX_REFERENCE = dict.fromkeys(
-    ("causal:doge", "causal:inkling_text", "s2s:mt5", "s2s:switch_transformers", "s2s:t5", "s2s:umt5"),
+    (
+        "audio:parakeet_encoder",
+        "causal:doge",
+        "causal:inkling_text",
+        "s2s:mt5",
+        "s2s:switch_transformers",
+        "s2s:t5",
+        "s2s:umt5",
+    ),
     "one device has no gradient for the learned scores that it adds by score_mod",
 )
 

@@ -97,6 +97,18 @@ def run(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> Run:
         return run_and_differentiate(model, model.forward, given, default_objective)
 
 
+def changed_by_capture(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Tell whether the untouched model computes something else when `torch.compile` only traces it.
+
+    Code that asks whether it is traced, as transformers does for its masks, may hold two models in one.
+    """
+    model = copy.deepcopy(model)
+    first = run(model, inputs, torch.float32)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=False)
+    return not agree(first, run(model, inputs, torch.float32))
+
+
 def reach(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> float:
     """Return the relative change of the loss of the second half of the tokens when those of the first half are others."""
     ids, labels = inputs["input_ids"], inputs["labels"].clone()

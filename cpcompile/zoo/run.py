@@ -17,7 +17,7 @@ from cpcompile.inspect.verification import Verification
 from cpcompile.inspect.verify import verify
 from cpcompile.zoo.build import build
 from cpcompile.zoo.classify import classify, own_failure
-from cpcompile.zoo.evidence import Evidence, gather_evidence
+from cpcompile.zoo.evidence import Evidence, changed_by_capture, gather_evidence
 from cpcompile.zoo.result import EXACT, NOT_CAPTURED, WRONG, Result, Variant
 
 # In float64 what is left after rounding; a wrong program is off by orders of magnitude more.
@@ -86,6 +86,9 @@ def run_variant(
     if result.outcome == NOT_CAPTURED and evidence.is_random and model.training:
         evaluated = compare(key, variant, model.eval(), inputs, evidence, **options)
         return result if evaluated.outcome == NOT_CAPTURED else evaluated
+    if result.outcome == WRONG and not (evidence.is_random and model.training) and changed_by_capture(model, inputs):
+        reason = "one device: the untouched model computes something else under torch.compile"
+        return dataclasses.replace(result, outcome=NOT_CAPTURED, reason=reason)
     return result
 
 

@@ -32,6 +32,19 @@ class ScalesByAConstant(TinyLM):
         return self.head(x + self.attend(x) / scale)
 
 
+@torch.jit.script
+def root(size: int) -> Tensor:
+    return torch.sqrt(torch.tensor(size, dtype=torch.float))
+
+
+class ScalesByAScript(TinyLM):
+    """As DeBERTa did in earlier versions: what `torch.jit.script` compiled is seen by no function mode."""
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        return self.head(x + self.attend(x) / root(24))
+
+
 class HidesWholeRows(TinyLM):
     """Rows in which an additive mask of finfo.min hides every key see all of them alike."""
 
@@ -44,7 +57,7 @@ class HidesWholeRows(TinyLM):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("kind", [WritesToItsCast, ScalesByAConstant, HidesWholeRows])
+@pytest.mark.parametrize("kind", [WritesToItsCast, ScalesByAConstant, ScalesByAScript, HidesWholeRows])
 def test_exact(kind: type[TinyLM]) -> None:
     found = verify(kind(), batch(11), world_size=2, dtype=torch.float64)
     assert found.ok and max(found.loss_error, *found.gradient_errors.values()) < 1e-12, str(found)

@@ -45,3 +45,16 @@ def test_exact(strategy: str, world_size: int) -> None:
             Chooses().double(), {"input_ids": ids}, world_size=world_size, dtype=torch.float64, strategy=strategy
         )
     found.raise_if_wrong()
+
+
+@pytest.mark.parametrize("strategy", ["gather", "latent"])
+def test_one_token_a_rank(strategy: str) -> None:
+    """A rank's own row of a mask is no row that all queries share."""
+    found = cpcompile.verify(
+        Chooses().double(),
+        {"input_ids": torch.tensor([[3, 1, 4]])},
+        world_size=3,
+        dtype=torch.float64,
+        strategy=strategy,
+    )
+    found.raise_if_wrong()

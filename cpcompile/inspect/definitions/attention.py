@@ -18,10 +18,8 @@ def attention(calls: Calls) -> Ranks:
     c = calls[0]
     order, at = TokenOrder.of_call(c), Sharded(2)
     q, k, v = (join([c[name] for c in calls], at, order) for name in "qkv")
-    mask = c["mask"]
     strategy = STRATEGIES[c["target"].split(".")[1].removesuffix("_attention")]
-    if mask is not None and mask.shape[-2] != 1 and not strategy.takes_whole_mask:
-        mask = join([c["mask"] for c in calls], Sharded(mask.dim() - 2), order)
+    mask = c["mask"] if strategy.takes_whole_mask else whole_mask(calls, order)
     out = reference_attention(q, k, v, mask, c)
     return [(part, None) for part in split(out, at, order)]
 
@@ -29,10 +27,8 @@ def attention(calls: Calls) -> Ranks:
 def latent_attention(calls: Calls) -> Ranks:
     """Each rank has keys of all tokens, made by itself."""
     c = calls[0]
-    order, at, mask = TokenOrder.of_call(c), Sharded(2), c["mask"]
-    q = join([c["q"] for c in calls], at, order)
-    if mask is not None and mask.shape[-2] != 1:
-        mask = join([c["mask"] for c in calls], Sharded(mask.dim() - 2), order)
+    order, at = TokenOrder.of_call(c), Sharded(2)
+    q, mask = join([c["q"] for c in calls], at, order), whole_mask(calls, order)
     outs = [reference_attention(q, own["k"], own["v"], mask, own) for own in calls]
     return [(split(out, at, order)[rank], None) for rank, out in enumerate(outs)]
 
@@ -44,6 +40,16 @@ def latent_heads_attention(calls: Calls) -> Ranks:
     k, v = (torch.cat([own[name] for own in calls], 1) for name in "kv")
     out = reference_attention(join([own["q"] for own in calls], at, order), k, v, c["mask"], c)
     return [(part, None) for part in split(out, at, order)]
+
+
+def whole_mask(calls: Calls, order: TokenOrder) -> torch.Tensor | None:
+    """Return the mask of all rows, of which each rank has its own, or one row for all of them."""
+    masks = [c["mask"] for c in calls]
+    # Where every rank has one row, either way gives the same.
+    has_own_rows = all(
+        mask is not None and mask.shape[-2] == c["q"].shape[2] for mask, c in zip(masks, calls, strict=True)
+    )
+    return join(masks, Sharded(masks[0].dim() - 2), order) if has_own_rows else masks[0]
 
 
 def reference_attention(
