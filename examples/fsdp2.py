@@ -66,7 +66,7 @@ def train(steps: int, data: int) -> float:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     # ---
 
     alone, expected = new_model(), []

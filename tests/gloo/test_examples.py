@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,15 @@ def test_script(script: str, index: int) -> None:
     done = run([str(EXAMPLES / script), *arguments.split()])
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(printed, re.sub(r"\x1b\[[\d;]*m", "", done.stdout)), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ip") is None or os.geteuid() != 0, reason="network namespaces need iproute2 and root")
+def test_two_hosts() -> None:
+    script = ["sh", str(EXAMPLES / "two_hosts.sh"), sys.executable, str(EXAMPLES / "fsdp2.py"), "--data", "2"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(COMPARED, done.stdout), done.stdout
 
 
 def test_all_scripts_are_run() -> None:
