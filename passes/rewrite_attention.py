@@ -67,12 +67,15 @@ def insert_bounds(gm: fx.GraphModule, sites: list[fx.Node]) -> dict[fx.Node, fx.
     The host must know that to compute and send only what is visible. To find out, it waits for the device: once a step,
     since all layers share the answer, however often the model built its documents.
     """
-    users = {Call.of(site)["documents"]: site for site in reversed(sites)}  # the first attention that takes them
-    users.pop(None, None)
+    users: dict[fx.Node, fx.Node] = {}  # the first attention that takes them
+    for site in sites:
+        documents = Call.of(site)["documents"]
+        if documents is not None:
+            users.setdefault(documents, site)
     numbers = value_numbers(gm.graph) if users else {}
     of_layout = Lengths.bounds_of(gm) if users else []
     found = {numbers[bounds.all_input_nodes[0]]: bounds for bounds in of_layout}
-    for documents, site in reversed(users.items()):
+    for documents, site in users.items():
         if numbers[documents] not in found:
             found[numbers[documents]] = insert_document_bounds(site, documents)
     return {documents: found[numbers[documents]] for documents in users}

@@ -158,3 +158,21 @@ def test_documents_keep_numerics(world_size: int) -> None:
     inputs = packed_batch()
     result = verify(Packed("a", "b", "a"), inputs, world_size=world_size, dtype=torch.float64)
     assert result.ok, result
+
+
+class Alternating(Packed):
+    """Attends by two masks in turn, each made anew of the same ids, as layers with a window and layers without do."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **ids: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.embedding(input_ids)
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        made = [(torch.diff(ids["a"], prepend=ids["a"][:, :1] - 1) != 1).cumsum(-1) for _ in range(2)]
+        masks = [(documents[:, :, None] == documents[:, None])[:, None] & causal for documents in made]
+        for mask in (masks[0], masks[1], masks[0]):
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            x = x + F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(-2)
+        return self.loss(self.head(x), labels)
+
+
+def test_masks_in_turn_share_what_the_host_learns() -> None:
+    verify(Alternating(), packed_batch(), world_size=2, dtype=torch.float64).raise_if_wrong()
