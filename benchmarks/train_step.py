@@ -4,8 +4,8 @@
     benchmarks/results/train_step.json
 
 Weights and tokens are random. Each strategy runs in the same processes; a step's time is that of the slowest
-rank, the median over steps. The single-device step, where it fits, is the limit: its time divided by the
-number of ranks.
+rank, the median over steps. `--limit` measures what a step must take at least: cuDNN's attention on the whole sequence over
+the number of ranks, and the compiled model without attention on one rank's tokens.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ import socket
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+import torch.nn.functional as F
 import transformers
+from memory_peak import peak_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cpcompile
 
@@ -62,6 +66,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--checkpoints", action="store_true", help="activation checkpoints of all layers")
     parser.add_argument("--single", action="store_true", help="also the untouched, compiled model on one device")
+    parser.add_argument("--limit", action="store_true", help="also what a step must take at least")
+    parser.add_argument("--options", type=json.loads, default={}, help='of cpcompile, {"memory_budget": 0.5}')
+    parser.add_argument("--memory", action="store_true", help="print what the first rank holds at the peak of a step")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
     parser.add_argument("--out", type=Path)
@@ -90,6 +97,10 @@ def run(rank: int, options: argparse.Namespace) -> None:
         rows.append(row)
         if rank == 0:
             print(json.dumps(row), flush=True)
+    if options.limit:
+        rows.append(limit(options))
+        if rank == 0:
+            print(json.dumps(rows[-1]), flush=True)
     if rank == 0 and options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({**environment(options), "rows": rows}, indent=1) + "\n")
@@ -102,16 +113,10 @@ def measure(
     """Return the median step of one strategy, its first loss and its peak memory."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **SHAPES[options.shape], max_position_embeddings=options.length, attn_implementation="sdpa", use_cache=False
-    )
-    with torch.device(options.device):
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-        ids = torch.randint(config.vocab_size, (1, options.length))
-    if options.checkpoints:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model, ids = model_and_tokens(options, options.length, "sdpa")
     if is_sharded:
-        cpcompile.apply(model, mesh, strategy=strategy, inner=options.inner, dynamic=options.dynamic)
+        plan = {"strategy": strategy, "inner": options.inner, "dynamic": options.dynamic}
+        cpcompile.apply(model, mesh, **plan | options.options)
     else:
         model.forward = torch.compile(model.forward, dynamic=False)
     seconds, first_loss = [], 0.0
@@ -131,6 +136,11 @@ def measure(
         model.zero_grad(set_to_none=True)
     median = statistics.median(seconds[2:])
     peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else 0.0
+    if options.memory and options.device == "cuda":
+        loss = None
+        table = peak_of(lambda model=model: model(input_ids=ids, labels=ids).loss.backward())
+        if rank == 0:
+            print(f"{strategy}\n{table}", flush=True)
     del model, loss
     if options.device == "cuda":
         torch.cuda.empty_cache()
@@ -145,6 +155,65 @@ def measure(
         "compile_s": round(seconds[0], 1),
         "first_loss": first_loss,
     }
+
+
+def model_and_tokens(options: argparse.Namespace, length: int, attention: str) -> tuple[Any, torch.Tensor]:
+    """Return the model, with activation checkpoints if asked for, and random tokens `[1, length]`."""
+    config = transformers.LlamaConfig(
+        **SHAPES[options.shape], max_position_embeddings=options.length, attn_implementation=attention, use_cache=False
+    )
+    with torch.device(options.device):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        ids = torch.randint(config.vocab_size, (1, length))
+    if options.checkpoints:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, ids
+
+
+def limit(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a step must take at least: attention over the ranks, and the rest of the model on its tokens."""
+    shape = SHAPES[options.shape]
+    heads, key_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+    made = {"device": options.device, "dtype": torch.bfloat16, "requires_grad": True}
+    q = torch.randn(1, heads, options.length, width, **made)
+    k, v = (torch.randn(1, key_heads, options.length, width, **made) for _ in range(2))
+    dout = torch.randn_like(q)
+
+    def attention() -> None:
+        kernels = [SDPBackend.CUDNN_ATTENTION if options.device == "cuda" else SDPBackend.MATH]
+        with sdpa_kernel(kernels):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(out, (q, k, v), dout)
+
+    of_attention = timed(attention, options) * shape["num_hidden_layers"] / options.ranks
+
+    def without(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (q + (k + v).repeat_interleave(heads // key_heads, 1)).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("without", without)
+    torch._dynamo.reset()
+    model, ids = model_and_tokens(options, options.length // options.ranks, "without")
+    model.forward = torch.compile(model.forward, dynamic=False)
+
+    def rest() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    of_rest = timed(rest, options)
+    parts = {"attention_ms": round(of_attention * 1e3, 2), "rest_ms": round(of_rest * 1e3, 2)}
+    return {"strategy": "limit", "ms": round((of_attention + of_rest) * 1e3, 2), **parts}
+
+
+def timed(run: Callable[[], None], options: argparse.Namespace) -> float:
+    """Return the median seconds of a function."""
+    seconds = []
+    for _ in range(options.steps + 2):
+        synchronize(options.device)
+        start = time.perf_counter()
+        run()
+        synchronize(options.device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
 
 
 def synchronize(device: str) -> None:

@@ -18,6 +18,7 @@ from cpcompile.passes.open_masked_rows import open_masked_rows
 from cpcompile.passes.open_products import open_products
 from cpcompile.passes.open_varlen_attention import open_varlen_attention
 from cpcompile.passes.place_tokens import place_tokens
+from cpcompile.passes.recompute_blocks import recompute_blocks
 from cpcompile.passes.rewrite_attention import rewrite_attention
 from cpcompile.passes.rewrite_dropout import rewrite_dropout
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
@@ -54,7 +55,7 @@ SHARDING = (
 PARAMETERS = (unshard_parameters, sum_gradients)
 
 # What saves memory and changes no result.
-MEMORY = (chunk_losses, tile_rows)
+MEMORY = (chunk_losses, tile_rows, recompute_blocks)
 
 # All of them in order. `separate_documents` runs for packed documents that a model does not keep apart, `choose_strategies` marks
 # what `cpcompile.choose` decided in between.
@@ -81,6 +82,7 @@ __all__ = [
     "open_products",
     "open_varlen_attention",
     "place_tokens",
+    "recompute_blocks",
     "rewrite_attention",
     "rewrite_dropout",
     "rewrite_reductions",

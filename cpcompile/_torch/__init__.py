@@ -3,6 +3,7 @@
 from cpcompile._torch.autograd import assert_on_device, recording_gradients, run_backward
 from cpcompile._torch.checkpoints import NoPolicyError, Policy, PolicyFailedError
 from cpcompile._torch.distributed import SymmetricMemory, group_names, resolve_group, shares_gpus, twin_group
+from cpcompile._torch.division import divide
 from cpcompile._torch.dynamo import (
     CONTROL_FLOW,
     DATA_DEPENDENT,
@@ -43,6 +44,7 @@ __all__ = [
     "assert_on_device",
     "break_frames",
     "compile_by_rows",
+    "divide",
     "dynamo_break_reason",
     "fake_inputs",
     "fake_static_input",

@@ -146,6 +146,29 @@ def warn_of_kept_results() -> None:
     _log.warning(KEPT)
 
 
+def finish_graph(graph: fx.GraphModule, summed: Sequence[int], site: int) -> None:
+    """Have the graph sum the gradients of its inputs `summed`, and return where documents begin."""
+    names = [node.name for node in placeholders(graph)]
+    sum_gradients(graph, summed=[names[i] for i in summed], site=site)
+    (output,) = graph.graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *Lengths.bounds_of(graph)),)
+    graph.recompile()
+
+
+def prepare_for_autograd(graph: fx.GraphModule, config: Config) -> _torch.JointPass | None:
+    """Return what tells the compiler of forward and backward which results are kept, and leave only inputs with values.
+
+    Values are those of the whole model; what runs here is local.
+    """
+    for node in graph.graph.nodes:
+        if node.op != "placeholder":
+            node.meta.pop("val", None)
+    if not config.recompute_attention:
+        keep_attention(graph.graph)
+    tags = tags_of(graph.graph)
+    return _torch.JointPass(tag_saved_results, tags) if tags else None
+
+
 def compile_inner(
     transformed: Transformed,
     example_inputs: Sequence[Any],
@@ -162,23 +185,12 @@ def compile_inner(
     finds.
     """
     graph = transformed.graph
-    names = [node.name for node in placeholders(graph)]
-    sum_gradients(graph, summed=[names[i] for i in summed], site=site)
-    (output,) = graph.graph.find_nodes(op="output")
-    output.args = ((*output.args[0], *Lengths.bounds_of(graph)),)
-    graph.recompile()
+    finish_graph(graph, summed, site)
     options = config.inductor_options
     num_parts = compile_parts(graph, options) if config.inner == "inductor" else 0
-    for node in graph.graph.nodes:
-        # Values are those of the whole model; what runs here is local.
-        if node.op != "placeholder":
-            node.meta.pop("val", None)
-    if not config.recompute_attention:
-        keep_attention(graph.graph)
-    tags = tags_of(graph.graph)
     if config.inner == "eager" and is_recomputed(graph.graph):
         warn_of_kept_results()
-    joint_pass = _torch.JointPass(tag_saved_results, tags) if tags else None
+    joint_pass = prepare_for_autograd(graph, config)
     if bytes_ahead and config.inner == "inductor":
         groups = frozenset(shard.group for shard in shards)
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.choose.attention_sites import REWRITTEN
 from cpcompile.ir.checkpoint_answers import answers_of, set_answers, strongest
+from cpcompile.ir.operator_call import is_view
 
 
 def keep_attention(graph: fx.Graph) -> None:
@@ -56,15 +56,6 @@ def policy_of(node: fx.Node) -> CheckpointPolicy | None:
         return strongest(answers.values())
     # Compilers write some operators as several others, which have the first one's name beside theirs.
     return answers.get(str(node.target)) or answers.get(str(node.meta.get("original_aten")))
-
-
-def is_view(target: object) -> bool:
-    """Tell whether an operator returns the memory of an operand."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if target is torch.ops.aten._unsafe_view.default:
-        return True
-    return any(value.alias_info is not None for value in target._schema.returns)
 
 
 def tags_of(graph: fx.Graph) -> str:

@@ -39,6 +39,7 @@ from cpcompile.passes import (
     choose_strategies,
     chunk_losses,
     find_attention,
+    recompute_blocks,
     separate_documents,
     tile_rows,
     unshard_parameters,
@@ -155,6 +156,8 @@ def transform(
         run_pass(captured, chunk_losses, changes, times, chunk=config.loss_chunk, may_return_logits=may_defer)
     if config.tile:
         run_pass(captured, tile_rows, changes, times, tile=config.tile)
+    if config.memory_budget < 1:
+        run_pass(captured, recompute_blocks, changes, times, memory_budget=config.memory_budget)
     if shards:
         run_pass(captured, unshard_parameters, changes, times, shards=shards)
     captured.graph.eliminate_dead_code()

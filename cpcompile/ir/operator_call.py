@@ -26,6 +26,15 @@ def is_tensor(argument: object) -> bool:
     return isinstance(argument, fx.Node) and isinstance(value_of(argument), torch.Tensor)
 
 
+def is_view(target: object) -> bool:
+    """Tell whether an operator returns the memory of an operand."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target is torch.ops.aten._unsafe_view.default:
+        return True
+    return any(value.alias_info is not None for value in target._schema.returns)
+
+
 def size_hint(size: Any) -> int:
     """Return a size as a number; a symbolic one as the value it was traced with.
 

@@ -57,6 +57,9 @@ class Config:
         recompute_attention: attention inside activation checkpoints runs again in backward, as without cpcompile (True), or its
             results are kept, which take as much memory as the input of a layer (False). A selective checkpoint whose policy
             says MUST_RECOMPUTE of attention is followed.
+        memory_budget: how many of the model's blocks keep their intermediate results for backward, 1 (all) to 0 (none). The
+            others keep what enters them and the results of attention, and compute the rest again. Without activation
+            checkpoints in the model; with `inductor` and `aot_eager`.
         loss_chunk: how many tokens' logits are in memory at once where only a loss reads them: the head, the loss and the
             gradients are computed for so many tokens after the other. 0: all at once.
         tile: how many tokens at once what is computed of each token alone, and is wider than hidden states, runs for: the inside
@@ -101,6 +104,7 @@ class Config:
     inner: str = "inductor"
     prefetch: int = 1
     recompute_attention: bool = False
+    memory_budget: float = 1.0
     loss_chunk: int = 4096
     tile: int = 0
     logits: str = "auto"
@@ -130,6 +134,10 @@ class Config:
         if self.heads_per_message < 0:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
+            )
+        if not 0 <= self.memory_budget <= 1:
+            raise ConfigError(
+                f"memory_budget={self.memory_budget} is not between 0 (all blocks are computed again in backward) and 1 (none)."
             )
         if self.tile < 0:
             raise ConfigError(f"tile={self.tile} is not a number of tokens: 0 computes all at once.")

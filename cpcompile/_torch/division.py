@@ -1,0 +1,54 @@
+"""The graph of forward and backward, divided as Inductor divides it, without compiling either half (torch 2.11 to 2.14)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cpcompile._torch.joint_graph import JointPass
+
+
+def divide(
+    gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, joint_pass: JointPass | None
+) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+    """Return the forward and the backward of a graph; None for the latter where nothing takes a gradient.
+
+    Args:
+        gm: of fake tensors.
+        inputs: fake, or numbers.
+        mode: of these.
+        joint_pass: runs on the graph of both.
+    """
+    halves: dict[str, fx.GraphModule] = {}
+
+    def keep(name: str) -> Callable[..., Any]:
+        def compiler(half: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+            halves[name] = half
+            return half.forward
+
+        return compiler
+
+    def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if joint_pass is not None:
+            joint_pass(joint.graph)
+        return min_cut_rematerialization_partition(joint, *args, compiler="inductor", **kwargs)
+
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True), tracing(TracingContext(mode)):
+        aot_module_simplified(
+            gm,
+            list(inputs),
+            fw_compiler=keep("forward"),
+            bw_compiler=keep("backward"),
+            inference_compiler=keep("forward"),
+            partition_fn=partition,
+            decompositions=select_decomp_table(),
+        )
+    return halves["forward"], halves.get("backward")

@@ -1,0 +1,189 @@
+"""Timeline: the bytes that a compiled graph holds while it runs, told from the graph of its operators.
+
+Inductor computes chains of elementwise operators in one kernel and never stores what is between. A value is stored here where
+Inductor stores it (torch 2.11 to 2.14, `torch/_inductor/graph.py`: what operators outside of its own kernels read, outputs,
+reductions, and chains that read too much), and freed behind the last kernel that reads it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from cpcompile.ir.operator_call import is_view, values_of
+
+aten, prims = torch.ops.aten, torch.ops.prims
+# Operators of ATen that are no part of a generated kernel: what they read and return is stored.
+APART = frozenset(
+    getattr(aten, name)
+    for name in (
+        "mm bmm addmm baddbmm convolution convolution_backward _grouped_mm _scaled_mm sort topk _fft_r2c _fft_c2r _fft_c2c "
+        "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+        "_scaled_dot_product_flash_attention_backward _scaled_dot_product_efficient_attention_backward "
+        "_scaled_dot_product_cudnn_attention_backward _scaled_dot_product_flash_attention_for_cpu "
+        "_scaled_dot_product_flash_attention_for_cpu_backward index_put index_put_ scatter scatter_add scatter_reduce "
+        "embedding_dense_backward masked_scatter nonzero unique_consecutive"
+    ).split()
+    if hasattr(aten, name)
+)
+REDUCTIONS = frozenset(
+    getattr(aten, name)
+    for name in "sum mean amax amin var var_mean argmax argmin any all prod cumsum cumprod logcumsumexp max min".split()
+)
+# From so many stored values that a chain reads, or so many operators, Inductor stores what several readers share
+# (`realize_reads_threshold`, `realize_opcount_threshold`), and from so many any chain (`realize_acc_reads_threshold`).
+SHARED_READS, SHARED_OPERATORS, MOST_READS = 4, 30, 8
+ALIGNMENT = 512  # of torch's allocator
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What is held while one operator runs: bytes by kind, and the node."""
+
+    node: fx.Node | None
+    held: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.held.values())
+
+
+@dataclass(slots=True)
+class _Value:
+    """A stored value, or a chain that is computed where it is read."""
+
+    reads: frozenset[fx.Node | tuple[fx.Node, int]] = frozenset()  # stored values
+    operators: int = 0
+
+
+@dataclass(slots=True)
+class Timeline:
+    """The walk over one graph.
+
+    Attributes:
+        kind_of: the kind of an input, and of a result that is returned; other results are "temporary".
+        workspace: what an operator needs while it runs, beside operands and results.
+        owned: inputs that are freed behind their last reader; others are held by somebody else.
+    """
+
+    graph: fx.Graph
+    kind_of: Callable[[fx.Node], str]
+    workspace: Callable[[fx.Node], int]
+    owned: Callable[[fx.Node], bool]
+    moments: list[Moment] = field(default_factory=list)
+
+    def run(self) -> list[Moment]:
+        """Return a moment for each operator that stores something or needs room."""
+        nodes = list(self.graph.nodes)
+        place = {node: i for i, node in enumerate(nodes)}
+        (output,) = self.graph.find_nodes(op="output")
+        roots = {node: root_of(node) for node in nodes}
+        returned = {roots[node] for node in output.all_input_nodes}
+        values: dict[fx.Node, _Value] = {}
+        stored_at: dict[fx.Node, int] = {}
+        last: dict[fx.Node, int] = {}
+        for node in nodes:
+            if node.op == "placeholder" or node.op == "get_attr":
+                values[node], stored_at[node], last[node] = _Value(frozenset([node]), 0), -1, -1
+                continue
+            inputs = [values[x] for x in node.all_input_nodes]
+            reads = frozenset(x for value in inputs for x in value.reads)
+            if node.op == "output":
+                for x in reads:
+                    last[x] = len(nodes)
+                continue
+            if roots[node] is not node:  # a view, or one of several results
+                values[node] = _Value(values[roots[node]].reads, values[roots[node]].operators)
+                continue
+            chain = _Value(reads, 1 + sum(value.operators for value in inputs))
+            if is_stored(node, chain, node in returned, roots):
+                for x in reads:
+                    last[x] = place[node]
+                stored_at[node] = last[node] = place[node]
+                values[node] = _Value(frozenset([node]), 0)
+            else:
+                values[node] = chain
+        self._add_up(nodes, place, stored_at, last)
+        return self.moments
+
+    def _add_up(
+        self, nodes: list[fx.Node], place: Mapping[fx.Node, int], stored_at: Mapping[fx.Node, int], last: dict[fx.Node, int]
+    ) -> None:
+        held: Counter[str] = Counter()
+        kinds = {node: self.kind_of(node) for node in stored_at}
+        sizes = {node: bytes_of(node) for node in stored_at}
+        freed: dict[int, list[fx.Node]] = {}
+        for node, at in last.items():
+            if stored_at[node] >= 0 or self.owned(node):
+                freed.setdefault(at, []).append(node)
+            if stored_at[node] < 0:
+                held[kinds[node]] += sizes[node]
+        self.moments.append(Moment(None, dict(held)))
+        for node in freed.get(-1, []):  # inputs that nothing reads
+            held[kinds[node]] -= sizes[node]
+        for node in nodes:
+            if stored_at.get(node, -1) < 0:
+                continue
+            dying = [x for x in freed.get(place[node], []) if x is not node]
+            if not is_apart(node):  # one kernel, which writes in the place of what it reads last
+                reused = next((x for x in dying if sizes[x] == sizes[node]), None)
+                if reused is not None:
+                    dying.remove(reused)
+                    held[kinds[reused]] -= sizes[reused]
+            held[kinds[node]] += sizes[node]
+            room = self.workspace(node)
+            self.moments.append(Moment(node, dict(held) | ({"workspace": room} if room else {})))
+            for x in dying:
+                held[kinds[x]] -= sizes[x]
+            if last[node] == place[node]:
+                held[kinds[node]] -= sizes[node]
+        self.moments.append(Moment(None, dict(held)))
+
+
+def root_of(node: fx.Node) -> fx.Node:
+    """Return the node whose memory the result of a node is."""
+    while node.op == "call_function" and node.all_input_nodes:
+        is_part = node.target is operator.getitem
+        is_waited = getattr(node.target, "namespace", "") == "_c10d_functional" and "wait_tensor" in str(node.target)
+        if not (is_part or is_waited or is_view(node.target)):
+            break
+        node = node.all_input_nodes[0]
+    return node
+
+
+def is_apart(node: fx.Node) -> bool:
+    """Tell whether an operator is no part of a generated kernel."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    return target.namespace not in ("aten", "prims") or target.overloadpacket in APART
+
+
+def is_stored(node: fx.Node, chain: _Value, is_returned: bool, roots: Mapping[fx.Node, fx.Node]) -> bool:
+    """Tell whether Inductor stores the result of a node."""
+    if is_returned or is_apart(node) or node.target.overloadpacket in REDUCTIONS:  # type: ignore[union-attr]
+        return True
+    readers = readers_of(node)
+    if any(is_apart(x) for x in readers):
+        return True
+    is_heavy = len(chain.reads) > SHARED_READS or chain.operators > SHARED_OPERATORS
+    return len(chain.reads) > MOST_READS or (len(readers) > 1 and is_heavy)
+
+
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """Return what reads a result, through views of it."""
+    found = []
+    for user in node.users:
+        found += readers_of(user) if root_of(user) is not user else [user]
+    return found
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Return the bytes of what a node stores, each tensor of it as the allocator counts it."""
+    return sum(-(-x.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT for x in values_of(node) if isinstance(x, torch.Tensor))

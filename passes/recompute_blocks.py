@@ -1,0 +1,73 @@
+"""Recompute blocks: some of a model's repeated blocks keep what enters them, and compute the rest again in backward.
+
+before  h = block 0 (x); y = block 1 (h)
+after   h = block 0 (x), whose nodes are tagged as those of an activation checkpoint; y = block 1 (h)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from cpcompile.errors import ConfigError, module_path
+from cpcompile.ir.operator_call import is_tensor, is_view
+
+_BLOCK = re.compile(r"^((?:.*?\.)?\d+)(?:\.|$)")
+
+
+def recompute_blocks(gm: fx.GraphModule, *, memory_budget: float) -> int:
+    """Return how many blocks are computed again: the first ones, as many as a budget between 0 (all) and 1 (none) asks for.
+
+    A block is a module in a list of modules, the outermost one; one that has activation checkpoints of the user's counts as
+    computed again. Each saves as much as the next, so that less budget never takes more memory.
+
+    Needs: a graph of every rank.
+    Gives: the tags of activation checkpoints. Results that later nodes read are kept.
+
+    Raises:
+        ConfigError: the model has no list of modules.
+    """
+    blocks: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and (block := block_of(node)):
+            blocks.setdefault(block, []).append(node)
+    if not blocks:
+        raise ConfigError(
+            f"memory_budget={memory_budget}: the model has no list of blocks (ModuleList, Sequential) to compute again in "
+            "backward. Use torch.utils.checkpoint in the model, and leave memory_budget at 1."
+        )
+    again = list(blocks.values())[: math.ceil((1 - memory_budget) * len(blocks) - 1e-9)]
+    numbers = [node.meta["ac_graph_id"] for node in gm.graph.nodes if "ac_graph_id" in node.meta]
+    number = itertools.count(max(filter(is_of_user, numbers), default=0) + 1)
+    for nodes in again:
+        if not any("recompute" in node.meta and is_of_user(node.meta["ac_graph_id"]) for node in nodes):
+            tag(nodes, next(number))
+    return len(again)
+
+
+def is_of_user(number: int) -> bool:
+    """Tell the numbers of activation checkpoints from that of gathered parameters."""
+    return number < 1 << 30
+
+
+def block_of(node: fx.Node) -> str:
+    """Return the path of the outermost block that a node is in, or ''."""
+    found = _BLOCK.match(module_path(node))
+    return found.group(1) if found else ""
+
+
+def tag(nodes: list[fx.Node], number: int) -> None:
+    """Have nodes computed again in backward, as those of one activation checkpoint."""
+    inside = set(nodes)
+    for node in nodes:
+        if "recompute" not in node.meta:  # a parameter that is gathered again
+            node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=number)
+    for node in nodes:
+        if is_tensor(node) and any(user not in inside for user in node.users):
+            while is_view(node.target) and node.all_input_nodes[0] in inside:
+                node = node.all_input_nodes[0]
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
