@@ -13,11 +13,16 @@ from torch._guards import TracingContext, tracing
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cpcompile._torch.inductor import recomputing
 from cpcompile._torch.joint_graph import JointPass
 
 
 def divide(
-    gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, joint_pass: JointPass | None
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    mode: FakeTensorMode,
+    joint_pass: JointPass | None,
+    recomputes_elementwise: bool = False,
 ) -> tuple[fx.GraphModule, fx.GraphModule | None]:
     """Return the forward and the backward of a graph; None for the latter where nothing takes a gradient.
 
@@ -26,6 +31,7 @@ def divide(
         inputs: fake, or numbers.
         mode: of these.
         joint_pass: runs on the graph of both.
+        recomputes_elementwise: as `inner_compiler` has it.
     """
     halves: dict[str, fx.GraphModule] = {}
 
@@ -39,9 +45,13 @@ def divide(
     def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         if joint_pass is not None:
             joint_pass(joint.graph)
-        return min_cut_rematerialization_partition(joint, *args, compiler="inductor", **kwargs)
+        return min_cut_rematerialization_partition(joint, *args, **kwargs | {"compiler": "inductor"})
 
-    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True), tracing(TracingContext(mode)):
+    with (
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+        recomputing(recomputes_elementwise),
+        tracing(TracingContext(mode)),
+    ):
         aot_module_simplified(
             gm,
             list(inputs),

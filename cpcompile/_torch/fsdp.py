@@ -148,6 +148,9 @@ class FsdpDress:
         for group in _groups_of(state):
             group._to_sharded()
             group._training_state = TrainingState.IDLE
+            if (held := group.comm_ctx.all_gather_state) is not None:  # the gathered bytes, kept for the next gather
+                group._wait_all_gather_streams_on_event(held.event)
+                group.comm_ctx.all_gather_state = None
         state._training_state = TrainingState.IDLE
         state._state_ctx.iter_forward_root = None
 

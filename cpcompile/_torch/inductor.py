@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
@@ -18,11 +20,15 @@ Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 def inner_compiler(
-    name: str, options: Mapping[str, Any] | None = None, joint_pass: JointPass | None = None
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    joint_pass: JointPass | None = None,
+    recomputes_elementwise: bool = False,
 ) -> Compiler:
     """Return the function that compiles the transformed graph: `inductor` with these options, `aot_eager` or `eager`.
 
-    `joint_pass` runs on the graph of forward and backward, which `eager` has not.
+    `joint_pass` runs on the graph of forward and backward, which `eager` has not. With `recomputes_elementwise` Inductor keeps
+    no results of elementwise operators for backward that it can compute again from others.
     """
     if name == "eager":
         return lambda gm, inputs: gm
@@ -45,12 +51,24 @@ def inner_compiler(
         # Otherwise a backward that does not compile is an error of the first backward, outside of our hands.
         with (
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+            recomputing(recomputes_elementwise),
             torch._inductor.config.patch(patches),
             in_inductor(joint_pass),
         ):
             return compile_fx(gm, inputs)  # type: ignore[return-value]
 
     return compile_both
+
+
+def recomputing(elementwise: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which the graph of forward and backward is divided so that elementwise results are computed again.
+
+    By default torch keeps those that products read in backward, which have to be written then once more.
+    """
+    context: contextlib.AbstractContextManager[Any] = torch._functorch.config.patch(
+        ban_recompute_materialized_backward=not elementwise
+    )
+    return context
 
 
 def compile_by_rows(

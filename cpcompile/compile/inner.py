@@ -196,4 +196,5 @@ def compile_inner(
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options
     program = f"compiling {num_parts + 1} of {num_parts + 1} (forward and backward)"
     with stage(program), faults_of(f"the inner compiler ({config.inner})", INNER_REMEDY):
-        return _torch.inner_compiler(config.inner, options, joint_pass)(graph, example_inputs)
+        compiler = _torch.inner_compiler(config.inner, options, joint_pass, config.recompute_elementwise)
+        return compiler(graph, example_inputs)

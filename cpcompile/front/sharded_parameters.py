@@ -167,6 +167,7 @@ def shard_of(path: str, parameter: DTensor, found: fsdp.FsdpParameter, config: C
         replicas=replicas.size() if replicas is not None else 1,
         replica_group=replicas.group_name if replicas is not None else "",
         dtype=dtype or parameter.dtype,
+        stored_dtype=parameter.dtype,
         reduce_dtype=found.policy.reduce_dtype or dtype or parameter.dtype,
         divisor=found.divide_factor or averaged,
         stays_whole=not found.reshards,

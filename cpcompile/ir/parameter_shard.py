@@ -18,6 +18,7 @@ class ParameterShard:
         world_size, group: the ranks that share it, and the process group in which it is gathered.
         replicas, replica_group: the ranks that hold the same rows; 1 and '' where there are none.
         dtype: that the model computes with.
+        stored_dtype: of the rows, and of their gradient.
         reduce_dtype: that gradients are added up in.
         divisor: of the sum of the gradients of all ranks and replicas.
         stays_whole: the whole parameter is kept from forward to backward, in place of gathering it again.
@@ -31,6 +32,7 @@ class ParameterShard:
     replicas: int
     replica_group: str
     dtype: torch.dtype
+    stored_dtype: torch.dtype
     reduce_dtype: torch.dtype
     divisor: float
     stays_whole: bool

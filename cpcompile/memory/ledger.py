@@ -16,8 +16,9 @@ from cpcompile.compile.deferred_outputs import defer_outputs
 from cpcompile.compile.inner import finish_graph, prepare_for_autograd
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import source_place
-from cpcompile.ir.annotation import annotation
-from cpcompile.memory.timeline import Moment, Timeline, bytes_of, root_of
+from cpcompile.ir.operator_call import value_of, values_of
+from cpcompile.ir.parameter_shard import ParameterShard
+from cpcompile.memory.timeline import Moment, Timeline, root_of
 from cpcompile.memory.workspace import workspace
 from cpcompile.options.config import Config
 
@@ -70,52 +71,73 @@ class Ledger:
         return asdict(self) | {"peak": self.peak}
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What is there before a step, in bytes: parameters and buffers, the gradients of a step, optimizer state."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-
-
 def ledger_of(
     transformed: Transformed,
     inputs: Sequence[Any],
     config: Config,
-    held: Held,
     *,
+    shards: Mapping[int, ParameterShard],
+    optimizer_states: int,
     summed: Sequence[int] = (),
-    parameters: Collection[int] = (),
     bytes_ahead: int = 0,
 ) -> Ledger:
-    """Predict the memory of a step. The graph is not changed.
+    """Predict the memory of a training step on a rank. The graph is not changed.
 
     Args:
         transformed: a graph of every rank.
-        inputs: fake values of its placeholders, which take gradients where the step needs them.
-        config: the options that it was transformed by.
-        held: what is there before the step.
+        inputs: what Dynamo called the compiler with.
+        config: the options that the graph was transformed by.
+        shards: how FSDP shards some of the inputs.
+        optimizer_states: tensors of the size of a parameter that the optimizer keeps.
         summed: which inputs have gradients that are summed over the axis.
-        parameters: which inputs are parameters and buffers; the others are what the user passes.
         bytes_ahead: of parameters that are gathered before they are used.
     """
     gm = copy.deepcopy(transformed.graph)
+    nodes = placeholders(gm)
+    mode = next(x.fake_mode for node in nodes for x in values_of(node) if isinstance(x, torch._subclasses.FakeTensor))
+    with mode:
+        values = [
+            fake_input(value_of(node), x, shards.get(i)) for i, (node, x) in enumerate(zip(nodes, inputs, strict=True))
+        ]
     defer_outputs(gm)
     finish_graph(gm, summed, 0)
     joint_pass = prepare_for_autograd(gm, config)
-    mode = next(x.fake_mode for x in inputs if isinstance(x, torch._subclasses.FakeTensor))
-    forward, backward = _torch.divide(gm, inputs, mode, joint_pass)
-    given = sum(bytes_of_value(x) for i, x in enumerate(inputs) if i not in set(parameters))
-    fixed = {"parameters": held.parameters, "optimizer": held.optimizer, "inputs": given}
-    phases = [largest("forward", Timeline(forward.graph, forward_kinds(forward), workspace, never).run(), fixed, bytes_ahead)]
+    forward, backward = _torch.divide(gm, values, mode, joint_pass, config.recompute_elementwise)
+    sizes = [bytes_of_value(x) for x in values]
+    is_state = [isinstance(x, torch.nn.Parameter | torch.nn.Buffer) or i in shards for i, x in enumerate(inputs)]
+    trained = sum(size for size, x in zip(sizes, values, strict=True) if is_trained(x))
+    fixed = {
+        "parameters": sum(size for size, held in zip(sizes, is_state, strict=True) if held),
+        "optimizer": optimizer_states * trained,
+        "inputs": sum(size for size, held in zip(sizes, is_state, strict=True) if not held),
+    }
+    moments = Timeline(forward.graph, forward_kinds(forward), workspace, never).run()
+    phases = [largest("forward", moments, fixed, bytes_ahead)]
     if backward is not None:
         saved = saved_values(forward, backward)
-        of_backward = Timeline(backward.graph, backward_kinds(backward, saved), workspace, saved.__contains__).run()
-        phases.append(largest("backward", of_backward, fixed, bytes_ahead))
-    if held.gradients:
-        phases.append(Phase("optimizer", fixed | {"gradients": held.gradients}, ""))
+        moments = Timeline(backward.graph, backward_kinds(backward, saved), workspace, saved.__contains__).run()
+        phases.append(largest("backward", moments, fixed, bytes_ahead))
+        phases.append(Phase("optimizer", fixed | {"gradients": trained}, ""))
     return Ledger(tuple(phases))
+
+
+def fake_input(value: Any, given: Any, shard: ParameterShard | None) -> Any:
+    """Return what the graph takes in the place of an input: a tensor that takes gradients where that one does."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    takes_gradient = isinstance(given, torch.Tensor) and given.requires_grad
+    if shard is not None:
+        return torch.empty(
+            shard.local_shape, dtype=shard.stored_dtype, device=value.device, requires_grad=takes_gradient
+        )
+    return torch.empty_strided(
+        value.shape, value.stride(), dtype=value.dtype, device=value.device, requires_grad=takes_gradient
+    )
+
+
+def is_trained(value: Any) -> bool:
+    """Tell whether an input has a gradient."""
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def bytes_of_value(value: Any) -> int:
@@ -131,10 +153,12 @@ def never(node: fx.Node) -> bool:
 def largest(name: str, moments: Sequence[Moment], fixed: Mapping[str, int], bytes_ahead: int) -> Phase:
     """Return the moment that holds most, with what is held all the time."""
     moment = max(moments, key=lambda m: m.total)
-    held = {kind: n for kind, n in moment.held.items() if kind != "external" and n}
+    held = dict(moment.held) | {"external": 0}
     if bytes_ahead:
         held["gathered parameters"] = held.get("gathered parameters", 0) + bytes_ahead
-    return Phase(name, {kind: n for kind in KINDS if (n := fixed.get(kind, 0) + held.get(kind, 0))}, "" if moment.node is None else source_place(moment.node))
+    total = {kind: fixed.get(kind, 0) + held.get(kind, 0) for kind in KINDS}
+    place = "" if moment.node is None else source_place(moment.node)
+    return Phase(name, {kind: size for kind, size in total.items() if size}, place)
 
 
 def forward_kinds(forward: fx.GraphModule) -> Callable[[fx.Node], str]:

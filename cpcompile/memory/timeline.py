@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from cpcompile.ir.operator_call import is_view, values_of
+from cpcompile.ir.operator_call import is_view, value_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 # Operators of ATen that are no part of a generated kernel: what they read and return is stored.
@@ -58,7 +58,7 @@ class Moment:
 class _Value:
     """A stored value, or a chain that is computed where it is read."""
 
-    reads: frozenset[fx.Node | tuple[fx.Node, int]] = frozenset()  # stored values
+    reads: frozenset[fx.Node] = frozenset()  # stored values
     operators: int = 0
 
 
@@ -105,7 +105,8 @@ class Timeline:
             if is_stored(node, chain, node in returned, roots):
                 for x in reads:
                     last[x] = place[node]
-                stored_at[node] = last[node] = place[node]
+                stored_at[node] = place[node.all_input_nodes[0] if node.target is operator.getitem else node]
+                last[node] = place[node]
                 values[node] = _Value(frozenset([node]), 0)
             else:
                 values[node] = chain
@@ -113,7 +114,11 @@ class Timeline:
         return self.moments
 
     def _add_up(
-        self, nodes: list[fx.Node], place: Mapping[fx.Node, int], stored_at: Mapping[fx.Node, int], last: dict[fx.Node, int]
+        self,
+        nodes: list[fx.Node],
+        place: Mapping[fx.Node, int],
+        stored_at: Mapping[fx.Node, int],
+        last: dict[fx.Node, int],
     ) -> None:
         held: Counter[str] = Counter()
         kinds = {node: self.kind_of(node) for node in stored_at}
@@ -127,41 +132,47 @@ class Timeline:
         self.moments.append(Moment(None, dict(held)))
         for node in freed.get(-1, []):  # inputs that nothing reads
             held[kinds[node]] -= sizes[node]
-        for node in nodes:
-            if stored_at.get(node, -1) < 0:
-                continue
-            dying = [x for x in freed.get(place[node], []) if x is not node]
-            if not is_apart(node):  # one kernel, which writes in the place of what it reads last
-                reused = next((x for x in dying if sizes[x] == sizes[node]), None)
-                if reused is not None:
+        made: dict[int, list[fx.Node]] = {}
+        for node, at in stored_at.items():
+            made.setdefault(at, []).append(node)
+        for at in sorted({at for at in (*made, *freed) if at >= 0}):
+            dying = list(freed.get(at, []))
+            for node in made.get(at, []):
+                # One kernel writes in the place of what it reads last.
+                reused = next((x for x in dying if x is not node and sizes[x] == sizes[node]), None)
+                if reused is not None and not is_apart(node):
                     dying.remove(reused)
                     held[kinds[reused]] -= sizes[reused]
-            held[kinds[node]] += sizes[node]
-            room = self.workspace(node)
-            self.moments.append(Moment(node, dict(held) | ({"workspace": room} if room else {})))
+                held[kinds[node]] += sizes[node]
+            if at < len(nodes):
+                room = self.workspace(nodes[at])
+                self.moments.append(Moment(nodes[at], dict(held) | ({"workspace": room} if room else {})))
             for x in dying:
                 held[kinds[x]] -= sizes[x]
-            if last[node] == place[node]:
-                held[kinds[node]] -= sizes[node]
         self.moments.append(Moment(None, dict(held)))
 
 
 def root_of(node: fx.Node) -> fx.Node:
-    """Return the node whose memory the result of a node is."""
+    """Return the node whose memory the result of a node is. One of several results has memory of its own."""
     while node.op == "call_function" and node.all_input_nodes:
-        is_part = node.target is operator.getitem
-        is_waited = getattr(node.target, "namespace", "") == "_c10d_functional" and "wait_tensor" in str(node.target)
-        if not (is_part or is_waited or is_view(node.target)):
+        source = node.all_input_nodes[0]
+        is_part_of_view = node.target is operator.getitem and is_view(source.target)
+        if not (is_part_of_view or is_wait(node) or is_view(node.target)):
             break
-        node = node.all_input_nodes[0]
+        node = source
     return node
+
+
+def is_wait(node: fx.Node) -> bool:
+    """Tell whether a node waits for a collective, whose result it returns."""
+    return getattr(node.target, "namespace", "") == "_c10d_functional" and "wait_tensor" in str(node.target)
 
 
 def is_apart(node: fx.Node) -> bool:
     """Tell whether an operator is no part of a generated kernel."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return True
+        return True  # one of several results, a higher-order operator
     return target.namespace not in ("aten", "prims") or target.overloadpacket in APART
 
 
@@ -185,5 +196,6 @@ def readers_of(node: fx.Node) -> list[fx.Node]:
 
 
 def bytes_of(node: fx.Node) -> int:
-    """Return the bytes of what a node stores, each tensor of it as the allocator counts it."""
-    return sum(-(-x.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT for x in values_of(node) if isinstance(x, torch.Tensor))
+    """Return the bytes of what a node stores, as the allocator counts it; several results are stored by the nodes that take them."""
+    value = value_of(node)
+    return -(-value.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT if isinstance(value, torch.Tensor) else 0

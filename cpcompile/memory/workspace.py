@@ -5,15 +5,53 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from cpcompile.choose.kernels import sized
 from cpcompile.ir.operator_call import Call, value_of
+from cpcompile.runtime.attention.catalogue import STRATEGIES
+from cpcompile.runtime.attention.workload import memory_of
+from cpcompile.runtime.by_rows import tiles
+from cpcompile.runtime.traffic import attention_workload
+
+# The strategy of an attention, and how many copies of what it receives are held: in backward keys and their gradients.
+_ATTENTIONS = {f"{name}_attention": (name, 1) for name in STRATEGIES} | {
+    f"{name}_attention_backward": (name, 2) for name in STRATEGIES
+}
 
 
 def workspace(node: fx.Node) -> int:
     """Return the bytes."""
-    name = str(getattr(node.target, "overloadpacket", "")).removeprefix("cpcompile.")
-    if name == "loss_and_gradients" or name == "loss_chunks":
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "cpcompile":
+        return 0
+    name = target._schema.name.removeprefix("cpcompile::")
+    if name in ("loss_and_gradients", "loss_chunks"):
+        return logits_of_a_chunk(Call.of(node))
+    if name in ("tiles_forward", "tiles_backward"):
+        return tile_of(Call.of(node), 1 if name == "tiles_forward" else 2)
+    if name in _ATTENTIONS:
+        strategy, copies = _ATTENTIONS[name]
         call = Call.of(node)
-        hidden, weight = value_of(call["hidden"]), value_of(call["weight"])
-        tokens = min(call["chunk"], hidden.numel() // hidden.shape[-1])
-        return tokens * weight.shape[0] * weight.element_size() 
+        return (
+            copies
+            * memory_of(attention_workload(sized(call)), strategy, call.arguments.get("heads_per_message", 0)).received
+        )
     return 0
+
+
+def logits_of_a_chunk(call: Call) -> int:
+    """Return the bytes of the logits of a chunk, in whose place their gradient is written."""
+    hidden, weight = value_of(call["hidden"]), value_of(call["weight"])
+    rows = hidden.numel() // hidden.shape[-1]
+    return int(_longest(rows, call["chunk"]) * weight.shape[0] * weight.element_size())
+
+
+def tile_of(call: Call, copies: int) -> int:
+    """Return the bytes of what is computed of a tile: about as wide as the widest of the weights, two times."""
+    rows, others = call["rows"], call["others"]
+    width = max((max(value_of(x).shape) for x in others if value_of(x).dim() > 1), default=0)
+    first = value_of(rows[0])
+    return int(2 * copies * _longest(first.shape[0], call["tile"]) * width * first.element_size())
+
+
+def _longest(rows: int, chunk: int) -> int:
+    return int(max(part.stop - part.start for part in tiles(rows, chunk)))

@@ -57,6 +57,8 @@ class Config:
         recompute_attention: attention inside activation checkpoints runs again in backward, as without cpcompile (True), or its
             results are kept, which take as much memory as the input of a layer (False). A selective checkpoint whose policy
             says MUST_RECOMPUTE of attention is followed.
+        recompute_elementwise: results of elementwise operators that backward reads (of norms and activations) are computed
+            again from those of products where that is one pass over memory, and not kept. Only with `inductor`.
         memory_budget: how many of the model's blocks keep their intermediate results for backward, 1 (all) to 0 (none). The
             others keep what enters them and the results of attention, and compute the rest again. Without activation
             checkpoints in the model; with `inductor` and `aot_eager`.
@@ -104,6 +106,7 @@ class Config:
     inner: str = "inductor"
     prefetch: int = 1
     recompute_attention: bool = False
+    recompute_elementwise: bool = True
     memory_budget: float = 1.0
     loss_chunk: int = 4096
     tile: int = 0

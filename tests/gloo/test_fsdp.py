@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import cpcompile
+from cpcompile._torch import fsdp
 from cpcompile.compile.overlap import overlapped
 from tests.models import batch, error, errors, loss_of, make
 
@@ -124,6 +125,8 @@ def trained(rank: Any, data: int, name: str, over: str, when: str, options: dict
     model, alone = new(mesh, sharded_over, name, when=when, **options)
     found = train(model, alone, mesh)
     assert all(isinstance(p, DTensor) for p in model.parameters()), "parameters stay FSDP's"
+    held = [group.comm_ctx.all_gather_state for group in fsdp._groups_of(fsdp._state_of(model))]
+    assert not any(held), "what FSDP's own hook gathered at the first call is given back"
     assert isinstance(model, FSDPModule) and all(isinstance(block, FSDPModule) for block in blocks_of(model))
     return found
 

@@ -34,7 +34,9 @@ def ranks() -> Iterator[None]:
 
 
 def shard_of(shape: tuple[int, ...], stays_whole: bool = False) -> ParameterShard:
-    return ParameterShard(shape, 0, RANKS, "group", 1, "", torch.float32, torch.float32, 1.0, stays_whole, True)
+    return ParameterShard(
+        shape, 0, RANKS, "group", 1, "", torch.float32, torch.float32, torch.float32, 1.0, stays_whole, True
+    )
 
 
 def two_uses() -> fx.GraphModule:

@@ -56,9 +56,7 @@ class Lanes:
             assert current is not None
             _, results, done, take = self._started.popleft()
             current.wait_event(done)
-            for x in results:
-                x.record_stream(current)  # they were allocated for the lane
-            take(results)
+            take(results)  # allocated for the lane, and not used again there before the current stream has read them
             self._num_taken += 1
 
     def flush(self) -> None:
