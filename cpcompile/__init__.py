@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cpcompile.inspect.explanation import Explanation
     from cpcompile.inspect.verification import Verification
     from cpcompile.inspect.verify import verify
+    from cpcompile.memory.fully_sharded import FullySharded
     from cpcompile.options.config import Config
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _MODULES = {
         "VerificationError",
     ),
     "inspect.explanation": ("Explanation",),
+    "memory.fully_sharded": ("FullySharded",),
     "analysis.regions": ("token_local",),
     "inspect.explain": ("explain",),
     "inspect.verification": ("Verification",),
@@ -69,6 +71,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Explanation",
+    "FullySharded",
     "GraphBreakError",
     "InputError",
     "InternalError",

@@ -140,25 +140,46 @@ def explain(
     inner_size: InnerSize = 0,
     kernel: Kernel = "auto",
     heads_per_message: HeadsPerMessage = 0,
+    memory: Annotated[bool, typer.Option(help="Predict what a training step holds on a rank.")] = True,
+    memory_budget: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the blocks that keep intermediate results for backward.")
+    ] = 1.0,
+    fully_sharded: Annotated[
+        int, typer.Option(min=0, help="Ranks that fully_shard shards parameters over; 0: each rank has all.")
+    ] = 0,
+    optimizer_states: Annotated[
+        int, typer.Option(min=0, help="Tensors of the size of a parameter that the optimizer keeps (AdamW: 2).")
+    ] = 2,
+    device_memory: Annotated[
+        float, typer.Option(min=0, help="GiB of a GPU, of which the longest sequence that fits is told; 0: not told.")
+    ] = 0,
     graph: Annotated[Graph | None, typer.Option(help="Print this graph as code too.")] = None,
 ) -> None:
-    """Print the plan: attention sites, where inputs are sharded, every collective. Needs no GPU and no process."""
+    """Print the plan: attention sites, where inputs are sharded, every collective, memory. Needs no GPU and no process."""
 
     def run() -> None:
         import cpcompile
 
         model, inputs = load_target(target, length, batch_size)
-        plan = cpcompile.explain(
-            model,
-            inputs,
-            world_size=world_size,
-            inner_size=inner_size,
-            strategy=strategy,
-            balancer=balancer,
-            kernel=kernel,
-            heads_per_message=heads_per_message,
-        )
+        options: dict[str, Any] = {
+            "world_size": world_size,
+            "inner_size": inner_size,
+            "strategy": strategy,
+            "balancer": balancer,
+            "kernel": kernel,
+            "heads_per_message": heads_per_message,
+            "memory_budget": memory_budget,
+            "optimizer_states": optimizer_states,
+            "fully_sharded": cpcompile.FullySharded(fully_sharded) if fully_sharded else None,
+        }
+        plan = cpcompile.explain(model, inputs, memory=memory, **options)
         typer.echo(str(plan))
+        if device_memory:
+            from cpcompile.inspect.longest import longest_sequence
+
+            found = longest_sequence(model, inputs, device_bytes=int(device_memory * 2**30), **options)
+            text = f"{found.tokens} tokens" if found.tokens else "not even 1024 tokens a rank"
+            typer.echo(f"\nlongest sequence of which a step fits {device_memory:g} GiB: {text}")
         if graph is not None:
             typer.echo(getattr(plan, graph.value))
 

@@ -31,10 +31,7 @@ def recompute_blocks(gm: fx.GraphModule, *, memory_budget: float) -> int:
     Raises:
         ConfigError: the model has no list of modules.
     """
-    blocks: dict[str, list[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and (block := block_of(node)):
-            blocks.setdefault(block, []).append(node)
+    blocks = blocks_of(gm)
     if not blocks:
         raise ConfigError(
             f"memory_budget={memory_budget}: the model has no list of blocks (ModuleList, Sequential) to compute again in "
@@ -47,6 +44,15 @@ def recompute_blocks(gm: fx.GraphModule, *, memory_budget: float) -> int:
         if not any("recompute" in node.meta and is_of_user(node.meta["ac_graph_id"]) for node in nodes):
             tag(nodes, next(number))
     return len(again)
+
+
+def blocks_of(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """Return the nodes of each block, by its path."""
+    blocks: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and (block := block_of(node)):
+            blocks.setdefault(block, []).append(node)
+    return blocks
 
 
 def is_of_user(number: int) -> bool:

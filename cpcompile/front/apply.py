@@ -211,6 +211,10 @@ class ParallelForward:
             gm, example_inputs, config, self.sync, self.agreement, last=self.last, sharded=self._sharded
         )
         self.layout = compiled.transformed.plan.layout
+        # What fits is decided once: a later graph on one rank alone could not ask the others.
+        self.config = replace(
+            self.config, memory="", **{n: getattr(compiled.config, n) for n in ("memory_budget", "tile")}
+        )
         return compiled
 
     def compares_labels(self) -> bool:

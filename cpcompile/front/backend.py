@@ -7,6 +7,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import fx
 from cpcompile import _torch
 from cpcompile._torch import fsdp
 from cpcompile.capture.lowering import FSDP_REMEDY, break_text
+from cpcompile.capture.stages import stage
 from cpcompile.compile.deferred_outputs import defer_outputs
 from cpcompile.compile.inner import compile_inner, transform_dynamo_graph
 from cpcompile.compile.transform import Transformed
@@ -25,10 +27,14 @@ from cpcompile.front.gradient_sums import GradientSync
 from cpcompile.front.graph_inputs import GraphInputs
 from cpcompile.front.graph_text import GraphText
 from cpcompile.front.last_call import CallReader, LastCall
+from cpcompile.front.memory_plan import planned
 from cpcompile.front.sharded_parameters import Entry, LocalShards, ShardedParameters, local_rows
+from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Lengths
+from cpcompile.memory.ledger import Ledger, ledger_of
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis, axis_of
+from cpcompile.passes.recompute_blocks import blocks_of
 from cpcompile.passes.rewrite_dropout import drawing_devices
 from cpcompile.runtime.transport.choice import set_transport
 
@@ -129,6 +135,12 @@ class Compiled:
         found = [sharded.entry(x) if sharded is not None else None for x in example_inputs]
         self._sharded, self._entries = sharded, {i: entry for i, entry in enumerate(found) if entry is not None}
         shards = {i: entry.shard for i, entry in self._entries.items()}
+        ahead = sharded.largest_unit if sharded is not None else 0
+        if config.memory:
+            prediction = Prediction(gm, example_inputs, axis, shards, ahead)
+            groups = [name for each in shards.values() for name in (each.group, each.replica_group)]
+            config = replace(planned(config, prediction, axis, groups), memory="")
+        self.config = config
         self.transformed: Transformed = transform_dynamo_graph(
             gm, example_inputs, config=config, axis=axis, shards=shards
         )
@@ -155,9 +167,14 @@ class Compiled:
         local = local_inputs(example_inputs, self._entries)
         self._deferred = [DeferredLogits(each, self._summed, sync) for each in defer_outputs(self.transformed.graph)]
         self._gathered = {i for each in self._deferred for i in each.deferred.gathered}
-        ahead = config.prefetch * sharded.largest_unit if sharded is not None else 0
         self._run = compile_inner(
-            self.transformed, local, config, self._summed, self._site.number, shards=shards.values(), bytes_ahead=ahead
+            self.transformed,
+            local,
+            config,
+            self._summed,
+            self._site.number,
+            shards=shards.values(),
+            bytes_ahead=config.prefetch * ahead,
         )
 
     def __call__(self, *inputs: Any) -> Any:
@@ -191,6 +208,34 @@ class Compiled:
         for i, own in zip(self._entries, rows, strict=True):
             given[i] = own
         return given
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Predicts the memory of a step with other options."""
+
+    gm: fx.GraphModule
+    inputs: Sequence[Any]
+    axis: Axis
+    shards: Mapping[int, ParameterShard]
+    bytes_ahead: int
+
+    def __call__(self, config: Config) -> tuple[Ledger, int]:
+        """Return the ledger, and how many blocks the model has that can be computed again."""
+        with stage("predicting the memory of a step"):
+            transformed = transform_dynamo_graph(
+                self.gm, self.inputs, config=config, axis=self.axis, shards=self.shards
+            )
+            summed = [i for i, x in enumerate(self.inputs) if has_summed_gradient(x, config) and i not in self.shards]
+            found = ledger_of(
+                transformed,
+                self.inputs,
+                config,
+                shards=self.shards,
+                summed=summed if self.axis.world_size > 1 else (),
+                bytes_ahead=config.prefetch * self.bytes_ahead,
+            )
+        return found, len(blocks_of(transformed.graph))
 
 
 def local_inputs(example_inputs: Sequence[Any], entries: Mapping[int, Entry]) -> list[Any]:

@@ -25,8 +25,11 @@ from cpcompile.inspect.explanation import Collective, Explanation, GatheredValue
 from cpcompile.inspect.graph_listing import input_name, listing, operator_name
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.operator_call import Call, is_tensor, size_hint
+from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.placement import Sharded
 from cpcompile.ir.plan import Lengths
+from cpcompile.memory.fully_sharded import FullySharded, largest_block
+from cpcompile.memory.ledger import Ledger, ledger_of
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 from cpcompile.passes.lift_masks import describe
@@ -37,7 +40,14 @@ cp = torch.ops.cpcompile
 
 
 def explain(
-    model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, inner_size: int = 0, **options: Any
+    model: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    world_size: int,
+    inner_size: int = 0,
+    memory: bool = False,
+    fully_sharded: FullySharded | None = None,
+    **options: Any,
 ) -> Explanation:
     """Return the plan for `model` on `world_size` ranks: nothing is run, and neither GPUs nor processes are needed.
 
@@ -46,13 +56,18 @@ def explain(
         inputs: its keyword arguments, on the model's device; their shapes decide, not their values.
         world_size: ranks that share the sequence.
         inner_size: how many of them exchange heads in `strategy="usp"`, where they are a grid.
+        memory: also predict what a training step holds on a rank, which takes a few seconds more for each 16 layers.
+        fully_sharded: how `fully_shard` is to shard parameters, gradients and optimizer state.
         options: the fields of `cpcompile.Config`.
 
     Raises:
         CPError: the model is refused, with the line, the reason and the remedy.
     """
     config = Config.of({**options, "dynamic": False})
-    transformed = plan_for(model, inputs, world_size=world_size, inner_size=inner_size, config=config)
+    planned = planned_step(
+        model, inputs, world_size=world_size, inner_size=inner_size, config=config, fully_sharded=fully_sharded
+    )
+    transformed = planned.transformed
     gm, plan = transformed.graph, transformed.plan
     lengths = Lengths.all_of(gm)
     length = size_hint(lengths[0].value) if lengths else 0
@@ -74,6 +89,7 @@ def explain(
         estimates={f"{layout}/{name}": cost for (layout, name), cost in transformed.choice.estimates.items()},
         before=listing(transformed.original),
         after=listing(gm),
+        memory=planned.ledger() if memory else None,
     )
 
 
@@ -85,12 +101,50 @@ def plan_for(
     model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, config: Config, inner_size: int = 0
 ) -> Transformed:
     """Trace and transform `model` without running it."""
+    return planned_step(model, inputs, world_size=world_size, config=config, inner_size=inner_size).transformed
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A transformed graph, and what Dynamo called the compiler with."""
+
+    transformed: Transformed
+    inputs: tuple[Any, ...]
+    shards: Mapping[int, ParameterShard]
+    config: Config
+
+    def ledger(self) -> Ledger:
+        """Return what a training step holds on a rank."""
+        is_alone = self.transformed.plan.world_size == 1
+        trained = [i for i, x in enumerate(self.inputs) if isinstance(x, torch.nn.Parameter) and x.requires_grad]
+        return ledger_of(
+            self.transformed,
+            self.inputs,
+            self.config,
+            shards=self.shards,
+            summed=[] if is_alone else [i for i in trained if i not in self.shards],
+            bytes_ahead=self.config.prefetch * largest_block(self.transformed, self.shards),
+        )
+
+
+def planned_step(
+    model: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    world_size: int,
+    config: Config,
+    inner_size: int = 0,
+    fully_sharded: FullySharded | None = None,
+) -> Planned:
+    """Trace and transform `model` without running it."""
     axis = Axis.in_process(world_size, inner_size)
     config.check_axis(inner_size)
-    made: list[Transformed] = []
+    made: list[Planned] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        made.append(transform_dynamo_graph(gm, example_inputs, config=config, axis=axis))
+        shards = {} if fully_sharded is None else fully_sharded.shards_of(example_inputs)
+        transformed = transform_dynamo_graph(gm, example_inputs, config=config, axis=axis, shards=shards)
+        made.append(Planned(transformed, tuple(example_inputs), shards, config))
 
         def stop(*args: Any) -> Any:
             raise _Planned

@@ -9,6 +9,7 @@ from typing import Any
 from cpcompile.balance.layout import follows_documents
 from cpcompile.choose.rates import BYTES, CPU, FLASH2, RATES
 from cpcompile.compile.outputs import Output
+from cpcompile.memory.ledger import KINDS, Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ class Explanation:
     estimates: Mapping[str, float]
     before: str
     after: str
+    memory: Ledger | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data."""
@@ -132,6 +134,7 @@ class Explanation:
             *self._gathered_lines(),
             *self._collective_lines(),
             *self._estimate_lines(),
+            *([] if self.memory is None else ["", *memory_lines(self.memory)]),
         ]
         return "\n".join(parts)
 
@@ -191,6 +194,18 @@ class Explanation:
         rows = [(*key.split("/"), f"{seconds * 1e3:.3g}") for key, seconds in self.estimates.items()]
         title = "estimated attention time of a step, slowest rank"
         return ["", title, *table(("layout", "strategy", "ms"), rows), *rates()]
+
+
+def memory_lines(ledger: Ledger) -> list[str]:
+    """Return what a step holds on a rank, a column for each phase."""
+    kinds = [kind for kind in KINDS if any(kind in phase.held for phase in ledger.phases)]
+    rows = [
+        (kind, *(size(phase.held[kind]) if kind in phase.held else "" for phase in ledger.phases)) for kind in kinds
+    ]
+    total = ("at the peak", *(size(phase.total) for phase in ledger.phases))
+    lines = ("line", *(phase.place for phase in ledger.phases))
+    head = ("kind", *(phase.name for phase in ledger.phases))
+    return [f"predicted memory of a rank: {size(ledger.peak)} at most", *table(head, [*rows, total, lines])]
 
 
 def rates() -> list[str]:

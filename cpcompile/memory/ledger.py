@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,9 +15,9 @@ from cpcompile.compile.deferred_outputs import defer_outputs
 from cpcompile.compile.inner import finish_graph, prepare_for_autograd
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import source_place
-from cpcompile.ir.operator_call import value_of, values_of
+from cpcompile.ir.operator_call import size_hint, value_of, values_of
 from cpcompile.ir.parameter_shard import ParameterShard
-from cpcompile.memory.timeline import Moment, Timeline, root_of
+from cpcompile.memory.timeline import Moment, Timeline, bytes_of, root_of
 from cpcompile.memory.workspace import workspace
 from cpcompile.options.config import Config
 
@@ -40,8 +39,8 @@ class Phase:
 
     Attributes:
         name: `forward`, `backward` or `optimizer`.
-        held: bytes by kind, of `KINDS`. "saved" is kept from forward to backward, "workspace" is what an operator needs beside its
-            operands and results: blocks of keys that travel, the logits of a chunk.
+        held: bytes by kind, of `KINDS`. "saved" is kept from forward to backward, "workspace" is what an operator needs
+            beside its operands and results: blocks of keys that travel, the logits of a chunk.
         place: the user's line that runs then, or ''.
     """
 
@@ -77,22 +76,20 @@ def ledger_of(
     config: Config,
     *,
     shards: Mapping[int, ParameterShard],
-    optimizer_states: int,
     summed: Sequence[int] = (),
     bytes_ahead: int = 0,
 ) -> Ledger:
-    """Predict the memory of a training step on a rank. The graph is not changed.
+    """Predict the memory of a training step on a rank. The graph is used up.
 
     Args:
         transformed: a graph of every rank.
         inputs: what Dynamo called the compiler with.
         config: the options that the graph was transformed by.
         shards: how FSDP shards some of the inputs.
-        optimizer_states: tensors of the size of a parameter that the optimizer keeps.
         summed: which inputs have gradients that are summed over the axis.
         bytes_ahead: of parameters that are gathered before they are used.
     """
-    gm = copy.deepcopy(transformed.graph)
+    gm = transformed.graph
     nodes = placeholders(gm)
     mode = next(x.fake_mode for node in nodes for x in values_of(node) if isinstance(x, torch._subclasses.FakeTensor))
     with mode:
@@ -108,14 +105,15 @@ def ledger_of(
     trained = sum(size for size, x in zip(sizes, values, strict=True) if is_trained(x))
     fixed = {
         "parameters": sum(size for size, held in zip(sizes, is_state, strict=True) if held),
-        "optimizer": optimizer_states * trained,
+        "optimizer": config.optimizer_states * trained,
         "inputs": sum(size for size, held in zip(sizes, is_state, strict=True) if not held),
     }
     moments = Timeline(forward.graph, forward_kinds(forward), workspace, never).run()
     phases = [largest("forward", moments, fixed, bytes_ahead)]
     if backward is not None:
         saved = saved_values(forward, backward)
-        moments = Timeline(backward.graph, backward_kinds(backward, saved), workspace, saved.__contains__).run()
+        late = sums_under_way(backward.graph, bytes_ahead) if bytes_ahead else {}
+        moments = Timeline(backward.graph, backward_kinds(backward, saved), workspace, saved.__contains__, late).run()
         phases.append(largest("backward", moments, fixed, bytes_ahead))
         phases.append(Phase("optimizer", fixed | {"gradients": trained}, ""))
     return Ledger(tuple(phases))
@@ -142,7 +140,7 @@ def is_trained(value: Any) -> bool:
 
 def bytes_of_value(value: Any) -> int:
     """Return the bytes of a tensor, 0 of anything else."""
-    return int(value.untyped_storage().nbytes()) if isinstance(value, torch.Tensor) else 0
+    return size_hint(value.untyped_storage().nbytes()) if isinstance(value, torch.Tensor) else 0
 
 
 def never(node: fx.Node) -> bool:
@@ -200,6 +198,21 @@ def backward_kinds(backward: fx.GraphModule, saved: Collection[fx.Node]) -> Call
         return "gathered parameters" if is_gathered(node) else "temporary"
 
     return kind
+
+
+def sums_under_way(graph: fx.Graph, limit: int) -> dict[fx.Node, fx.Node]:
+    """Return whole gradients whose sum is waited for later than the graph says, with the node behind which they are freed.
+
+    As `compile.overlap` orders it: of the sums under way the first is waited for once they are more than `limit` bytes.
+    """
+    under_way: list[fx.Node] = []
+    found = {}
+    for node in graph.nodes:
+        if "reduce_scatter_tensor" in str(node.target):
+            under_way.append(root_of(node.all_input_nodes[0]))
+            while len(under_way) > 1 and sum(map(bytes_of, under_way)) > limit:
+                found[under_way.pop(0)] = node
+    return found
 
 
 def is_gathered(node: fx.Node) -> bool:

@@ -15,25 +15,66 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from cpcompile.ir.operator_call import is_view, value_of
+from cpcompile.ir.operator_call import is_view, size_hint, value_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 # Operators of ATen that are no part of a generated kernel: what they read and return is stored.
 APART = frozenset(
     getattr(aten, name)
-    for name in (
-        "mm bmm addmm baddbmm convolution convolution_backward _grouped_mm _scaled_mm sort topk _fft_r2c _fft_c2r _fft_c2c "
-        "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-        "_scaled_dot_product_flash_attention_backward _scaled_dot_product_efficient_attention_backward "
-        "_scaled_dot_product_cudnn_attention_backward _scaled_dot_product_flash_attention_for_cpu "
-        "_scaled_dot_product_flash_attention_for_cpu_backward index_put index_put_ scatter scatter_add scatter_reduce "
-        "embedding_dense_backward masked_scatter nonzero unique_consecutive"
-    ).split()
+    for name in [
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "convolution",
+        "convolution_backward",
+        "_grouped_mm",
+        "_scaled_mm",
+        "sort",
+        "topk",
+        "_fft_r2c",
+        "_fft_c2r",
+        "_fft_c2c",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_backward",
+        "_scaled_dot_product_efficient_attention_backward",
+        "_scaled_dot_product_cudnn_attention_backward",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "index_put",
+        "index_put_",
+        "scatter",
+        "scatter_add",
+        "scatter_reduce",
+        "embedding_dense_backward",
+        "masked_scatter",
+        "nonzero",
+        "unique_consecutive",
+    ]
     if hasattr(aten, name)
 )
 REDUCTIONS = frozenset(
     getattr(aten, name)
-    for name in "sum mean amax amin var var_mean argmax argmin any all prod cumsum cumprod logcumsumexp max min".split()
+    for name in [
+        "sum",
+        "mean",
+        "amax",
+        "amin",
+        "var",
+        "var_mean",
+        "argmax",
+        "argmin",
+        "any",
+        "all",
+        "prod",
+        "cumsum",
+        "cumprod",
+        "logcumsumexp",
+        "max",
+        "min",
+    ]
 )
 # From so many stored values that a chain reads, or so many operators, Inductor stores what several readers share
 # (`realize_reads_threshold`, `realize_opcount_threshold`), and from so many any chain (`realize_acc_reads_threshold`).
@@ -70,12 +111,14 @@ class Timeline:
         kind_of: the kind of an input, and of a result that is returned; other results are "temporary".
         workspace: what an operator needs while it runs, beside operands and results.
         owned: inputs that are freed behind their last reader; others are held by somebody else.
+        late: values that are freed behind a later node than their last reader.
     """
 
     graph: fx.Graph
     kind_of: Callable[[fx.Node], str]
     workspace: Callable[[fx.Node], int]
     owned: Callable[[fx.Node], bool]
+    late: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     moments: list[Moment] = field(default_factory=list)
 
     def run(self) -> list[Moment]:
@@ -110,6 +153,8 @@ class Timeline:
                 values[node] = _Value(frozenset([node]), 0)
             else:
                 values[node] = chain
+        for node, behind in self.late.items():
+            last[node] = max(last.get(node, 0), place[behind])
         self._add_up(nodes, place, stored_at, last)
         return self.moments
 
@@ -135,7 +180,7 @@ class Timeline:
         made: dict[int, list[fx.Node]] = {}
         for node, at in stored_at.items():
             made.setdefault(at, []).append(node)
-        for at in sorted({at for at in (*made, *freed) if at >= 0}):
+        for at in sorted({at for at in (*made, *freed) if 0 <= at < len(nodes)}):
             dying = list(freed.get(at, []))
             for node in made.get(at, []):
                 # One kernel writes in the place of what it reads last.
@@ -144,9 +189,8 @@ class Timeline:
                     dying.remove(reused)
                     held[kinds[reused]] -= sizes[reused]
                 held[kinds[node]] += sizes[node]
-            if at < len(nodes):
-                room = self.workspace(nodes[at])
-                self.moments.append(Moment(nodes[at], dict(held) | ({"workspace": room} if room else {})))
+            room = self.workspace(nodes[at])
+            self.moments.append(Moment(nodes[at], dict(held) | ({"workspace": room} if room else {})))
             for x in dying:
                 held[kinds[x]] -= sizes[x]
         self.moments.append(Moment(None, dict(held)))
@@ -196,6 +240,7 @@ def readers_of(node: fx.Node) -> list[fx.Node]:
 
 
 def bytes_of(node: fx.Node) -> int:
-    """Return the bytes of what a node stores, as the allocator counts it; several results are stored by the nodes that take them."""
+    """Return the bytes of what a node stores, as the allocator counts it; the nodes that take several results store these."""
     value = value_of(node)
-    return -(-value.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT if isinstance(value, torch.Tensor) else 0
+    size = size_hint(value.untyped_storage().nbytes()) if isinstance(value, torch.Tensor) else 0
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from cpcompile.choose.kernels import sized
-from cpcompile.ir.operator_call import Call, value_of
+from cpcompile.ir.operator_call import Call, size_hint, value_of
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.workload import memory_of
 from cpcompile.runtime.by_rows import tiles
@@ -42,7 +42,7 @@ def logits_of_a_chunk(call: Call) -> int:
     """Return the bytes of the logits of a chunk, in whose place their gradient is written."""
     hidden, weight = value_of(call["hidden"]), value_of(call["weight"])
     rows = hidden.numel() // hidden.shape[-1]
-    return int(_longest(rows, call["chunk"]) * weight.shape[0] * weight.element_size())
+    return int(_longest(size_hint(rows), call["chunk"]) * weight.shape[0] * weight.element_size())
 
 
 def tile_of(call: Call, copies: int) -> int:
@@ -50,7 +50,7 @@ def tile_of(call: Call, copies: int) -> int:
     rows, others = call["rows"], call["others"]
     width = max((max(value_of(x).shape) for x in others if value_of(x).dim() > 1), default=0)
     first = value_of(rows[0])
-    return int(2 * copies * _longest(first.shape[0], call["tile"]) * width * first.element_size())
+    return int(2 * copies * _longest(size_hint(first.shape[0]), call["tile"]) * width * first.element_size())
 
 
 def _longest(rows: int, chunk: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -59,6 +60,9 @@ class Config:
             says MUST_RECOMPUTE of attention is followed.
         recompute_elementwise: results of elementwise operators that backward reads (of norms and activations) are computed
             again from those of products where that is one pass over memory, and not kept. Only with `inductor`.
+        memory: `fit`: at the first call the memory of a step is predicted, and `memory_budget` (then `tile`) is lowered until
+            it fits the GPU, or the step is refused with what it needs; `fit:40` for 40 GiB. '' leaves the plan as it is.
+        optimizer_states: tensors of the size of a parameter that the optimizer keeps (AdamW: 2), for `memory`.
         memory_budget: how many of the model's blocks keep their intermediate results for backward, 1 (all) to 0 (none). The
             others keep what enters them and the results of attention, and compute the rest again. Without activation
             checkpoints in the model; with `inductor` and `aot_eager`.
@@ -107,6 +111,8 @@ class Config:
     prefetch: int = 1
     recompute_attention: bool = False
     recompute_elementwise: bool = True
+    memory: str = ""
+    optimizer_states: int = 2
     memory_budget: float = 1.0
     loss_chunk: int = 4096
     tile: int = 0
@@ -138,6 +144,13 @@ class Config:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
             )
+        if self.memory and not re.fullmatch(r"fit(:\d+(\.\d+)?)?", self.memory):
+            raise ConfigError(
+                f"memory={self.memory!r} is not an option: 'fit' takes what the GPU has, 'fit:40' at most 40 GiB, and '' leaves "
+                "the plan as it is."
+            )
+        if self.optimizer_states < 0:
+            raise ConfigError(f"optimizer_states={self.optimizer_states} is not a number of tensors.")
         if not 0 <= self.memory_budget <= 1:
             raise ConfigError(
                 f"memory_budget={self.memory_budget} is not between 0 (all blocks are computed again in backward) and 1 (none)."

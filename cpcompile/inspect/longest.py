@@ -1,0 +1,77 @@
+"""Longest: the longest sequence of which a training step fits a device, found from predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cpcompile.errors import ConfigError
+from cpcompile.inspect.explain import explain
+from cpcompile.memory.ledger import Ledger
+
+STEP = 1024  # lengths are multiples of it for each rank
+
+
+@dataclass(frozen=True, slots=True)
+class Longest:
+    """The longest sequence that fits.
+
+    Attributes:
+        tokens: its length, a multiple of 1024 for each rank; 0 where not even that fits.
+        ledger: what a step of it holds; of 1024 tokens a rank where nothing fits.
+    """
+
+    tokens: int
+    ledger: Ledger
+
+
+def longest_sequence(
+    model: torch.nn.Module, inputs: Mapping[str, Any], *, device_bytes: int, world_size: int, **options: Any
+) -> Longest:
+    """Return the longest sequence of which a training step holds at most `device_bytes` on a rank.
+
+    Memory grows linearly with the tokens, so that two lengths tell a third, which is then looked at itself.
+
+    Args:
+        model, inputs, world_size, options: of `explain`. Inputs whose dims are as long as the sequence are made longer.
+        device_bytes: what the device has for it.
+    """
+    unit = STEP * world_size
+    length = explain(model, inputs, world_size=world_size, **options).tokens
+    if not length:
+        raise ConfigError("no attention says how many tokens this model has: name them by token_dims={'name': dim}.")
+
+    def ledger(tokens: int) -> Ledger:
+        long = {name: stretched(x, length, tokens) for name, x in inputs.items()}
+        found = explain(model, long, world_size=world_size, memory=True, **options).memory
+        assert found is not None
+        return found
+
+    units, ledgers = 16, {1: ledger(unit)}
+    if ledgers[1].peak > device_bytes:
+        return Longest(0, ledgers[1])
+    while True:
+        ledgers[units] = ledger(units * unit)
+        fitting = max(n for n, of in ledgers.items() if of.peak <= device_bytes)
+        above = min((n for n, of in ledgers.items() if of.peak > device_bytes), default=None)
+        if above is not None and above <= fitting + max(1, fitting // 64):
+            return Longest(fitting * unit, ledgers[fitting])
+        first, last = sorted(ledgers)[-2:] if above is None else (fitting, above)
+        slope = max(1, ledgers[last].peak - ledgers[first].peak) / (last - first)
+        guess = first + int((device_bytes - ledgers[first].peak) / slope)
+        units = min(max(guess, fitting + 1), 16 * fitting if above is None else above - 1)
+        if units in ledgers:
+            units = fitting + max(1, fitting // 64)
+
+
+def stretched(value: Any, length: int, tokens: int) -> Any:
+    """Return a tensor whose dims of one length have another, by its values over again."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    for dim, size in enumerate(value.shape):
+        if size == length:
+            value = value.index_select(dim, torch.arange(tokens, device=value.device) % length)
+    return value

@@ -1,0 +1,75 @@
+"""`memory='fit'`: all ranks find one plan that fits, train exactly with it, or refuse alike."""
+
+from __future__ import annotations
+
+import unittest.mock
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import cpcompile
+from cpcompile.front.apply import parallel_forward
+from tests.graph.test_memory import Stack, ledger, tokens
+
+LENGTH = 256
+EXACT = 1e-12  # float64, relative to the largest gradient
+
+
+def trained(rank: Any, limits: list[float], is_sharded: bool) -> tuple[float, float, float]:
+    """Return the budget that was chosen, and the errors of loss and gradients; each rank has a limit of its own."""
+    torch._dynamo.reset()
+    model, alone, inputs = Stack().double(), Stack().double(), tokens(LENGTH)
+    mesh = rank.mesh()
+    if is_sharded:
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    cpcompile.apply(model, mesh, inner="aot_eager", memory="fit", optimizer_states=0, strategy="ring")
+    has = unittest.mock.patch("cpcompile.front.memory_plan.usable_bytes", lambda device_type: int(limits[rank.rank]))
+    with has:
+        loss = model(**inputs)
+    expected = alone(**inputs)
+    loss.backward()
+    expected.backward()
+    longer = tokens(LENGTH + 32)  # the plan stays
+    assert torch.allclose(model(**longer).detach(), alone(**longer).detach(), rtol=EXACT)
+    largest = max(float(p.grad.abs().max()) for p in alone.parameters())
+    grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    errors = [float((g - p.grad).abs().max()) for g, p in zip(grads, alone.parameters(), strict=True)]
+    config = parallel_forward(model).config
+    return config.memory_budget, abs(float(loss - expected)) / float(expected), max(errors) / largest
+
+
+def peak(**options: Any) -> float:
+    """Return the predicted peak in bytes, twice that of float32."""
+    return 2 * ledger(LENGTH, strategy="ring", optimizer_states=0, **options).peak
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_ranks_take_the_plan_that_fits_the_smallest(pool: Any, is_sharded: bool) -> None:
+    sharded = {"fully_sharded": cpcompile.FullySharded(2)} if is_sharded else {}
+    whole, half = peak(**sharded), peak(memory_budget=0.5, **sharded)
+    results = pool.run(2, trained, [whole * 2, (whole + half) / 2], is_sharded)
+    budgets = {budget for budget, *_ in results}
+    assert len(budgets) == 1 and 0.25 <= budgets.pop() < 1
+    assert max(error for _, *errors in results for error in errors) < EXACT
+
+
+def refused(rank: Any, memory: str) -> str:
+    torch._dynamo.reset()
+    model = Stack()
+    cpcompile.apply(model, rank.mesh(), inner="aot_eager", memory=memory)
+    try:
+        model(**tokens(LENGTH))
+    except cpcompile.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_what_does_not_fit_is_refused_on_all_ranks(pool: Any) -> None:
+    small, without = pool.run(2, refused, "fit:0.0001"), pool.run(2, refused, "fit")
+    assert all("a step needs" in text and "fully_shard" in text for text in small)
+    assert all("memory='fit:40'" in text for text in without)

@@ -1,0 +1,200 @@
+"""What a step holds: predicted from graphs, less where blocks are computed again, and as much as a length and a device allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import cpcompile
+from cpcompile.errors import ConfigError
+from cpcompile.inspect.explanation import Explanation
+from cpcompile.inspect.longest import longest_sequence
+from cpcompile.memory.fit import GIB, fitting, wanted_bytes
+from cpcompile.memory.ledger import Ledger, Phase
+from cpcompile.memory.timeline import Timeline
+from tests.graph.small_models import TinyLM, batch
+
+WIDTH, LAYERS, VOCABULARY = 64, 4, 96
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    """A language model whose blocks are in a list."""
+
+    def __init__(self, layers: int = LAYERS) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def tokens(length: int) -> dict[str, Tensor]:
+    ids = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids.roll(-1, 1)}
+
+
+def explained(length: int = 256, layers: int = LAYERS, **options: Any) -> Explanation:
+    return cpcompile.explain(Stack(layers), tokens(length), **{"world_size": 2, "memory": True} | options)
+
+
+def ledger(length: int = 256, **options: Any) -> Ledger:
+    found = explained(length, **options).memory
+    assert found is not None
+    return found
+
+
+def held(of: Ledger, kind: str) -> list[int]:
+    return [phase.held.get(kind, 0) for phase in of.phases]
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("world_size", "length"), [(1, 9), (3, 13)])
+def test_blocks_that_are_computed_again_are_exact(budget: float, world_size: int, length: int) -> None:
+    found = cpcompile.verify(
+        Stack().double(), tokens(length), world_size=world_size, memory_budget=budget, dtype=torch.float64
+    )
+    found.raise_if_wrong()
+    assert found.transformed.changes.get("recompute_blocks", 0) == {0.0: 4, 0.3: 3, 1.0: 0}[budget]
+
+
+def test_less_budget_never_takes_more() -> None:
+    peaks = [ledger(1024, memory_budget=budget) for budget in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    saved = [max(held(of, "saved")) for of in peaks]
+    assert saved == sorted(saved, reverse=True) and saved[-1] < saved[0] / 2
+    assert [of.peak for of in peaks] == sorted((of.peak for of in peaks), reverse=True)
+
+
+def test_blocks_in_checkpoints_of_the_user_are_left_to_them() -> None:
+    class Checkpointed(Stack):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+            x = self.embedding(input_ids)
+            for block in self.blocks:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+    options = {"world_size": 2, "memory": True}
+    ours, own, both = (
+        cpcompile.explain(model, tokens(512), **options, memory_budget=budget).memory
+        for model, budget in ((Stack(), 0.0), (Checkpointed(), 1.0), (Checkpointed(), 0.0))
+    )
+    assert ours is not None and own is not None and both is not None
+    assert own.peak == both.peak
+    assert abs(ours.peak - own.peak) < 0.03 * own.peak  # the last block may keep its result
+
+
+def test_elementwise_results_are_computed_again() -> None:
+    again, kept = (max(held(ledger(1024, recompute_elementwise=is_again), "saved")) for is_again in (True, False))
+    # Of each token and block at least the input of the product behind gelu, which is four times as wide.
+    assert kept - again >= LAYERS * 512 * 4 * WIDTH * 4
+
+
+def test_refuses_a_model_without_blocks() -> None:
+    with pytest.raises(ConfigError, match="no list of blocks"):
+        cpcompile.explain(TinyLM(), batch(), world_size=2, memory_budget=0.5)
+    with pytest.raises(ConfigError, match="not between 0"):
+        cpcompile.Config(memory_budget=1.5)
+
+
+def test_what_is_there_before_a_step() -> None:
+    num = sum(p.numel() for p in Stack().parameters())
+    of = ledger(optimizer_states=2)
+    assert [phase.name for phase in of.phases] == ["forward", "backward", "optimizer"]
+    assert held(of, "parameters") == [4 * num] * 3
+    assert held(of, "optimizer") == [8 * num] * 3
+    assert held(of, "gradients")[0] == 0 and held(of, "gradients")[2] == 4 * num
+    sharded = ledger(fully_sharded=cpcompile.FullySharded(4))
+    assert held(sharded, "parameters")[0] <= num + 4 * WIDTH * 4 and held(sharded, "gathered parameters")[0] > 0
+
+
+def test_prints_and_gives_data() -> None:
+    found = explained()
+    text, data = str(found), found.to_dict()
+    assert "predicted memory of a rank" in text and "saved" in text and "test_memory.py:" in text
+    assert data["memory"]["phases"][1]["name"] == "backward"
+    assert "predicted" not in str(explained(memory=False))
+
+
+def test_the_longest_sequence_fits_and_no_longer_one() -> None:
+    room = ledger(8192).peak
+    found = longest_sequence(Stack(2), tokens(64), device_bytes=room, world_size=2)
+    assert found.ledger.peak <= room
+    assert ledger(found.tokens + max(2048, found.tokens // 32), layers=2).peak > room
+    assert longest_sequence(Stack(2), tokens(64), device_bytes=1000, world_size=2).tokens == 0
+
+
+def graph_of(function: Any, *shapes: tuple[int, ...]) -> fx.GraphModule:
+    return torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake")(*map(torch.empty, shapes))
+
+
+def totals(gm: fx.GraphModule, room: int = 0) -> list[int]:
+    moments = Timeline(gm.graph, lambda node: "any", lambda node: room, lambda node: True).run()
+    return [moment.total // 4096 for moment in moments]
+
+
+def test_chains_are_stored_where_products_read_them() -> None:
+    """By hand, in units of a matrix of 32 x 32: one input, then one product at a time."""
+    size = (32, 32)
+    gm = graph_of(lambda a, b: (a @ b).sin().cos() @ b, size, size)
+    # Two inputs; the product; `sin` and `cos` are one kernel that writes in its place; the second product, of which `b` and
+    # the chain are the last readers.
+    assert totals(gm) == [2, 3, 2, 3, 1]
+    assert max(totals(gm, room=4096)) == 4
+
+
+def test_views_hold_what_they_view() -> None:
+    gm = graph_of(lambda a: (a @ a).t()[:1] @ a, (32, 32))
+    assert totals(gm)[:2] == [1, 2]
+
+
+@dataclass
+class Line:
+    """Predicts as if each block that keeps its results took one GiB, and tiles saved one more; remembers what was asked."""
+
+    blocks: int = 10
+    asked: list[float] = field(default_factory=list)
+
+    def __call__(self, config: cpcompile.Config) -> tuple[Ledger, int]:
+        self.asked.append(config.memory_budget)
+        kept = round(config.memory_budget * self.blocks)
+        size = (5 + kept - bool(config.tile)) * GIB
+        return Ledger((Phase("backward", {"saved": size - GIB, "parameters": GIB}, ""),)), self.blocks
+
+
+@pytest.mark.parametrize(
+    ("limit", "budget", "tile"), [(15, 1.0, 0), (20, 1.0, 0), (11.5, 0.6, 0), (6, 0.1, 0), (5, 0.0, 0), (4, 0.0, 4096)]
+)
+def test_the_plan_that_fits_computes_least_again(limit: float, budget: float, tile: int) -> None:
+    line = Line()
+    plan, found = fitting(cpcompile.Config(memory="fit"), line, int(limit * GIB))
+    assert plan.memory_budget == pytest.approx(budget) and plan.tile == tile
+    assert found.peak <= limit * GIB and len(line.asked) <= 5
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"needs 4\.0 GiB .* there are 3\.0 GiB. It is most in backward .*saved 3\.0"):
+        fitting(cpcompile.Config(memory="fit"), Line(), 3 * GIB)
+    with pytest.raises(ConfigError, match="'fit:40' at most 40 GiB"):
+        cpcompile.Config(memory="fit:")
+    assert wanted_bytes("fit:1.5") == 1.5 * GIB and wanted_bytes("fit") == 0
