@@ -48,7 +48,7 @@ def peak(**options: Any) -> float:
     return 2 * ledger(LENGTH, strategy="ring", optimizer_states=0, **options).peak
 
 
-@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("is_sharded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ranks_take_the_plan_that_fits_the_smallest(pool: Any, is_sharded: bool) -> None:
     sharded = {"fully_sharded": cpcompile.FullySharded(2)} if is_sharded else {}
     whole, half = peak(**sharded), peak(memory_budget=0.5, **sharded)

@@ -17,6 +17,7 @@ from tests.models import make
 WRONG: dict[type, list[Any]] = {
     bool: ["False", "True", 1, None],
     int: ["0", 1.5, True, None],
+    float: ["0.5", True, None],
     str: [0, None, True, b"ring"],
 }
 

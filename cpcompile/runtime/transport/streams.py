@@ -17,19 +17,11 @@ class Side:
         """Make the stream; a negative priority goes first where both want a multiprocessor."""
         self._index = device.index  # torch takes long to look up the index of a device
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
-        self._last: torch.cuda.Stream | None = None  # from which work was run
 
     def run(self, work: Callable[[], T]) -> tuple[T, torch.cuda.Event]:
-        """Run work after what the current stream holds; return its result and when it is done.
-
-        Memory that work allocates here is given to later work here, which runs behind all that read it from the current
-        stream: no `record_stream` is needed, which would keep it until the device has caught up with the host.
-        """
+        """Run work after what the current stream holds; return its result and when it is done."""
         current = torch.cuda.current_stream(self._index)
         self._stream.wait_stream(current)
-        if self._last is not None and self._last != current:
-            self._stream.wait_stream(self._last)
-        self._last = current
         # The context manager `torch.cuda.stream` takes the host 11 us.
         with torch.cuda.device(self._index):
             torch.cuda.set_stream(self._stream)
@@ -38,3 +30,7 @@ class Side:
             finally:
                 torch.cuda.set_stream(current)
         return result, self._stream.record_event()
+
+    def follow(self) -> None:
+        """Let what comes later run after what the current stream holds, as far as it has read memory that was allocated here."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._index))
