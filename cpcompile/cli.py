@@ -172,8 +172,13 @@ def explain(
             "optimizer_states": optimizer_states,
             "fully_sharded": cpcompile.FullySharded(fully_sharded) if fully_sharded else None,
         }
-        plan = cpcompile.explain(model, inputs, memory=memory, **options)
-        typer.echo(str(plan))
+        try:
+            plan = cpcompile.explain(model, inputs, memory=memory, **options)
+        except cpcompile.InternalError as error:  # of the prediction: the plan is told all the same
+            plan = cpcompile.explain(model, inputs, **options)
+            typer.echo(f"{plan}\n\n{error}")
+        else:
+            typer.echo(str(plan))
         if device_memory:
             from cpcompile.inspect.longest import longest_sequence
 

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from cpcompile.errors import ConfigError, module_path
+from cpcompile.errors import ConfigError, clean_path, module_path
 from cpcompile.ir.operator_call import is_tensor, is_view
-
-_BLOCK = re.compile(r"^((?:.*?\.)?\d+)(?:\.|$)")
 
 
 def recompute_blocks(gm: fx.GraphModule, *, memory_budget: float) -> int:
     """Return how many blocks are computed again: the first ones, as many as a budget between 0 (all) and 1 (none) asks for.
 
-    A block is a module in a list of modules, the outermost one; one that has activation checkpoints of the user's counts as
-    computed again. Each saves as much as the next, so that less budget never takes more memory.
+    A block is a module in a list of modules, the outermost list of several; one that has activation checkpoints of the user's
+    counts as computed again. Each saves as much as the next, so that less budget never takes more memory.
 
     Needs: a graph of every rank.
     Gives: the tags of activation checkpoints. Results that later nodes read are kept.
@@ -47,12 +44,23 @@ def recompute_blocks(gm: fx.GraphModule, *, memory_budget: float) -> int:
 
 
 def blocks_of(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
-    """Return the nodes of each block, by its path."""
-    blocks: dict[str, list[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and (block := block_of(node)):
-            blocks.setdefault(block, []).append(node)
-    return blocks
+    """Return the nodes of each block, by its path: a member of the outermost list, or of one that it mostly is."""
+    return divided([node for node in gm.graph.nodes if node.op == "call_function"], 0)
+
+
+def divided(nodes: list[fx.Node], depth: int) -> dict[str, list[fx.Node]]:
+    """Return the nodes of each member of the lists at a depth, those taken apart that are lists of blocks themselves."""
+    found: dict[str, list[fx.Node]] = {}
+    members: dict[str, list[fx.Node]] = {}
+    for node in nodes:
+        if path := member_of(node, depth):
+            members.setdefault(path, []).append(node)
+    for path, own in members.items():
+        inner = divided(own, depth + 1)
+        classes = {class_of(of_one[0], of) for of, of_one in inner.items()}
+        is_of_blocks = len(inner) > 1 and len(classes) == 1 and 2 * sum(map(len, inner.values())) > len(own)
+        found |= inner if is_of_blocks else {path: own}
+    return found
 
 
 def is_of_user(number: int) -> bool:
@@ -60,10 +68,17 @@ def is_of_user(number: int) -> bool:
     return number < 1 << 30
 
 
-def block_of(node: fx.Node) -> str:
-    """Return the path of the outermost block that a node is in, or ''."""
-    found = _BLOCK.match(module_path(node))
-    return found.group(1) if found else ""
+def member_of(node: fx.Node, depth: int) -> str:
+    """Return the path of the member of a list that a node is in, the `depth`-th from outside, or ''."""
+    parts = module_path(node).split(".")
+    places = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: places[depth] + 1]) if len(places) > depth else ""
+
+
+def class_of(node: fx.Node, path: str) -> str:
+    """Return the class of a module that a node is in; its path where that is not known."""
+    classes = {clean_path(str(of)): str(kind) for of, kind in node.meta["nn_module_stack"].values()}
+    return classes.get(path, path)
 
 
 def tag(nodes: list[fx.Node], number: int) -> None:

@@ -212,9 +212,8 @@ class ParallelForward:
         )
         self.layout = compiled.transformed.plan.layout
         # What fits is decided once: a later graph on one rank alone could not ask the others.
-        self.config = replace(
-            self.config, memory="", **{n: getattr(compiled.config, n) for n in ("memory_budget", "tile")}
-        )
+        plan = {name: getattr(compiled.config, name) for name in ("memory", "memory_budget", "tile")}
+        self.config = replace(self.config, **plan)
         return compiled
 
     def compares_labels(self) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 
 from cpcompile import _torch
 from cpcompile._torch import fsdp
+from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import FSDP_REMEDY, break_text
 from cpcompile.capture.stages import stage
 from cpcompile.compile.deferred_outputs import defer_outputs
@@ -39,6 +40,7 @@ from cpcompile.passes.rewrite_dropout import drawing_devices
 from cpcompile.runtime.transport.choice import set_transport
 
 _log = logging.getLogger(__name__)
+PREDICTION_REMEDY = "memory='' runs the step without a prediction. Please report it with the error above."
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Compiled:
@@ -57,6 +59,11 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
         )
     axis = axis_of(given.pop("mesh"), given.pop("axis", None))
     config = Config.of(given)
+    if config.memory:
+        raise ConfigError(
+            f"memory={config.memory!r} is decided once for a model, and torch.compile may compile it several times: use "
+            "cpcompile.apply(model, mesh, memory=...), or memory_budget here."
+        )
     prepare(config, axis)
     sync, inputs = gradient_sync(config, axis), GraphInputs(gm)
     agreement = CallAgreement(config, sync, inputs)
@@ -136,10 +143,11 @@ class Compiled:
         self._sharded, self._entries = sharded, {i: entry for i, entry in enumerate(found) if entry is not None}
         shards = {i: entry.shard for i, entry in self._entries.items()}
         ahead = sharded.largest_unit if sharded is not None else 0
-        if config.memory:
+        has_gradients = torch.is_grad_enabled() and any(map(takes_gradient, example_inputs))
+        if config.memory and has_gradients:  # what is run without a backward holds little
             prediction = Prediction(gm, example_inputs, axis, shards, ahead)
             groups = [name for each in shards.values() for name in (each.group, each.replica_group)]
-            config = replace(planned(config, prediction, axis, groups), memory="")
+            config = replace(planned(config, prediction, axis, groups, agreement.least), memory="")
         self.config = config
         self.transformed: Transformed = transform_dynamo_graph(
             gm, example_inputs, config=config, axis=axis, shards=shards
@@ -222,7 +230,7 @@ class Prediction:
 
     def __call__(self, config: Config) -> tuple[Ledger, int]:
         """Return the ledger, and how many blocks the model has that can be computed again."""
-        with stage("predicting the memory of a step"):
+        with stage("predicting the memory of a step"), faults_of("the prediction of memory", PREDICTION_REMEDY):
             transformed = transform_dynamo_graph(
                 self.gm, self.inputs, config=config, axis=self.axis, shards=self.shards
             )
@@ -236,6 +244,11 @@ class Prediction:
                 bytes_ahead=config.prefetch * self.bytes_ahead,
             )
         return found, len(blocks_of(transformed.graph))
+
+
+def takes_gradient(value: Any) -> bool:
+    """Tell whether an input is a tensor that takes a gradient."""
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def local_inputs(example_inputs: Sequence[Any], entries: Mapping[int, Entry]) -> list[Any]:

@@ -115,6 +115,26 @@ class CallAgreement:
         self._compare(repr((fingerprint, *states)).encode(), graph, states)
         self._is_due = self._config.check_inputs == "always"
 
+    def least(self, value: int) -> int:
+        """Return the least of a number over the ranks, amid a compilation. Collective.
+
+        Raises:
+            RankFailed: a rank has ended the call with an error, and says so in the place of its number.
+        """
+        said = self._said
+        tensors = {} if said is None else said.tensors
+
+        def details() -> Details:
+            return {} if said is None else {**self._fixed, **said.details()}
+
+        header = text_fingerprint(b"least", b"" if said is None else said.header)
+        try:
+            (lowest, *_), _ = agree(header, tensors, self._axis, details, value, 0, 0)
+        except RanksDiffer:
+            self._is_open = False  # all know
+            raise
+        return lowest
+
     def _say(self, inputs: Mapping[str, Any]) -> Statement:
         return Statement(inputs, self._axis, self._model, self._watch, holds_back=not self._sync.enabled)
 

@@ -14,13 +14,14 @@ from torch import fx
 from cpcompile.analysis.regions import regions_of
 from cpcompile.balance.layout import local_length
 from cpcompile.capture.dynamo import by_name, compile_whole, token_length, uncompiled
+from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import placeholders
 from cpcompile.choose.attention_sites import attention_nodes, rewritten_attentions
 from cpcompile.choose.kernels import chosen_kernels, sized, strategy_of
 from cpcompile.compile.inner import transform_dynamo_graph
 from cpcompile.compile.outputs import outputs_of
 from cpcompile.compile.transform import Transformed
-from cpcompile.errors import module_path, source_place
+from cpcompile.errors import ConfigError, module_path, source_place
 from cpcompile.inspect.explanation import Collective, Explanation, GatheredValue, ShardedInput, Site, TokenLocal
 from cpcompile.inspect.graph_listing import input_name, listing, operator_name
 from cpcompile.ir.annotation import annotation
@@ -63,6 +64,10 @@ def explain(
     Raises:
         CPError: the model is refused, with the line, the reason and the remedy.
     """
+    if not isinstance(memory, bool):
+        raise ConfigError(
+            f"memory={memory!r}: explain predicts memory (True) or not; memory_budget=... is a plan to look at."
+        )
     config = Config.of({**options, "dynamic": False})
     planned = planned_step(
         model, inputs, world_size=world_size, inner_size=inner_size, config=config, fully_sharded=fully_sharded
@@ -117,6 +122,10 @@ class Planned:
         """Return what a training step holds on a rank."""
         is_alone = self.transformed.plan.world_size == 1
         trained = [i for i, x in enumerate(self.inputs) if isinstance(x, torch.nn.Parameter) and x.requires_grad]
+        with faults_of("the prediction of memory", "memory=False gives the plan without it."):
+            return self._ledger(trained, is_alone)
+
+    def _ledger(self, trained: Sequence[int], is_alone: bool) -> Ledger:
         return ledger_of(
             self.transformed,
             self.inputs,
@@ -140,6 +149,12 @@ def planned_step(
     axis = Axis.in_process(world_size, inner_size)
     config.check_axis(inner_size)
     made: list[Planned] = []
+
+    if fully_sharded is not None and fully_sharded.ranks % world_size:
+        raise ConfigError(
+            f"FullySharded(ranks={fully_sharded.ranks}): fully_shard shards over all of the {world_size} ranks that share a "
+            "sequence, and whole groups of them."
+        )
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         shards = {} if fully_sharded is None else fully_sharded.shards_of(example_inputs)

@@ -36,16 +36,18 @@ def longest_sequence(
     Memory grows linearly with the tokens, so that two lengths tell a third, which is then looked at itself.
 
     Args:
-        model, inputs, world_size, options: of `explain`. Inputs whose dims are as long as the sequence are made longer.
+        model, inputs, world_size, options: of `explain`. Inputs that hold tokens are made longer.
         device_bytes: what the device has for it.
     """
     unit = STEP * world_size
-    length = explain(model, inputs, world_size=world_size, **options).tokens
+    options.pop("memory", None)
+    plan = explain(model, inputs, world_size=world_size, **options)
+    length, named = plan.tokens, plan.token_inputs
     if not length:
         raise ConfigError("no attention says how many tokens this model has: name them by token_dims={'name': dim}.")
 
     def ledger(tokens: int) -> Ledger:
-        long = {name: stretched(x, length, tokens) for name, x in inputs.items()}
+        long = {name: stretched(x, length, tokens, named.get(name)) for name, x in inputs.items()}
         found = explain(model, long, world_size=world_size, memory=True, **options).memory
         assert found is not None
         return found
@@ -53,25 +55,29 @@ def longest_sequence(
     units, ledgers = 16, {1: ledger(unit)}
     if ledgers[1].peak > device_bytes:
         return Longest(0, ledgers[1])
+    span = 0
     while True:
         ledgers[units] = ledger(units * unit)
         fitting = max(n for n, of in ledgers.items() if of.peak <= device_bytes)
         above = min((n for n, of in ledgers.items() if of.peak > device_bytes), default=None)
-        if above is not None and above <= fitting + max(1, fitting // 64):
+        if above is None:
+            units = 16 * fitting
+            continue
+        before, span = span, above - fitting
+        if span <= max(1, fitting // 64):
             return Longest(fitting * unit, ledgers[fitting])
-        first, last = sorted(ledgers)[-2:] if above is None else (fitting, above)
-        slope = max(1, ledgers[last].peak - ledgers[first].peak) / (last - first)
-        guess = first + int((device_bytes - ledgers[first].peak) / slope)
-        units = min(max(guess, fitting + 1), 16 * fitting if above is None else above - 1)
-        if units in ledgers:
-            units = fitting + max(1, fitting // 64)
+        slope = max(1, ledgers[above].peak - ledgers[fitting].peak) / span
+        guess = fitting + int((device_bytes - ledgers[fitting].peak) / slope)
+        is_slow = before and span > before // 2  # a peak that is flat and then steep
+        units = (fitting + above) // 2 if is_slow else min(max(guess, fitting + 1), above - 1)
 
 
-def stretched(value: Any, length: int, tokens: int) -> Any:
-    """Return a tensor whose dims of one length have another, by its values over again."""
+def stretched(value: Any, length: int, tokens: int, named: int | None) -> Any:
+    """Return a tensor with more tokens, its values over again, along the dim that holds them; of ids and masks, all so long."""
     if not isinstance(value, torch.Tensor):
         return value
-    for dim, size in enumerate(value.shape):
-        if size == length:
+    dims = range(value.dim()) if named is None and not value.is_floating_point() else [] if named is None else [named]
+    for dim in dims:
+        if value.shape[dim] == length:
             value = value.index_select(dim, torch.arange(tokens, device=value.device) % length)
     return value

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cpcompile.capture.dynamo import by_name, compile_whole, token_length, uncompiled
 from cpcompile.capture.faults import summary
 from cpcompile.capture.lowering import line_of
-from cpcompile.errors import CPError, InputError
+from cpcompile.errors import ConfigError, CPError, InputError
 from cpcompile.inspect.first_difference import first_difference, value_error
 from cpcompile.inspect.float64 import Widen
 from cpcompile.inspect.model_runs import LockstepBackend, OneDevice, default_objective, run_and_differentiate, seeded
@@ -94,6 +94,8 @@ def verify(
     Raises:
         CPError: the model is refused, or dropout makes any two runs differ (not with `exact_dropout=True`).
     """
+    if options.get("memory"):
+        raise ConfigError("verify runs one plan: memory_budget=... (and tile=...) is what memory='fit' chooses among.")
     axis, config = Axis.in_process(world_size, inner_size), replace(Config.of(options), kernel="auto")
     config.check_axis(inner_size)
     model = uncompiled(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cpcompile.errors import ConfigError
 from cpcompile.memory.ledger import Ledger
@@ -27,57 +27,80 @@ def wanted_bytes(memory: str) -> int:
     return int(float(given.group(1) or 0) * GIB)
 
 
-def fitting(config: Config, predict: Predict, limit: int) -> tuple[Config, Ledger]:
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How much is computed again: so many of the model's blocks, and MLPs by tiles."""
+
+    blocks: int
+    is_tiled: bool
+    num_blocks: int
+
+    def of(self, config: Config) -> Config:
+        """Return the options of this level: at least what the user asks for."""
+        budget = 1 - self.blocks / self.num_blocks if self.num_blocks else config.memory_budget
+        tile = config.tile or (TILE if self.is_tiled else 0)
+        return replace(config, memory_budget=min(config.memory_budget, budget), tile=tile)
+
+    @property
+    def number(self) -> int:
+        """A number that grows with what is computed again, the same on ranks of one model."""
+        return 2 * self.blocks + self.is_tiled
+
+    def numbered(self, number: int) -> Level:
+        """Return the level of a number."""
+        return replace(self, blocks=number // 2, is_tiled=bool(number % 2))
+
+
+def fitting(config: Config, predict: Predict, first: tuple[Ledger, int], limit: int) -> tuple[Level, Ledger]:
     """Return the first plan that fits: as few blocks computed again as possible, then all of them and MLPs by tiles.
 
     Args:
-        config: the user's options, of which `memory_budget` and `tile` may be changed.
+        config: the user's options.
         predict: the ledger of a plan, and how many blocks the model has.
+        first: what it predicts for these options.
         limit: bytes that a step may hold.
 
     Raises:
         ConfigError: no plan fits.
     """
-    first, num_blocks = predict(config)
-    if first.peak <= limit:
-        return config, first
-    least = first
-    if num_blocks and config.memory_budget > 0:
-        all_again = replace(config, memory_budget=0.0)
-        least, _ = predict(all_again)
-        if least.peak <= limit:
-            return fewest_blocks(config, predict, limit, num_blocks, (first, least))
-        config = all_again
+    least, num_blocks = first
+    level = Level(math.ceil((1 - config.memory_budget) * num_blocks - 1e-9), False, num_blocks)
+    if least.peak <= limit:
+        return level, least
+    if level.blocks < num_blocks:
+        every = replace(level, blocks=num_blocks)
+        found, _ = predict(every.of(config))
+        if found.peak <= limit:
+            return fewest_blocks(config, predict, limit, (level, least), (every, found))
+        if found.peak < least.peak:  # a block that holds nearly all of the model saves nothing
+            level, least = every, found
     if not config.tile:
-        tiled = replace(config, tile=TILE)
-        by_tiles, _ = predict(tiled)
-        if by_tiles.peak <= limit:
-            return tiled, by_tiles
-        least = min(least, by_tiles, key=lambda ledger: ledger.peak)
+        tiled = replace(level, is_tiled=True)
+        found, _ = predict(tiled.of(config))
+        if found.peak <= limit:
+            return tiled, found
+        least = min(least, found, key=lambda ledger: ledger.peak)
     largest = max(least.phases, key=lambda phase: phase.total)
-    most = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in sorted(largest.held.items(), key=lambda x: -x[1])[:3])
+    most = ", ".join(f"{kind} {size / GIB:.3g}" for kind, size in sorted(largest.held.items(), key=lambda x: -x[1])[:3])
+    blocks = f"its {num_blocks} blocks" if num_blocks else "what can be (the model has no list of blocks)"
     raise ConfigError(
-        f"memory='fit': a step needs {least.peak / GIB:.1f} GiB on a rank with all that can be computed again in backward, and "
-        f"there are {limit / GIB:.1f} GiB. It is most in {largest.name} (GiB: {most}).\n\n{REMEDY}"
+        f"memory='fit': a step needs {least.peak / GIB:.3g} GiB on a rank with {blocks} computed again in backward, and "
+        f"there are {limit / GIB:.3g} GiB. It is most in {largest.name} (GiB: {most}).\n\n{REMEDY}"
     )
 
 
 def fewest_blocks(
-    config: Config, predict: Predict, limit: int, num_blocks: int, known: tuple[Ledger, Ledger]
-) -> tuple[Config, Ledger]:
-    """Return the plan that computes the fewest blocks again; `known` are the ledgers of none and of all."""
-    before, after = math.floor((1 - config.memory_budget) * num_blocks + 1e-9), num_blocks
-    peak = known[0].peak
-    plan, found = replace(config, memory_budget=0.0), known[1]
-    # Each block saves about as much as the next: the first guess is right or nearly so.
-    while after - before > 1:
-        saved = (peak - found.peak) / (after - before)
-        guess = before + math.ceil((peak - limit) / max(saved, 1.0))
-        guess = min(max(guess, before + 1), after - 1)
-        tried = replace(config, memory_budget=1 - guess / num_blocks)
-        ledger, _ = predict(tried)
-        if ledger.peak <= limit:
-            after, plan, found = guess, tried, ledger
+    config: Config, predict: Predict, limit: int, above: tuple[Level, Ledger], fits: tuple[Level, Ledger]
+) -> tuple[Level, Ledger]:
+    """Return the plan that computes the fewest blocks again, between one that does not fit and one that does."""
+    while (span := fits[0].blocks - above[0].blocks) > 1:
+        # Each block saves about as much as the next: the first guess is right or nearly so.
+        saved = max((above[1].peak - fits[1].peak) / span, 1.0)
+        guess = above[0].blocks + math.ceil((above[1].peak - limit) / saved)
+        level = replace(fits[0], blocks=min(max(guess, above[0].blocks + 1), fits[0].blocks - 1))
+        found, _ = predict(level.of(config))
+        if found.peak <= limit:
+            fits = level, found
         else:
-            before, peak = guess, ledger.peak
-    return plan, found
+            above = level, found
+    return fits

@@ -28,6 +28,7 @@ KINDS = (
     "inputs",
     "gathered parameters",
     "saved",
+    "returned",
     "temporary",
     "workspace",
 )
@@ -40,7 +41,8 @@ class Phase:
     Attributes:
         name: `forward`, `backward` or `optimizer`.
         held: bytes by kind, of `KINDS`. "saved" is kept from forward to backward, "workspace" is what an operator needs
-            beside its operands and results: blocks of keys that travel, the logits of a chunk.
+            beside its operands and results: blocks of keys that travel, the logits of a chunk; "returned" is what the model
+            returns, which the caller holds.
         place: the user's line that runs then, or ''.
     """
 
@@ -64,6 +66,11 @@ class Ledger:
     def peak(self) -> int:
         """The most bytes that are held at once."""
         return max(phase.total for phase in self.phases)
+
+    @property
+    def resident(self) -> int:
+        """What is there before a step: parameters, buffers and optimizer state."""
+        return sum(self.phases[0].held.get(kind, 0) for kind in ("parameters", "optimizer"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data."""
@@ -99,6 +106,8 @@ def ledger_of(
     defer_outputs(gm)
     finish_graph(gm, summed, 0)
     joint_pass = prepare_for_autograd(gm, config)
+    (output,) = gm.graph.find_nodes(op="output")
+    num_outputs = len(output.args[0])
     forward, backward = _torch.divide(gm, values, mode, joint_pass, config.recompute_elementwise)
     sizes = [bytes_of_value(x) for x in values]
     is_state = [isinstance(x, torch.nn.Parameter | torch.nn.Buffer) or i in shards for i, x in enumerate(inputs)]
@@ -112,9 +121,10 @@ def ledger_of(
     phases = [largest("forward", moments, fixed, bytes_ahead)]
     if backward is not None:
         saved = saved_values(forward, backward)
+        returned = returned_bytes(forward, saved, num_outputs)
         late = sums_under_way(backward.graph, bytes_ahead) if bytes_ahead else {}
         moments = Timeline(backward.graph, backward_kinds(backward, saved), workspace, saved.__contains__, late).run()
-        phases.append(largest("backward", moments, fixed, bytes_ahead))
+        phases.append(largest("backward", moments, fixed | {"returned": returned}, bytes_ahead))
         phases.append(Phase("optimizer", fixed | {"gradients": trained}, ""))
     return Ledger(tuple(phases))
 
@@ -185,6 +195,15 @@ def saved_values(forward: fx.GraphModule, backward: fx.GraphModule) -> set[fx.No
     return set(found.values())
 
 
+def returned_bytes(forward: fx.GraphModule, saved: Collection[fx.Node], num_outputs: int) -> int:
+    """Return the bytes of what the model returns, as far as nothing else holds it."""
+    (output,) = forward.graph.find_nodes(op="output")
+    names = {node.name for node in saved}
+    kept = {root_of(node) for node in output.all_input_nodes if node.name in names}
+    results = {root_of(node) for node in output.args[0][:num_outputs] if isinstance(node, fx.Node)}
+    return sum(bytes_of(node) for node in results - kept if node.op == "call_function")
+
+
 def backward_kinds(backward: fx.GraphModule, saved: Collection[fx.Node]) -> Callable[[fx.Node], str]:
     """Return what kind each stored value of a backward is of."""
     (output,) = backward.graph.find_nodes(op="output")
@@ -192,7 +211,8 @@ def backward_kinds(backward: fx.GraphModule, saved: Collection[fx.Node]) -> Call
 
     def kind(node: fx.Node) -> str:
         if node.op in ("placeholder", "get_attr"):
-            return "saved" if node in saved else "external"
+            is_incoming = node.name.startswith("tangents")
+            return "saved" if node in saved else "temporary" if is_incoming else "external"
         if node in returned:
             return "gradients"
         return "gathered parameters" if is_gathered(node) else "temporary"

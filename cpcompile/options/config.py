@@ -144,10 +144,17 @@ class Config:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
             )
-        if self.memory and not re.fullmatch(r"fit(:\d+(\.\d+)?)?", self.memory):
+        if self.memory and (
+            not (given := re.fullmatch(r"fit(?::(\d+(?:\.\d+)?))?", self.memory)) or (given[1] and not float(given[1]))
+        ):
             raise ConfigError(
                 f"memory={self.memory!r} is not an option: 'fit' takes what the GPU has, 'fit:40' at most 40 GiB, and '' leaves "
                 "the plan as it is."
+            )
+        if self.memory and self.inner == "eager":
+            raise ConfigError(
+                f"memory={self.memory!r} lets backward compute results again, which inner='eager' does not: use 'inductor' or "
+                "'aot_eager'."
             )
         if self.optimizer_states < 0:
             raise ConfigError(f"optimizer_states={self.optimizer_states} is not a number of tensors.")

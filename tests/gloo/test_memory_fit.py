@@ -28,8 +28,10 @@ def trained(rank: Any, limits: list[float], is_sharded: bool) -> tuple[float, fl
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     cpcompile.apply(model, mesh, inner="aot_eager", memory="fit", optimizer_states=0, strategy="ring")
-    has = unittest.mock.patch("cpcompile.front.memory_plan.usable_bytes", lambda device_type: int(limits[rank.rank]))
+    has = unittest.mock.patch("cpcompile.front.memory_plan.usable_bytes", lambda *_: int(limits[rank.rank]))
     with has:
+        with torch.no_grad():
+            model(**inputs)  # nothing is decided for what has no backward
         loss = model(**inputs)
     expected = alone(**inputs)
     loss.backward()
@@ -73,3 +75,25 @@ def test_what_does_not_fit_is_refused_on_all_ranks(pool: Any) -> None:
     small, without = pool.run(2, refused, "fit:0.0001"), pool.run(2, refused, "fit")
     assert all("a step needs" in text and "fully_shard" in text for text in small)
     assert all("memory='fit:40'" in text for text in without)
+
+
+class BreaksOnOneRank(Stack):
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if torch.distributed.get_rank() == 0:
+            torch._dynamo.graph_break()
+        return super().forward(input_ids, labels)
+
+
+def failing(rank: Any) -> str:
+    torch._dynamo.reset()
+    model = BreaksOnOneRank()
+    cpcompile.apply(model, rank.mesh(), inner="aot_eager", memory="fit:1")
+    try:
+        model(**tokens(LENGTH))
+    except cpcompile.CPError as error:
+        return type(error).__name__
+    return ""
+
+
+def test_a_rank_that_fails_alone_ends_the_others(pool: Any) -> None:
+    assert pool.run(2, failing) == ["GraphBreakError", "RankFailed"]

@@ -17,7 +17,7 @@ from cpcompile.inspect.longest import longest_sequence
 from cpcompile.memory.fit import GIB, fitting, wanted_bytes
 from cpcompile.memory.ledger import Ledger, Phase
 from cpcompile.memory.timeline import Timeline
-from tests.graph.small_models import TinyLM, batch
+from tests.graph.small_models import TinyLM, batch, planned
 
 WIDTH, LAYERS, VOCABULARY = 64, 4, 96
 
@@ -186,15 +186,65 @@ class Line:
     ("limit", "budget", "tile"), [(15, 1.0, 0), (20, 1.0, 0), (11.5, 0.6, 0), (6, 0.1, 0), (5, 0.0, 0), (4, 0.0, 4096)]
 )
 def test_the_plan_that_fits_computes_least_again(limit: float, budget: float, tile: int) -> None:
-    line = Line()
-    plan, found = fitting(cpcompile.Config(memory="fit"), line, int(limit * GIB))
+    line, config = Line(), cpcompile.Config(memory="fit")
+    level, found = fitting(config, line, line(config), int(limit * GIB))
+    plan = level.of(config)
     assert plan.memory_budget == pytest.approx(budget) and plan.tile == tile
     assert found.peak <= limit * GIB and len(line.asked) <= 5
+    assert level.numbered(level.number) == level
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"needs 4\.0 GiB .* there are 3\.0 GiB. It is most in backward .*saved 3\.0"):
-        fitting(cpcompile.Config(memory="fit"), Line(), 3 * GIB)
-    with pytest.raises(ConfigError, match="'fit:40' at most 40 GiB"):
-        cpcompile.Config(memory="fit:")
+    config = cpcompile.Config(memory="fit")
+    with pytest.raises(ConfigError, match=r"needs 4 GiB .* there are 3 GiB. It is most in backward .*saved 3,"):
+        fitting(config, Line(), Line()(config), 3 * GIB)
+    for wrong in ("fit:", "fit:0", "fit:0.0", "fti"):
+        with pytest.raises(ConfigError, match="'fit:40' at most 40 GiB"):
+            cpcompile.Config(memory=wrong)
+    with pytest.raises(ConfigError, match="inner='eager' does not"):
+        cpcompile.Config(memory="fit", inner="eager")
     assert wanted_bytes("fit:1.5") == 1.5 * GIB and wanted_bytes("fit") == 0
+
+
+def test_options_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="memory_budget"):
+        cpcompile.verify(Stack(), tokens(8), world_size=2, memory="fit")
+    with pytest.raises(ConfigError, match="memory_budget"):
+        explained(memory="fit")
+    with pytest.raises(ConfigError, match="whole groups"):
+        explained(fully_sharded=cpcompile.FullySharded(3))
+
+
+@pytest.mark.parametrize("num_outer", [1, 2])
+def test_blocks_are_found_inside_of_what_holds_them(num_outer: int) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+            self.stages = nn.ModuleList(nn.Sequential(Block(), Block()) for _ in range(num_outer))
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+            x = self.embedding(input_ids)
+            for stage in self.stages:
+                x = stage(x)
+            return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+    transformed = planned(Outer(), tokens(16), memory_budget=0.0)
+    assert transformed.changes["recompute_blocks"] == 2 * num_outer
+    plain = planned(Stack(3), tokens(16), memory_budget=0.0)
+    assert plain.changes["recompute_blocks"] == 3
+
+
+def test_what_a_caller_holds_counts() -> None:
+    class Logits(Stack):
+        def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+            x = self.embedding(input_ids)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    found = cpcompile.explain(Logits(1), {"input_ids": tokens(4096)["input_ids"]}, world_size=2, memory=True).memory
+    assert found is not None
+    logits = 2048 * VOCABULARY * 4
+    backward = found.phases[1].held
+    assert backward["returned"] >= logits and backward["temporary"] >= logits  # the logits, and their gradient
