@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile import _torch
 from cpcompile.analysis.gradient_flow import needs_no_gradient
@@ -20,6 +21,8 @@ from cpcompile.compile.overlap import overlapped
 from cpcompile.compile.saved_results import is_recomputed, keep_attention, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import NoRule, where
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.insertion import insert_call
 from cpcompile.ir.operator_call import Call, value_of
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Lengths
@@ -148,11 +151,30 @@ def warn_of_kept_results() -> None:
 
 def finish_graph(graph: fx.GraphModule, summed: Sequence[int], site: int) -> None:
     """Have the graph sum the gradients of its inputs `summed`, and return where documents begin."""
+    keep_overwritten(graph)
     names = [node.name for node in placeholders(graph)]
     sum_gradients(graph, summed=[names[i] for i in summed], site=site)
     (output,) = graph.graph.find_nodes(op="output")
     output.args = ((*output.args[0], *Lengths.bounds_of(graph)),)
     graph.recompile()
+
+
+def keep_overwritten(graph: fx.GraphModule) -> None:
+    """Have what reads a buffer that the model overwrites read a copy, which is kept for backward.
+
+    Compilers compute small values again in backward from what they read, and by then the buffer has been overwritten.
+    """
+    writes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    for buffer in dict.fromkeys(write.args[0] for write in writes if write.args[0].op == "placeholder"):
+        if annotation(buffer).takes_gradient:
+            continue
+        readers = [user for user in buffer.users if user not in writes or user.args[0] is not buffer]
+        if not readers:
+            continue
+        copied = insert_call(min(readers), cp.kept_copy.default, buffer)
+        copied.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        copied.meta.pop("ac_graph_id", None)
+        buffer.replace_all_uses_with(copied, delete_user_cb=set(readers).__contains__)
 
 
 def prepare_for_autograd(graph: fx.GraphModule, config: Config) -> _torch.JointPass | None:

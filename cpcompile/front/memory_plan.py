@@ -54,11 +54,11 @@ def planned(config: Config, predict: Predict, axis: Axis, groups: Sequence[str],
     adopted = level.numbered(most)
     chosen = adopted.of(config)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        text = "" if most == number else "at least "  # of a plan for another rank's batch
+        peak = f"{ledger.peak / GIB:.3g} GiB at the peak" if most == number else "another rank needs it"
+        tile = f", tile={chosen.tile}" if chosen.tile else ""
         _log.info(
-            "cpcompile: memory='fit' computes %d of %d blocks again in backward%s: %.3g GiB at the peak, of %s%.3g GiB",
-            *(adopted.blocks, adopted.num_blocks, f", tile={chosen.tile}" if chosen.tile else ""),
-            *(ledger.peak / GIB, text, limit / GIB),
+            "cpcompile: memory='fit' computes %d of %d blocks again in backward%s: %s, of %.3g GiB",
+            *(adopted.blocks, adopted.num_blocks, tile, peak, limit / GIB),
         )
     return chosen
 

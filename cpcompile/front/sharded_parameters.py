@@ -222,7 +222,9 @@ class LocalShards(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.shards = shards
         ctx.layouts = [(p.device_mesh, p.placements, p.shape, p.stride(), p.to_local().shape) for p in parameters]
-        return tuple(local_rows(p, shard) for p, shard in zip(parameters, shards, strict=True))
+        rows = tuple(local_rows(p, shard) for p, shard in zip(parameters, shards, strict=True))
+        ctx.mark_non_differentiable(*[x for x, p in zip(rows, parameters, strict=True) if not p.requires_grad])
+        return rows
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cpcompile.errors import ConfigError
+from cpcompile.errors import ConfigError, CPError
 from cpcompile.inspect.explain import explain
 from cpcompile.memory.ledger import Ledger
 
@@ -38,17 +38,27 @@ def longest_sequence(
     Args:
         model, inputs, world_size, options: of `explain`. Inputs that hold tokens are made longer.
         device_bytes: what the device has for it.
+
+    Raises:
+        ConfigError: the model does not take longer sequences.
     """
     unit = STEP * world_size
     options.pop("memory", None)
     plan = explain(model, inputs, world_size=world_size, **options)
     length, named = plan.tokens, plan.token_inputs
+    along = set(named.values())
     if not length:
         raise ConfigError("no attention says how many tokens this model has: name them by token_dims={'name': dim}.")
 
     def ledger(tokens: int) -> Ledger:
-        long = {name: stretched(x, length, tokens, named.get(name)) for name, x in inputs.items()}
-        found = explain(model, long, world_size=world_size, memory=True, **options).memory
+        long = {name: stretched(x, length, tokens, named.get(name), along) for name, x in inputs.items()}
+        try:
+            found = explain(model, long, world_size=world_size, memory=True, **options).memory
+        except CPError as error:
+            raise ConfigError(
+                f"the model takes {length} tokens, but not {tokens}, so that no longest sequence is known (a table of positions "
+                f"may end before): {error}"
+            ) from error
         assert found is not None
         return found
 
@@ -72,12 +82,16 @@ def longest_sequence(
         units = (fitting + above) // 2 if is_slow else min(max(guess, fitting + 1), above - 1)
 
 
-def stretched(value: Any, length: int, tokens: int, named: int | None) -> Any:
-    """Return a tensor with more tokens, its values over again, along the dim that holds them; of ids and masks, all so long."""
-    if not isinstance(value, torch.Tensor):
+def stretched(value: Any, length: int, tokens: int, named: int | None, along: set[int]) -> Any:
+    """Return a tensor with more tokens, its values over again.
+
+    They are along the dim that is `named`. Labels and masks, which are not, have them where other inputs do, or in all dims of
+    their length.
+    """
+    if not isinstance(value, torch.Tensor) or (named is None and value.is_floating_point()):
         return value
-    dims = range(value.dim()) if named is None and not value.is_floating_point() else [] if named is None else [named]
+    long = [dim for dim, size in enumerate(value.shape) if size == length]
+    dims = [named] if named is not None else [dim for dim in long if dim in along] or long
     for dim in dims:
-        if value.shape[dim] == length:
-            value = value.index_select(dim, torch.arange(tokens, device=value.device) % length)
+        value = value.index_select(dim, torch.arange(tokens, device=value.device) % length)
     return value

@@ -166,3 +166,14 @@ def buckets(grads: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         size += grad.nbytes
     if bucket:
         yield bucket
+
+
+@torch.library.custom_op("cpcompile::kept_copy", mutates_args=())
+def kept_copy(x: torch.Tensor) -> torch.Tensor:
+    """Return a copy that no compiler takes for what it was copied from, as Inductor takes `clone`. Without a gradient."""
+    return x.clone()
+
+
+@kept_copy.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)

@@ -263,10 +263,10 @@ def test_meta_init(pool: Any) -> None:
     assert_exact(pool.run(2, from_meta))
 
 
-def frozen(rank: Any) -> dict[str, float]:
+def frozen(rank: Any, inner: str) -> dict[str, float]:
     """Some parameters are frozen, one of them only after the first step."""
     mesh, flat = meshes(rank, 1)
-    model, alone = new(mesh, None, "rotary")
+    model, alone = new(mesh, None, "rotary", inner=inner)
     for m in (model, alone):
         m.blocks[0].qkv.weight.requires_grad_(False)
     wrap(model, flat)
@@ -279,8 +279,9 @@ def frozen(rank: Any) -> dict[str, float]:
     return found | {f"{name} again": value for name, value in again.items()}
 
 
-def test_frozen_parameters(pool: Any) -> None:
-    assert_exact(pool.run(2, frozen))
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_frozen_parameters(pool: Any, inner: str) -> None:
+    assert_exact(pool.run(2, frozen, inner))
 
 
 def accumulated(rank: Any, how: str) -> dict[str, float]:

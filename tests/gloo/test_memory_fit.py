@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import unittest.mock
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import cpcompile
 from cpcompile.front.apply import parallel_forward
-from tests.graph.test_memory import Stack, ledger, tokens
+from tests.graph.test_memory import WIDTH, Block, Stack, ledger, tokens
 
 LENGTH = 256
 EXACT = 1e-12  # float64, relative to the largest gradient
@@ -97,3 +99,47 @@ def failing(rank: Any) -> str:
 
 def test_a_rank_that_fails_alone_ends_the_others(pool: Any) -> None:
     assert pool.run(2, failing) == ["GraphBreakError", "RankFailed"]
+
+
+class Averaging(Block):
+    """Reads a running mean, and updates it afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.linspace(-1, 1, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        out = torch.tanh(y * (1 + self.mean))
+        self.mean.mul_(0.9).add_(y.detach().mean((0, 1)), alpha=0.1)
+        return out
+
+
+class Averages(Stack):
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.blocks = nn.ModuleList(Averaging() for _ in range(2))
+
+
+def averaged(rank: Any, inner: str, memory_budget: float) -> float:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Averages().double()
+    alone, inputs, worst = copy.deepcopy(model), tokens(LENGTH), 0.0
+    cpcompile.apply(model, rank.mesh(), inner=inner, memory_budget=memory_budget)
+    for _ in range(2):
+        for each in (model, alone):
+            each.zero_grad()
+            each(**inputs).backward()
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            worst = max(worst, float((p.grad - q.grad).abs().max() / q.grad.abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("inner", "memory_budget"),
+    [("aot_eager", 0.0), ("inductor", 1.0), pytest.param("inductor", 0.0, marks=pytest.mark.slow)],
+)
+def test_a_buffer_that_is_overwritten_is_read_as_it_was(pool: Any, inner: str, memory_budget: float) -> None:
+    """torch.compile alone computes values again from what the buffer holds by then."""
+    assert max(pool.run(2, averaged, inner, memory_budget, timeout=200)) < 1e-9

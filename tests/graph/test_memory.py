@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import cpcompile
 from cpcompile.errors import ConfigError
 from cpcompile.inspect.explanation import Explanation
-from cpcompile.inspect.longest import longest_sequence
+from cpcompile.inspect.longest import longest_sequence, stretched
 from cpcompile.memory.fit import GIB, fitting, wanted_bytes
 from cpcompile.memory.ledger import Ledger, Phase
 from cpcompile.memory.timeline import Timeline
@@ -248,3 +248,25 @@ def test_what_a_caller_holds_counts() -> None:
     logits = 2048 * VOCABULARY * 4
     backward = found.phases[1].held
     assert backward["returned"] >= logits and backward["temporary"] >= logits  # the logits, and their gradient
+
+
+def test_a_batch_as_large_as_the_length_stays() -> None:
+    ids = torch.zeros(16, 16, dtype=torch.long)
+    of_labels = stretched(ids, 16, 64, None, {1})
+    assert of_labels.shape == (16, 64) and stretched(ids, 16, 64, 1, {1}).shape == (16, 64)
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    assert stretched(mask, 16, 64, None, {1}).shape == (1, 1, 64, 64)
+
+
+def test_a_table_of_positions_that_ends_is_told() -> None:
+    class Learned(Stack):
+        def __init__(self) -> None:
+            super().__init__(1)
+            self.places = nn.Parameter(torch.zeros(1, 64, WIDTH))
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+            x = self.embedding(input_ids) + self.places[:, : input_ids.shape[1]]
+            return F.cross_entropy(self.head(self.blocks[0](x)).flatten(0, 1), labels.flatten())
+
+    with pytest.raises(ConfigError, match="takes 64 tokens, but not 2048"):
+        longest_sequence(Learned(), tokens(64), device_bytes=GIB, world_size=2)
