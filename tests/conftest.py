@@ -12,11 +12,11 @@ from tests.gloo.pool import Pool
 GLOO = Path(__file__).parent / "gloo"
 # Of tests with many cases, one in so many runs by default, the same ones each time; the others are marked slow.
 SAMPLED = {
-    "gloo/test_apply.py::test_ahead_of_time_autograd": 4,
+    "gloo/test_apply.py::test_ahead_of_time_autograd": 3,
     "gloo/test_apply.py::test_logits_are_local_or_whole": 6,
     "gloo/test_apply.py::test_operators_along_the_tokens": 4,
     "gloo/test_apply.py::test_trains_exactly": 6,
-    "gloo/test_apply.py::test_transformers_train_exactly": 3,
+    "gloo/test_apply.py::test_transformers_train_exactly": 2,
     "gloo/test_attention.py::test_documents_dealt_to_groups_equal_the_whole_attention": 6,
     "gloo/test_attention.py::test_equals_the_whole_attention": 8,
     "gloo/test_attention.py::test_usp_equals_the_whole_attention": 6,
@@ -28,7 +28,7 @@ SAMPLED = {
     "gloo/test_hooks.py::test_hooks_of_parameters_see_the_gradients_of_one_device": 8,
     "gloo/test_integrations.py::test_trainer": 2,
     "gloo/test_packed.py::test_mixes_of_documents": 6,
-    "gloo/test_wrappers.py::test_is_found_in_a_wrapper": 4,
+    "gloo/test_wrappers.py::test_is_found_in_a_wrapper": 3,
     "graph/test_along_tokens.py::test_exact": 16,
     "graph/test_attention_forms.py::test_a_wrong_attention_is_named_by_its_own_line": 6,
     "graph/test_attention_forms.py::test_forms_are_exact": 4,
