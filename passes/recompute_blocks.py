@@ -22,7 +22,7 @@ def recompute_blocks(gm: fx.GraphModule, *, memory_budget: float) -> int:
     A block is a module in a list of modules, the outermost list of several; one that has activation checkpoints of the user's
     counts as computed again. Each saves as much as the next, so that less budget never takes more memory.
 
-    Needs: a graph of every rank.
+    Needs: a graph of every rank, before parameters are gathered (`unshard_parameters`).
     Gives: the tags of activation checkpoints. Results that later nodes read are kept.
 
     Raises:
@@ -34,13 +34,18 @@ def recompute_blocks(gm: fx.GraphModule, *, memory_budget: float) -> int:
             f"memory_budget={memory_budget}: the model has no list of blocks (ModuleList, Sequential) to compute again in "
             "backward. Use torch.utils.checkpoint in the model, and leave memory_budget at 1."
         )
-    again = list(blocks.values())[: math.ceil((1 - memory_budget) * len(blocks) - 1e-9)]
+    again = list(blocks.values())[: num_again(memory_budget, len(blocks))]
     numbers = [node.meta["ac_graph_id"] for node in gm.graph.nodes if "ac_graph_id" in node.meta]
-    number = itertools.count(max(filter(is_of_user, numbers), default=0) + 1)
+    number = itertools.count(max(numbers, default=0) + 1)
     for nodes in again:
-        if not any("recompute" in node.meta and is_of_user(node.meta["ac_graph_id"]) for node in nodes):
+        if not any("ac_graph_id" in node.meta for node in nodes):
             tag(nodes, next(number))
     return len(again)
+
+
+def num_again(memory_budget: float, num_blocks: int) -> int:
+    """Return how many of a model's blocks a budget has computed again."""
+    return math.ceil((1 - memory_budget) * num_blocks - 1e-9)
 
 
 def blocks_of(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
@@ -63,11 +68,6 @@ def divided(nodes: list[fx.Node], depth: int) -> dict[str, list[fx.Node]]:
     return found
 
 
-def is_of_user(number: int) -> bool:
-    """Tell the numbers of activation checkpoints from that of gathered parameters."""
-    return number < 1 << 30
-
-
 def member_of(node: fx.Node, depth: int) -> str:
     """Return the path of the member of a list that a node is in, the `depth`-th from outside, or ''."""
     parts = module_path(node).split(".")
@@ -85,7 +85,7 @@ def tag(nodes: list[fx.Node], number: int) -> None:
     """Have nodes computed again in backward, as those of one activation checkpoint."""
     inside = set(nodes)
     for node in nodes:
-        if "recompute" not in node.meta:  # a parameter that is gathered again
+        if "recompute" not in node.meta:  # where documents begin is kept
             node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=number)
     for node in nodes:
         if is_tensor(node) and any(user not in inside for user in node.users):

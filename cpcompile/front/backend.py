@@ -15,7 +15,6 @@ from torch import fx
 
 from cpcompile import _torch
 from cpcompile._torch import fsdp
-from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import FSDP_REMEDY, break_text
 from cpcompile.capture.stages import stage
 from cpcompile.compile.deferred_outputs import defer_outputs
@@ -32,7 +31,7 @@ from cpcompile.front.memory_plan import planned
 from cpcompile.front.sharded_parameters import Entry, LocalShards, ShardedParameters, local_rows
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Lengths
-from cpcompile.memory.ledger import Ledger, ledger_of
+from cpcompile.memory.ledger import Ledger, ledger_of, takes_gradient
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis, axis_of
 from cpcompile.passes.recompute_blocks import blocks_of
@@ -40,7 +39,6 @@ from cpcompile.passes.rewrite_dropout import drawing_devices
 from cpcompile.runtime.transport.choice import set_transport
 
 _log = logging.getLogger(__name__)
-PREDICTION_REMEDY = "memory='' runs the step without a prediction. Please report it with the error above."
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Compiled:
@@ -230,7 +228,7 @@ class Prediction:
 
     def __call__(self, config: Config) -> tuple[Ledger, int]:
         """Return the ledger, and how many blocks the model has that can be computed again."""
-        with stage("predicting the memory of a step"), faults_of("the prediction of memory", PREDICTION_REMEDY):
+        with stage("predicting the memory of a step"):
             transformed = transform_dynamo_graph(
                 self.gm, self.inputs, config=config, axis=self.axis, shards=self.shards
             )
@@ -244,11 +242,6 @@ class Prediction:
                 bytes_ahead=config.prefetch * self.bytes_ahead,
             )
         return found, len(blocks_of(transformed.graph))
-
-
-def takes_gradient(value: Any) -> bool:
-    """Tell whether an input is a tensor that takes a gradient."""
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def local_inputs(example_inputs: Sequence[Any], entries: Mapping[int, Entry]) -> list[Any]:

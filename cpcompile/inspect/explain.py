@@ -14,7 +14,6 @@ from torch import fx
 from cpcompile.analysis.regions import regions_of
 from cpcompile.balance.layout import local_length
 from cpcompile.capture.dynamo import by_name, compile_whole, token_length, uncompiled
-from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import placeholders
 from cpcompile.choose.attention_sites import attention_nodes, rewritten_attentions
 from cpcompile.choose.kernels import chosen_kernels, sized, strategy_of
@@ -122,10 +121,6 @@ class Planned:
         """Return what a training step holds on a rank."""
         is_alone = self.transformed.plan.world_size == 1
         trained = [i for i, x in enumerate(self.inputs) if isinstance(x, torch.nn.Parameter) and x.requires_grad]
-        with faults_of("the prediction of memory", "memory=False gives the plan without it."):
-            return self._ledger(trained, is_alone)
-
-    def _ledger(self, trained: Sequence[int], is_alone: bool) -> Ledger:
         return ledger_of(
             self.transformed,
             self.inputs,

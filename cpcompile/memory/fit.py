@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from cpcompile.errors import ConfigError
 from cpcompile.memory.ledger import Ledger
 from cpcompile.options.config import Config
+from cpcompile.passes.recompute_blocks import num_again
 
 Predict = Callable[[Config], tuple[Ledger, int]]
 GIB = 2**30
@@ -64,7 +65,7 @@ def fitting(config: Config, predict: Predict, first: tuple[Ledger, int], limit: 
         ConfigError: no plan fits.
     """
     least, num_blocks = first
-    level = Level(math.ceil((1 - config.memory_budget) * num_blocks - 1e-9), False, num_blocks)
+    level = Level(num_again(config.memory_budget, num_blocks), False, num_blocks)
     if least.peak <= limit:
         return level, least
     if level.blocks < num_blocks:

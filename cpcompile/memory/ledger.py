@@ -10,17 +10,19 @@ import torch
 from torch import fx
 
 from cpcompile import _torch
+from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import placeholders
 from cpcompile.compile.deferred_outputs import defer_outputs
 from cpcompile.compile.inner import finish_graph, prepare_for_autograd
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import source_place
-from cpcompile.ir.operator_call import size_hint, value_of, values_of
+from cpcompile.ir.operator_call import value_of, values_of
 from cpcompile.ir.parameter_shard import ParameterShard
-from cpcompile.memory.timeline import Moment, Timeline, bytes_of, root_of
+from cpcompile.memory.timeline import Moment, Timeline, bytes_of, bytes_of_value, root_of
 from cpcompile.memory.workspace import workspace
 from cpcompile.options.config import Config
 
+REMEDY = "memory='' runs the step without a prediction, memory=False explains without one. Please report it with the error above."
 KINDS = (
     "parameters",
     "gradients",
@@ -77,6 +79,7 @@ class Ledger:
         return asdict(self) | {"peak": self.peak}
 
 
+@faults_of("the prediction of memory", REMEDY)
 def ledger_of(
     transformed: Transformed,
     inputs: Sequence[Any],
@@ -111,7 +114,7 @@ def ledger_of(
     forward, backward = _torch.divide(gm, values, mode, joint_pass, config.recompute_elementwise)
     sizes = [bytes_of_value(x) for x in values]
     is_state = [isinstance(x, torch.nn.Parameter | torch.nn.Buffer) or i in shards for i, x in enumerate(inputs)]
-    trained = sum(size for size, x in zip(sizes, values, strict=True) if is_trained(x))
+    trained = sum(size for size, x in zip(sizes, values, strict=True) if takes_gradient(x))
     fixed = {
         "parameters": sum(size for size, held in zip(sizes, is_state, strict=True) if held),
         "optimizer": config.optimizer_states * trained,
@@ -133,24 +136,19 @@ def fake_input(value: Any, given: Any, shard: ParameterShard | None) -> Any:
     """Return what the graph takes in the place of an input: a tensor that takes gradients where that one does."""
     if not isinstance(value, torch.Tensor):
         return value
-    takes_gradient = isinstance(given, torch.Tensor) and given.requires_grad
+    requires_grad = takes_gradient(given)
     if shard is not None:
         return torch.empty(
-            shard.local_shape, dtype=shard.stored_dtype, device=value.device, requires_grad=takes_gradient
+            shard.local_shape, dtype=shard.stored_dtype, device=value.device, requires_grad=requires_grad
         )
     return torch.empty_strided(
-        value.shape, value.stride(), dtype=value.dtype, device=value.device, requires_grad=takes_gradient
+        value.shape, value.stride(), dtype=value.dtype, device=value.device, requires_grad=requires_grad
     )
 
 
-def is_trained(value: Any) -> bool:
-    """Tell whether an input has a gradient."""
+def takes_gradient(value: Any) -> bool:
+    """Tell whether an input is a tensor that takes a gradient."""
     return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def bytes_of_value(value: Any) -> int:
-    """Return the bytes of a tensor, 0 of anything else."""
-    return size_hint(value.untyped_storage().nbytes()) if isinstance(value, torch.Tensor) else 0
 
 
 def never(node: fx.Node) -> bool:

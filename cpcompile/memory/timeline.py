@@ -17,7 +17,7 @@ from torch import fx
 
 from cpcompile.ir.operator_call import is_view, size_hint, value_of
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 # Operators of ATen that are no part of a generated kernel: what they read and return is stored.
 APART = frozenset(
     getattr(aten, name)
@@ -141,11 +141,11 @@ class Timeline:
                 for x in reads:
                     last[x] = len(nodes)
                 continue
-            if roots[node] is not node:  # a view, or one of several results
+            if roots[node] is not node:  # a view
                 values[node] = _Value(values[roots[node]].reads, values[roots[node]].operators)
                 continue
             chain = _Value(reads, 1 + sum(value.operators for value in inputs))
-            if is_stored(node, chain, node in returned, roots):
+            if is_stored(node, chain, node in returned):
                 for x in reads:
                     last[x] = place[node]
                 stored_at[node] = place[node.all_input_nodes[0] if node.target is operator.getitem else node]
@@ -220,7 +220,7 @@ def is_apart(node: fx.Node) -> bool:
     return target.namespace not in ("aten", "prims") or target.overloadpacket in APART
 
 
-def is_stored(node: fx.Node, chain: _Value, is_returned: bool, roots: Mapping[fx.Node, fx.Node]) -> bool:
+def is_stored(node: fx.Node, chain: _Value, is_returned: bool) -> bool:
     """Tell whether Inductor stores the result of a node."""
     if is_returned or is_apart(node) or node.target.overloadpacket in REDUCTIONS:  # type: ignore[union-attr]
         return True
@@ -241,6 +241,9 @@ def readers_of(node: fx.Node) -> list[fx.Node]:
 
 def bytes_of(node: fx.Node) -> int:
     """Return the bytes of what a node stores, as the allocator counts it; the nodes that take several results store these."""
-    value = value_of(node)
-    size = size_hint(value.untyped_storage().nbytes()) if isinstance(value, torch.Tensor) else 0
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-bytes_of_value(value_of(node)) // ALIGNMENT) * ALIGNMENT
+
+
+def bytes_of_value(value: object) -> int:
+    """Return the bytes of the memory of a tensor, 0 of anything else."""
+    return size_hint(value.untyped_storage().nbytes()) if isinstance(value, torch.Tensor) else 0

@@ -104,6 +104,21 @@ def test_blocks_in_checkpoints_of_the_user_are_left_to_them() -> None:
     assert abs(ours.peak - own.peak) < 0.03 * own.peak  # the last block may keep its result
 
 
+def test_packed_documents_in_blocks_are_exact() -> None:
+    """Where documents begin is told inside of the first block, and kept."""
+
+    class Packed(Stack):
+        def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(input_ids, labels)
+
+    places = torch.cat([torch.arange(5), torch.arange(8)])[None]
+    inputs = tokens(13) | {"position_ids": places}
+    options = {"documents": "positions", "memory_budget": 0.0, "dtype": torch.float64}
+    found = cpcompile.verify(Packed().double(), inputs, world_size=2, **options)
+    found.raise_if_wrong()
+    assert found.transformed.changes["recompute_blocks"] == LAYERS
+
+
 def test_elementwise_results_are_computed_again() -> None:
     again, kept = (max(held(ledger(1024, recompute_elementwise=is_again), "saved")) for is_again in (True, False))
     # Of each token and block at least the input of the product behind gelu, which is four times as wide.

@@ -72,7 +72,8 @@ class Lanes:
 
 def recorded(results: Tensors) -> Tensors:
     """Return results that outlive their call, whose memory is not used again before the current stream has read it."""
-    for x in results:
-        if x.is_cuda:
-            x.record_stream(torch.cuda.current_stream(x.device))
+    if results[0].is_cuda:
+        current = torch.cuda.current_stream(results[0].device)
+        for x in results:
+            x.record_stream(current)
     return results
