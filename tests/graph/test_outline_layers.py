@@ -39,7 +39,10 @@ class Stack(nn.Module):
 
     def __init__(self, layers: list[Layer], is_u_net: bool = False) -> None:
         super().__init__()
-        self.embedding, self.head = nn.Embedding(11, WIDTH, dtype=torch.float64), nn.Linear(WIDTH, 11, dtype=torch.float64)
+        self.embedding, self.head = (
+            nn.Embedding(11, WIDTH, dtype=torch.float64),
+            nn.Linear(WIDTH, 11, dtype=torch.float64),
+        )
         self.layers, self.is_u_net = nn.ModuleList(layers), is_u_net
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -54,7 +57,9 @@ class Stack(nn.Module):
         return F.cross_entropy(self.head(x), ids)
 
 
-def trained(model: nn.Module, ids: Tensor, edit: Callable[[fx.GraphModule], Any], dynamic: bool = False) -> list[Tensor]:
+def trained(
+    model: nn.Module, ids: Tensor, edit: Callable[[fx.GraphModule], Any], dynamic: bool = False
+) -> list[Tensor]:
     """Return loss and gradients of a model whose forward and backward are edited; the edited graphs run as they are."""
 
     def compiler(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
