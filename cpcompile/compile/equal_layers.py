@@ -1,7 +1,7 @@
 """Equal layers: parts of a graph that repeat, found by what they compute, whatever modules they come from.
 
-Two parts are equal where their operators, fixed arguments, shapes, strides and dtypes are, and where each reads the same results of
-itself and the same pattern of others. Layers that alternate (windows of two lengths) repeat with the period of both.
+Two parts are equal where their operators, fixed arguments, shapes, strides and dtypes are, and where each reads the same results
+of itself and the same pattern of others. Layers that alternate (windows of two lengths) repeat with the period of both.
 """
 
 from __future__ import annotations

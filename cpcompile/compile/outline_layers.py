@@ -9,6 +9,7 @@ decided for the whole model. Transfers of parameters stay outside, so that they 
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -130,5 +131,5 @@ def sort_again(graph: fx.Graph) -> None:
             else:
                 order.setdefault(stack.pop())
     nodes = list(order)
-    for before, node in zip(nodes, nodes[1:], strict=False):
+    for before, node in itertools.pairwise(nodes):
         before.append(node)
