@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
@@ -17,13 +17,19 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
-from cpcompile.ir.operator_call import is_view, size_hint, value_of
+from cpcompile.capture.writes.aliases import source_of
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.checkpoint_answers import answers_of
+from cpcompile.ir.operator_call import is_tensor, size_hint, value_of
+from cpcompile.runtime import gradients, parameters  # noqa: F401  (registers the operators)
 
 MIN_LAYERS = 4  # a call costs the fusions across its border: with fewer layers there is little to gain
 MIN_NODES = 16  # of a layer
 NUM_PERIODS = 24  # how many distances between equal nodes are tried
-NUM_BESIDE = 16  # of the nodes that only move a parameter or a gradient
 ALIGNMENT = 16  # bytes: what a kernel that is compiled once assumes of all that it reads
+cp = torch.ops.cpcompile
+# Transfers of parameters and of their gradients stay outside, so that they run beside the layer before or behind.
+TRANSFERS = (cp.unshard_parameter.default, cp.sum_gradient.default)
 Layer = list[fx.Node]
 
 
@@ -46,16 +52,28 @@ class Run(NamedTuple):
 
 
 def find_equal_layers(graph: fx.Graph) -> Iterator[list[Layer]]:
-    """Yield sets of equal layers, the one that saves most first; no node is in two. The graph holds ATen operators."""
-    beside = moves_only(graph)
-    nodes = [node for node in graph.nodes if node.op == "call_function" and node not in beside]
-    keys = [node if must_stay(node) else key_of(node) for node in nodes]
+    """Yield sets of equal layers, the one that saves most first; no node is in two.
+
+    The graph holds ATen operators above autograd, with the values that they were traced with.
+    """
+    reached = gradient_flow(graph)
+    nodes = [node for node in graph.nodes if node.op == "call_function" and node.target not in TRANSFERS]
+    keys = [node if must_stay(node) else (*key_of(node), node in reached) for node in nodes]
     while runs := find_runs(keys):
         run = max(runs, key=lambda run: (run.saved, -run.period))
-        layers = layers_of(nodes, run)
+        layers = layers_of(nodes, run, reached)
         yield from [layers] if layers else []
         taken = {node for layer in layers for node in layer} or set(nodes[run.start : run.start + run.length])
         keys = [node if node in taken else key for node, key in zip(nodes, keys, strict=True)]
+
+
+def gradient_flow(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose results a gradient may reach."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        if annotation(node).takes_gradient or found.intersection(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def find_runs(keys: Sequence[Any]) -> list[Run]:
@@ -80,7 +98,7 @@ def longest_run(keys: Sequence[Any], period: int) -> Run:
     return best
 
 
-def layers_of(nodes: Sequence[fx.Node], run: Run) -> list[Layer]:
+def layers_of(nodes: Sequence[fx.Node], run: Run, reached: AbstractSet[fx.Node]) -> list[Layer]:
     """Return the layers of a run that can be calls of one subgraph, begun where least travels from one to the next."""
     costs = border_costs(nodes[run.start : run.start + run.length], run.period)
     cheapest = min(range(run.period), key=costs.__getitem__)
@@ -90,7 +108,7 @@ def layers_of(nodes: Sequence[fx.Node], run: Run) -> list[Layer]:
     starts = range(run.start + cheapest, stop, run.period)
     by_reads: dict[Any, list[Layer]] = {}
     for layer in (list(nodes[start : start + run.period]) for start in starts):
-        by_reads.setdefault(reads_of(layer), []).append(layer)
+        by_reads.setdefault(reads_of(layer, reached), []).append(layer)
     layers = max(by_reads.values(), key=len)
     return layers if len(layers) >= MIN_LAYERS and is_sound(layers) else []
 
@@ -103,7 +121,7 @@ def border_costs(stretch: Sequence[fx.Node], period: int) -> list[float]:
     place = {node: i for i, node in enumerate(stretch)}
     costs = [0.0] * period
     for i, node in enumerate(stretch[period : 2 * period], period):
-        if is_view(node.target):
+        if is_made_outside(node):
             continue
         readers = [place[user] for user in readers_of(node) if place.get(user, len(place)) <= i + period]
         value = value_of(node)
@@ -117,7 +135,7 @@ def readers_of(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the nodes that read a result or a view of it."""
     for user in node.users:
         yield user
-        if is_view(user.target):
+        if is_made_outside(user):
             yield from readers_of(user)
 
 
@@ -133,17 +151,26 @@ def externals_of(layer: Layer) -> list[fx.Node]:
     return list(dict.fromkeys(read))
 
 
-def reads_of(layer: Layer) -> tuple[Any, ...]:
-    """Return which results each node of a layer reads: of the layer by their place, of others by their number."""
+def reads_of(layer: Layer, reached: AbstractSet[fx.Node]) -> tuple[Any, ...]:
+    """Return which results each node of a layer reads: of the layer by their place, of others by their number.
+
+    And what those of others are; `reached` are those that a gradient may reach.
+    """
     number = {node: i for i, node in enumerate(layer)} | {x: ~i for i, x in enumerate(externals_of(layer))}
     places = [number[x] for node in layer for x in arguments_of(node) if isinstance(x, fx.Node)]
-    return *places, *(signature(value_of(x)) for x in externals_of(layer))
+    return *places, *((signature(value_of(x)), x in reached) for x in externals_of(layer))
+
+
+def is_made_outside(node: fx.Node) -> bool:
+    """Tell whether others that read a node read one made outside of the layer: a view, for calls return no shared memory, or a
+    size."""
+    return isinstance(value_of(node), torch.SymInt) or (is_tensor(node) and source_of(node) is not None)
 
 
 def is_sound(layers: Sequence[Layer]) -> bool:
     """Tell whether what other nodes read of the layers are tensors, and what the layers read lies where kernels expect it."""
     results = (node for layer in layers for node in layer if read_outside(node, set(layer)))
-    return all(isinstance(value_of(node), torch.Tensor) for node in results) and all(
+    return all(is_tensor(node) or is_made_outside(node) for node in results) and all(
         is_aligned(value_of(x)) for layer in layers for x in externals_of(layer)
     )
 
@@ -161,10 +188,11 @@ def is_aligned(value: Any) -> bool:
 
 
 def key_of(node: fx.Node) -> tuple[Any, ...]:
-    """Return what a node computes: its operator, its fixed arguments, and what its results are."""
+    """Return what a node computes: its operator, its fixed arguments, what its results are, and whether they are kept."""
     flat, spec = tree_flatten((node.args, node.kwargs))
     fixed = tuple("a result" if isinstance(x, fx.Node) else repr(x) for x in flat)
-    return node.target, repr(spec), fixed, signature(value_of(node))
+    kept = str(node.meta.get("recompute")), "ac_graph_id" in node.meta, repr(answers_of(node))
+    return node.target, repr(spec), fixed, signature(value_of(node)), kept
 
 
 def signature(value: Any) -> Any:
@@ -177,34 +205,9 @@ def signature(value: Any) -> Any:
 
 
 def must_stay(node: fx.Node) -> bool:
-    """Tell whether a node cannot be part of a call: it writes, it is no operator, or its result is a number."""
-    if node.target is operator.getitem:
+    """Tell whether a node cannot be part of a call: it writes, draws random numbers, or is no operator."""
+    if node.target is operator.getitem or isinstance(value_of(node), torch.SymInt):
         return False
-    if not isinstance(node.target, torch._ops.OpOverload) or isinstance(value_of(node), torch.SymInt):
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
         return True
     return node.target._schema.is_mutable or any(x.op == "get_attr" for x in node.all_input_nodes)
-
-
-def moves_only(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes that gather a parameter or sum a gradient and move nothing else, and those that compute sizes."""
-    found = {node for node in graph.nodes if node.op == "call_function" and isinstance(value_of(node), torch.SymInt)}
-    for node in graph.nodes:
-        if getattr(node.target, "namespace", "") != "_c10d_functional":
-            continue
-        before, after = reached(node, lambda x: x.all_input_nodes), reached(node, lambda x: list(x.users))
-        inputs = [x for x in before if x.op == "placeholder" and isinstance(value_of(x), torch.Tensor)]
-        if len(inputs) == 1 and len(before) <= NUM_BESIDE:
-            found |= {x for x in before if x.op == "call_function"}
-        elif len(after) <= NUM_BESIDE:
-            found |= {x for x in after if x.op == "call_function"}
-    return found
-
-
-def reached(node: fx.Node, following: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:
-    """Return a node and what it reaches; more than `NUM_BESIDE` are not looked for."""
-    found, stack = {node}, [node]
-    while stack and len(found) <= NUM_BESIDE:
-        more = [x for x in following(stack.pop()) if x not in found]
-        found.update(more)
-        stack += more
-    return found

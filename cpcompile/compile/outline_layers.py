@@ -3,29 +3,26 @@
 before  a1 = mm(x, w1); h1 = relu(a1); a2 = mm(h1, w2); h2 = relu(a2)
 after   h1 = invoke_subgraph(layer, x, w1); h2 = invoke_subgraph(layer, h1, w2)
 
-The graphs are those of forward and of backward, behind autograd: what is kept for backward and in which order things run is
-decided for the whole model. Transfers of parameters stay outside, so that they can begin while the layer before is computed.
+The graph is above autograd: torch makes forward and backward of the subgraph once, and decides once what is kept.
 """
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, read_outside
-from cpcompile.ir.operator_call import is_view, value_of
+from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
+from cpcompile.ir.insertion import keep_source
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
 
 def outline_layers(gm: fx.GraphModule) -> int:
-    """Return how many layers became calls. The graph holds ATen operators on fake values."""
+    """Return how many layers became calls. The graph holds ATen operators above autograd."""
     count = 0
     for number, layers in enumerate(find_equal_layers(gm.graph)):
         outline(gm, layers, f"cpcompile_layer_{number}")
@@ -40,83 +37,71 @@ def outline_layers(gm: fx.GraphModule) -> int:
 def outline(gm: fx.GraphModule, layers: Sequence[Layer], name: str) -> None:
     """Make each of several equal layers a call of a new subgraph."""
     for layer in layers:
-        keep_views_outside(layer)
+        make_outside(layer)
     own = [set(layer) for layer in layers]
     places = range(len(layers[0]))
     read = [i for i in places if any(read_outside(layer[i], of) for layer, of in zip(layers, own, strict=True))]
-    symbols = symbols_of(gm.graph, layers[0])
-    setattr(gm, name, subgraph_of(layers[0], [*symbols, *externals_of(layers[0])], read))
+    setattr(gm, name, subgraph_of(layers[0], read))
     with gm.graph.inserting_before(next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))):
         body = gm.graph.get_attr(name)
     for layer in layers:
-        call_in_place_of(layer, [body, name, *symbols, *externals_of(layer)], read)
+        call_in_place_of(layer, [body, name, *externals_of(layer)], read)
 
 
-def keep_views_outside(layer: Layer) -> None:
-    """Have other nodes that read a view made in a layer read one made outside of it: what calls return shares no memory."""
+def make_outside(layer: Layer) -> None:
+    """Have other nodes that read a view or a size made in a layer read one made outside of it."""
     own = set(layer)
     for node in reversed(layer):
         others = [user for user in node.users if user not in own]
-        if others and is_view(node.target):
+        if others and is_made_outside(node):
             with node.graph.inserting_after(node):
                 outside = node.graph.node_copy(node)
             for user in others:
                 user.replace_input_with(node, outside)
 
 
-def symbols_of(graph: fx.Graph, layer: Layer) -> list[fx.Node]:
-    """Return nodes that hold the symbols in the sizes of a layer, which its code names."""
-    symbols = set().union(*(free_symbols(value_of(node)) for node in (*layer, *externals_of(layer))))
-    return [holder_of(graph, symbol) for symbol in sorted(symbols, key=str)]
-
-
-def holder_of(graph: fx.Graph, symbol: Any) -> fx.Node:
-    """Return a node whose value is a symbol: an input, or the size of one."""
-    inputs = graph.find_nodes(op="placeholder")
-    for node in inputs:
-        if isinstance(value_of(node), torch.SymInt) and value_of(node).node.expr == symbol:
-            return node
-    for node in inputs:
-        sizes = value_of(node).shape if isinstance(value_of(node), torch.Tensor) else ()
-        for dim, size in enumerate(sizes):
-            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
-                with graph.inserting_before(node):
-                    found = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-                found.meta["val"] = size
-                return found
-    raise AssertionError(f"no input of the graph has the size {symbol}")
-
-
-def subgraph_of(layer: Layer, operands: Iterable[fx.Node], read: Sequence[int]) -> fx.GraphModule:
-    """Return a graph of a layer that takes `operands` and returns the results at the places `read`."""
+def subgraph_of(layer: Layer, read: Sequence[int]) -> fx.GraphModule:
+    """Return a graph of a layer that takes what it reads of others and returns its results at the places `read`."""
     graph = fx.Graph()
-    known: dict[fx.Node, fx.Node] = {}
-    for i, operand in enumerate(operands):
-        known[operand] = graph.placeholder(f"operand_{i}")
-        known[operand].meta = {"val": value_of(operand)}
+    known = {x: graph.placeholder(f"operand_{i}") for i, x in enumerate(externals_of(layer))}
     for node in layer:
         known[node] = graph.node_copy(node, known.__getitem__)
-    output = graph.output(tuple(known[layer[i]] for i in read))
-    output.meta["user_visible_output_idxs"] = list(range(len(read)))  # their strides are what callers were told
+        known[node].meta.pop("val", None)  # it is of the whole model, and torch finds what is this rank's
+    graph.output(tuple(known[layer[i]] for i in read))
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
 def call_in_place_of(layer: Layer, arguments: Sequence[object], read: Sequence[int]) -> None:
     """Put a call in the place of a layer; `read` are the places of what it returns."""
-    graph, last = layer[-1].graph, layer[-1]
-    with graph.inserting_after(last):
+    graph, own = layer[-1].graph, set(layer)
+    with graph.inserting_after(layer[-1]):
         call = graph.call_function(invoke_subgraph, tuple(arguments))
-    call.meta = {**last.meta, "val": tuple(value_of(layer[i]) for i in read)}
-    own = set(layer)
+    keep_source(call, layer[-1])
     for number, i in enumerate(read):
         with graph.inserting_after(call):
             result = graph.call_function(operator.getitem, (call, number))
-        result.meta = dict(layer[i].meta)
+        keep_source(result, layer[i])
         layer[i].replace_all_uses_with(result, delete_user_cb=lambda user: user not in own)
         if not result.users:
             graph.erase_node(result)
     for node in reversed(layer):
         graph.erase_node(node)
+
+
+def pass_operands_by(graph: fx.Graph) -> None:
+    """Have backward read what a call was given in the place of the same that the call returns.
+
+    So parameters that FSDP shards are gathered again in backward. The graph is that of forward and backward.
+    """
+    for call in graph.find_nodes(op="call_function", target=invoke_subgraph):
+        body = graph.owning_module.get_submodule(call.args[0].target)
+        operands = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
+        (returned,) = body.graph.find_nodes(op="output")
+        for result in list(call.users):
+            given = operands.get(returned.args[0][result.args[1]])
+            if given is not None:
+                result.replace_all_uses_with(given)
+                graph.erase_node(result)
 
 
 def sort_again(graph: fx.Graph) -> None:

@@ -212,6 +212,12 @@ class Config:
         return {**(_torch.options_of_mode(self.mode) if self.mode else {}), **self.inner_options}
 
     @property
+    def outlines(self) -> bool:
+        """Whether equal layers are compiled once: by Inductor, where no CUDA graph holds what a call would hide from it."""
+        options = self.inductor_options
+        return self.outline_layers and self.inner == "inductor" and not options.get("triton.cudagraphs")
+
+    @property
     def told_by(self) -> str:
         """The input that tells documents apart, or ''."""
         return Source.of(self.documents).name if self.documents else ""
