@@ -205,21 +205,27 @@ def local(x: torch.Tensor, dim: int, rank: int, order: TokenOrder) -> torch.Tens
     )
 
 
-def parts_of(strategy: str) -> tuple[str, int]:
-    """Return the name and the number of `gather_1`, 0 where there is none."""
-    name, _, number = strategy.rpartition("_")
-    return (name, int(number)) if number.isdecimal() else (strategy, 0)
+def parts_of(strategy: str) -> tuple[str, list[int]]:
+    """Return the name and the numbers of `gather_1`."""
+    parts = strategy.split("_")
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    return "_".join(part for part in parts if not part.isdecimal()), numbers
 
 
 def axis_of(rank: Any, strategy: str, layout: str, length: int) -> dict[str, Any]:
-    """Return the keyword arguments of a strategy; `gather_1` sends one key head a message, `usp_2` has 2 inner ranks."""
+    """Return the keyword arguments of a strategy; `gather_1` sends one key head a message, `usp_2` has 2 inner ranks.
+
+    Of `ulysses_0`, as of `usp_2_0`, nothing is kept by heads, and all heads are exchanged at once.
+    """
     axis = {"length": length, "layout": layout, "world_size": rank.world_size, "group": rank.group}
-    name, number = parts_of(strategy)
+    name, numbers = parts_of(strategy)
     if name == "usp":
-        inner = number
+        inner = numbers.pop(0)
         inner_group, outer_group = rank.grid(inner)
-        return axis | {"inner_size": inner, "inner_group": inner_group, "outer_group": outer_group}
-    return axis | ({"heads_per_message": number} if number else {})
+        axis |= {"inner_size": inner, "inner_group": inner_group, "outer_group": outer_group}
+    if numbers == [0]:
+        return axis | {"keeps_heads": False}
+    return axis | ({"heads_per_message": numbers[0]} if numbers else {})
 
 
 def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
