@@ -123,9 +123,6 @@ def refuse_unable(node: fx.Node, strategy: str, plan: Plan) -> None:
 
 
 def axis_arguments(target: Any, plan: Plan, length: fx.Node | int) -> dict[str, Any]:
-    """Return the keyword arguments of an attention operator, which are fields of the plan but for the length.
-
-    `keep_attention` says later which attentions keep heads for backward.
-    """
-    names = [a.name for a in target._schema.arguments if a.kwarg_only and a.name != "keeps_heads"]
+    """Return the keyword arguments of an attention operator, which are fields of the plan but for the length."""
+    names = [argument.name for argument in target._schema.arguments if argument.kwarg_only]
     return {name: length if name == "length" else getattr(plan, name) for name in names}

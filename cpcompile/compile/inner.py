@@ -18,7 +18,7 @@ from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.capture.stages import stage
 from cpcompile.compile.overlap import overlapped
-from cpcompile.compile.saved_results import is_recomputed, keep_attention, tag_saved_results, tags_of
+from cpcompile.compile.saved_results import is_recomputed, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import NoRule, where
 from cpcompile.ir.annotation import annotation
@@ -177,7 +177,7 @@ def keep_overwritten(graph: fx.GraphModule) -> None:
         buffer.replace_all_uses_with(copied, delete_user_cb=set(readers).__contains__)
 
 
-def prepare_for_autograd(graph: fx.GraphModule, config: Config) -> _torch.JointPass | None:
+def prepare_for_autograd(graph: fx.GraphModule) -> _torch.JointPass | None:
     """Return what tells the compiler of forward and backward which results are kept, and leave only inputs with values.
 
     Values are those of the whole model; what runs here is local.
@@ -185,8 +185,6 @@ def prepare_for_autograd(graph: fx.GraphModule, config: Config) -> _torch.JointP
     for node in graph.graph.nodes:
         if node.op != "placeholder":
             node.meta.pop("val", None)
-    if not config.recompute_attention:
-        keep_attention(graph.graph)
     tags = tags_of(graph.graph)
     return _torch.JointPass(tag_saved_results, tags) if tags else None
 
@@ -212,7 +210,7 @@ def compile_inner(
     num_parts = compile_parts(graph, options) if config.inner == "inductor" else 0
     if config.inner == "eager" and is_recomputed(graph.graph):
         warn_of_kept_results()
-    joint_pass = prepare_for_autograd(graph, config)
+    joint_pass = prepare_for_autograd(graph)
     if bytes_ahead and config.inner == "inductor":
         groups = frozenset(shard.group for shard in shards)
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options

@@ -256,7 +256,7 @@ def numbers_of(node: fx.Node, transformed: Transformed) -> Numbers:
     if strategy == "latent_heads":  # the operator has the key heads of one rank
         workload = replace(workload, kv_heads=workload.kv_heads * plan.world_size)
     pairs = tuple(work_of(workload, strategy, rank) for rank in range(plan.world_size))
-    return Numbers(traffic_of(node, transformed), pairs, memory_of(workload, strategy, plan.heads_per_message))
+    return Numbers(traffic_of(node, transformed), pairs, memory_of(workload, strategy))
 
 
 def latent_traffic(attention: fx.Node, transformed: Transformed) -> Traffic:
