@@ -103,9 +103,7 @@ def test_checkpoint_wrapper(pool: Any, wrapper: str, inner: str, is_sharded: boo
         pytest.param(2, "inductor", {"heads_per_message": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_heads_are_exchanged_again_in_backward(
-    pool: Any, world_size: int, inner: str, options: dict[str, Any]
-) -> None:
+def test_heads_are_exchanged_again_in_backward(pool: Any, world_size: int, inner: str, options: dict[str, Any]) -> None:
     given = {"strategy": "ulysses"} | options
     for found in pool.run(world_size, checkpointed, "plain", inner, False, given, timeout=200):
         assert max(found.values()) < EXACT, found

@@ -109,6 +109,9 @@ def test_traffic_of_operators() -> None:
     swapped = Traffic(3 * (4 + 2) * token, 3 * (2 + 4) * token)
     assert traffic(ops.ulysses_attention.default, arguments()) == swapped
     assert traffic(ops.usp_attention.default, arguments(inner_size=4)) == swapped
+    again = Traffic(swapped.forward, swapped.backward + 3 * (4 + 2) * token)
+    assert traffic(ops.ulysses_attention.default, arguments(keeps_heads=False)) == again
+    assert traffic(ops.ulysses_attention.default, arguments(heads_per_message=1)) == again
     of_ring = traffic(ops.ring_attention.default, arguments())
     assert traffic(ops.usp_attention.default, arguments(inner_size=1)) == of_ring
     assert traffic(ops.shard_tokens.default, {"x": arguments()["q"], "world_size": 4}) == Traffic(0, 0)
@@ -156,7 +159,10 @@ def test_memory() -> None:
     out, swapped = (32 * BATCH * ITEM * n * DIM for n in (HEADS, 2 * (HEADS + KV_HEADS)))
     assert memory_of(p, "ulysses") == workload.Memory(local + out, 0)
     assert memory_of(replace(p, keeps_heads=False), "ulysses") == workload.Memory(local, swapped)
-    assert memory_of(replace(p, kv_heads=HEADS, heads_per_message=1), "ulysses").received == 32 * BATCH * ITEM * 4 * HEADS * DIM // 2
+    assert (
+        memory_of(replace(p, kv_heads=HEADS, heads_per_message=1), "ulysses").received
+        == 32 * BATCH * ITEM * 4 * HEADS * DIM // 2
+    )
     assert memory_of(p, "ring").received == 32 * TOKEN
     assert memory_of(replace(p, world_size=4), "ring").received == 2 * 16 * TOKEN
     contiguous = replace(p, world_size=4, layout="contiguous")

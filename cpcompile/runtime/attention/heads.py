@@ -35,9 +35,9 @@ class Heads:
 
     def part(self, start: int, stop: int) -> Heads:
         """Return the key heads [start, stop) of these, as far as there are so many, and the query heads that read them."""
-        keys = [min(self.key_start + at, self.key_stop) for at in (start, stop)]
-        first, last = (min(max(key * self.group, self.start), self.stop) for key in keys)
-        return Heads(first, last, *keys, self.group)
+        key_start, key_stop = (min(self.key_start + at, self.key_stop) for at in (start, stop))
+        first, last = (min(max(key * self.group, self.start), self.stop) for key in (key_start, key_stop))
+        return Heads(first, last, key_start, key_stop, self.group)
 
     def key_index(self) -> list[int] | None:
         """Return the local key head of each local query head, or None when kernels find it themselves, as h // (H / K)."""

@@ -7,7 +7,7 @@ by heads or exchanged once more in backward, as in Ulysses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -43,9 +43,7 @@ def _to_heads(tensors: Sequence[Tensor], ranks: Sequence[Heads], grid: Grid) -> 
     return tokens_to_heads(tensors, of_rank, [ranks[grid.inner.rank].num_query] * len(tensors), grid)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Grid
-) -> tuple[Tensor, Tensor, list[Kept]]:
+def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Grid) -> tuple[Tensor, Tensor, list[Kept]]:
     """Return (out of the local rows, lse of this rank's heads, what each round keeps).
 
     Args:
@@ -87,7 +85,8 @@ def attend_backward(
 
     Of q and out only the number of heads and the head dims are read where the rounds kept theirs.
     """
-    rank, each, held = grid.inner.rank, rounds_of(q, k, grid.inner.size, grid.at_once), iter(kept)
+    rank, each = grid.inner.rank, rounds_of(q, k, grid.inner.size, grid.at_once)
+    held: Iterator[tuple[Tensor, ...]] = iter(kept)
     dq = dout.new_zeros(dout.shape[0], dout.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     dsinks = None if terms.sinks is None else torch.zeros_like(terms.sinks)

@@ -202,7 +202,9 @@ def _statistics(q: Tensor, num_heads: int, num_tokens: int) -> Tensor:
     return q.new_empty(q.shape[0], num_heads, num_tokens, dtype=accumulation_dtype(q.dtype))
 
 
-def _with_kept(out: Tensor, lse: Tensor, kept: Sequence[tuple[Tensor, ...]], of: registration.Kept) -> tuple[Tensor, ...]:
+def _with_kept(
+    out: Tensor, lse: Tensor, kept: Sequence[tuple[Tensor, ...]], of: registration.Kept
+) -> tuple[Tensor, ...]:
     """Return the results of an operator: what no round keeps is empty."""
     tensors = [x for each in kept for x in each]
     return out, lse, *tensors, *(lse.new_empty(0) for _ in range(of.count - len(tensors)))
@@ -260,9 +262,7 @@ def _usp_results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> 
         return x.new_empty(x.shape[0], at.room, heads // count, dim).transpose(1, 2)
 
     of_query, of_key = [(q, most_query, q.shape[3])], [(x, most_key, x.shape[3]) for x in (k, v)]
-    kept = [
-        tuple(stored(*each) for each in (*of_query, *of_key, (q, most_query, v.shape[3]))) for _ in range(count)
-    ]
+    kept = [tuple(stored(*each) for each in (*of_query, *of_key, (q, most_query, v.shape[3]))) for _ in range(count)]
     return _with_kept(empty_result(q, v)[0], _statistics(q, most_query, at.room), kept, BY_HEADS)
 
 

@@ -127,9 +127,7 @@ def _expand(x: Tensor, index: list[int] | None) -> Tensor:
     return x if index is None else torch.cat([x[:, head : head + 1] for head in index], 1)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Grid
-) -> tuple[Tensor, Tensor, list[Kept]]:
+def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Grid) -> tuple[Tensor, Tensor, list[Kept]]:
     """Return (out of the local rows, lse of this rank's heads, what each round keeps). A mask has the rows of the group."""
     out = empty_result(q, v)[0]
     _clear_padding(out, grid)
@@ -186,7 +184,11 @@ def attend_backward(
     Of q, k, v and out only the number of heads and the head dims are read where the rounds kept theirs.
     """
     num_query, num_key = q.shape[1], k.shape[1]
-    each, whole, rank = grid.rounds(num_query, num_key), heads_of_ranks(grid.inner.size, num_query, num_key), grid.inner.rank
+    each, whole, rank = (
+        grid.rounds(num_query, num_key),
+        heads_of_ranks(grid.inner.size, num_query, num_key),
+        grid.inner.rank,
+    )
     dsinks = None if terms.sinks is None else torch.zeros_like(terms.sinks)
     held = iter(kept)
     # The gradients of a key head that several ranks read come from each, one behind the other.

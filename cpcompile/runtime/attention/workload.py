@@ -197,9 +197,7 @@ def _exchanged(
 
     again = [0] * len(heads) if workload.keeps_rounds else [a + b for a, b in zip(given, results, strict=True)]
     none = [0] * len(heads)
-    return [
-        (sent(given, results, i), sent(results, given, i) + sent(again, none, i)) for i in range(len(heads))
-    ]
+    return [(sent(given, results, i), sent(results, given, i) + sent(again, none, i)) for i in range(len(heads))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +213,9 @@ def memory_of(workload: Workload, strategy: str) -> Memory:
     """Return the memory of the rank that needs most.
 
     Every strategy keeps q, k, v and out of the local tokens. Those that exchange heads keep them by heads, and out of the local
-    tokens; or they keep the local ones, and receive them by heads in forward and in backward, those of two rounds at once. A ring holds the block that it
-    computes and the one that arrives; `gather` holds all keys that its rows see, of as many heads as a message has; `latent` holds
-    the keys of all tokens, `latent_heads` those of its heads, and neither keeps them.
+    tokens; or they keep the local ones, and receive them by heads in forward and in backward, those of two rounds at once. A
+    ring holds the block that it computes and the one that arrives; `gather` holds all keys that its rows see, of as many heads as
+    a message has; `latent` holds the keys of all tokens, `latent_heads` those of its heads, and neither keeps them.
     """
     known, inner, size = STRATEGIES[strategy], workload.inner(strategy), workload.itemsize
     query = size * workload.batch * workload.heads * (workload.head_dim + workload.value_dim)
