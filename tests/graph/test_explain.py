@@ -121,6 +121,13 @@ def test_memory_of_attention() -> None:
     assert "a rank keeps" in str(plan())
 
 
+def test_heads_that_are_exchanged_again_are_told() -> None:
+    kept, again = (plan(strategy="ulysses", world_size=2, heads_per_message=n) for n in (0, 1))
+    assert [site.rounds_again for site in (*kept.sites, *again.sites)] == [0, HEADS // 2]
+    assert again.sites[0].backward_bytes == 2 * kept.sites[0].backward_bytes
+    assert "1 attention(s) keep nothing by heads" in str(again) and "nothing by heads" not in str(kept)
+
+
 def test_kernels_and_why_no_faster_one() -> None:
     found = plan(strategy="ring", balancer="zig_zag")
     assert (found.sites[0].kernels, found.sites[0].reasons) == (("cpu_flash",), ())
