@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--layers", type=int, help="in place of those of the shape")
     parser.add_argument("--strategy", nargs="*", default=["ring", "ulysses"])
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--dynamic", action="store_true", help="one graph for all lengths")
@@ -119,7 +120,7 @@ def measure(
         cpcompile.apply(model, mesh, **plan | options.options)
     else:
         model.forward = torch.compile(model.forward, dynamic=False)
-    seconds, first_loss = [], 0.0
+    seconds, first_loss, gradient_norm = [], 0.0, 0.0
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(options.steps + 2):
@@ -133,6 +134,7 @@ def measure(
         dist.all_reduce(took, op=dist.ReduceOp.MAX)
         seconds.append(took.item())
         first_loss = first_loss or loss.item()
+        gradient_norm = gradient_norm or torch.nn.utils.get_total_norm(p.grad for p in model.parameters()).item()
         model.zero_grad(set_to_none=True)
     median = statistics.median(seconds[2:])
     peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else 0.0
@@ -154,13 +156,14 @@ def measure(
         "peak_gib": round(peak, 2),
         "compile_s": round(seconds[0], 1),
         "first_loss": first_loss,
+        "gradient_norm": gradient_norm,
     }
 
 
 def model_and_tokens(options: argparse.Namespace, length: int, attention: str) -> tuple[Any, torch.Tensor]:
     """Return the model, with activation checkpoints if asked for, and random tokens `[1, length]`."""
     config = transformers.LlamaConfig(
-        **SHAPES[options.shape], max_position_embeddings=options.length, attn_implementation=attention, use_cache=False
+        **shape_of(options), max_position_embeddings=options.length, attn_implementation=attention, use_cache=False
     )
     with torch.device(options.device):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
@@ -170,9 +173,14 @@ def model_and_tokens(options: argparse.Namespace, length: int, attention: str) -
     return model, ids
 
 
+def shape_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the shape of the model, with other layers if asked for."""
+    return SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
+
+
 def limit(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a step must take at least: attention over the ranks, and the rest of the model on its tokens."""
-    shape = SHAPES[options.shape]
+    shape = shape_of(options)
     heads, key_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
     made = {"device": options.device, "dtype": torch.bfloat16, "requires_grad": True}
     q = torch.randn(1, heads, options.length, width, **made)

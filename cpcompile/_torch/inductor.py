@@ -24,11 +24,13 @@ def inner_compiler(
     options: Mapping[str, Any] | None = None,
     joint_pass: JointPass | None = None,
     recomputes_elementwise: bool = False,
+    last_pass: Callable[[fx.GraphModule], Any] | None = None,
 ) -> Compiler:
     """Return the function that compiles the transformed graph: `inductor` with these options, `aot_eager` or `eager`.
 
     `joint_pass` runs on the graph of forward and backward, which `eager` has not. With `recomputes_elementwise` Inductor keeps
-    no results of elementwise operators for backward that it can compute again from others.
+    no results of elementwise operators for backward that it can compute again from others. `last_pass` edits the graphs of
+    forward and of backward before Inductor has them, unless CUDA graphs hold them.
     """
     if name == "eager":
         return lambda gm, inputs: gm
@@ -43,9 +45,15 @@ def inner_compiler(
             return default_partition(gm, *args, **kwargs)
 
         return aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=partition)
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     patches = dict(options or {})
+
+    def compile_one(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        # What a CUDA graph cannot hold is found in the graph itself, and not inside of calls.
+        if last_pass is not None and not settings.get("cudagraphs") and not torch._inductor.config.cpp_wrapper:
+            last_pass(gm)
+        return compile_fx_inner(gm, inputs, **settings)
 
     def compile_both(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         # Otherwise a backward that does not compile is an error of the first backward, outside of our hands.
@@ -55,7 +63,7 @@ def inner_compiler(
             torch._inductor.config.patch(patches),
             in_inductor(joint_pass),
         ):
-            return compile_fx(gm, inputs)  # type: ignore[return-value]
+            return compile_fx(gm, inputs, inner_compile=compile_one)  # type: ignore[return-value]
 
     return compile_both
 

@@ -17,6 +17,7 @@ from cpcompile.analysis.gradient_flow import needs_no_gradient
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.capture.stages import stage
+from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.compile.overlap import overlapped
 from cpcompile.compile.saved_results import is_recomputed, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
@@ -177,16 +178,15 @@ def keep_overwritten(graph: fx.GraphModule) -> None:
         buffer.replace_all_uses_with(copied, delete_user_cb=set(readers).__contains__)
 
 
-def prepare_for_autograd(graph: fx.GraphModule) -> _torch.JointPass | None:
+def prepare_for_autograd(graph: fx.GraphModule, config: Config) -> _torch.JointPass:
     """Return what tells the compiler of forward and backward which results are kept, and leave only inputs with values.
 
-    Values are those of the whole model; what runs here is local.
+    Values are those of the whole model; what runs here is local. Its name tells caches how layers are compiled as well.
     """
     for node in graph.graph.nodes:
         if node.op != "placeholder":
             node.meta.pop("val", None)
-    tags = tags_of(graph.graph)
-    return _torch.JointPass(tag_saved_results, tags) if tags else None
+    return _torch.JointPass(tag_saved_results, f"{tags_of(graph.graph)} {config.outline_layers}")
 
 
 def compile_inner(
@@ -210,11 +210,12 @@ def compile_inner(
     num_parts = compile_parts(graph, options) if config.inner == "inductor" else 0
     if config.inner == "eager" and is_recomputed(graph.graph):
         warn_of_kept_results()
-    joint_pass = prepare_for_autograd(graph)
+    joint_pass = prepare_for_autograd(graph, config)
     if bytes_ahead and config.inner == "inductor":
         groups = frozenset(shard.group for shard in shards)
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options
     program = f"compiling {num_parts + 1} of {num_parts + 1} (forward and backward)"
     with stage(program), faults_of(f"the inner compiler ({config.inner})", INNER_REMEDY):
-        compiler = _torch.inner_compiler(config.inner, options, joint_pass, config.recompute_elementwise)
+        last_pass = outline_layers if config.outline_layers else None
+        compiler = _torch.inner_compiler(config.inner, options, joint_pass, config.recompute_elementwise, last_pass)
         return compiler(graph, example_inputs)

@@ -76,6 +76,8 @@ class Config:
         mode: the mode of `torch.compile` for Inductor, `max-autotune-no-cudagraphs` for example; '' is its default.
         inner_options: options of Inductor (those of `torch.compile`), such as `{"shape_padding": True}`; they go before those of
             the mode.
+        outline_layers: layers that are equal are compiled once (True), as calls of one function, so that a deep model compiles
+            in little more than a shallow one, or each by itself (False). Only with `inductor`, and without CUDA graphs.
         outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's
             order (`full`).
         grad_sync: `sum`: parameter gradients are added over the axis, each as soon as backward has it.
@@ -120,6 +122,7 @@ class Config:
     logits: str = "auto"
     mode: str = ""
     inner_options: Mapping[str, Any] = field(default_factory=dict)
+    outline_layers: bool = True
     outputs: str = "local"
     grad_sync: str = "sum"
     check_inputs: str = "always"

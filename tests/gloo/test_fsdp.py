@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -25,6 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import cpcompile
 from cpcompile._torch import fsdp
+from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.compile.overlap import overlapped
 from tests.models import batch, error, errors, loss_of, make
 
@@ -182,6 +184,31 @@ def test_gathers_overlap(pool: Any, prefetch: int) -> None:
     assert_exact([found for found, _ in results])
     for _, most in results:
         assert not most if not prefetch else min(most) > 4, most  # a block has more parameters
+
+
+def outlined(rank: Any) -> tuple[dict[str, float], list[tuple[int, bool]]]:
+    """Errors of training with equal layers as calls; of each graph the number of calls, and whether one holds a transfer."""
+    graphs = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        outline_layers(gm)
+        inside = [m for name, m in gm.named_modules() if name.startswith("cpcompile_layer")]
+        targets = {str(node.target) for m in inside for node in m.graph.nodes}
+        calls = gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
+        graphs.append((len(calls), any("c10d" in target for target in targets)))
+        return make_boxed_func(gm)
+
+    shape = {"num_layers": 6}
+    with unittest.mock.patch("torch._functorch.compilers.nop", compiler):
+        options = {"inner": "aot_eager", "changes": shape, "alone": shape}
+        return trained(rank, 1, "rotary", "dp_cp", "before", options), graphs
+
+
+def test_equal_layers_gather_outside(pool: Any) -> None:
+    results = pool.run(2, outlined, timeout=200)
+    assert_exact([found for found, _ in results])
+    for _, graphs in results:
+        assert all(calls >= 4 and not transfers for calls, transfers in graphs), graphs
 
 
 @pytest.mark.parametrize(
