@@ -1,7 +1,8 @@
 """Strategies: the attention operators of a rewritten graph, one for each way in which ranks share the work.
 
-All take local q, k and v `[B, heads, local tokens, D]`, padding slots included, and return (out, lse, *kept) of the local
-rows; `latent` takes k and v of all tokens, `latent_heads` those of this rank's heads. Rows of a mask are the local ones, except
+All take local q, k and v `[B, heads, local tokens, D]`, padding slots included, and return (out, lse, *kept), out of the local
+rows; `latent` takes k and v of all tokens, `latent_heads` those of this rank's heads. lse is of the local rows, or of this rank's
+heads and all rows where heads are exchanged. Rows of a mask are the local ones, except
 for strategies that exchange heads, which take it whole; all else in `AttentionArguments` is of the whole sequence.
 """
 
