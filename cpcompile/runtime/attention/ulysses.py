@@ -89,7 +89,6 @@ def in_rounds(
         if home is not None:
             home.finish()
         home = leaving
-        del tensors, swap  # before the round after the next is started
     assert home is not None
     home.finish()
 
