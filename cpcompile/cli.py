@@ -31,7 +31,7 @@ Strategy = Annotated[
 Kernel = Annotated[
     str, typer.Option(help="What computes a block of attention: auto, cudnn, flash, triton, flex, math, ...")
 ]
-HeadsPerMessage = Annotated[int, typer.Option(min=0, help="Key heads that gather and halo gather at once; 0: all.")]
+HeadsPerMessage = Annotated[int, typer.Option(min=0, help="Key heads that a rank receives at once; 0: all.")]
 InnerSize = Annotated[
     int, typer.Option(min=0, help="How many of the ranks exchange heads in usp; 0: they are no grid.")
 ]

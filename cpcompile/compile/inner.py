@@ -19,7 +19,7 @@ from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.capture.stages import stage
 from cpcompile.compile.outline_layers import outline_layers, pass_operands_by
 from cpcompile.compile.overlap import overlapped
-from cpcompile.compile.saved_results import is_recomputed, keep_attention, tag_saved_results, tags_of
+from cpcompile.compile.saved_results import is_recomputed, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import NoRule, where
 from cpcompile.ir.annotation import annotation

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -71,7 +72,7 @@ def subgraph_of(layer: Layer, read: Sequence[int]) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def call_in_place_of(layer: Layer, arguments: Sequence[object], read: Sequence[int]) -> None:
+def call_in_place_of(layer: Layer, arguments: Sequence[Any], read: Sequence[int]) -> None:
     """Put a call in the place of a layer; `read` are the places of what it returns."""
     graph, own = layer[-1].graph, set(layer)
     with graph.inserting_after(layer[-1]):
@@ -94,7 +95,7 @@ def pass_operands_by(graph: fx.Graph) -> None:
     So parameters that FSDP shards are gathered again in backward. The graph is that of forward and backward.
     """
     for call in graph.find_nodes(op="call_function", target=invoke_subgraph):
-        body = graph.owning_module.get_submodule(call.args[0].target)
+        body = getattr(graph.owning_module, call.args[0].target)
         operands = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
         (returned,) = body.graph.find_nodes(op="output")
         for result in list(call.users):

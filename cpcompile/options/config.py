@@ -46,8 +46,9 @@ class Config:
             `balanced:4` where they are four.
         kernel: what computes a block of attention: `auto` (the fastest that can), or one name, for every attention of the model;
             where that one cannot compute an attention, compilation ends with its line and the reason.
-        heads_per_message: how many key heads `gather` and `halo` gather at once, so that some are computed while the next arrive,
-            and less memory is held; 0: all.
+        heads_per_message: how many key heads a rank receives at once, with the query heads that read them where these are
+            exchanged, so that some are computed while the next arrive, and less memory is held; 0: all. Where heads are exchanged
+            (`ulysses`, `usp`, `latent_heads`) it keeps none of them for backward, which exchanges them once more.
         transport: how keys, values and heads travel between GPUs: `symmetric` (copied from memory that the GPUs of a host
             share, beside the computation), `p2p` (NCCL sends and receives) or `auto` (symmetric where it works). It holds for
             the process groups of the axis, and so for every model on them.
@@ -145,7 +146,7 @@ class Config:
                 )
         if self.heads_per_message < 0:
             raise ConfigError(
-                f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
+                f"heads_per_message={self.heads_per_message} is not a number of heads: 0 sends all at once."
             )
         if self.memory and (
             not (given := re.fullmatch(r"fit(?::(\d+(?:\.\d+)?))?", self.memory)) or (given[1] and not float(given[1]))

@@ -34,10 +34,10 @@ class Heads:
         return self.key_stop - self.key_start
 
     def part(self, start: int, stop: int) -> Heads:
-        """Return the key heads [start, stop) of these and the query heads that read them, for whole groups."""
-        first = self.start + start * self.group
-        last = self.start + stop * self.group
-        return Heads(first, last, self.key_start + start, self.key_start + stop, self.group)
+        """Return the key heads [start, stop) of these, as far as there are so many, and the query heads that read them."""
+        key_start, key_stop = (min(self.key_start + at, self.key_stop) for at in (start, stop))
+        first, last = (min(max(key * self.group, self.start), self.stop) for key in (key_start, key_stop))
+        return Heads(first, last, key_start, key_stop, self.group)
 
     def key_index(self) -> list[int] | None:
         """Return the local key head of each local query head, or None when kernels find it themselves, as h // (H / K)."""
@@ -61,13 +61,25 @@ def heads_of(rank: int, world_size: int, num_query: int, num_key: int) -> Heads:
     return Heads(start, stop, key_start, key_stop, group)
 
 
+def heads_of_ranks(world_size: int, num_query: int, num_key: int) -> list[Heads]:
+    """Return the heads of each rank."""
+    return [heads_of(rank, world_size, num_query, num_key) for rank in range(world_size)]
+
+
 NUM_ROUNDS = 2
 
 
-def rounds(world_size: int, num_query: int, num_key: int, most: int = NUM_ROUNDS) -> list[list[Heads]]:
-    """Return the heads of each rank in `most` rounds, if each has as many whole groups of heads in all, or else in one."""
-    ranks = [heads_of(rank, world_size, num_query, num_key) for rank in range(world_size)]
+def rounds(
+    world_size: int, num_query: int, num_key: int, most: int = NUM_ROUNDS, at_once: int = 0
+) -> list[list[Heads]]:
+    """Return the heads of each rank in `most` rounds, if each has as many whole groups of heads in all, or else in one.
+
+    With `at_once`: in as many rounds as it takes for no rank to have more key heads than that in one.
+    """
+    ranks = heads_of_ranks(world_size, num_query, num_key)
     own = {rank.num_key for rank in ranks}
+    if at_once:
+        return [[rank.part(i, i + at_once) for rank in ranks] for i in range(0, max(own), at_once)]
     is_even = len(own) == 1 and all(rank.num_query == rank.num_key * rank.group for rank in ranks)
     size = own.pop() // most if is_even else 0
     if world_size == 1 or not size or size * most != ranks[0].num_key:
@@ -82,5 +94,5 @@ def most_rounds(layout: str, is_ring: bool) -> int:
 
 def storage(world_size: int, num_query: int, num_key: int) -> tuple[int, int]:
     """Return the most query and key heads that any rank has: the sizes that all ranks allocate, so that shapes agree."""
-    ranks = [heads_of(rank, world_size, num_query, num_key) for rank in range(world_size)]
+    ranks = heads_of_ranks(world_size, num_query, num_key)
     return max(rank.num_query for rank in ranks), max(rank.num_key for rank in ranks)
