@@ -25,6 +25,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "inner": INNER_COMPILERS,
     "outputs": ("local", "full"),
     "logits": ("auto", "keep"),
+    "offload": ("none", "inputs", "all"),
     "grad_sync": ("sum", "mean", "none"),
     "check_inputs": ("always", "first", "never"),
 }
@@ -66,6 +67,10 @@ class Config:
         memory_budget: how many of the model's blocks keep their intermediate results for backward, 1 (all) to 0 (none). The
             others keep what enters them and the results of attention, and compute the rest again. Without activation
             checkpoints in the model; with `inductor` and `aot_eager`.
+        offload: what blocks that are computed again in backward keep in pinned host memory, copied beside computation: `none`,
+            `inputs` (what enters them) or `all` (the results of attention too, and whatever else is kept of their inside).
+            The last of them keeps its own on the device, since backward begins with it. Needs blocks that are computed again
+            (`memory_budget`, or activation checkpoints in the model); with `inductor` and `aot_eager`.
         loss_chunk: how many tokens' logits are in memory at once where only a loss reads them: the head, the loss and the
             gradients are computed for so many tokens after the other. 0: all at once.
         tile: how many tokens at once what is computed of each token alone, and is wider than hidden states, runs for: the inside
@@ -114,6 +119,7 @@ class Config:
     memory: str = ""
     optimizer_states: int = 2
     memory_budget: float = 1.0
+    offload: str = "none"
     loss_chunk: int = 4096
     tile: int = 0
     logits: str = "auto"
@@ -155,6 +161,11 @@ class Config:
             raise ConfigError(
                 f"memory={self.memory!r} lets backward compute results again, which inner='eager' does not: use 'inductor' or "
                 "'aot_eager'."
+            )
+        if self.offload != "none" and self.inner == "eager":
+            raise ConfigError(
+                f"offload={self.offload!r} moves what a compiled program keeps from forward to backward, and inner='eager' "
+                "compiles none: use 'inductor' or 'aot_eager'."
             )
         if self.optimizer_states < 0:
             raise ConfigError(f"optimizer_states={self.optimizer_states} is not a number of tensors.")
