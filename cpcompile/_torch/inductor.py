@@ -28,8 +28,8 @@ def inner_compiler(
 ) -> Compiler:
     """Return the function that compiles the transformed graph: `inductor` with these options, `aot_eager` or `eager`.
 
-    `joint_pass` runs on the graph of forward and backward, which `eager` has not, and `halves_pass` on its halves. With `recomputes_elementwise` Inductor keeps
-    no results of elementwise operators for backward that it can compute again from others.
+    `joint_pass` runs on the graph of forward and backward, which `eager` has not, and `halves_pass` on its halves. With
+    `recomputes_elementwise` Inductor keeps no results of elementwise operators for backward that it can compute again.
     """
     if name == "eager":
         return lambda gm, inputs: gm

@@ -243,7 +243,6 @@ def compile_inner(
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options
     program = f"compiling {num_parts + 1} of {num_parts + 1} (forward and backward)"
     with stage(program), faults_of(f"the inner compiler ({config.inner})", INNER_REMEDY):
-        passes = {"joint_pass": joint_pass, "halves_pass": halves_pass}
         again = config.recompute_elementwise
-        compiler = _torch.inner_compiler(config.inner, options, **passes, recomputes_elementwise=again)
+        compiler = _torch.inner_compiler(config.inner, options, joint_pass, halves_pass, again)
         return compiler(graph, example_inputs)

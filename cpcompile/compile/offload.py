@@ -7,10 +7,10 @@ backward  before  dh = block(h, dy); dg = block(g, dh)
 
 A copy runs while the next block is computed. What the last block keeps stays where it is: backward begins with it.
 
-torch's own switch, `torch._functorch.config.enable_activation_offloading` (2.11 to 2.14), moves what is tagged, but waits for
-each copy at once, or for all at the end of forward, until when it holds all of them; times kernels to place the copies back, which
-hangs where these wait for other ranks; leaves out views and results of operators with several; and frees host memory at the first
-backward, so that there can be no second one.
+torch's own switch, `torch._functorch.config.enable_activation_offloading` (read in 2.11 to 2.14), is not used: the current stream
+waits for each copy where it begins, or for all of them at the end of forward, and holds what they are made of until then; reloads
+are placed by the time that torch's own products take, in which our attention counts for nothing; views and members of tuples stay;
+and from 2.13 on host memory is freed in the first backward, so that there can be no second one.
 """
 
 from __future__ import annotations
@@ -117,13 +117,14 @@ def block_that_reads(node: fx.Node) -> int | None:
 
 
 def gradients_computed(backward: fx.Graph) -> list[fx.Node]:
-    """Return what is computed from gradients and stored in any case, in order."""
+    """Return what is computed from gradients and stored in any case, in order; not what still travels between ranks."""
     depends = {node for node in backward.find_nodes(op="placeholder") if node.name.startswith("tangents")}
     found = []
     for node in backward.nodes:
         if node.op == "call_function" and not depends.isdisjoint(node.all_input_nodes):
             depends.add(node)
-            if is_tensor(node) and root_of(node) is node and is_apart(node):
+            travels = getattr(node.target, "namespace", "").startswith("_c10d_functional")
+            if is_tensor(node) and root_of(node) is node and is_apart(node) and not travels:
                 found.append(node)
     return found
 

@@ -205,8 +205,8 @@ def memory_lines(ledger: Ledger) -> list[str]:
     total = ("at the peak", *(size(phase.total) for phase in ledger.phases))
     lines = ("line", *(phase.place for phase in ledger.phases))
     head = ("kind", *(phase.name for phase in ledger.phases))
-    in_host = [f"  in host memory, copied there in forward and back in backward: {size(ledger.host)}"] if ledger.host else []
-    return [f"predicted memory of a rank: {size(ledger.peak)} at most", *table(head, [*rows, total, lines]), *in_host]
+    text = [f"predicted memory of a rank: {size(ledger.peak)} at most", *table(head, [*rows, total, lines])]
+    return [*text, f"  and in host memory, from forward to backward: {size(ledger.host)}"] if ledger.host else text
 
 
 def rates() -> list[str]:

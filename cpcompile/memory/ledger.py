@@ -137,7 +137,8 @@ def ledger_of(
         moments = Timeline(backward.graph, backward_kinds(backward, saved), workspace, saved.__contains__, late).run()
         phases.append(largest("backward", moments, fixed | {"returned": returned}, bytes_ahead))
         phases.append(Phase("optimizer", fixed | {"gradients": trained}, ""))
-    return Ledger(tuple(phases), sum(bytes_of_value(value_of(node)) for node in forward.graph.nodes if is_in_host_memory(node)))
+    in_host = [value_of(node) for node in forward.graph.nodes if is_in_host_memory(node)]
+    return Ledger(tuple(phases), sum(map(bytes_of_value, in_host)))
 
 
 def fake_input(value: Any, given: Any, shard: ParameterShard | None) -> Any:

@@ -17,7 +17,7 @@ from torch import fx
 
 from cpcompile.compile.offload import is_in_host_memory
 from cpcompile.compile.stored import is_apart, readers_of, root_of
-from cpcompile.ir.operator_call import is_view, size_hint, value_of
+from cpcompile.ir.operator_call import size_hint, value_of
 
 aten = torch.ops.aten
 REDUCTIONS = frozenset(
@@ -173,7 +173,7 @@ def is_stored(node: fx.Node, chain: _Value, is_returned: bool) -> bool:
 
 
 def bytes_of(node: fx.Node) -> int:
-    """Return the bytes of what a node stores on a device, as the allocator counts it; the nodes that take several results store these."""
+    """Return the bytes that a node stores on a device, as the allocator counts them; what takes one of several results has it."""
     if is_in_host_memory(node):
         return 0
     return -(-bytes_of_value(value_of(node)) // ALIGNMENT) * ALIGNMENT
