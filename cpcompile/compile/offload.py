@@ -9,8 +9,8 @@ A copy runs while the next block is computed. What the last block keeps stays wh
 
 torch's own switch, `torch._functorch.config.enable_activation_offloading` (read in 2.11 to 2.14), is not used: the current stream
 waits for each copy where it begins, or for all of them at the end of forward, and holds what they are made of until then; reloads
-are placed by the time that torch's own products take, in which our attention counts for nothing; views and members of tuples stay;
-and from 2.13 on host memory is freed in the first backward, so that there can be no second one.
+are placed by the time that torch's own products take, in which our attention counts for nothing; views and members of tuples are
+left out; and from 2.13 on host memory is freed in the first backward, so that there can be no second one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Kept:
     """What a block keeps for backward.
 
     Attributes:
-        values: nodes of forward, in its order, with the inputs of backward that hold them.
+        values: nodes of forward, in its order, each with the input of backward that holds it.
         first: the place of the node of backward that reads one of them first.
         behind: what backward has computed of gradients by then, if anything.
     """

@@ -24,7 +24,8 @@ from cpcompile.runtime.transport.streams import Side
 Tensor = torch.Tensor
 
 _sides: dict[torch.device, Side] = {}
-_under_way: dict[int, torch.cuda.Event] = {}  # by the address of the copy
+# By the address of a copy: that of its source, and what is recorded when it is made, if that is not at once.
+_under_way: dict[int, tuple[int, torch.cuda.Event | None]] = {}
 
 
 @torch.library.custom_op("cpcompile::to_host", mutates_args=("x",))
@@ -56,8 +57,7 @@ def _(host: Tensor, device: torch.device, after: Sequence[Tensor]) -> Tensor:
 @torch.library.custom_op("cpcompile::wait_copy", mutates_args=("copy",))
 def wait_copy(copy: Tensor, source: Tensor, after: Sequence[Tensor]) -> None:
     """Let the current stream, behind `after`, wait until a copy is made. It holds the memory of `source` until then."""
-    if (device := _gpu_of(copy, source)) is not None and copy.numel():
-        torch.cuda.current_stream(device).wait_event(_under_way.pop(copy.data_ptr()))
+    _wait(copy, source)
 
 
 @wait_copy.register_fake
@@ -66,14 +66,22 @@ def _(copy: Tensor, source: Tensor, after: Sequence[Tensor]) -> None:
 
 
 def _begin(copy: Tensor, source: Tensor, device: torch.device) -> None:
+    done = None
     if device.type != "cuda":
         copy.copy_(source)
+    else:
+        if device not in _sides:
+            _sides[device] = Side(device)
+        _, done = _sides[device].run(lambda: copy.copy_(source, non_blocking=True))
+    if copy.numel():
+        _under_way[copy.data_ptr()] = source.data_ptr(), done
+
+
+def _wait(copy: Tensor, source: Tensor) -> None:
+    if not copy.numel():
         return
-    if device not in _sides:
-        _sides[device] = Side(device)
-    _, done = _sides[device].run(lambda: copy.copy_(source, non_blocking=True))
-    _under_way[copy.data_ptr()] = done
-
-
-def _gpu_of(*tensors: Tensor) -> torch.device | None:
-    return next((x.device for x in tensors if x.is_cuda), None)
+    address, done = _under_way.pop(copy.data_ptr())
+    # A compiler that had copied the source would use that memory again while it is read.
+    assert address == source.data_ptr(), "a copy was made of other memory than is held for it"
+    if done is not None:
+        torch.cuda.current_stream(copy.device if copy.is_cuda else source.device).wait_event(done)

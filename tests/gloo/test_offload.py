@@ -19,6 +19,7 @@ from cpcompile.compile.inner import warn_of_nothing_moved
 from cpcompile.runtime import host_memory
 from tests.graph.test_memory import VOCABULARY, Stack
 
+WAIT = host_memory._wait
 EXACT = 1e-12  # float64, relative to the largest gradient
 
 
@@ -56,8 +57,9 @@ def one_by_one(model: nn.Module, inputs: dict[str, Tensor], lengths: list[int]) 
     return torch.stack(losses).sum() / sum(lengths)
 
 
-def wrong(copy: Tensor, source: Tensor) -> None:
+def wait_and_spoil(copy: Tensor, source: Tensor) -> None:
     """Overwrite what a copy was made of: nothing may read it when the copy is there."""
+    WAIT(copy, source)
     source.fill_(7.0)  # of NaN a maximum would say nothing
 
 
@@ -71,7 +73,7 @@ def errors(rank: Any, kind: type[nn.Module], is_sharded: bool, options: dict[str
         fully_shard(model, mesh=rank.mesh())
     cpcompile.apply(model, rank.mesh(), **{"inner": "aot_eager"} | options)
     largest = 0.0
-    with unittest.mock.patch.object(host_memory, "_gpu_of", side_effect=wrong) as waits:
+    with unittest.mock.patch.object(host_memory, "_wait", side_effect=wait_and_spoil) as waits:
         for lengths in ([9, 16], [34, 5]) if options.get("documents") else ([25], [39]):
             torch.manual_seed(lengths[0])
             inputs = tokens(lengths)
