@@ -138,6 +138,7 @@ def measure(
         model.zero_grad(set_to_none=True)
     median = statistics.median(seconds[2:])
     peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else 0.0
+    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) / 2**30 if options.device == "cuda" else 0.0
     if options.memory and options.device == "cuda":
         loss = None
         table = peak_of(lambda model=model: model(input_ids=ids, labels=ids).loss.backward())
@@ -154,6 +155,7 @@ def measure(
         "ms": round(median * 1e3, 2),
         "tokens_per_second": round(options.length / median),
         "peak_gib": round(peak, 2),
+        "pinned_gib": round(pinned, 2),
         "compile_s": round(seconds[0], 1),
         "first_loss": first_loss,
         "gradient_norm": gradient_norm,

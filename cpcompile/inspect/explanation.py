@@ -221,7 +221,8 @@ def memory_lines(ledger: Ledger) -> list[str]:
     total = ("at the peak", *(size(phase.total) for phase in ledger.phases))
     lines = ("line", *(phase.place for phase in ledger.phases))
     head = ("kind", *(phase.name for phase in ledger.phases))
-    return [f"predicted memory of a rank: {size(ledger.peak)} at most", *table(head, [*rows, total, lines])]
+    text = [f"predicted memory of a rank: {size(ledger.peak)} at most", *table(head, [*rows, total, lines])]
+    return [*text, f"  and in host memory, from forward to backward: {size(ledger.host)}"] if ledger.host else text
 
 
 def rates() -> list[str]:

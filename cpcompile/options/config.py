@@ -25,6 +25,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "inner": INNER_COMPILERS,
     "outputs": ("local", "full"),
     "logits": ("auto", "keep"),
+    "offload": ("none", "inputs", "all"),
     "grad_sync": ("sum", "mean", "none"),
     "check_inputs": ("always", "first", "never"),
 }
@@ -67,6 +68,10 @@ class Config:
         memory_budget: how many of the model's blocks keep their intermediate results for backward, 1 (all) to 0 (none). The
             others keep what enters them and the results of attention, and compute the rest again. Without activation
             checkpoints in the model; with `inductor` and `aot_eager`.
+        offload: what blocks that are computed again in backward keep in pinned host memory, copied beside computation: `none`,
+            `inputs` (what enters them) or `all` (the results of attention too, and whatever else is kept of their inside).
+            The last of them keeps its own on the device, since backward begins with it. Needs blocks that are computed again
+            (`memory_budget`, or activation checkpoints in the model); with `inductor` and `aot_eager`.
         loss_chunk: how many tokens' logits are in memory at once where only a loss reads them: the head, the loss and the
             gradients are computed for so many tokens after the other. 0: all at once.
         tile: how many tokens at once what is computed of each token alone, and is wider than hidden states, runs for: the inside
@@ -77,7 +82,8 @@ class Config:
         inner_options: options of Inductor (those of `torch.compile`), such as `{"shape_padding": True}`; they go before those of
             the mode.
         outline_layers: layers that are equal are compiled once (True), as calls of one function, so that a deep model compiles
-            in little more than a shallow one, or each by itself (False). Only with `inductor`, and without CUDA graphs.
+            in little more than a shallow one, or each by itself (False). Only with `inductor`, without CUDA graphs and without
+            `offload`.
         outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's
             order (`full`).
         grad_sync: `sum`: parameter gradients are added over the axis, each as soon as backward has it.
@@ -117,6 +123,7 @@ class Config:
     memory: str = ""
     optimizer_states: int = 2
     memory_budget: float = 1.0
+    offload: str = "none"
     loss_chunk: int = 4096
     tile: int = 0
     logits: str = "auto"
@@ -159,6 +166,11 @@ class Config:
             raise ConfigError(
                 f"memory={self.memory!r} lets backward compute results again, which inner='eager' does not: use 'inductor' or "
                 "'aot_eager'."
+            )
+        if self.offload != "none" and self.inner == "eager":
+            raise ConfigError(
+                f"offload={self.offload!r} moves what a compiled program keeps from forward to backward, and inner='eager' "
+                "compiles none: use 'inductor' or 'aot_eager'."
             )
         if self.optimizer_states < 0:
             raise ConfigError(f"optimizer_states={self.optimizer_states} is not a number of tensors.")
@@ -216,7 +228,8 @@ class Config:
     def outlines(self) -> bool:
         """Whether equal layers are compiled once: by Inductor, where no CUDA graph holds what a call would hide from it."""
         options = self.inductor_options
-        return self.outline_layers and self.inner == "inductor" and not options.get("triton.cudagraphs")
+        is_inductor = self.inner == "inductor" and not options.get("triton.cudagraphs")
+        return self.outline_layers and is_inductor and self.offload == "none"
 
     @property
     def told_by(self) -> str:
