@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
 from cpcompile.ir.insertion import keep_source
@@ -78,15 +79,24 @@ def call_in_place_of(layer: Layer, arguments: Sequence[Any], read: Sequence[int]
     with graph.inserting_after(layer[-1]):
         call = graph.call_function(invoke_subgraph, tuple(arguments))
     keep_source(call, layer[-1])
+    keep_results_of(call)
     for number, i in enumerate(read):
         with graph.inserting_after(call):
             result = graph.call_function(operator.getitem, (call, number))
         keep_source(result, layer[i])
+        keep_results_of(result)
         layer[i].replace_all_uses_with(result, delete_user_cb=lambda user: user not in own)
         if not result.users:
             graph.erase_node(result)
     for node in reversed(layer):
         graph.erase_node(node)
+
+
+def keep_results_of(call: fx.Node) -> None:
+    """Have what a call returns kept for backward: what of it is computed again is decided inside."""
+    call.meta.pop("ac_graph_id", None)
+    call.meta.pop("custom", None)
+    call.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def pass_operands_by(graph: fx.Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,16 @@ from functorch.compile import min_cut_rematerialization_partition, nop
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from cpcompile.capture.lowering import capture
-from cpcompile.compile.outline_layers import outline_layers, pass_operands_by
+from cpcompile.compile.inner import keep_results
+from cpcompile.compile.outline_layers import outline_layers
 
 INVOKE = torch.ops.higher_order.invoke_subgraph
 WIDTH = 8
+contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+SELECTIVE = {"use_reentrant": False, "context_fn": contexts}
 
 
 class Layer(nn.Module):
@@ -36,22 +41,25 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers between an embedding and a head; views of what each returns are read once more at the end if `is_u_net`."""
+    """Layers between an embedding and a head, in activation checkpoints or not.
 
-    def __init__(self, layers: list[Layer], is_u_net: bool = False) -> None:
+    Views of what each returns are read once more at the end if `is_u_net`.
+    """
+
+    def __init__(self, layers: list[Layer], is_u_net: bool = False, checkpoints: bool = False) -> None:
         super().__init__()
         self.embedding, self.head = (
             nn.Embedding(11, WIDTH, dtype=torch.float64),
             nn.Linear(WIDTH, 11, dtype=torch.float64),
         )
-        self.layers, self.is_u_net = nn.ModuleList(layers), is_u_net
+        self.layers, self.is_u_net, self.checkpoints = nn.ModuleList(layers), is_u_net, checkpoints
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
         table = torch.arange(ids.shape[0], dtype=torch.float64)[:, None].cos()
         between = []
         for layer in self.layers:
-            x = layer(x, table)
+            x = checkpoint(layer, x, table, **SELECTIVE) if self.checkpoints else layer(x, table)
             between.append(x.t())
         if self.is_u_net:
             x = x + sum(y.t() for y in between)
@@ -69,8 +77,10 @@ def trained(
         return aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=partition)(captured, inputs)
 
     def partition(gm: fx.GraphModule, *args: Any, **settings: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-        pass_operands_by(gm.graph)
-        return min_cut_rematerialization_partition(gm, *args, **settings)
+        keep_results(gm.graph)
+        halves = min_cut_rematerialization_partition(gm, *args, **settings)
+        assert not any("fw" in name for name in calls(halves[1])), "a layer runs once; what is computed again is inside of it"
+        return halves
 
     torch._dynamo.reset()
     loss = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(ids)
@@ -94,6 +104,7 @@ MODELS: dict[str, tuple[Callable[[], Stack], int]] = {
     "read later": (lambda: shapes([Layer() for _ in range(6)], is_u_net=True), 6),
     "in turn": (lambda: shapes([Layer(0.1 + 0.1 * (i % 2)) for i in range(10)]), 5),
     "one differs": (lambda: shapes([Layer(0.1 if i != 5 else 0.3) for i in range(10)]), 9),
+    "in checkpoints": (lambda: shapes([Layer() for _ in range(6)], checkpoints=True), 6),
     "shared": (lambda: shapes([Layer()] * 6), 6),
 }
 
