@@ -12,7 +12,7 @@ from functorch.compile import min_cut_rematerialization_partition, nop
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cpcompile.capture.lowering import capture
 from cpcompile.compile.inner import keep_results
@@ -20,7 +20,9 @@ from cpcompile.compile.outline_layers import outline_layers
 
 INVOKE = torch.ops.higher_order.invoke_subgraph
 WIDTH = 8
-contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+contexts = functools.partial(
+    create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+)
 SELECTIVE = {"use_reentrant": False, "context_fn": contexts}
 
 
@@ -79,7 +81,9 @@ def trained(
     def partition(gm: fx.GraphModule, *args: Any, **settings: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         keep_results(gm.graph)
         halves = min_cut_rematerialization_partition(gm, *args, **settings)
-        assert not any("fw" in name for name in calls(halves[1])), "a layer runs once; what is computed again is inside of it"
+        assert not any("fw" in name for name in calls(halves[1])), (
+            "a layer runs once; what is computed again is inside of it"
+        )
         return halves
 
     torch._dynamo.reset()
@@ -119,6 +123,8 @@ def test_same_bits(name: str) -> None:
     def edit(gm: fx.GraphModule) -> None:
         outline_layers(gm)
         found.extend(calls(gm))
+        made = [x for call in gm.graph.find_nodes(op="call_function", target=INVOKE) for x in (call, *call.users)]
+        assert all(x.meta["recompute"] is CheckpointPolicy.MUST_SAVE and "ac_graph_id" not in x.meta for x in made)
 
     expected = trained(model, ids, lambda gm: None, dynamic)
     outlined = trained(model, ids, edit, dynamic)
