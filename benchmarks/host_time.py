@@ -91,9 +91,9 @@ class Row:
 SETTINGS = tuple(
     Setting(strategy, world_size, documents)
     for strategy in ("ring", "gather", "ulysses", "usp")
-    for world_size in (2, 8)
+    for world_size in (2, 4, 8)
     for documents in ("", "random_16")
-    if strategy != "usp" or world_size == 8
+    if strategy != "usp" or world_size > 2
 )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from cpcompile.runtime.attention.heads import heads_of, most_rounds, rounds
 from cpcompile.runtime.transport.all_to_all import _by_rank, _evenly_apart, _gaps
-from cpcompile.runtime.transport.messages import _has_wide_rows, copy_
+from cpcompile.runtime.transport.copies import copy_, has_wide_rows
 
 
 def test_ranks_whose_heads_are_evenly_apart_are_laid_at_once() -> None:
@@ -39,7 +39,7 @@ def test_runs_of_heads_are_copied_bit_by_bit(dtype: torch.dtype, head_dim: int, 
     x[0, 1, 2, 0] = -torch.nan
     runs = _by_rank(x.transpose(1, 2), [slice(0, 2), slice(2, 4), slice(4, 6)], 4)
     to = torch.full_like(runs, 7.0, memory_format=torch.contiguous_format)
-    assert _has_wide_rows(runs) == _has_wide_rows(to) == is_wide
+    assert has_wide_rows(runs) == has_wide_rows(to) == is_wide
     copy_(to, runs)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     assert torch.equal(to.view(bits), runs.contiguous().view(bits))

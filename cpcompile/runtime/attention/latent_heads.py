@@ -16,7 +16,7 @@ from cpcompile.runtime.attention.arguments import AttentionArguments
 from cpcompile.runtime.attention.heads import Heads, rounds
 from cpcompile.runtime.attention.partial_results import empty_result
 from cpcompile.runtime.attention.ulysses import Grid, tokens_to_heads
-from cpcompile.runtime.transport.all_to_all import HeadExchange, send_heads
+from cpcompile.runtime.transport.all_to_all import HeadExchange
 
 Tensor = torch.Tensor
 Kept = tuple[Tensor, Tensor, Tensor]  # lse, q and out of some of this rank's heads
@@ -62,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Gri
         own, keys = ranks[rank], _keys(each, number, rank)
         of_heads = terms.of_heads(own.start, own.stop)
         out_own, lse = ring.attend(q_own, k[:, keys], v[:, keys], of_heads, grid.rows, grid.outer)
-        homes.append(send_heads([out_own], [out], _queries(ranks), grid.places, grid.inner))
+        homes.append(grid.exchange.send_heads([out_own], [out], _queries(ranks)))
         kept.append((lse, q_own, out_own))
     for home in homes:
         home.finish()
@@ -88,7 +88,7 @@ def attend_backward(
         dq_own, dk[:, keys], dv[:, keys], dsinks_own = ring.attend_backward(
             dout_own, q_own, k[:, keys], v[:, keys], out_own, lse, of_heads, grid.rows, grid.outer
         )
-        homes.append(send_heads([dq_own], [dq], _queries(ranks), grid.places, grid.inner))
+        homes.append(grid.exchange.send_heads([dq_own], [dq], _queries(ranks)))
         if dsinks is not None and dsinks_own is not None:
             dsinks[own.start : own.stop] = dsinks_own
     for home in homes:

@@ -22,7 +22,7 @@ from cpcompile.runtime.attention.key_needs import place
 from cpcompile.runtime.attention.partial_results import empty_result
 from cpcompile.runtime.kernels.merge import accumulation_dtype
 from cpcompile.runtime.schedule import by_position, num_tokens
-from cpcompile.runtime.transport.all_to_all import HeadExchange, send_heads, send_tokens
+from cpcompile.runtime.transport.all_to_all import Exchange, HeadExchange
 from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor
@@ -63,6 +63,11 @@ class Grid:
                 found[-1].append(at)
         return found
 
+    @cached_property
+    def exchange(self) -> Exchange:
+        """What the inner ranks copy to exchange heads."""
+        return Exchange(self.places, self.inner)
+
     def rounds(self, q: Tensor, k: Tensor) -> list[list[Heads]]:
         """Return the heads of each inner rank, in rounds: some are exchanged while others are computed."""
         return rounds(self.inner.size, q.shape[1], k.shape[1], self.most_rounds)
@@ -88,7 +93,7 @@ def tokens_to_heads(
             results[-1][:, heads.stop - heads.start :] = 0
         if held < grid.room:
             results[-1][:, :, held:] = 0
-    return results, send_tokens(tensors, results, of_rank, grid.places, grid.inner)
+    return results, grid.exchange.send_tokens(tensors, results, of_rank)
 
 
 def _slices(heads: Heads) -> tuple[slice, slice, slice]:
@@ -127,7 +132,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Gri
         keys = _expand(k_own, index), _expand(v_own, index)
         out_own, lse = ring_attention.attend(q_own, *keys, terms.of_heads(own.start, own.stop), grid.rows, grid.outer)
         queries = [_slices(heads)[:1] for heads in ranks]
-        homes.append(send_heads([out_own], [out], queries, grid.places, grid.inner))
+        homes.append(grid.exchange.send_heads([out_own], [out], queries))
         room = rooms[0] // len(each)
         q_all, k_all, v_all = tensors
         kept.append((_stored(lse, room), q_all, k_all, v_all, _stored(out_own, room)))
@@ -176,7 +181,7 @@ def attend_backward(
         of_rank = [_slices(heads) for heads in ranks]
         if is_shared:
             of_rank = [(query, key, key) for (query, *_), key in zip(of_rank, _apart(ranks), strict=True)]
-        homes.append(send_heads(grads, targets, of_rank, grid.places, grid.inner))
+        homes.append(grid.exchange.send_heads(grads, targets, of_rank))
         if dsinks is not None and dsinks_own is not None:
             dsinks[own.start : own.stop] = dsinks_own
     for home in homes:

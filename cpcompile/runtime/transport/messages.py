@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from cpcompile.balance.token_spans import Span
+from cpcompile.runtime.transport.copies import copy_
 from cpcompile.runtime.transport.post import Ring, new_message
 
 Tensor = torch.Tensor
-_WIDE = torch.complex128
 
 
 def by_token(tensors: Sequence[Tensor], ring: Ring, largest: int | None = None) -> Tensor:
@@ -26,21 +26,6 @@ def lay(x: Tensor, message: Tensor, start: int) -> int:
     end = start + x.numel()
     copy_(message[start:end].view(x.shape), x)
     return end
-
-
-def copy_(to: Tensor, x: Tensor) -> None:
-    """Copy a tensor to one of its shape. Runs of heads go 16 bytes at once, where torch takes element by element."""
-    are_runs = to.dtype == x.dtype and not (to.is_contiguous() and x.is_contiguous())
-    if are_runs and _has_wide_rows(to) and _has_wide_rows(x):
-        to, x = to.view(_WIDE), x.view(_WIDE)
-    to.copy_(x)
-
-
-def _has_wide_rows(x: Tensor) -> bool:
-    """Tell whether a view of 16-byte elements exists."""
-    *strides, last = x.stride() or (0,)
-    size = _WIDE.itemsize // x.dtype.itemsize
-    return last == 1 and all(n % size == 0 for n in (x.shape[-1], x.storage_offset(), *strides))
 
 
 def runs(spans: Iterable[Span], tensors: Sequence[Tensor], num_slots: int) -> list[slice]:
