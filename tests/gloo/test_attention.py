@@ -12,7 +12,7 @@ import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.runtime import kernels
-from cpcompile.runtime.attention import key_needs
+from cpcompile.runtime.attention import key_needs, partial_results
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.key_needs import needs, visits
 from cpcompile.runtime.tokens.dropout import is_kept
@@ -261,8 +261,8 @@ def attend_in_other_calls(
 
 
 def forget_schedules() -> None:
-    """Forget what was found with another gap."""
-    for function in (needs, visits):
+    """Forget what was found with another gap and other kernels."""
+    for function in (needs, visits, partial_results._known_launches):
         function.cache_clear()
 
 
