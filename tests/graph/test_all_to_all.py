@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cpcompile.runtime.attention.heads import heads_of, most_rounds, rounds
-from cpcompile.runtime.transport.all_to_all import _by_rank, _evenly_apart, _gaps
-from cpcompile.runtime.transport.copies import copy_, has_wide_rows
+from cpcompile.runtime.transport.all_to_all import _by_rank, _evenly_apart, _gaps, _laid_ranks, _laid_runs, _within
+from cpcompile.runtime.transport.copies import Copies, copy_, has_wide_rows, kind_of, like
 
 
 def test_ranks_whose_heads_are_evenly_apart_are_laid_at_once() -> None:
@@ -59,3 +59,33 @@ def test_heads_of_documents_go_around_a_ring_in_one_round() -> None:
 def test_gaps() -> None:
     assert list(_gaps([slice(6, 8), slice(0, 2)], 9)) == [slice(2, 6), slice(8, 9)]
     assert list(_gaps([], 3)) == [slice(0, 3)]
+
+
+def test_a_rank_in_the_middle_lays_its_own_heads_and_tokens_too() -> None:
+    heads = [slice(at, at + 2) for at in (0, 2, 4, 6)]
+    assert [_laid_ranks(heads, rank) for rank in (0, 1)] == [[1, 2, 3], [0, 1, 2, 3]]
+    assert _laid_runs([slice(0, 4)], 8) == [slice(4, 8)]
+    assert _laid_runs([slice(2, 4)], 8) == [slice(0, 8)]
+    assert _within(slice(5, 7), [slice(0, 2), slice(4, 8)]) == slice(3, 5)
+
+
+@pytest.mark.parametrize("first", [0, 1, 8])
+@pytest.mark.parametrize("head_dim", [8, 3])
+def test_copies_are_made_again_for_tensors_alike(head_dim: int, first: int) -> None:
+    def made(fill: float | None = None) -> torch.Tensor:
+        room = torch.randn(first + 6 * 4 * head_dim) if fill is None else torch.full((first + 24 * head_dim,), fill)
+        return room[first:].view(6, 4, head_dim)
+
+    tensors = [made(), made(0.0), made(0.0)]
+    drafts = [like(x) for x in tensors]
+    assert [*map(kind_of, drafts)] == [*map(kind_of, tensors)]
+    pairs = [(1, drafts[1][2:4, 1:3], 0, drafts[0][:2, 2:]), (2, drafts[2], 0, drafts[0])]
+    copies = Copies.of(pairs, drafts)
+    assert len(copies.wide) == (head_dim == 8 and first != 1)
+    for _ in range(2):
+        tensors[0].normal_()
+        copies.make(tensors)
+        expected = torch.zeros_like(tensors[1])
+        expected[2:4, 1:3] = tensors[0][:2, 2:]
+        assert torch.equal(tensors[1], expected)
+        assert torch.equal(tensors[2], tensors[0])
