@@ -215,7 +215,9 @@ def _calls(
     if not visible.is_varied:
         return pieces
     many = replace(block, rectangles=(Rectangle(0, 1, 0, 1),))
-    return together(pieces, for_backward) if kernels.takes_rectangles(case_of(many), kernel) else of_known_widths(pieces)
+    return (
+        together(pieces, for_backward) if kernels.takes_rectangles(case_of(many), kernel) else of_known_widths(pieces)
+    )
 
 
 class Result:

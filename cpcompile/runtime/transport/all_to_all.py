@@ -175,7 +175,9 @@ class Exchange:
         for index, (x, target) in enumerate(zip(tensors, targets, strict=True)):
             heads = [of_rank[rank][index] for rank in ranks]
             arriving = _laid_ranks(heads, ring.rank)
-            first = draft.stage(index, [_by_rank(target, g, count) for g in _evenly_apart([heads[r] for r in arriving])])
+            first = draft.stage(
+                index, [_by_rank(target, g, count) for g in _evenly_apart([heads[r] for r in arriving])]
+            )
             for rank in ranks:
                 width, start = widths[rank][index], first + count * sum(widths[r][index] for r in arriving if r < rank)
                 for slots, place in own if width else ():
@@ -231,7 +233,9 @@ class _Draft:
     def fetch(self, rank: int, index: int, to: Tensor) -> None:
         """Fetch a view of a result from a rank."""
         if to.is_contiguous():
-            self._into[rank].append((self._num + index, to.storage_offset(), to.numel()))
+            number = self._num + index
+            start = int(to.storage_offset() - self._tensors[number].storage_offset())
+            self._into[rank].append((number, start, to.numel()))
         else:
             start = self.stage(index, [to])
             self.fetch_staged(rank, slice(start, start + to.numel()))

@@ -27,7 +27,7 @@ class View:
     @classmethod
     def of(cls, view: Tensor, number: int, whole: Tensor) -> View:
         """Describe a view of `whole`."""
-        return cls(number, tuple(view.shape), view.stride(), view.storage_offset() - whole.storage_offset())
+        return cls(number, tuple(view.shape), view.stride(), int(view.storage_offset() - whole.storage_offset()))
 
     def among(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the view of its tensor."""

@@ -190,10 +190,10 @@ class PostedHere:
                 self.memory.barrier()
 
         # Streams meet at a price, which steps without a byte do not pay; the first has the barrier with it.
-        events = (device.aside(copy),) if pairs or is_first or ends_capture else ()
-        if is_first:
+        done = device.aside(copy) if pairs or is_first or ends_capture else None
+        if is_first and done is not None:
             self.is_met = True
-            self.lane.passed(events[0])
+            self.lane.passed(done)
         if is_last:
             self.lane.close(self.slot)
-        return Transfer(events, tuple(to for to, _ in pairs))
+        return Transfer((done,) if done is not None else (), tuple(to for to, _ in pairs))
