@@ -7,7 +7,7 @@ import torch
 
 from cpcompile.runtime.attention.heads import heads_of, most_rounds, rounds
 from cpcompile.runtime.transport.all_to_all import _by_rank, _evenly_apart, _gaps, _laid_ranks, _laid_runs, _within
-from cpcompile.runtime.transport.copies import Copies, copy_, has_wide_rows, kind_of, like
+from cpcompile.runtime.transport.copies import Copies, has_wide_rows, kind_of, like
 
 
 def test_ranks_whose_heads_are_evenly_apart_are_laid_at_once() -> None:
@@ -40,7 +40,9 @@ def test_runs_of_heads_are_copied_bit_by_bit(dtype: torch.dtype, head_dim: int, 
     runs = _by_rank(x.transpose(1, 2), [slice(0, 2), slice(2, 4), slice(4, 6)], 4)
     to = torch.full_like(runs, 7.0, memory_format=torch.contiguous_format)
     assert has_wide_rows(runs) == has_wide_rows(to) == is_wide
-    copy_(to, runs)
+    copies = Copies.of([(0, to, 1, runs)], [to, x])
+    assert bool(copies.wide) == is_wide
+    copies.make([to, x])
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     assert torch.equal(to.view(bits), runs.contiguous().view(bits))
 
@@ -53,7 +55,7 @@ def test_heads_of_documents_go_around_a_ring_in_one_round() -> None:
     ]
     assert found == [1, 2, 2]
     assert [len(rounds(2, 8, 4, most)) for most in (1, 2)] == [1, 2]
-    assert rounds(2, 8, 4, 1) == [[heads_of(rank, 2, 8, 4) for rank in (0, 1)]]
+    assert rounds(2, 8, 4, 1) == (tuple(heads_of(rank, 2, 8, 4) for rank in (0, 1)),)
 
 
 def test_gaps() -> None:
@@ -77,7 +79,7 @@ def test_copies_are_made_again_for_tensors_alike(head_dim: int, first: int) -> N
         return room[first:].view(6, 4, head_dim)
 
     tensors = [made(), made(0.0), made(0.0)]
-    drafts = [like(x) for x in tensors]
+    drafts = [like(kind_of(x)) for x in tensors]
     assert [*map(kind_of, drafts)] == [*map(kind_of, tensors)]
     pairs = [(1, drafts[1][2:4, 1:3], 0, drafts[0][:2, 2:]), (2, drafts[2], 0, drafts[0])]
     copies = Copies.of(pairs, drafts)

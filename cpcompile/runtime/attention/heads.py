@@ -9,6 +9,7 @@ of them. 3 query heads a key head, 9 heads on 2 ranks:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cpcompile.balance.layout import follows_documents
 
@@ -64,15 +65,19 @@ def heads_of(rank: int, world_size: int, num_query: int, num_key: int) -> Heads:
 NUM_ROUNDS = 2
 
 
-def rounds(world_size: int, num_query: int, num_key: int, most: int = NUM_ROUNDS) -> list[list[Heads]]:
+Ranks = tuple[Heads, ...]  # the heads of each rank
+
+
+@lru_cache(maxsize=256)
+def rounds(world_size: int, num_query: int, num_key: int, most: int = NUM_ROUNDS) -> tuple[Ranks, ...]:
     """Return the heads of each rank in `most` rounds, if each has as many whole groups of heads in all, or else in one."""
-    ranks = [heads_of(rank, world_size, num_query, num_key) for rank in range(world_size)]
+    ranks = tuple(heads_of(rank, world_size, num_query, num_key) for rank in range(world_size))
     own = {rank.num_key for rank in ranks}
     is_even = len(own) == 1 and all(rank.num_query == rank.num_key * rank.group for rank in ranks)
     size = own.pop() // most if is_even else 0
     if world_size == 1 or not size or size * most != ranks[0].num_key:
-        return [ranks]
-    return [[rank.part(i * size, (i + 1) * size) for rank in ranks] for i in range(most)]
+        return (ranks,)
+    return tuple(tuple(rank.part(i * size, (i + 1) * size) for rank in ranks) for i in range(most))
 
 
 def most_rounds(layout: str, is_ring: bool) -> int:
@@ -80,6 +85,7 @@ def most_rounds(layout: str, is_ring: bool) -> int:
     return 1 if is_ring and follows_documents(layout) else NUM_ROUNDS
 
 
+@lru_cache(maxsize=256)
 def storage(world_size: int, num_query: int, num_key: int) -> tuple[int, int]:
     """Return the most query and key heads that any rank has: the sizes that all ranks allocate, so that shapes agree."""
     ranks = [heads_of(rank, world_size, num_query, num_key) for rank in range(world_size)]

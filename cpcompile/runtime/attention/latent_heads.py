@@ -13,7 +13,7 @@ import torch
 
 from cpcompile.runtime.attention import ring
 from cpcompile.runtime.attention.arguments import AttentionArguments
-from cpcompile.runtime.attention.heads import Heads, rounds
+from cpcompile.runtime.attention.heads import Heads, Ranks, rounds
 from cpcompile.runtime.attention.partial_results import empty_result
 from cpcompile.runtime.attention.ulysses import Grid, tokens_to_heads
 from cpcompile.runtime.transport.all_to_all import HeadExchange
@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 Kept = tuple[Tensor, Tensor, Tensor]  # lse, q and out of some of this rank's heads
 
 
-def rounds_of(q: Tensor, k: Tensor, num_ranks: int) -> list[list[Heads]]:
+def rounds_of(q: Tensor, k: Tensor, num_ranks: int) -> tuple[Ranks, ...]:
     """Return the heads of each rank in each round; k holds those of one rank."""
     return rounds(num_ranks, q.shape[1], k.shape[1] * num_ranks)
 
@@ -31,7 +31,7 @@ def _queries(ranks: Sequence[Heads]) -> list[tuple[slice]]:
     return [(slice(heads.start, heads.stop),) for heads in ranks]
 
 
-def _keys(each: list[list[Heads]], number: int, rank: int) -> slice:
+def _keys(each: tuple[Ranks, ...], number: int, rank: int) -> slice:
     """Return the key heads of a round among those of a rank."""
     first, own = each[0][rank], each[number][rank]
     return slice(own.key_start - first.key_start, own.key_stop - first.key_start)

@@ -17,7 +17,7 @@ import torch
 from cpcompile.balance.token_spans import Spans
 from cpcompile.runtime.attention import ring as ring_attention
 from cpcompile.runtime.attention.arguments import AttentionArguments
-from cpcompile.runtime.attention.heads import Heads, rounds, storage
+from cpcompile.runtime.attention.heads import Heads, Ranks, rounds, storage
 from cpcompile.runtime.attention.key_needs import place
 from cpcompile.runtime.attention.partial_results import empty_result
 from cpcompile.runtime.kernels.merge import accumulation_dtype
@@ -68,7 +68,7 @@ class Grid:
         """What the inner ranks copy to exchange heads."""
         return Exchange(self.places, self.inner)
 
-    def rounds(self, q: Tensor, k: Tensor) -> list[list[Heads]]:
+    def rounds(self, q: Tensor, k: Tensor) -> tuple[Ranks, ...]:
         """Return the heads of each inner rank, in rounds: some are exchanged while others are computed."""
         return rounds(self.inner.size, q.shape[1], k.shape[1], self.most_rounds)
 
@@ -113,7 +113,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Gri
     rooms = storage(grid.inner.size, q.shape[1], k.shape[1])
     each = grid.rounds(q, k)
 
-    def start(ranks: list[Heads]) -> tuple[list[Tensor], HeadExchange]:
+    def start(ranks: Ranks) -> tuple[list[Tensor], HeadExchange]:
         of_rank = [_slices(heads) for heads in ranks]
         num_query, num_key = (room // len(each) for room in rooms)
         return tokens_to_heads((q, k, v), of_rank, (num_query, num_key, num_key), grid)
@@ -160,7 +160,7 @@ def attend_backward(
     num_keys = sum(heads.num_key for heads in each[0]) if is_shared else k.shape[1]
     targets = [_blank(x, count, grid) for x, count in ((q, q.shape[1]), (k, num_keys), (v, num_keys))]
 
-    def start(ranks: list[Heads]) -> tuple[list[Tensor], HeadExchange]:
+    def start(ranks: Ranks) -> tuple[list[Tensor], HeadExchange]:
         return tokens_to_heads([dout], [_slices(h)[:1] for h in ranks], [ranks[grid.inner.rank].num_query], grid)
 
     arriving = start(each[0])

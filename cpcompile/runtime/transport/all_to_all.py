@@ -12,14 +12,13 @@ from itertools import pairwise
 
 import torch
 
-from cpcompile.runtime.transport.copies import Copies, kind_of, like
+from cpcompile.runtime.transport.copies import Copies, Pair, kind_of, like
 from cpcompile.runtime.transport.messages import tokens_first
 from cpcompile.runtime.transport.post import Ring, Transfer, new_message, post
 
 Tensor = torch.Tensor
 Heads = Sequence[Sequence[slice]]  # for each rank, its heads of each tensor
 Places = Sequence[Sequence[tuple[slice, slice]]]  # for each rank, runs of its slots and where they are among all tokens
-Pairs = list[tuple[int, Tensor, int, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +100,11 @@ class Exchange:
     ) -> HeadExchange:
         ring = self._ring
         heads = tuple((run.start, run.stop) for own in of_rank for run in own)
-        key = plan_of.__name__, heads, *map(kind_of, tensors), *map(kind_of, results)
+        kinds, to = tuple(map(kind_of, tensors)), tuple(map(kind_of, results))
+        key = plan_of.__name__, heads, kinds, to
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = plan_of([*map(like, tensors)], [*map(like, results)], of_rank)
+            plan = self._plans[key] = plan_of([*map(like, kinds)], [*map(like, to)], of_rank)
         if ring.size == 1:
             plan.own.make((*tensors, *results))
             return HeadExchange(None, plan.unstaged, ())
@@ -205,8 +205,8 @@ class _Draft:
         self._ring, self._parts, self._totals, self._num = ring, parts, totals, len(tensors)
         self._message = tensors[0].new_empty(totals[ring.rank])
         self._tensors = [*tensors, *results, self._message]
-        self._laid: Pairs = []
-        self._own: Pairs = []
+        self._laid: list[Pair] = []
+        self._own: list[Pair] = []
         self._own_staged: list[tuple[int, slice, Tensor]] = []
         self._staged: list[tuple[int, Tensor, int]] = []
         self._num_staged = 0

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 Tensor = torch.Tensor
+Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, int | torch.SymInt]  # sizes, strides, and the place in 16 bytes
+Pair = tuple[int, Tensor, int, Tensor]  # the number of a tensor and the view of it to copy to, and those to copy from
 _WIDE = torch.complex128
 
 
@@ -44,8 +46,8 @@ class Copies:
     numbers: frozenset[int]  # of the tensors of the first
 
     @classmethod
-    def of(cls, pairs: Iterable[tuple[int, Tensor, int, Tensor]], tensors: Sequence[Tensor]) -> Copies:
-        """Describe copies: for each the number of a tensor and the view of it to copy to, and those to copy from."""
+    def of(cls, pairs: Iterable[Pair], tensors: Sequence[Tensor]) -> Copies:
+        """Describe copies between tensors without values."""
         wide, others = list[tuple[View, View]](), list[tuple[View, View]]()
         for to, place, number, x in pairs:
             bases = tensors[to], tensors[number]
@@ -66,13 +68,6 @@ class Copies:
                 place.among(wide).copy_(x.among(wide))
 
 
-def copy_(to: Tensor, x: Tensor) -> None:
-    """Copy a tensor to one of its shape. Runs of heads go 16 bytes at once, where torch takes element by element."""
-    if has_wide_copy(to, x):
-        to, x = to.view(_WIDE), x.view(_WIDE)
-    to.copy_(x)
-
-
 def has_wide_copy(to: Tensor, x: Tensor) -> bool:
     """Tell whether a copy goes 16 bytes at once: torch does that itself where both are contiguous."""
     are_runs = to.dtype == x.dtype and not (to.is_contiguous() and x.is_contiguous())
@@ -86,13 +81,13 @@ def has_wide_rows(x: Tensor) -> bool:
     return last == 1 and all(n % size == 0 for n in (x.shape[-1], x.storage_offset(), *strides))
 
 
-def like(x: Tensor) -> Tensor:
-    """Return a tensor of that kind without values and memory."""
-    first = x.storage_offset() % _WIDE.itemsize
-    numel = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    return torch.empty(first + numel, dtype=x.dtype, device="meta").as_strided(x.shape, x.stride(), first)
-
-
-def kind_of(x: Tensor) -> tuple[object, ...]:
+def kind_of(x: Tensor) -> Kind:
     """Return what copies depend on: tensors of one kind are described alike."""
     return x.shape, x.stride(), x.dtype, x.storage_offset() % _WIDE.itemsize
+
+
+def like(kind: Kind) -> Tensor:
+    """Return a tensor of a kind without values and memory."""
+    shape, stride, dtype, first = kind
+    numel = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if shape.numel() else 0
+    return torch.empty(first + numel, dtype=dtype, device="meta").as_strided(shape, stride, first)
