@@ -25,7 +25,7 @@ Places = Sequence[Sequence[tuple[slice, slice]]]  # for each rank, runs of its s
 class _Plan:
     """What one rank copies to exchange the heads of tensors of some sizes and strides.
 
-    Tensors are numbered: those that are sent, those to be filled, the message, and what arrives for a place elsewhere.
+    Tensors are numbered: those to be filled, what arrives for a place elsewhere, those that are sent, and the message.
 
     Attributes:
         num_sent, num_staged: elements of the message, and of what arrives elsewhere.
@@ -49,17 +49,17 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class HeadExchange:
-    """Tensors on their way."""
+    """Tensors on their way. `filled` are those to be filled and what arrives elsewhere: what was sent may be dropped."""
 
     transfer: Transfer | None
     unstaged: Copies
-    tensors: Sequence[Tensor]
+    filled: Sequence[Tensor]
 
     def finish(self) -> None:
         """Wait, on the stream, for all that is received."""
         if self.transfer is not None:
             self.transfer.wait()
-        self.unstaged.make(self.tensors)
+        self.unstaged.make(self.filled)
 
 
 class Exchange:
@@ -106,17 +106,18 @@ class Exchange:
         if plan is None:
             plan = self._plans[key] = plan_of([*map(like, kinds)], [*map(like, to)], of_rank)
         if ring.size == 1:
-            plan.own.make((*tensors, *results))
+            plan.own.make((*results, results[0], *tensors))
             return HeadExchange(None, plan.unstaged, ())
         message = new_message(plan.num_sent, tensors[0], ring, plan.largest)
-        held = (*tensors, *results, message, tensors[0].new_empty(plan.num_staged))
+        filled = (*results, tensors[0].new_empty(plan.num_staged))
+        held = (*filled, *tensors, message)
         plan.laid.make(held)
         steps = range(1, ring.size)
         into = [[_flat(held[number], start, numel) for number, start, numel in runs] for runs in plan.into]
         posted = post(message, ring, num_starts=len(steps))
         transfer = posted.start(steps, into, lambda receiver, source: plan.parts[receiver, source])
         plan.own.make(held)
-        return HeadExchange(transfer, plan.unstaged, held)
+        return HeadExchange(transfer, plan.unstaged, filled)
 
     def _plan_tokens(self, tensors: Sequence[Tensor], results: Sequence[Tensor], of_rank: Heads) -> _Plan:
         places, ring, counts = self._places, self._ring, self._counts
@@ -202,40 +203,39 @@ class _Draft:
         parts: Callable[[int, int], tuple[slice, ...]],
     ) -> None:
         """Plan for a rank; `totals` are the elements of the message of each."""
-        self._ring, self._parts, self._totals, self._num = ring, parts, totals, len(tensors)
-        self._message = tensors[0].new_empty(totals[ring.rank])
-        self._tensors = [*tensors, *results, self._message]
+        self._ring, self._parts, self._totals = ring, parts, totals
+        self._results, self._sent = results, [*tensors, tensors[0].new_empty(totals[ring.rank])]
+        self._staging = len(results)  # its number
         self._laid: list[Pair] = []
         self._own: list[Pair] = []
-        self._own_staged: list[tuple[int, slice, Tensor]] = []
+        self._own_staged: list[tuple[slice, int, Tensor]] = []
         self._staged: list[tuple[int, Tensor, int]] = []
         self._num_staged = 0
         self._into: dict[int, list[tuple[int, int, int]]] = {rank: [] for rank in range(ring.size)}
 
-    @property
-    def _staging(self) -> int:
-        return 2 * self._num + 1
+    def _number(self, index: int) -> int:
+        """Return the number of a tensor that is sent; the message follows the last."""
+        return self._staging + 1 + index
 
     def lay(self, index: int, x: Tensor, start: int) -> int:
         """Lay a view of a tensor in the message and return where the next one begins."""
-        end = start + x.numel()
-        self._laid.append((2 * self._num, self._message[start:end].view(x.shape), index, x))
+        end, last = start + x.numel(), len(self._sent) - 1
+        self._laid.append((self._number(last), self._sent[last][start:end].view(x.shape), self._number(index), x))
         return end
 
     def keep(self, index: int, to: Tensor, x: Tensor) -> None:
         """Copy to a view of a result what is here."""
-        self._own.append((self._num + index, to, index, x))
+        self._own.append((index, to, self._number(index), x))
 
     def keep_staged(self, index: int, run: slice, x: Tensor) -> None:
         """Put what is here where more arrives."""
-        self._own_staged.append((index, run, x))
+        self._own_staged.append((run, self._number(index), x))
 
     def fetch(self, rank: int, index: int, to: Tensor) -> None:
         """Fetch a view of a result from a rank."""
         if to.is_contiguous():
-            number = self._num + index
-            start = int(to.storage_offset() - self._tensors[number].storage_offset())
-            self._into[rank].append((number, start, to.numel()))
+            start = int(to.storage_offset() - self._results[index].storage_offset())
+            self._into[rank].append((index, start, to.numel()))
         else:
             start = self.stage(index, [to])
             self.fetch_staged(rank, slice(start, start + to.numel()))
@@ -248,16 +248,16 @@ class _Draft:
         """Let views of a result arrive elsewhere, one after the other; return where they do."""
         first = self._num_staged
         for place in places:
-            self._staged.append((self._num + index, place, self._num_staged))
+            self._staged.append((index, place, self._num_staged))
             self._num_staged += place.numel()
         return first
 
     def plan(self) -> _Plan:
         """Return the plan."""
-        ring, staging = self._ring, self._message.new_empty(self._num_staged)
-        tensors = [*self._tensors, staging]
+        ring, staging = self._ring, self._sent[0].new_empty(self._num_staged)
+        tensors = [*self._results, staging, *self._sent]
         arrived = [(to, at, self._staging, staging[i : i + at.numel()].view(at.shape)) for to, at, i in self._staged]
-        put = [(self._staging, staging[run].view(x.shape), index, x) for index, run, x in self._own_staged]
+        put = [(self._staging, staging[run].view(x.shape), number, x) for run, number, x in self._own_staged]
         pairs = [pair for rank in _others(ring) for pair in ((rank, ring.rank), (ring.rank, rank))]
         return _Plan(
             self._totals[ring.rank],
