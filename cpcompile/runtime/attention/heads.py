@@ -51,8 +51,7 @@ class Heads:
 
 def heads_of(rank: int, world_size: int, num_query: int, num_key: int) -> Heads:
     """Return the heads of `rank`."""
-    # Head counts are properties of the model: a symbolic one becomes a constant of the graph here.
-    num_query, num_key = int(num_query), int(num_key)
+    num_query, num_key = int(num_query), int(num_key)  # as in `rounds`
     share, extra = divmod(num_query, world_size)
     start = rank * share + min(rank, extra)
     stop = start + share + (rank < extra)
@@ -68,9 +67,14 @@ NUM_ROUNDS = 2
 Ranks = tuple[Heads, ...]  # the heads of each rank
 
 
-@lru_cache(maxsize=256)
 def rounds(world_size: int, num_query: int, num_key: int, most: int = NUM_ROUNDS) -> tuple[Ranks, ...]:
     """Return the heads of each rank in `most` rounds, if each has as many whole groups of heads in all, or else in one."""
+    # Head counts are properties of the model: a symbolic one becomes a constant of the graph here.
+    return _rounds(world_size, int(num_query), int(num_key), most)
+
+
+@lru_cache(maxsize=256)
+def _rounds(world_size: int, num_query: int, num_key: int, most: int) -> tuple[Ranks, ...]:
     ranks = tuple(heads_of(rank, world_size, num_query, num_key) for rank in range(world_size))
     own = {rank.num_key for rank in ranks}
     is_even = len(own) == 1 and all(rank.num_query == rank.num_key * rank.group for rank in ranks)
@@ -85,7 +89,6 @@ def most_rounds(layout: str, is_ring: bool) -> int:
     return 1 if is_ring and follows_documents(layout) else NUM_ROUNDS
 
 
-@lru_cache(maxsize=256)
 def storage(world_size: int, num_query: int, num_key: int) -> tuple[int, int]:
     """Return the most query and key heads that any rank has: the sizes that all ranks allocate, so that shapes agree."""
     ranks = [heads_of(rank, world_size, num_query, num_key) for rank in range(world_size)]
