@@ -161,7 +161,7 @@ class Stages:
         names = input_names(captured)
         self.transformed = transform(captured, config=self.config, axis=self.axis, inputs=names)
         self.transforming = self.clock() - lowered
-        return compile_inner(self.transformed, example_inputs, self.config.inner)
+        return compile_inner(self.transformed, example_inputs, self.config)
 
 
 def median(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -67,6 +67,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "cpcompile, bucketed": {"inner_options": OVERLAP | BUCKETS},
     "cpcompile, scheduled": {"inner_options": {"aten_distributed_optimizations.enable_overlap_scheduling": True}},
     "cpcompile, ulysses": {"strategy": "ulysses"},
+    "cpcompile, heads in groups": {"strategy": "ulysses", "heads_per_message": 1},
     "cpcompile, reduce-overhead": {"mode": "reduce-overhead", "dynamic": False},
     "torchtitan recipe": {},
 }

@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--layers", type=int, help="in place of those of the shape")
     parser.add_argument("--strategy", nargs="*", default=["ring", "ulysses"])
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--dynamic", action="store_true", help="one graph for all lengths")
@@ -130,7 +131,7 @@ def measure(
         cpcompile.apply(model, mesh, **plan | options.options)
     else:
         model.forward = torch.compile(model.forward, dynamic=False)
-    seconds, of_host, first_loss = [], [], 0.0
+    seconds, of_host, first_loss, gradient_norm = [], [], 0.0, 0.0
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in range(options.steps + WARM_UP):
@@ -147,9 +148,11 @@ def measure(
         seconds.append(took[0].item())
         of_host.append(took[1].item())
         first_loss = first_loss or loss.item()
+        gradient_norm = gradient_norm or torch.nn.utils.get_total_norm(p.grad for p in model.parameters()).item()
         model.zero_grad(set_to_none=True)
     median = statistics.median(seconds[WARM_UP:])
     peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else 0.0
+    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) / 2**30 if options.device == "cuda" else 0.0
     if options.memory and options.device == "cuda":
         loss = None
         table = peak_of(lambda model=model: model(**batch).loss.backward())
@@ -169,15 +172,17 @@ def measure(
         "each_ms": [round(x * 1e3, 2) for x in seconds[WARM_UP:]],
         "tokens_per_second": round(options.length / median),
         "peak_gib": round(peak, 2),
+        "pinned_gib": round(pinned, 2),
         "compile_s": round(seconds[0], 1),
         "first_loss": first_loss,
+        "gradient_norm": gradient_norm,
     }
 
 
 def model_and_tokens(options: argparse.Namespace, length: int, attention: str) -> tuple[Any, torch.Tensor]:
     """Return the model, with activation checkpoints if asked for, and random tokens `[1, length]`."""
     config = transformers.LlamaConfig(
-        **SHAPES[options.shape], max_position_embeddings=options.length, attn_implementation=attention, use_cache=False
+        **shape_of(options), max_position_embeddings=options.length, attn_implementation=attention, use_cache=False
     )
     with torch.device(options.device):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
@@ -206,9 +211,14 @@ def over_limit(taken: list[float], limits: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(taken, limits, strict=True)), 4)
 
 
+def shape_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the shape of the model, with other layers if asked for."""
+    return SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
+
+
 def limit(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a step must take at least: attention over the ranks, and the rest of the model on its tokens."""
-    shape = SHAPES[options.shape]
+    shape = shape_of(options)
     heads, key_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
     made = {"device": options.device, "dtype": torch.bfloat16, "requires_grad": True}
     q = torch.randn(1, heads, options.length, width, **made)

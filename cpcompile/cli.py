@@ -31,7 +31,7 @@ Strategy = Annotated[
 Kernel = Annotated[
     str, typer.Option(help="What computes a block of attention: auto, cudnn, flash, triton, flex, math, ...")
 ]
-HeadsPerMessage = Annotated[int, typer.Option(min=0, help="Key heads that gather and halo gather at once; 0: all.")]
+HeadsPerMessage = Annotated[int, typer.Option(min=0, help="Key heads that a rank receives at once; 0: all.")]
 InnerSize = Annotated[
     int, typer.Option(min=0, help="How many of the ranks exchange heads in usp; 0: they are no grid.")
 ]
@@ -144,6 +144,9 @@ def explain(
     memory_budget: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the blocks that keep intermediate results for backward.")
     ] = 1.0,
+    offload: Annotated[
+        str, typer.Option(help="What blocks that are computed again keep in host memory: none, inputs or all.")
+    ] = "none",
     fully_sharded: Annotated[
         int, typer.Option(min=0, help="Ranks that fully_shard shards parameters over; 0: each rank has all.")
     ] = 0,
@@ -169,6 +172,7 @@ def explain(
             "kernel": kernel,
             "heads_per_message": heads_per_message,
             "memory_budget": memory_budget,
+            "offload": offload,
             "optimizer_states": optimizer_states,
             "fully_sharded": cpcompile.FullySharded(fully_sharded) if fully_sharded else None,
         }

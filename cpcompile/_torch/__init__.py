@@ -19,7 +19,7 @@ from cpcompile._torch.dynamo import (
 )
 from cpcompile._torch.functorch import TransformError
 from cpcompile._torch.inductor import compile_by_rows, inner_compiler, known_options, option_fits, options_of_mode
-from cpcompile._torch.joint_graph import JointPass
+from cpcompile._torch.joint_graph import HalvesPass, JointPass
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.overlap import OverlapPass
 from cpcompile._torch.tracing import (
@@ -34,6 +34,7 @@ from cpcompile._torch.tracing import (
 __all__ = [
     "CONTROL_FLOW",
     "DATA_DEPENDENT",
+    "HalvesPass",
     "JointPass",
     "NoPolicyError",
     "OverlapPass",

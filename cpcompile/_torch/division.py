@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpcompile._torch.inductor import recomputing
-from cpcompile._torch.joint_graph import JointPass
+from cpcompile._torch.joint_graph import HalvesPass, JointPass, Partitioner
 
 
 def divide(
@@ -22,6 +23,7 @@ def divide(
     inputs: Sequence[Any],
     mode: FakeTensorMode,
     joint_pass: JointPass | None,
+    halves_pass: HalvesPass | None = None,
     recomputes_elementwise: bool = False,
 ) -> tuple[fx.GraphModule, fx.GraphModule | None]:
     """Return the forward and the backward of a graph; None for the latter where nothing takes a gradient.
@@ -31,6 +33,7 @@ def divide(
         inputs: fake, or numbers.
         mode: of these.
         joint_pass: runs on the graph of both.
+        halves_pass: runs on the halves.
         recomputes_elementwise: as `inner_compiler` has it.
     """
     halves: dict[str, fx.GraphModule] = {}
@@ -42,11 +45,7 @@ def divide(
 
         return compiler
 
-    def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-        if joint_pass is not None:
-            joint_pass(joint.graph)
-        return min_cut_rematerialization_partition(joint, *args, **kwargs | {"compiler": "inductor"})
-
+    min_cut = functools.partial(min_cut_rematerialization_partition, compiler="inductor")
     with (
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
         recomputing(recomputes_elementwise),
@@ -58,7 +57,7 @@ def divide(
             fw_compiler=keep("forward"),
             bw_compiler=keep("backward"),
             inference_compiler=keep("forward"),
-            partition_fn=partition,
+            partition_fn=Partitioner(min_cut, joint_pass, halves_pass),
             decompositions=select_decomp_table(),
         )
     return halves["forward"], halves.get("backward")

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from cpcompile._torch.joint_graph import JointPass, in_inductor
+from cpcompile._torch.joint_graph import HalvesPass, JointPass, Partitioner, in_inductor
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -23,12 +23,13 @@ def inner_compiler(
     name: str,
     options: Mapping[str, Any] | None = None,
     joint_pass: JointPass | None = None,
+    halves_pass: HalvesPass | None = None,
     recomputes_elementwise: bool = False,
 ) -> Compiler:
     """Return the function that compiles the transformed graph: `inductor` with these options, `aot_eager` or `eager`.
 
-    `joint_pass` runs on the graph of forward and backward, which `eager` has not. With `recomputes_elementwise` Inductor keeps
-    no results of elementwise operators for backward that it can compute again from others.
+    `joint_pass` runs on the graph of forward and backward, which `eager` has not, and `halves_pass` on its halves. With
+    `recomputes_elementwise` Inductor keeps no results of elementwise operators for backward that it can compute again.
     """
     if name == "eager":
         return lambda gm, inputs: gm
@@ -37,11 +38,7 @@ def inner_compiler(
         from torch._functorch.compilers import nop
         from torch._functorch.partitioners import default_partition
 
-        def partition(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-            if joint_pass is not None:
-                joint_pass(gm.graph)
-            return default_partition(gm, *args, **kwargs)
-
+        partition = Partitioner(default_partition, joint_pass, halves_pass)
         return aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=partition)
     from torch._inductor.compile_fx import compile_fx
 
@@ -53,7 +50,7 @@ def inner_compiler(
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
             recomputing(recomputes_elementwise),
             torch._inductor.config.patch(patches),
-            in_inductor(joint_pass),
+            in_inductor(joint_pass, halves_pass),
         ):
             return compile_fx(gm, inputs)  # type: ignore[return-value]
 

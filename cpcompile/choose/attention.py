@@ -56,7 +56,7 @@ class Ranks:
     Attributes:
         world_size: all of them.
         inner_size: those that exchange heads in `usp`; 0 where they are no grid.
-        heads_per_message: key heads that `gather` and `halo` gather at once; 0: all.
+        heads_per_message: key heads that a rank receives at once; 0: all.
         transport: `symmetric` or `p2p`, or `auto`, which is taken for symmetric on one host.
     """
 
@@ -68,7 +68,10 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSite:
-    """What the cost of an attention depends on. Sizes are those of the whole attention."""
+    """What the cost of an attention depends on. Sizes are those of the whole attention.
+
+    `keeps_heads`: it is in no activation checkpoint, where heads are exchanged once more in backward.
+    """
 
     batch: int
     heads: int
@@ -85,6 +88,7 @@ class AttentionSite:
     has_documents: bool = False
     kernel: str = "cudnn"
     latent: Expansion | None = None
+    keeps_heads: bool = True
 
     @property
     def has_window(self) -> bool:
@@ -144,4 +148,6 @@ class AttentionSite:
             world_size=axis.world_size,
             visible=visible,
             inner_size=axis.inner_size,
+            heads_per_message=axis.heads_per_message,
+            keeps_heads=self.keeps_heads,
         )

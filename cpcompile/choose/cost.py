@@ -71,7 +71,7 @@ def device_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks)
             total += (own + max(r.forward_keys for r in ranks)) / GATHERING
     if swapped:
         most = most_rounds(layout, is_ring=inner < axis.world_size)
-        count = 4 * len(rounds(inner, site.heads, site.kv_heads, most))
+        count = 4 * len(rounds(inner, site.heads, site.kv_heads, most, axis.heads_per_message))
         total += _exposed(swapped, count, 4, work, link(site, axis, inner))
         total += swapped / LAYING if is_gpu(site) else 0.0
     return total

@@ -17,8 +17,10 @@ from cpcompile.analysis.gradient_flow import needs_no_gradient
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.capture.stages import stage
+from cpcompile.compile.offload import move_to_host, note_tokens
+from cpcompile.compile.outline_layers import outline_layers, pass_operands_by
 from cpcompile.compile.overlap import overlapped
-from cpcompile.compile.saved_results import is_recomputed, keep_attention, tag_saved_results, tags_of
+from cpcompile.compile.saved_results import is_recomputed, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import NoRule, where
 from cpcompile.ir.annotation import annotation
@@ -41,6 +43,11 @@ COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd")
 KEPT = (
     "inner='eager' computes nothing again in backward: activation checkpoints and reshard_after_forward change no result, but "
     "save no memory either. inner='inductor' and 'aot_eager' do as they say."
+)
+NOT_MOVED = (
+    "offload=%r moves nothing to host memory: it moves what blocks keep that are computed again in backward, but for the last of "
+    "them, and there are no two. Have blocks computed again: memory_budget=0, or torch.utils.checkpoint in the model "
+    "(gradient_checkpointing_enable of transformers)."
 )
 cp = torch.ops.cpcompile
 _log = logging.getLogger(__name__)
@@ -149,6 +156,18 @@ def warn_of_kept_results() -> None:
     _log.warning(KEPT)
 
 
+def move_or_tell(forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int, *, offload: str) -> None:
+    """Have what blocks keep wait in host memory, or say that there is none."""
+    if not move_to_host(forward, backward, num_outputs, offload=offload):
+        warn_of_nothing_moved(offload)
+
+
+@functools.cache
+def warn_of_nothing_moved(offload: str) -> None:
+    """Say, once, that nothing waits in host memory."""
+    _log.warning(NOT_MOVED, offload)
+
+
 def finish_graph(graph: fx.GraphModule, summed: Sequence[int], site: int) -> None:
     """Have the graph sum the gradients of its inputs `summed`, and return where documents begin."""
     keep_overwritten(graph)
@@ -177,18 +196,31 @@ def keep_overwritten(graph: fx.GraphModule) -> None:
         buffer.replace_all_uses_with(copied, delete_user_cb=set(readers).__contains__)
 
 
-def prepare_for_autograd(graph: fx.GraphModule, config: Config) -> _torch.JointPass | None:
-    """Return what tells the compiler of forward and backward which results are kept, and leave only inputs with values.
+def prepare_for_autograd(
+    graph: fx.GraphModule, config: Config, move: Callable[..., Any] = move_to_host, *, outlines: bool = False
+) -> tuple[_torch.JointPass, _torch.HalvesPass | None]:
+    """Return what tells the compiler of forward and backward which results are kept, and which of them in host memory.
 
-    Values are those of the whole model; what runs here is local.
+    Only inputs are left with values: those are of the whole model, and what runs here is local. `move` is `move_to_host`, or
+    calls it. With `outlines`, equal layers become calls of one function.
     """
+    tags = tags_of(graph.graph)
+    if outlines:
+        outline_layers(graph)
     for node in graph.graph.nodes:
         if node.op != "placeholder":
             node.meta.pop("val", None)
-    if not config.recompute_attention:
-        keep_attention(graph.graph)
-    tags = tags_of(graph.graph)
-    return _torch.JointPass(tag_saved_results, tags) if tags else None
+    joint_pass = _torch.JointPass(keep_results, f"{tags} {outlines}")
+    if config.offload == "none":
+        return joint_pass, None
+    note_tokens(graph.graph)
+    return joint_pass, _torch.HalvesPass(functools.partial(move, offload=config.offload), config.offload)
+
+
+def keep_results(graph: fx.Graph) -> None:
+    """Say, on the graph of forward and backward, what is kept between the two."""
+    tag_saved_results(graph)
+    pass_operands_by(graph)
 
 
 def compile_inner(
@@ -212,11 +244,12 @@ def compile_inner(
     num_parts = compile_parts(graph, options) if config.inner == "inductor" else 0
     if config.inner == "eager" and is_recomputed(graph.graph):
         warn_of_kept_results()
-    joint_pass = prepare_for_autograd(graph, config)
+    joint_pass, halves_pass = prepare_for_autograd(graph, config, move_or_tell, outlines=config.outlines)
     if bytes_ahead and config.inner == "inductor":
         groups = frozenset(shard.group for shard in shards)
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options
     program = f"compiling {num_parts + 1} of {num_parts + 1} (forward and backward)"
     with stage(program), faults_of(f"the inner compiler ({config.inner})", INNER_REMEDY):
-        compiler = _torch.inner_compiler(config.inner, options, joint_pass, config.recompute_elementwise)
+        again = config.recompute_elementwise
+        compiler = _torch.inner_compiler(config.inner, options, joint_pass, halves_pass, again)
         return compiler(graph, example_inputs)

@@ -16,16 +16,22 @@ from cpcompile.ir.checkpoint_answers import answers_of, set_answers, strongest
 from cpcompile.ir.operator_call import is_view
 
 
-def keep_attention(graph: fx.Graph) -> None:
-    """Have the results of each attention inside an activation checkpoint saved, unless a policy says that they must not be.
+def keep_attention(graph: fx.Graph, keeps_all: bool) -> None:
+    """Have the results of attentions inside activation checkpoints saved: of all of them, or of those that a policy has saved.
 
-    They take as much memory as the input of a layer; to compute them again takes a third of the time of attention or more.
+    They take as much memory as the input of a layer; to compute them again takes a third of the time of attention or more. A
+    policy that says that they must not be saved is followed. What was received and computed by heads is not saved: q, k and v
+    are computed again in backward anyway, and exchanged once more, which takes little beside attention.
     """
     for node in graph.nodes:
-        is_recomputed = node.meta.get("recompute") is CheckpointPolicy.PREFER_RECOMPUTE
+        if node.target not in REWRITTEN or node.meta.get("recompute") is not CheckpointPolicy.PREFER_RECOMPUTE:
+            continue
         answers = answers_of(node)
-        if node.target in REWRITTEN and is_recomputed and CheckpointPolicy.MUST_RECOMPUTE not in answers.values():
+        if keeps_all and CheckpointPolicy.MUST_RECOMPUTE not in answers.values():
             set_answers(node, [*answers.items(), (node.target, CheckpointPolicy.MUST_SAVE)])
+        has_heads = any(argument.name == "keeps_heads" for argument in node.target._schema.arguments)
+        if has_heads and policy_of(node) in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE):
+            node.kwargs = node.kwargs | {"keeps_heads": False}
 
 
 def tag_saved_results(graph: fx.Graph) -> int:

@@ -25,6 +25,7 @@ from cpcompile.choose.attention_sites import (
 )
 from cpcompile.choose.choice import Choice, choose
 from cpcompile.choose.kernels import likely_kernel, refuse_unable_kernel
+from cpcompile.compile.saved_results import keep_attention
 from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
 from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.operator_call import is_tensor
@@ -158,6 +159,7 @@ def transform(
         run_pass(captured, tile_rows, changes, times, tile=config.tile)
     if config.memory_budget < 1:
         run_pass(captured, recompute_blocks, changes, times, memory_budget=config.memory_budget)
+    keep_attention(captured.graph, keeps_all=not config.recompute_attention)
     if shards:
         run_pass(captured, unshard_parameters, changes, times, shards=shards)
     captured.graph.eliminate_dead_code()

@@ -33,7 +33,8 @@ from cpcompile.memory.ledger import Ledger, ledger_of
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 from cpcompile.passes.lift_masks import describe
-from cpcompile.runtime.attention.workload import Memory, memory_of, work_of
+from cpcompile.runtime.attention.heads import most_rounds, rounds
+from cpcompile.runtime.attention.workload import Memory, Workload, memory_of, work_of
 from cpcompile.runtime.traffic import Traffic, attention_workload, sends, traffic
 
 cp = torch.ops.cpcompile
@@ -232,6 +233,7 @@ def attention_sites(transformed: Transformed) -> list[Site]:
                 pairs=numbers.pairs,
                 kept_bytes=numbers.memory.kept,
                 received_bytes=numbers.memory.received,
+                rounds_again=numbers.rounds_again,
             )
         )
     return sites
@@ -244,9 +246,10 @@ class Numbers:
     sent: Traffic
     pairs: tuple[int, ...]
     memory: Memory
+    rounds_again: int
 
 
-NOTHING = Numbers(Traffic(0, 0), (), Memory(0, 0))
+NOTHING = Numbers(Traffic(0, 0), (), Memory(0, 0), 0)
 
 
 def numbers_of(node: fx.Node, transformed: Transformed) -> Numbers:
@@ -256,7 +259,18 @@ def numbers_of(node: fx.Node, transformed: Transformed) -> Numbers:
     if strategy == "latent_heads":  # the operator has the key heads of one rank
         workload = replace(workload, kv_heads=workload.kv_heads * plan.world_size)
     pairs = tuple(work_of(workload, strategy, rank) for rank in range(plan.world_size))
-    return Numbers(traffic_of(node, transformed), pairs, memory_of(workload, strategy, plan.heads_per_message))
+    return Numbers(
+        traffic_of(node, transformed), pairs, memory_of(workload, strategy), num_rounds_again(workload, strategy)
+    )
+
+
+def num_rounds_again(workload: Workload, strategy: str) -> int:
+    """Return in how many rounds backward exchanges heads once more; 0 where they are kept, or never exchanged."""
+    inner = workload.inner(strategy)
+    if inner == 1 or workload.keeps_rounds:
+        return 0
+    most = most_rounds(workload.layout, is_ring=inner < workload.world_size)
+    return len(rounds(inner, workload.heads, workload.kv_heads, most, workload.heads_per_message))
 
 
 def latent_traffic(attention: fx.Node, transformed: Transformed) -> Traffic:

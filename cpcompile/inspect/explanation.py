@@ -21,7 +21,10 @@ class Site:
         reasons: why none of the faster kernels, one line each.
         forward_bytes, backward_bytes: what the busiest rank sends in a step.
         pairs: for each rank, how many pairs of a query and a key it computes, over all its heads.
-        kept_bytes: what a rank keeps from forward to backward; received_bytes: others' keys that it holds at once.
+        kept_bytes: what a rank keeps from forward to backward; received_bytes: others' keys, or heads that it does not keep,
+            that it holds at once.
+        rounds_again: in how many rounds backward exchanges q, k, v and the output once more; 0: they are kept by heads, or never
+            exchanged.
     """
 
     module: str
@@ -39,6 +42,7 @@ class Site:
     pairs: tuple[int, ...]
     kept_bytes: int
     received_bytes: int
+    rounds_again: int = 0
 
     @property
     def imbalance(self) -> float:
@@ -119,7 +123,8 @@ class Explanation:
             *self._site_lines(),
             *self._kernel_lines(),
             f"a rank keeps {size(sum(s.kept_bytes for s in self.sites))} of all attentions for backward, and holds at most "
-            f"{size(max((s.received_bytes for s in self.sites), default=0))} of other ranks' keys at once",
+            f"{size(max((s.received_bytes for s in self.sites), default=0))} of other ranks' keys and heads at once",
+            *self._again_lines(),
             "",
             *self._region_lines(),
             "sharded where",
@@ -163,6 +168,17 @@ class Explanation:
         title = f"{len(rows)} attention(s): the work of the busiest rank over the mean, bytes that it sends in a step"
         return [title, *table(head, rows)]
 
+    def _again_lines(self) -> list[str]:
+        """Return which attentions keep nothing by heads."""
+        again = [s.rounds_again for s in self.sites if s.rounds_again]
+        if not again:
+            return []
+        rounds = " or ".join(map(str, sorted(set(again))))
+        return [
+            f"{len(again)} attention(s) keep nothing by heads: backward exchanges q, k, v and the output once more, in {rounds} "
+            "round(s)"
+        ]
+
     def _kernel_lines(self) -> list[str]:
         """Return which faster kernels cannot be used, and why."""
         found: dict[str, None] = dict.fromkeys(
@@ -205,7 +221,8 @@ def memory_lines(ledger: Ledger) -> list[str]:
     total = ("at the peak", *(size(phase.total) for phase in ledger.phases))
     lines = ("line", *(phase.place for phase in ledger.phases))
     head = ("kind", *(phase.name for phase in ledger.phases))
-    return [f"predicted memory of a rank: {size(ledger.peak)} at most", *table(head, [*rows, total, lines])]
+    text = [f"predicted memory of a rank: {size(ledger.peak)} at most", *table(head, [*rows, total, lines])]
+    return [*text, f"  and in host memory, from forward to backward: {size(ledger.host)}"] if ledger.host else text
 
 
 def rates() -> list[str]:

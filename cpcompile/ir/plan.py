@@ -32,7 +32,7 @@ class Plan:
         exact_dropout: dropout draws what one device draws.
         token_local: paths or classes of the modules that are declared token-local.
         kernel: the kernel of all attentions, or `auto`.
-        heads_per_message: how many key heads `gather` and `halo` gather at once; 0: all.
+        heads_per_message: how many key heads a rank receives at once; 0: all.
         inner_size: ranks that exchange heads in `usp`; 0 where the axis is no grid.
         inner_group, outer_group: names of the process groups of the grid's axes.
     """
@@ -52,6 +52,11 @@ class Plan:
     inner_size: int = 0
     inner_group: str = ""
     outer_group: str = ""
+
+    @property
+    def keeps_heads(self) -> bool:
+        """Whether attention keeps for backward what it exchanged by heads; inside of activation checkpoints it does not."""
+        return not self.heads_per_message
 
     def has_padding(self, length: Any) -> bool:
         """Tell whether some rank may hold padding slots; a symbolic length may need them."""

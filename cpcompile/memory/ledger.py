@@ -14,11 +14,13 @@ from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import placeholders
 from cpcompile.compile.deferred_outputs import defer_outputs
 from cpcompile.compile.inner import finish_graph, prepare_for_autograd
+from cpcompile.compile.offload import is_in_host_memory
+from cpcompile.compile.stored import root_of
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import source_place
 from cpcompile.ir.operator_call import value_of, values_of
 from cpcompile.ir.parameter_shard import ParameterShard
-from cpcompile.memory.timeline import Moment, Timeline, bytes_of, bytes_of_value, root_of
+from cpcompile.memory.timeline import Moment, Timeline, bytes_of, bytes_of_value
 from cpcompile.memory.workspace import workspace
 from cpcompile.options.config import Config
 
@@ -60,9 +62,15 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What a training step holds on a rank, by phase. The peak of torch's allocator is that of the largest phase."""
+    """What a training step holds on a rank, by phase. The peak of torch's allocator is that of the largest phase.
+
+    Attributes:
+        phases: forward, backward and optimizer; only the first for what has no gradients.
+        host: bytes that wait in host memory from forward to backward (`offload`), of this rank alone.
+    """
 
     phases: tuple[Phase, ...]
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -108,10 +116,10 @@ def ledger_of(
         ]
     defer_outputs(gm)
     finish_graph(gm, summed, 0)
-    joint_pass = prepare_for_autograd(gm, config)
+    joint_pass, halves_pass = prepare_for_autograd(gm, config)
     (output,) = gm.graph.find_nodes(op="output")
     num_outputs = len(output.args[0])
-    forward, backward = _torch.divide(gm, values, mode, joint_pass, config.recompute_elementwise)
+    forward, backward = _torch.divide(gm, values, mode, joint_pass, halves_pass, config.recompute_elementwise)
     sizes = [bytes_of_value(x) for x in values]
     is_state = [isinstance(x, torch.nn.Parameter | torch.nn.Buffer) or i in shards for i, x in enumerate(inputs)]
     trained = sum(size for size, x in zip(sizes, values, strict=True) if takes_gradient(x))
@@ -129,7 +137,8 @@ def ledger_of(
         moments = Timeline(backward.graph, backward_kinds(backward, saved), workspace, saved.__contains__, late).run()
         phases.append(largest("backward", moments, fixed | {"returned": returned}, bytes_ahead))
         phases.append(Phase("optimizer", fixed | {"gradients": trained}, ""))
-    return Ledger(tuple(phases))
+    in_host = [value_of(node) for node in forward.graph.nodes if is_in_host_memory(node)]
+    return Ledger(tuple(phases), sum(map(bytes_of_value, in_host)))
 
 
 def fake_input(value: Any, given: Any, shard: ParameterShard | None) -> Any:
@@ -213,6 +222,8 @@ def backward_kinds(backward: fx.GraphModule, saved: Collection[fx.Node]) -> Call
             return "saved" if node in saved else "temporary" if is_incoming else "external"
         if node in returned:
             return "gradients"
+        if node.target is torch.ops.cpcompile.from_host.default:
+            return "saved"
         return "gathered parameters" if is_gathered(node) else "temporary"
 
     return kind

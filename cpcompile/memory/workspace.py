@@ -30,11 +30,7 @@ def workspace(node: fx.Node) -> int:
         return tile_of(Call.of(node), 1 if name == "tiles_forward" else 2)
     if name in _ATTENTIONS:
         strategy, copies = _ATTENTIONS[name]
-        call = Call.of(node)
-        return (
-            copies
-            * memory_of(attention_workload(sized(call)), strategy, call.arguments.get("heads_per_message", 0)).received
-        )
+        return copies * memory_of(attention_workload(sized(Call.of(node))), strategy).received
     return 0
 
 

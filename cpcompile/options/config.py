@@ -25,6 +25,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "inner": INNER_COMPILERS,
     "outputs": ("local", "full"),
     "logits": ("auto", "keep"),
+    "offload": ("none", "inputs", "all"),
     "grad_sync": ("sum", "mean", "none"),
     "check_inputs": ("always", "first", "never"),
 }
@@ -46,8 +47,9 @@ class Config:
             `balanced:4` where they are four.
         kernel: what computes a block of attention: `auto` (the fastest that can), or one name, for every attention of the model;
             where that one cannot compute an attention, compilation ends with its line and the reason.
-        heads_per_message: how many key heads `gather` and `halo` gather at once, so that some are computed while the next arrive,
-            and less memory is held; 0: all.
+        heads_per_message: how many key heads a rank receives at once, with the query heads that read them where these are
+            exchanged, so that some are computed while the next arrive, and less memory is held; 0: all. Where heads are exchanged
+            (`ulysses`, `usp`, `latent_heads`) it keeps none of them for backward, which exchanges them once more.
         transport: how keys, values and heads travel between GPUs: `symmetric` (copied from memory that the GPUs of a host
             share, beside the computation), `p2p` (NCCL sends and receives) or `auto` (symmetric where it works). It holds for
             the process groups of the axis, and so for every model on them.
@@ -66,6 +68,10 @@ class Config:
         memory_budget: how many of the model's blocks keep their intermediate results for backward, 1 (all) to 0 (none). The
             others keep what enters them and the results of attention, and compute the rest again. Without activation
             checkpoints in the model; with `inductor` and `aot_eager`.
+        offload: what blocks that are computed again in backward keep in pinned host memory, copied beside computation: `none`,
+            `inputs` (what enters them) or `all` (the results of attention too, and whatever else is kept of their inside).
+            The last of them keeps its own on the device, since backward begins with it. Needs blocks that are computed again
+            (`memory_budget`, or activation checkpoints in the model); with `inductor` and `aot_eager`.
         loss_chunk: how many tokens' logits are in memory at once where only a loss reads them: the head, the loss and the
             gradients are computed for so many tokens after the other. 0: all at once.
         tile: how many tokens at once what is computed of each token alone, and is wider than hidden states, runs for: the inside
@@ -75,6 +81,9 @@ class Config:
         mode: the mode of `torch.compile` for Inductor, `max-autotune-no-cudagraphs` for example; '' is its default.
         inner_options: options of Inductor (those of `torch.compile`), such as `{"shape_padding": True}`; they go before those of
             the mode.
+        outline_layers: layers that are equal are compiled once (True), as calls of one function, so that a deep model compiles
+            in little more than a shallow one, or each by itself (False). Only with `inductor`, without CUDA graphs and without
+            `offload`.
         outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's
             order (`full`).
         grad_sync: `sum`: parameter gradients are added over the axis, each as soon as backward has it.
@@ -114,11 +123,13 @@ class Config:
     memory: str = ""
     optimizer_states: int = 2
     memory_budget: float = 1.0
+    offload: str = "none"
     loss_chunk: int = 4096
     tile: int = 0
     logits: str = "auto"
     mode: str = ""
     inner_options: Mapping[str, Any] = field(default_factory=dict)
+    outline_layers: bool = True
     outputs: str = "local"
     grad_sync: str = "sum"
     check_inputs: str = "always"
@@ -142,7 +153,7 @@ class Config:
                 )
         if self.heads_per_message < 0:
             raise ConfigError(
-                f"heads_per_message={self.heads_per_message} is not a number of heads: 0 gathers all at once."
+                f"heads_per_message={self.heads_per_message} is not a number of heads: 0 sends all at once."
             )
         if self.memory and (
             not (given := re.fullmatch(r"fit(?::(\d+(?:\.\d+)?))?", self.memory)) or (given[1] and not float(given[1]))
@@ -155,6 +166,11 @@ class Config:
             raise ConfigError(
                 f"memory={self.memory!r} lets backward compute results again, which inner='eager' does not: use 'inductor' or "
                 "'aot_eager'."
+            )
+        if self.offload != "none" and self.inner == "eager":
+            raise ConfigError(
+                f"offload={self.offload!r} moves what a compiled program keeps from forward to backward, and inner='eager' "
+                "compiles none: use 'inductor' or 'aot_eager'."
             )
         if self.optimizer_states < 0:
             raise ConfigError(f"optimizer_states={self.optimizer_states} is not a number of tensors.")
@@ -207,6 +223,13 @@ class Config:
     def inductor_options(self) -> dict[str, Any]:
         """Inductor's options: those of the mode, and those that were given."""
         return {**(_torch.options_of_mode(self.mode) if self.mode else {}), **self.inner_options}
+
+    @property
+    def outlines(self) -> bool:
+        """Whether equal layers are compiled once: by Inductor, where no CUDA graph holds what a call would hide from it."""
+        options = self.inductor_options
+        is_inductor = self.inner == "inductor" and not options.get("triton.cudagraphs")
+        return self.outline_layers and is_inductor and self.offload == "none"
 
     @property
     def told_by(self) -> str:

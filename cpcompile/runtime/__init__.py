@@ -7,6 +7,9 @@ from cpcompile.runtime.attention import strategies as strategies
 from cpcompile.runtime.by_rows import by_rows as by_rows
 from cpcompile.runtime.chunked_loss import chunked_loss as chunked_loss
 from cpcompile.runtime.gradients import sum_gradient as sum_gradient
+from cpcompile.runtime.host_memory import from_host as from_host
+from cpcompile.runtime.host_memory import to_host as to_host
+from cpcompile.runtime.host_memory import wait_copy as wait_copy
 from cpcompile.runtime.parameters import unshard_parameter as unshard_parameter
 from cpcompile.runtime.tokens.document_bounds import document_bounds as document_bounds
 from cpcompile.runtime.tokens.dropout import draw_kept as draw_kept

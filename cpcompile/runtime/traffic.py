@@ -92,8 +92,8 @@ def attention_workload(a: Arguments) -> Workload:
     """Return an attention operator's arguments as a workload. Where documents begin is not read: they hide nothing here."""
     given = [None if name == "bounds" else a[name] for name in TERMS]
     visible = AttentionArguments.of(a["q"], a["k"], given, a["length"]).visible
-    axis = {name: a[name] for name in ("length", "layout", "world_size")}
-    return workload_of(a["q"], a["k"], a["v"], visible=visible, inner_size=a.get("inner_size", 0), **axis)
+    names = "length", "layout", "world_size", "inner_size", "keeps_heads", "heads_per_message"
+    return workload_of(a["q"], a["k"], a["v"], visible=visible, **{name: a[name] for name in names if name in a})
 
 
 # The arguments behind q, k and v, in the order of `AttentionArguments`.

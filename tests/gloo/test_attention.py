@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
@@ -104,7 +106,8 @@ def documents_of(kind: str, length: int) -> torch.Tensor:
             return torch.arange(length).expand(BATCH, length)
         case "giant":
             return torch.bucketize(torch.arange(length), torch.tensor([1, 2, 5, 68, 69, 71]), right=True)[None]
-    return (torch.arange(length) // (parts_of(kind)[1] or 6)).expand(1, length)
+    size, *_ = (*parts_of(kind)[1], 6)
+    return (torch.arange(length) // size).expand(1, length)
 
 
 def inputs_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -210,21 +213,27 @@ def local(x: torch.Tensor, dim: int, rank: int, order: TokenOrder) -> torch.Tens
     )
 
 
-def parts_of(strategy: str) -> tuple[str, int]:
-    """Return the name and the number of `gather_1`, 0 where there is none."""
-    name, _, number = strategy.rpartition("_")
-    return (name, int(number)) if number.isdecimal() else (strategy, 0)
+def parts_of(strategy: str) -> tuple[str, list[int]]:
+    """Return the name and the numbers of `gather_1`."""
+    parts = strategy.split("_")
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    return "_".join(part for part in parts if not part.isdecimal()), numbers
 
 
 def axis_of(rank: Any, strategy: str, layout: str, length: int) -> dict[str, Any]:
-    """Return the keyword arguments of a strategy; `gather_1` sends one key head a message, `usp_2` has 2 inner ranks."""
+    """Return the keyword arguments of a strategy; `gather_1` sends one key head a message, `usp_2` has 2 inner ranks.
+
+    Of `ulysses_0`, as of `usp_2_0`, nothing is kept by heads, and all heads are exchanged at once.
+    """
     axis = {"length": length, "layout": layout, "world_size": rank.world_size, "group": rank.group}
-    name, number = parts_of(strategy)
+    name, numbers = parts_of(strategy)
     if name == "usp":
-        inner = number
+        inner = numbers.pop(0)
         inner_group, outer_group = rank.grid(inner)
-        return axis | {"inner_size": inner, "inner_group": inner_group, "outer_group": outer_group}
-    return axis | ({"heads_per_message": number} if number else {})
+        axis |= {"inner_size": inner, "inner_group": inner_group, "outer_group": outer_group}
+    if numbers == [0]:
+        return axis | {"keeps_heads": False}
+    return axis | ({"heads_per_message": numbers[0]} if numbers else {})
 
 
 def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
@@ -305,6 +314,52 @@ def test_equals_the_whole_attention(pool: Any, strategy: str, layout: str, world
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_usp_equals_the_whole_attention(pool: Any, strategy: str, layout: str, world_size: int) -> None:
     check(pool, strategy, layout, world_size, CASES)
+
+
+HEADS = ("short", "heads_9_3", "heads_2_1", "heads_8_4", "heads_8_8", "bounds", "mask", "sinks", "dropout_documents")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "layout"),
+    [
+        (1, "ulysses_1", "contiguous"),
+        (2, "ulysses_0", "zig_zag"),
+        (2, "ulysses_1", "contiguous"),
+        (3, "ulysses_1", "zig_zag"),
+        (4, "usp_2_1", "zig_zag"),
+        (4, "usp_4_0", "balanced"),
+    ],
+)
+def test_heads_that_are_exchanged_again_equal_the_whole_attention(
+    pool: Any, world_size: int, strategy: str, layout: str
+) -> None:
+    check(pool, strategy, layout, world_size, {name: CASES[name] for name in (*HEADS, "everything")})
+
+
+def laid(rank: Any, strategy: str, layout: str, case: dict[str, Any]) -> list[list[Any]]:
+    """Return shapes and strides of all results and gradients, as they are and as they are traced."""
+    x, found = inputs_of(case), []
+    order = TokenOrder.of(x["length"], rank.world_size, layout)
+    leaves = [local(x[n], 2, rank.rank, order).requires_grad_() for n in "qkv"]
+    operator = getattr(torch.ops.cpcompile, f"{parts_of(strategy)[0]}_attention")
+    with FakeTensorMode() as mode:
+        traced = [mode.from_tensor(leaf) for leaf in leaves]
+    for operands, inside in ((leaves, contextlib.nullcontext()), (traced, mode)):
+        with inside:
+            axis = axis_of(rank, strategy, layout, x["length"])
+            out, *others = operator(*operands, None, None, None, SCALE, True, 0, 0.0, **axis)
+            results = [out, *others, *torch.autograd.grad(out, operands, torch.ones_like(out))]
+        found.append([(tuple(t.shape), t.stride() if t.numel() else (), t.dtype) for t in results])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy"), [(2, "ulysses"), (3, "ulysses"), (3, "ulysses_0"), (2, "ulysses_1"), (4, "usp_2")]
+)
+def test_results_are_laid_as_traced(pool: Any, world_size: int, strategy: str) -> None:
+    for case in ("heads_9_3", "heads_8_4"):
+        for real, traced in pool.run(world_size, laid, strategy, "zig_zag", CASES[case]):
+            assert real == traced
 
 
 @pytest.mark.parametrize("layout", DOCUMENT_LAYOUTS)

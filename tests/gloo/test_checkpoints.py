@@ -65,7 +65,7 @@ def compare(model: nn.Module, alone: nn.Module) -> dict[str, float]:
     return {"loss": error(losses[0].detach(), losses[1].detach())} | errors(by_name(model), by_name(alone))
 
 
-def checkpointed(rank: Any, wrapper: str, inner: str, is_sharded: bool) -> dict[str, float]:
+def checkpointed(rank: Any, wrapper: str, inner: str, is_sharded: bool, options: dict[str, Any]) -> dict[str, float]:
     torch._dynamo.reset()
     model, alone = make("rotary"), make("rotary")
     for m in (model, alone):
@@ -76,7 +76,7 @@ def checkpointed(rank: Any, wrapper: str, inner: str, is_sharded: bool) -> dict[
         for block in model.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=rank.mesh())  # type: ignore[arg-type]
         fully_shard(model, mesh=rank.mesh())
-    cpcompile.apply(model, rank.mesh(), inner=inner)
+    cpcompile.apply(model, rank.mesh(), inner=inner, **options)
     return compare(model, alone)
 
 
@@ -91,7 +91,21 @@ def checkpointed(rank: Any, wrapper: str, inner: str, is_sharded: bool) -> dict[
     ],
 )
 def test_checkpoint_wrapper(pool: Any, wrapper: str, inner: str, is_sharded: bool) -> None:
-    for found in pool.run(2, checkpointed, wrapper, inner, is_sharded, timeout=200):
+    for found in pool.run(2, checkpointed, wrapper, inner, is_sharded, {}, timeout=200):
+        assert max(found.values()) < EXACT, found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "inner", "options"),
+    [
+        (2, "aot_eager", {}),
+        (3, "aot_eager", {"heads_per_message": 1}),
+        pytest.param(2, "inductor", {"heads_per_message": 1}, marks=pytest.mark.slow),
+    ],
+)
+def test_heads_are_exchanged_again_in_backward(pool: Any, world_size: int, inner: str, options: dict[str, Any]) -> None:
+    given = {"strategy": "ulysses"} | options
+    for found in pool.run(world_size, checkpointed, "plain", inner, False, given, timeout=200):
         assert max(found.values()) < EXACT, found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from functorch.compile import make_boxed_func
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import cpcompile
 from cpcompile._torch import fsdp
 from cpcompile.compile.overlap import overlapped
+from cpcompile.options.config import Config
 from tests.models import batch, error, errors, loss_of, make
 
 EXACT = 1e-12  # float64
@@ -182,6 +184,34 @@ def test_gathers_overlap(pool: Any, prefetch: int) -> None:
     assert_exact([found for found, _ in results])
     for _, most in results:
         assert not most if not prefetch else min(most) > 4, most  # a block has more parameters
+
+
+def outlined(rank: Any, reshard: bool) -> tuple[dict[str, float], list[tuple[int, int]]]:
+    """Errors of training with equal layers as calls; the calls and the gathers outside of them in each graph."""
+    graphs = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        targets = [str(node.target) for node in gm.graph.nodes]
+        graphs.append((targets.count("invoke_subgraph"), sum("all_gather" in target for target in targets)))
+        return make_boxed_func(gm)
+
+    shape = {"num_layers": 5}
+    options = {"inner": "aot_eager", "changes": shape, "alone": shape, "fsdp": {"reshard_after_forward": reshard}}
+    with (
+        unittest.mock.patch("torch._functorch.compilers.nop", compiler),
+        unittest.mock.patch.object(Config, "outlines", True),
+    ):
+        return trained(rank, 1, "rotary", "dp_cp", "before", options), graphs
+
+
+@pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_equal_layers_gather_outside(pool: Any, reshard: bool) -> None:
+    results = pool.run(2, outlined, reshard, timeout=200)
+    assert_exact([found for found, _ in results])
+    for _, graphs in results:
+        (forward, gathered), (backward, again) = graphs
+        assert forward == backward == 5
+        assert gathered > 5 and bool(again) == reshard, graphs
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ TERMS: dict[str, dict[str, Any]] = {
 }
 
 
-def attend(rank: Any, strategy: str, layout: str) -> dict[str, float]:
+def attend(rank: Any, strategy: str, layout: str, options: dict[str, Any]) -> dict[str, float]:
     """Return the largest error of output and gradients for each kind of terms, 8 query heads and 4 key heads."""
     cp, found = torch.ops.cpcompile, {}
     axis = {"length": LENGTH, "layout": layout, "world_size": rank.world_size, "group": rank.group}
@@ -93,7 +93,7 @@ def attend(rank: Any, strategy: str, layout: str) -> dict[str, float]:
         if strategy == "latent_heads":
             keys = [cp.shard_tokens(x, 1, 1, 4, "contiguous", rank.world_size, rank.group) for x in keys]
         local = cp.shard_tokens(q, 2, 1, *axis.values())
-        out = getattr(cp, f"{strategy}_attention")(local, *keys, **given, **axis)[0]
+        out = getattr(cp, f"{strategy}_attention")(local, *keys, **given, **axis, **options)[0]
         whole = cp.gather_tokens(out, 2, 1, *axis.values())
         # The whole output is on every rank, and its gradient is given once.
         grads = torch.autograd.grad(whole, leaves, dout / rank.world_size)
@@ -104,15 +104,19 @@ def attend(rank: Any, strategy: str, layout: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "world_size", "layout"),
+    ("strategy", "world_size", "layout", "options"),
     [
-        ("latent", 3, "zig_zag"),
-        ("latent", 4, "contiguous"),
-        ("latent_heads", 2, "zig_zag"),
-        ("latent_heads", 4, "contiguous"),
+        ("latent", 3, "zig_zag", {}),
+        ("latent", 4, "contiguous", {}),
+        ("latent_heads", 2, "zig_zag", {}),
+        ("latent_heads", 4, "contiguous", {}),
+        ("latent_heads", 2, "contiguous", {"keeps_heads": False}),
+        ("latent_heads", 2, "zig_zag", {"heads_per_message": 1}),
     ],
 )
-def test_operators_are_attention(pool: Any, strategy: str, world_size: int, layout: str) -> None:
-    for found in pool.run(world_size, attend, strategy, layout):
+def test_operators_are_attention(
+    pool: Any, strategy: str, world_size: int, layout: str, options: dict[str, Any]
+) -> None:
+    for found in pool.run(world_size, attend, strategy, layout, options):
         assert found.keys() == TERMS.keys()
         assert max(found.values()) < 1e-12, found

@@ -12,7 +12,7 @@ from cpcompile.balance.layout import local_length
 from cpcompile.runtime.traffic import Traffic, traffic
 
 HEADS, DIM, BATCH = (9, 3), 4, 2
-STRATEGIES = ("ring", "gather", "gather_1", "halo", "ulysses", "usp_2")
+STRATEGIES = ("ring", "gather", "gather_1", "halo", "ulysses", "ulysses_1", "usp_2")
 
 
 def operator_and_arguments(rank: Any, strategy: str, layout: str, length: int, terms: dict[str, Any]) -> Any:

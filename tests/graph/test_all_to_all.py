@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
-from cpcompile.runtime.attention.heads import heads_of, most_rounds, rounds
-from cpcompile.runtime.transport.all_to_all import _by_rank, _evenly_apart, _gaps, _laid_ranks, _laid_runs, _within
+from cpcompile.runtime.attention.heads import Ranks, heads_of, heads_of_ranks, most_rounds, rounds
+from cpcompile.runtime.attention.ulysses import Started, in_rounds
+from cpcompile.runtime.transport.all_to_all import (
+    HeadExchange,
+    _by_rank,
+    _evenly_apart,
+    _gaps,
+    _laid_ranks,
+    _laid_runs,
+    _within,
+)
 from cpcompile.runtime.transport.copies import Copies, has_wide_rows, kind_of, like
 
 
@@ -56,6 +67,36 @@ def test_heads_of_documents_go_around_a_ring_in_one_round() -> None:
     assert found == [1, 2, 2]
     assert [len(rounds(2, 8, 4, most)) for most in (1, 2)] == [1, 2]
     assert rounds(2, 8, 4, 1) == (tuple(heads_of(rank, 2, 8, 4) for rank in (0, 1)),)
+
+
+@pytest.mark.parametrize("sizes", [(2, 8, 4), (2, 9, 3), (3, 8, 4), (4, 2, 1), (4, 14, 2), (1, 6, 6)])
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+def test_groups_of_heads_are_all_heads_once(sizes: tuple[int, int, int], at_once: int) -> None:
+    each = rounds(*sizes, at_once=at_once)
+    for rank, whole in enumerate(heads_of_ranks(*sizes)):
+        parts = [ranks[rank] for ranks in each]
+        assert all(part.num_key <= at_once for part in parts)
+        assert [head for part in parts for head in range(part.start, part.stop)] == [*range(whole.start, whole.stop)]
+        keys = [key for part in parts for key in range(part.key_start, part.key_stop)]
+        assert keys == [*range(whole.key_start, whole.key_stop)]
+        read = [{head // part.group for head in range(part.start, part.stop)} for part in parts]
+        assert read == [{*range(part.key_start, part.key_stop)} for part in parts]
+
+
+def test_two_rounds_have_memory() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    there: list[int] = []
+
+    nothing = Copies.of([], [])
+
+    def start(ranks: Ranks) -> Started:
+        x = torch.empty(1)
+        made.append(weakref.ref(x))
+        there.append(sum(other() is not None for other in made))
+        return [x], HeadExchange(None, nothing, [x])
+
+    in_rounds(rounds(2, 8, 8, at_once=1), start, lambda ranks, tensors: HeadExchange(None, nothing, []))
+    assert there == [1, 2, 2, 2]
 
 
 def test_gaps() -> None:

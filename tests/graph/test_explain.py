@@ -115,9 +115,17 @@ def test_grid_of_ranks() -> None:
 def test_memory_of_attention() -> None:
     (ring,), (ulysses,) = (plan(strategy=name, world_size=2).sites for name in ("ring", "ulysses"))
     assert ring.kept_bytes == B * (S // 2) * HEADS * 4 * (4 * DIM + 1)
-    assert (ulysses.kept_bytes, ulysses.received_bytes) == (2 * ring.kept_bytes, 0)
+    out = B * (S // 2) * HEADS * 4 * DIM
+    assert (ulysses.kept_bytes, ulysses.received_bytes) == (ring.kept_bytes + out, 0)
     assert ring.received_bytes == 2 * B * (S // 2) * HEADS * DIM * BYTES
     assert "a rank keeps" in str(plan())
+
+
+def test_heads_that_are_exchanged_again_are_told() -> None:
+    kept, again = (plan(strategy="ulysses", world_size=2, heads_per_message=n) for n in (0, 1))
+    assert [site.rounds_again for site in (*kept.sites, *again.sites)] == [0, HEADS // 2]
+    assert again.sites[0].backward_bytes == 2 * kept.sites[0].backward_bytes
+    assert "1 attention(s) keep nothing by heads" in str(again) and "nothing by heads" not in str(kept)
 
 
 def test_kernels_and_why_no_faster_one() -> None:

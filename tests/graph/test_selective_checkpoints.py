@@ -22,6 +22,8 @@ from cpcompile.capture.checkpoint_policies import KERNELS
 from cpcompile.compile import inner as inner_module
 from cpcompile.compile.saved_results import is_view, policy_of, tag_saved_results, tags_of
 from cpcompile.ir.checkpoint_answers import set_answers
+from cpcompile.ir.operator_call import Call, value_of
+from cpcompile.memory.timeline import root_of
 from cpcompile.options.config import Config
 from tests.graph.small_models import TinyLM, batch, planned
 
@@ -31,6 +33,9 @@ SAVE, RECOMPUTE = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
 FLASH = aten._scaled_dot_product_flash_attention.default  # a kernel of GPUs
 PRODUCTS = (aten.mm.default, aten.addmm.default)
 ATTENTION = torch.ops.cpcompile.ring_attention.default
+ULYSSES = torch.ops.cpcompile.ulysses_attention.default
+ULYSSES_BACKWARD = torch.ops.cpcompile.ulysses_attention_backward.default
+NOWHERE = "a model without checkpoints"
 
 
 def list_of(*saved: Any) -> ContextFn:
@@ -123,7 +128,9 @@ class PartitionedError(Exception):
     """Ends a compilation when its graph is divided."""
 
 
-def partitioned(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inner: str = "aot_eager") -> list[fx.GraphModule]:
+def partitioned(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, inner: str = "aot_eager", **given: Any
+) -> list[fx.GraphModule]:
     """Return the forward and backward graph of the first of two ranks."""
     import torch._functorch.partitioners as partitioners
     import torch._inductor.compile_fx as compile_fx
@@ -141,12 +148,9 @@ def partitioned(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inner: str = 
 
     monkeypatch.setattr(home, name, divided)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
-    options = {
-        "check_inputs": "never",
-        "dynamic": False,
-        "loss_chunk": 0,
-    }  # what a loss in chunks computes is not counted
-    cpcompile.apply(model, mesh, strategy="ring", inner=inner, **options)
+    # What a loss in chunks computes is not counted.
+    options = {"strategy": "ring", "check_inputs": "never", "dynamic": False, "loss_chunk": 0} | given
+    cpcompile.apply(model, mesh, inner=inner, **options)
     with pytest.raises(InternalError, match="PartitionedError"):
         model(**batch(16))
     monkeypatch.setattr(home, name, partition)
@@ -188,6 +192,29 @@ def test_backward_computes_again_what_is_not_saved(monkeypatch: pytest.MonkeyPat
     assert not any(is_view(node.target) for node in saved(forward) if "ac_graph_id" in node.meta)
 
 
+@pytest.mark.usefixtures("ranks")
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("context_fn", "options", "keeps_heads"),
+    [(NOWHERE, {}, True), (NOWHERE, {"heads_per_message": 1}, False), (None, {}, False)],
+    ids=["no checkpoint", "groups of heads", "checkpoint"],
+)
+def test_heads_are_kept_or_their_tokens(
+    monkeypatch: pytest.MonkeyPatch, inner: str, context_fn: Any, options: dict[str, Any], keeps_heads: bool
+) -> None:
+    model = TinyLM() if context_fn is NOWHERE else Checkpointed(context_fn)
+    forward, backward = partitioned(monkeypatch, model, inner, strategy="ulysses", **options)
+    (attention,) = forward.graph.find_nodes(op="call_function", target=ULYSSES)
+    (gradient,) = backward.graph.find_nodes(op="call_function", target=ULYSSES_BACKWARD)
+    call = Call.of(gradient)
+    assert computed(backward, ULYSSES) == 0
+    assert {call.shape(name)[2] for name in ("q", "k", "v", "out")} == {0 if keeps_heads else 8}
+    assert sum(value_of(x).numel() > 0 for x in call["kept"]) == (4 if keeps_heads else 0)
+    # In a checkpoint q, k and v are computed again, with heads kept nothing reads them.
+    kept = {root_of(node) for node in saved(forward)}
+    assert bool(kept & {root_of(x) for x in attention.all_input_nodes}) == bool(options)
+
+
 def test_what_compilers_make_of_an_operator_follows_it() -> None:
     graph = fx.Graph()
     node = graph.call_function(aten.mul.Tensor, (graph.placeholder("x"), 2))
@@ -205,7 +232,8 @@ def test_what_compilers_make_of_an_operator_follows_it() -> None:
 
 def answers(model: nn.Module, **options: Any) -> list[tuple[Any, CheckpointPolicy | None]]:
     """Return the operators of the graph of a rank, and what is to be done with their results."""
-    nodes = planned(model, batch(), strategy="ring", **options).graph.graph.nodes
+    options = {"strategy": "ring", "recompute_attention": True} | options  # nothing is saved but what a policy says
+    nodes = planned(model, batch(), **options).graph.graph.nodes
     return [(node.target, policy_of(node)) for node in nodes if node.op == "call_function"]
 
 

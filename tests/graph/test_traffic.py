@@ -109,6 +109,9 @@ def test_traffic_of_operators() -> None:
     swapped = Traffic(3 * (4 + 2) * token, 3 * (2 + 4) * token)
     assert traffic(ops.ulysses_attention.default, arguments()) == swapped
     assert traffic(ops.usp_attention.default, arguments(inner_size=4)) == swapped
+    again = Traffic(swapped.forward, swapped.backward + 3 * (4 + 2) * token)
+    assert traffic(ops.ulysses_attention.default, arguments(keeps_heads=False)) == again
+    assert traffic(ops.ulysses_attention.default, arguments(heads_per_message=1)) == again
     of_ring = traffic(ops.ring_attention.default, arguments())
     assert traffic(ops.usp_attention.default, arguments(inner_size=1)) == of_ring
     assert traffic(ops.shard_tokens.default, {"x": arguments()["q"], "world_size": 4}) == Traffic(0, 0)
@@ -153,7 +156,13 @@ def test_memory() -> None:
     p = problem_at(world_size=2)
     local = 32 * BATCH * (ITEM * 2 * (HEADS + KV_HEADS) * DIM + 4 * HEADS)  # q, k, v, out and lse
     assert memory_of(p, "ring").kept == memory_of(p, "gather").kept == local
-    assert memory_of(p, "ulysses") == workload.Memory(2 * local, 0)
+    out, swapped = (32 * BATCH * ITEM * n * DIM for n in (HEADS, 2 * (HEADS + KV_HEADS)))
+    assert memory_of(p, "ulysses") == workload.Memory(local + out, 0)
+    assert memory_of(replace(p, keeps_heads=False), "ulysses") == workload.Memory(local, swapped)
+    assert (
+        memory_of(replace(p, kv_heads=HEADS, heads_per_message=1), "ulysses").received
+        == 32 * BATCH * ITEM * 4 * HEADS * DIM // 2
+    )
     assert memory_of(p, "ring").received == 32 * TOKEN
     assert memory_of(replace(p, world_size=4), "ring").received == 2 * 16 * TOKEN
     contiguous = replace(p, world_size=4, layout="contiguous")
@@ -164,5 +173,6 @@ def test_memory() -> None:
 
 def test_fewer_heads_a_message_hold_less() -> None:
     p = problem_at(kv_heads=8)
-    assert memory_of(p, "gather", 2).received == memory_of(p, "gather").received // 2
-    assert memory_of(p, "gather", 8) == memory_of(p, "gather")
+    at = {n: memory_of(replace(p, heads_per_message=n), "gather") for n in (0, 2, 8)}
+    assert at[2].received == at[0].received // 2
+    assert at[8] == at[0]

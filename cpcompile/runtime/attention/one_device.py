@@ -49,7 +49,6 @@ registration.define(
     attend,
     attend_backward,
     results=lambda q, k, v, *values: empty_result(q, v),
-    num_kept=0,
 )
 
 

@@ -1,7 +1,8 @@
 """Strategies: the attention operators of a rewritten graph, one for each way in which ranks share the work.
 
-All take local q, k and v `[B, heads, local tokens, D]`, padding slots included, and return (out, lse, *kept) of the local
-rows; `latent` takes k and v of all tokens, `latent_heads` those of this rank's heads. Rows of a mask are the local ones, except
+All take local q, k and v `[B, heads, local tokens, D]`, padding slots included, and return (out, lse, *kept), out of the local
+rows; `latent` takes k and v of all tokens, `latent_heads` those of this rank's heads. lse is of the local rows, or of this rank's
+heads and all rows where heads are exchanged. Rows of a mask are the local ones, except
 for strategies that exchange heads, which take it whole; all else in `AttentionArguments` is of the whole sequence.
 """
 
@@ -37,7 +38,8 @@ class AxisArguments:
         length: tokens of the whole sequence.
         layout: which tokens each rank holds.
         world_size, group: the ranks of the axis, and the name of their process group.
-        heads_per_message: how many key heads are gathered at once; 0: all.
+        heads_per_message: how many key heads a rank receives at once; 0: all.
+        keeps_heads: what was received and computed by heads is kept for backward, unless heads are few at once.
         inner_size: how many ranks exchange heads; rank r is at (outer r // inner_size, inner r % inner_size).
         inner_group, outer_group: the process groups that this rank is in along both.
         bounds: where documents begin, for a layout that follows them: an argument of the terms.
@@ -48,6 +50,7 @@ class AxisArguments:
     world_size: int
     group: str
     heads_per_message: int = 0
+    keeps_heads: bool = True
     inner_size: int = 0
     inner_group: str = ""
     outer_group: str = ""
@@ -85,7 +88,14 @@ class AxisArguments:
         """The ranks as a grid."""
         size = self.inner_size
         inner, outer = Ring.of(self.inner_group, size), Ring.of(self.outer_group, self.world_size // size)
-        return _grid_of(self.order, inner, outer, self.room, self.most_rounds)
+        return _grid_of(
+            self.order, inner, outer, self.room, self.most_rounds, self.heads_per_message, self.keeps_rounds
+        )
+
+    @property
+    def keeps_rounds(self) -> bool:
+        """Whether what was received and computed by heads is kept."""
+        return keeps_rounds({"keeps_heads": self.keeps_heads, "heads_per_message": self.heads_per_message})
 
     @property
     def most_rounds(self) -> int:
@@ -93,11 +103,18 @@ class AxisArguments:
         return most_rounds(self.layout, is_ring=self.inner_size < self.world_size)
 
 
+def keeps_rounds(axis: Mapping[str, Any]) -> bool:
+    """Tell by the keyword arguments of an operator whether what it received and computed by heads is kept."""
+    return axis.get("keeps_heads", True) and not axis.get("heads_per_message", 0)
+
+
 @lru_cache(maxsize=256)
-def _grid_of(order: TokenOrder, inner: Ring, outer: Ring, room: int, most_rounds: int) -> ulysses.Grid:
+def _grid_of(
+    order: TokenOrder, inner: Ring, outer: Ring, room: int, most_rounds: int, at_once: int, keeps_heads: bool
+) -> ulysses.Grid:
     spans = order.spans
     rows = tuple(spans[start : start + inner.size] for start in range(0, order.world_size, inner.size))
-    return ulysses.Grid(inner, outer, rows, room, most_rounds)
+    return ulysses.Grid(inner, outer, rows, room, most_rounds, at_once, keeps_heads)
 
 
 def _results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, Tensor]:
@@ -150,9 +167,8 @@ def _latent_backward(
 
 def _latent_heads(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
     at = AxisArguments.of(values, _as_grid(axis))
-    out, kept = latent_heads.attend(q, k, v, AttentionArguments.of(q, k, values, at.length), at.grid)
-    none = [q.new_empty(0) for _ in range(3 * (NUM_ROUNDS - len(kept)))]
-    return out, *(x for each in kept for x in each), *none
+    out, lse, kept = latent_heads.attend(q, k, v, AttentionArguments.of(q, k, values, at.length), at.grid)
+    return _with_kept(out, lse, kept, LATENT_HEADS)
 
 
 def _latent_heads_backward(
@@ -167,19 +183,38 @@ def _latent_heads_backward(
     **axis: Any,
 ) -> Gradients:
     at = AxisArguments.of(values, _as_grid(axis))
-    stored = [lse, *kept]
-    each = [(stored[i], stored[i + 1], stored[i + 2]) for i in range(0, len(stored), 3) if stored[i].numel()]
-    return latent_heads.attend_backward(dout, q, k, v, each, AttentionArguments.of(q, k, values, at.length), at.grid)
+    terms = AttentionArguments.of(q, k, values, at.length)
+    each = _of_rounds(kept, LATENT_HEADS)
+    return latent_heads.attend_backward(dout, q, k, v, out, lse, each, terms, at.grid)  # type: ignore[arg-type]
 
 
 def _latent_heads_results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
-    each, results = latent_heads.rounds_of(q, k, axis["world_size"]), [empty_result(q, v)[0]]
-    for ranks in each:
-        shape = q.shape[0], axis["length"], ranks[0].num_query
-        q_own = q.new_empty(*shape, q.shape[3]).transpose(1, 2)
-        out_own, lse = empty_result(q_own, v)
-        results += [lse, q_own, out_own]
-    return *results, *(q.new_empty(0) for _ in range(3 * (NUM_ROUNDS - len(each))))
+    at = AxisArguments(**axis)
+    num_query, kept = q.shape[1] // at.world_size, []
+    if at.keeps_rounds:
+        for ranks in latent_heads.rounds_of(q, k, at.world_size, at_once=0):
+            q_own = q.new_empty(q.shape[0], at.length, ranks[0].num_query, q.shape[3]).transpose(1, 2)
+            kept.append((q_own, empty_result(q_own, v)[0]))
+    return _with_kept(empty_result(q, v)[0], _statistics(q, num_query, at.length), kept, LATENT_HEADS)
+
+
+def _statistics(q: Tensor, num_heads: int, num_tokens: int) -> Tensor:
+    """Return the lse of so many heads and tokens, without values."""
+    return q.new_empty(q.shape[0], num_heads, num_tokens, dtype=accumulation_dtype(q.dtype))
+
+
+def _with_kept(
+    out: Tensor, lse: Tensor, kept: Sequence[tuple[Tensor, ...]], of: registration.Kept
+) -> tuple[Tensor, ...]:
+    """Return the results of an operator: what no round keeps is empty."""
+    tensors = [x for each in kept for x in each]
+    return out, lse, *tensors, *(lse.new_empty(0) for _ in range(of.count - len(tensors)))
+
+
+def _of_rounds(kept: Sequence[Tensor], of: registration.Kept) -> list[tuple[Tensor, ...]]:
+    """Return what each round kept."""
+    size = len(of.replaces)
+    return [tuple(kept[i : i + size]) for i in range(0, len(kept), size) if kept[i].numel()]
 
 
 def _in_grid(terms: AttentionArguments, grid: ulysses.Grid) -> AttentionArguments:
@@ -197,9 +232,7 @@ def _usp(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Te
     terms = _in_grid(AttentionArguments.of(q, k, values, at.length), grid)
     if at.inner_size < at.world_size:
         ring.refuse_bias(terms)
-    out, kept = ulysses.attend(q, k, v, terms, grid)
-    none = [q.new_empty(0) for _ in range(NUM_KEPT * (NUM_ROUNDS - len(kept)))]
-    return out, *(x for each in kept for x in each), *none
+    return _with_kept(*ulysses.attend(q, k, v, terms, grid), BY_HEADS)
 
 
 def _usp_backward(
@@ -216,26 +249,22 @@ def _usp_backward(
     at = AxisArguments.of(values, axis)
     grid = at.grid
     terms = _in_grid(AttentionArguments.of(q, k, values, at.length), grid)
-    stored = [lse, *kept]
-    each = [tuple(stored[i : i + NUM_KEPT]) for i in range(0, len(stored), NUM_KEPT) if stored[i].numel()]
-    return ulysses.attend_backward(dout, q, k, v, each, terms, grid)  # type: ignore[arg-type]
+    each = _of_rounds(kept, BY_HEADS)
+    return ulysses.attend_backward(dout, q, k, v, out, lse, each, terms, grid)  # type: ignore[arg-type]
 
 
 def _usp_results(q: Tensor, k: Tensor, v: Tensor, *values: Any, **axis: Any) -> tuple[Tensor, ...]:
     at = AxisArguments(**axis)
     # All ranks run the graph that one of them traced: sizes do not depend on the rank.
-    count = len(rounds(at.inner_size, q.shape[1], k.shape[1], at.most_rounds))
-    num_query, num_key = (room // count for room in storage(at.inner_size, q.shape[1], k.shape[1]))
+    most_query, most_key = storage(at.inner_size, q.shape[1], k.shape[1])
+    count = len(rounds(at.inner_size, q.shape[1], k.shape[1], at.most_rounds)) if at.keeps_rounds else 0
 
     def stored(x: Tensor, heads: int, dim: int) -> Tensor:
-        return x.new_empty(x.shape[0], at.room, heads, dim).transpose(1, 2)
+        return x.new_empty(x.shape[0], at.room, heads // count, dim).transpose(1, 2)
 
-    results = [empty_result(q, v)[0]]
-    for _ in range(count):
-        results.append(q.new_empty(q.shape[0], num_query, at.room, dtype=accumulation_dtype(q.dtype)))
-        results += [stored(q, num_query, q.shape[3]), stored(k, num_key, k.shape[3]), stored(v, num_key, v.shape[3])]
-        results.append(stored(q, num_query, v.shape[3]))
-    return *results, *(q.new_empty(0) for _ in range(NUM_KEPT * (NUM_ROUNDS - count)))
+    of_query, of_key = [(q, most_query, q.shape[3])], [(x, most_key, x.shape[3]) for x in (k, v)]
+    kept = [tuple(stored(*each) for each in (*of_query, *of_key, (q, most_query, v.shape[3]))) for _ in range(count)]
+    return _with_kept(empty_result(q, v)[0], _statistics(q, most_query, at.room), kept, BY_HEADS)
 
 
 def _as_grid(axis: dict[str, Any]) -> dict[str, Any]:
@@ -255,21 +284,23 @@ def _ulysses_results(*arguments: Any, **axis: Any) -> tuple[Tensor, ...]:
     return _usp_results(*arguments, **_as_grid(axis))
 
 
-NUM_KEPT = 5  # tensors of each round: lse, q, k, v, out
-_KEPT = NUM_KEPT * NUM_ROUNDS - 1  # behind out and lse
+# What each round keeps of ulysses and usp, and of latent_heads, whose k and v are those of its heads already.
+BY_HEADS = registration.Kept(4 * NUM_ROUNDS, ("q", "k", "v", "out"), keeps_rounds)
+LATENT_HEADS = registration.Kept(2 * NUM_ROUNDS, ("q", "out"), keeps_rounds)
 AXIS = "SymInt length, str layout, int world_size, str group"
 MESSAGES = f"{AXIS}, int heads_per_message=0"
-GRID = f"{AXIS}, int inner_size, str inner_group, str outer_group"
+HEADS = f"{MESSAGES}, bool keeps_heads=True"
+GRID = f"{AXIS}, int inner_size, str inner_group, str outer_group, int heads_per_message=0, bool keeps_heads=True"
 
-registration.define("ring_attention", _ring, _ring_backward, _results, num_kept=0, axis=AXIS)
-registration.define("gather_attention", _gather, _gather_backward, _results, num_kept=0, axis=MESSAGES)
+registration.define("ring_attention", _ring, _ring_backward, _results, AXIS)
+registration.define("gather_attention", _gather, _gather_backward, _results, MESSAGES)
 # The same with a name of its own: only the tokens within reach of a window travel.
-registration.define("halo_attention", _gather, _gather_backward, _results, num_kept=0, axis=MESSAGES)
+registration.define("halo_attention", _gather, _gather_backward, _results, MESSAGES)
 # Its k and v are whole, in the user's order.
-registration.define("latent_attention", _latent, _latent_backward, _results, num_kept=0, axis=AXIS)
+registration.define("latent_attention", _latent, _latent_backward, _results, AXIS)
 # Its k and v are of all tokens too, and of this rank's heads.
 registration.define(
-    "latent_heads_attention", _latent_heads, _latent_heads_backward, _latent_heads_results, num_kept=5, axis=AXIS
+    "latent_heads_attention", _latent_heads, _latent_heads_backward, _latent_heads_results, HEADS, LATENT_HEADS
 )
-registration.define("ulysses_attention", _ulysses, _ulysses_backward, _ulysses_results, num_kept=_KEPT, axis=AXIS)
-registration.define("usp_attention", _usp, _usp_backward, _usp_results, num_kept=_KEPT, axis=GRID)
+registration.define("ulysses_attention", _ulysses, _ulysses_backward, _ulysses_results, HEADS, BY_HEADS)
+registration.define("usp_attention", _usp, _usp_backward, _usp_results, GRID, BY_HEADS)

@@ -1,13 +1,14 @@
 """Ulysses attention: tokens become heads, each rank computes its heads over all tokens, and back (Jacobs et al., 2023).
 
-With an outer ring it is USP (Fang and Zhao, 2024): inner ranks exchange heads, outer ones compute ring attention. The heads
-that a rank received and computed are kept for backward, which sends gradients only. Where heads divide, one half is computed
-while the other is on its way.
+With an outer ring it is USP (Fang and Zhao, 2024): inner ranks exchange heads, outer ones compute ring attention. Heads are
+exchanged in rounds, so that some are computed while the next are on their way. What a rank received and computed by heads is
+kept for backward, which sends gradients only; or none of it, and backward exchanges q, k, v and out once more. Then there may
+be as many rounds as key heads, and a rank holds the heads of two of them (UPipe, https://arxiv.org/abs/2602.21196).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -17,7 +18,7 @@ import torch
 from cpcompile.balance.token_spans import Spans
 from cpcompile.runtime.attention import ring as ring_attention
 from cpcompile.runtime.attention.arguments import AttentionArguments
-from cpcompile.runtime.attention.heads import Heads, Ranks, rounds, storage
+from cpcompile.runtime.attention.heads import Heads, Ranks, heads_of_ranks, rounds, storage
 from cpcompile.runtime.attention.key_needs import place
 from cpcompile.runtime.attention.partial_results import empty_result
 from cpcompile.runtime.kernels.merge import accumulation_dtype
@@ -26,7 +27,8 @@ from cpcompile.runtime.transport.all_to_all import Exchange, HeadExchange
 from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor
-Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # lse, q, k, v and out of this rank's heads
+Kept = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v and out of some of this rank's heads
+Started = tuple[list[Tensor], HeadExchange]  # tensors of some heads that are on their way
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Grid:
     """The ranks that exchange heads (`inner`) and those among which keys travel (`outer`).
 
     `spans[o][i]` are the tokens of the rank at (outer o, inner i), and `room` the slots for all tokens of inner ranks: as
-    many in each group, though one may hold fewer tokens. `most_rounds`: see `heads.rounds`.
+    many in each group, though one may hold fewer tokens. `most_rounds`, `at_once`: see `heads.rounds`. `keeps_heads`: what a
+    rank received and computed by heads is kept for backward.
     """
 
     inner: Ring
@@ -42,6 +45,8 @@ class Grid:
     spans: tuple[tuple[Spans, ...], ...]
     room: int
     most_rounds: int
+    at_once: int = 0
+    keeps_heads: bool = True
 
     @cached_property
     def rows(self) -> tuple[Spans, ...]:
@@ -68,14 +73,34 @@ class Grid:
         """What the inner ranks copy to exchange heads."""
         return Exchange(self.places, self.inner)
 
-    def rounds(self, q: Tensor, k: Tensor) -> tuple[Ranks, ...]:
+    def rounds(self, num_query: int, num_key: int) -> tuple[Ranks, ...]:
         """Return the heads of each inner rank, in rounds: some are exchanged while others are computed."""
-        return rounds(self.inner.size, q.shape[1], k.shape[1], self.most_rounds)
+        return rounds(self.inner.size, num_query, num_key, self.most_rounds, self.at_once)
+
+
+def in_rounds(
+    each: Sequence[Ranks],
+    start: Callable[[Ranks], Started],
+    compute: Callable[[Ranks, list[Tensor]], HeadExchange],
+) -> None:
+    """Compute round after round, while the next one arrives and the last one goes home; no more of them have memory."""
+    arriving, home = start(each[0]), None
+    for ranks, following in zip(each, (*each[1:], None), strict=True):
+        tensors, swap = arriving
+        if following is not None:
+            arriving = start(following)
+        swap.finish()
+        leaving = compute(ranks, tensors)
+        if home is not None:
+            home.finish()
+        home = leaving
+    assert home is not None
+    home.finish()
 
 
 def tokens_to_heads(
     tensors: Sequence[Tensor], of_rank: Sequence[Sequence[slice]], stored: Sequence[int], grid: Grid
-) -> tuple[list[Tensor], HeadExchange]:
+) -> Started:
     """Start to turn local tokens of some heads into all tokens of the group for this rank's heads.
 
     Args:
@@ -106,39 +131,38 @@ def _expand(x: Tensor, index: list[int] | None) -> Tensor:
     return x if index is None else torch.cat([x[:, head : head + 1] for head in index], 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Grid) -> tuple[Tensor, list[Kept]]:
-    """Return (out of the local rows, what each round keeps). A mask has the rows of the group."""
+def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Grid) -> tuple[Tensor, Tensor, list[Kept]]:
+    """Return (out of the local rows, lse of this rank's heads, what each round keeps). A mask has the rows of the group."""
     out = empty_result(q, v)[0]
     _clear_padding(out, grid)
+    each, rank = grid.rounds(q.shape[1], k.shape[1]), grid.inner.rank
     rooms = storage(grid.inner.size, q.shape[1], k.shape[1])
-    each = grid.rounds(q, k)
+    statistics: list[Tensor] = []
+    kept: list[Kept] = []
 
-    def start(ranks: Ranks) -> tuple[list[Tensor], HeadExchange]:
+    def sizes(own: Heads) -> tuple[int, int]:
+        # What is kept has one shape on all ranks.
+        return (rooms[0] // len(each), rooms[1] // len(each)) if grid.keeps_heads else (own.num_query, own.num_key)
+
+    def start(ranks: Ranks) -> Started:
+        num_query, num_key = sizes(ranks[rank])
         of_rank = [_slices(heads) for heads in ranks]
-        num_query, num_key = (room // len(each) for room in rooms)
         return tokens_to_heads((q, k, v), of_rank, (num_query, num_key, num_key), grid)
 
-    kept: list[Kept] = []
-    homes: list[HeadExchange] = []
-    arriving = start(each[0])
-    for ranks, following in zip(each, (*each[1:], None), strict=True):
-        tensors, swap = arriving
-        if following is not None:
-            arriving = start(following)
-        swap.finish()
-        own = ranks[grid.inner.rank]
+    def compute(ranks: Ranks, tensors: list[Tensor]) -> HeadExchange:
+        own = ranks[rank]
         index, numbers = own.key_index(), (own.num_query, own.num_key, own.num_key)
         q_own, k_own, v_own = (x[:, :n] for x, n in zip(tensors, numbers, strict=True))
         keys = _expand(k_own, index), _expand(v_own, index)
         out_own, lse = ring_attention.attend(q_own, *keys, terms.of_heads(own.start, own.stop), grid.rows, grid.outer)
-        queries = [_slices(heads)[:1] for heads in ranks]
-        homes.append(grid.exchange.send_heads([out_own], [out], queries))
-        room = rooms[0] // len(each)
-        q_all, k_all, v_all = tensors
-        kept.append((_stored(lse, room), q_all, k_all, v_all, _stored(out_own, room)))
-    for home in homes:
-        home.finish()
-    return out, kept
+        statistics.append(lse)
+        if grid.keeps_heads:
+            q_all, k_all, v_all = tensors
+            kept.append((q_all, k_all, v_all, _stored(out_own, sizes(own)[0])))
+        return grid.exchange.send_heads([out_own], [out], [_slices(heads)[:1] for heads in ranks])
+
+    in_rounds(each, start, compute)
+    return out, _stored(torch.cat(statistics, 1), rooms[0]), kept
 
 
 def _clear_padding(x: Tensor, grid: Grid) -> None:
@@ -149,53 +173,74 @@ def _clear_padding(x: Tensor, grid: Grid) -> None:
 
 
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Sequence[Kept], terms: AttentionArguments, grid: Grid
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kept: Sequence[Kept],
+    terms: AttentionArguments,
+    grid: Grid,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (dq, dk, dv, dsinks); the gradients of a key head that several ranks used are added here."""
-    each = grid.rounds(q, k)
+    """Return (dq, dk, dv, dsinks); the gradients of a key head that several ranks used are added here.
+
+    Of q, k, v and out only the number of heads and the head dims are read where the rounds kept theirs.
+    """
+    num_query, num_key = q.shape[1], k.shape[1]
+    each, whole, rank = (
+        grid.rounds(num_query, num_key),
+        heads_of_ranks(grid.inner.size, num_query, num_key),
+        grid.inner.rank,
+    )
     dsinks = None if terms.sinks is None else torch.zeros_like(terms.sinks)
-    is_shared = any(a.key_stop > b.key_start for a, b in pairwise(each[0]))
-    homes: list[HeadExchange] = []
+    held = iter(kept)
     # The gradients of a key head that several ranks read come from each, one behind the other.
-    num_keys = sum(heads.num_key for heads in each[0]) if is_shared else k.shape[1]
-    targets = [_blank(x, count, grid) for x, count in ((q, q.shape[1]), (k, num_keys), (v, num_keys))]
+    apart = _apart(whole)
+    targets = [_blank(dout, x.shape[3], n, grid) for x, n in ((q, num_query), (k, apart[-1].stop), (v, apart[-1].stop))]
 
-    def start(ranks: Ranks) -> tuple[list[Tensor], HeadExchange]:
-        return tokens_to_heads([dout], [_slices(h)[:1] for h in ranks], [ranks[grid.inner.rank].num_query], grid)
+    def start(ranks: Ranks) -> Started:
+        own, of_rank = ranks[rank], [_slices(heads) for heads in ranks]
+        if kept:
+            return tokens_to_heads([dout], [(query,) for query, *_ in of_rank], [own.num_query], grid)
+        stored = own.num_query, own.num_key, own.num_key, own.num_query, own.num_query
+        return tokens_to_heads((q, k, v, out, dout), [(*x, x[0], x[0]) for x in of_rank], stored, grid)
 
-    arriving = start(each[0])
-    for ranks, following, tensors in zip(each, (*each[1:], None), kept, strict=True):
-        (dout_own,), swap = arriving
-        if following is not None:
-            arriving = start(following)
-        own = ranks[grid.inner.rank]
+    def compute(ranks: Ranks, tensors: list[Tensor]) -> HeadExchange:
+        own = ranks[rank]
         index, n, m = own.key_index(), own.num_query, own.num_key
-        lse, q_own, k_own, v_own, out_own = (x[:, :size] for x, size in zip(tensors, (n, n, m, m, n), strict=True))
-        keys = _expand(k_own, index), _expand(v_own, index)
-        of_heads = terms.of_heads(own.start, own.stop)
-        swap.finish()
-        dq_own, dk_own, dv_own, dsinks_own = ring_attention.attend_backward(
-            dout_own, q_own, *keys, out_own, lse, of_heads, grid.rows, grid.outer
+        q_own, k_own, v_own, out_own, dout_own = (
+            x[:, :size] for x, size in zip((*next(held, ()), *tensors), (n, m, m, n, n), strict=True)
         )
-        grads = [dq_own, _summed(dk_own, index, m), _summed(dv_own, index, m)]
-        of_rank = [_slices(heads) for heads in ranks]
-        if is_shared:
-            of_rank = [(query, key, key) for (query, *_), key in zip(of_rank, _apart(ranks), strict=True)]
-        homes.append(grid.exchange.send_heads(grads, targets, of_rank))
+        first = own.start - whole[rank].start
+        keys = _expand(k_own, index), _expand(v_own, index)
+        dq_own, dk_own, dv_own, dsinks_own = ring_attention.attend_backward(
+            dout_own,
+            q_own,
+            *keys,
+            out_own,
+            lse[:, first : first + n],
+            terms.of_heads(own.start, own.stop),
+            grid.rows,
+            grid.outer,
+        )
         if dsinks is not None and dsinks_own is not None:
             dsinks[own.start : own.stop] = dsinks_own
-    for home in homes:
-        home.finish()
+        grads = [dq_own, _summed(dk_own, index, m), _summed(dv_own, index, m)]
+        keys_apart = [_moved(heads, all_of, at) for heads, all_of, at in zip(ranks, whole, apart, strict=True)]
+        of_rank = [(_slices(heads)[0], key, key) for heads, key in zip(ranks, keys_apart, strict=True)]
+        return grid.exchange.send_heads(grads, targets, of_rank)
+
+    in_rounds(each, start, compute)
     dq, dk, dv = targets
-    if is_shared:
-        dk, dv = (_added_up(x, found, each[0]) for x, found in ((k, dk), (v, dv)))
+    if dk.shape[1] > num_key:
+        dk, dv = (_added_up(x, num_key, whole) for x in (dk, dv))
     return dq, dk, dv, dsinks
 
 
-def _blank(like: Tensor, num_heads: int, grid: Grid) -> Tensor:
-    """Return a tensor of so many heads without values, 0 in slots without a token."""
-    shape = like.shape[0], like.shape[2], num_heads, like.shape[3]
-    blank = torch.empty_like(like) if num_heads == like.shape[1] else like.new_empty(shape).transpose(1, 2)
+def _blank(like: Tensor, head_dim: int, num_heads: int, grid: Grid) -> Tensor:
+    """Return a tensor of so many heads of the tokens of another, without values, 0 in slots without a token."""
+    blank = like.new_empty(like.shape[0], like.shape[2], num_heads, head_dim).transpose(1, 2)
     _clear_padding(blank, grid)
     return blank
 
@@ -206,12 +251,19 @@ def _apart(ranks: Sequence[Heads]) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
-def _added_up(like: Tensor, found: Tensor, ranks: Sequence[Heads]) -> Tensor:
+def _moved(heads: Heads, whole: Heads, place: slice) -> slice:
+    """Return where the key heads of a round are, if all those of their rank are at a place."""
+    by = place.start - whole.key_start
+    return slice(heads.key_start + by, heads.key_stop + by)
+
+
+def _added_up(found: Tensor, num_heads: int, ranks: Sequence[Heads]) -> Tensor:
     """Return the sum of the gradients that the ranks found for their key heads."""
-    total = torch.zeros_like(like, dtype=accumulation_dtype(like.dtype))
+    batch, _, tokens, dim = found.shape
+    total = found.new_zeros(batch, tokens, num_heads, dim, dtype=accumulation_dtype(found.dtype)).transpose(1, 2)
     for heads, part in zip(ranks, _apart(ranks), strict=True):
         total[:, heads.key_start : heads.key_stop] += found[:, part]
-    return total.to(like.dtype)
+    return total.to(found.dtype)
 
 
 def _summed(x: Tensor, index: list[int] | None, num_heads: int) -> Tensor:

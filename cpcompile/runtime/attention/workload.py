@@ -27,6 +27,8 @@ class Workload:
         length, layout, world_size: the tokens and which of them each rank holds.
         visible: what rows see; documents that nobody has read hide nothing here.
         inner_size: ranks that exchange heads in `usp`; rank r is at (outer r // inner_size, inner r % inner_size).
+        heads_per_message: how many key heads a rank receives at once; 0: all.
+        keeps_heads: what was received and computed by heads is kept for backward, unless heads are few at once.
     """
 
     batch: int
@@ -40,6 +42,13 @@ class Workload:
     world_size: int
     visible: Visible
     inner_size: int = 0
+    heads_per_message: int = 0
+    keeps_heads: bool = True
+
+    @property
+    def keeps_rounds(self) -> bool:
+        """Whether what was received and computed by heads is kept; otherwise backward exchanges it once more."""
+        return self.keeps_heads and not self.heads_per_message
 
     def inner(self, strategy: str) -> int:
         """Return how many ranks exchange heads: ring is a grid of one inner rank, Ulysses of one outer rank."""
@@ -151,7 +160,7 @@ def sent_by_ranks(workload: Workload, strategy: str) -> tuple[Sent, ...]:
     """Return what each rank sends, or some of many.
 
     Keys and values go to the ranks whose rows see them, in backward once more, and their gradients go back; inner ranks exchange
-    q, k, v and the output, in backward their gradients.
+    q, k, v and the output, in backward their gradients, and those four once more where they were not kept.
     """
     inner, heads, size = workload.inner(strategy), workload.heads_of(strategy), workload.itemsize
     ranks = []
@@ -182,13 +191,13 @@ def _exchanged(
     keys = workload.key_width if has_keys else 0
     given = [workload.batch * h.num_query * workload.head_dim + keys * h.num_key for h in heads]
     results = [workload.batch * h.num_query * workload.value_dim for h in heads]
-    return [
-        (
-            tokens[i] * (sum(given) - given[i]) + (sum(tokens) - tokens[i]) * results[i],
-            tokens[i] * (sum(results) - results[i]) + (sum(tokens) - tokens[i]) * given[i],
-        )
-        for i in range(len(heads))
-    ]
+
+    def sent(own: list[int], back: list[int], i: int) -> int:
+        return tokens[i] * (sum(own) - own[i]) + (sum(tokens) - tokens[i]) * back[i]
+
+    again = [0] * len(heads) if workload.keeps_rounds else [a + b for a, b in zip(given, results, strict=True)]
+    none = [0] * len(heads)
+    return [(sent(given, results, i), sent(results, given, i) + sent(again, none, i)) for i in range(len(heads))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,32 +209,41 @@ class Memory:
 
 
 @lru_cache(maxsize=1024)
-def memory_of(workload: Workload, strategy: str, heads_per_message: int = 0) -> Memory:
+def memory_of(workload: Workload, strategy: str) -> Memory:
     """Return the memory of the rank that needs most.
 
-    Every strategy keeps local q, k, v and out. Those that exchange heads keep them by heads too, and compute from these; a ring
-    holds the block that it computes and the one that arrives; `gather` holds all keys that its rows see, of as many heads as a
-    message has; `latent` holds the keys of all tokens, `latent_heads` those of its heads, and neither keeps them.
+    Every strategy keeps q, k, v and out of the local tokens. Those that exchange heads keep them by heads, and out of the local
+    tokens; or they keep the local ones, and receive them by heads in forward and in backward, those of two rounds at once. A
+    ring holds the block that it computes and the one that arrives; `gather` holds all keys that its rows see, of as many heads as
+    a message has; `latent` holds the keys of all tokens, `latent_heads` those of its heads, and neither keeps them.
     """
-    inner, size = workload.inner(strategy), workload.itemsize
-    query = workload.batch * workload.heads * (workload.head_dim + workload.value_dim)
-    token = size * (query + workload.kv_heads * workload.key_width)
-    statistics = 4 * workload.batch * workload.heads
+    known, inner, size = STRATEGIES[strategy], workload.inner(strategy), workload.itemsize
+    query = size * workload.batch * workload.heads * (workload.head_dim + workload.value_dim)
+    keys = size * workload.kv_heads * workload.key_width
+    by_heads = query if known.is_latent else query + keys
     slots = max(num_tokens(workload.spans(rank)) for rank in sampled(workload.world_size))
-    kept = slots * (token + statistics) * (2 if inner > 1 else 1)
+    kept = slots * (by_heads + 4 * workload.batch * workload.heads)
+    received = 0
+    if inner > 1 and workload.keeps_rounds:
+        kept += slots * size * workload.batch * workload.heads * workload.value_dim
+    elif inner > 1:
+        received = int(slots * by_heads * _at_once(workload, max(h.num_key for h in workload.heads_of(strategy))))
     count = workload.world_size // inner
-    if STRATEGIES[strategy].is_latent:
-        keys = size * workload.kv_heads * workload.key_width
-        return Memory(kept - (2 if inner > 1 else 1) * slots * keys, workload.length * keys // inner)
+    if known.is_latent:
+        return Memory(kept, received + workload.length * keys // inner)
     if count == 1:
-        return Memory(kept, 0)
+        return Memory(kept, received)
     width = size * workload.key_width * max(map(num_keys, workload.heads_of(strategy)))
-    if STRATEGIES[strategy].is_at_once:
+    if known.is_at_once:
         fetched = max(keys.fetched for keys in keys_sent(workload, strategy).values())
-        parts = min(1.0, 2 * heads_per_message / workload.kv_heads) if heads_per_message else 1.0
-        return Memory(kept, int(fetched * width * parts))
+        return Memory(kept, int(fetched * width * _at_once(workload, workload.kv_heads)))
     block = max(num_tokens(workload.rows(strategy, outer)) for outer in sampled(count))
-    return Memory(kept, min(2, count - 1) * block * width)
+    return Memory(kept, received + min(2, count - 1) * block * width)
+
+
+def _at_once(workload: Workload, num_heads: int) -> float:
+    """Return the share of so many key heads of a rank that is there at once: that of two messages."""
+    return min(1.0, 2 * workload.heads_per_message / num_heads) if workload.heads_per_message else 1.0
 
 
 def workload_of(
@@ -238,6 +256,8 @@ def workload_of(
     world_size: int,
     visible: Visible,
     inner_size: int = 0,
+    heads_per_message: int = 0,
+    keeps_heads: bool = True,
 ) -> Workload:
     """Return the workload of tensors `[B, heads, any tokens, D]`; they may be fake, sizes must be known."""
     return Workload(
@@ -252,4 +272,6 @@ def workload_of(
         world_size=world_size,
         visible=visible,
         inner_size=inner_size,
+        heads_per_message=heads_per_message,
+        keeps_heads=keeps_heads,
     )

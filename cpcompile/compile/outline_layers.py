@@ -1,0 +1,121 @@
+"""Outline layers: equal layers become calls of one subgraph, which Inductor lowers, schedules and compiles once.
+
+before  a1 = mm(x, w1); h1 = relu(a1); a2 = mm(h1, w2); h2 = relu(a2)
+after   h1 = invoke_subgraph(layer, x, w1); h2 = invoke_subgraph(layer, h1, w2)
+
+The graph is above autograd: torch makes forward and backward of the subgraph once, and decides once what is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
+from cpcompile.ir.insertion import keep_source
+
+invoke_subgraph = torch.ops.higher_order.invoke_subgraph
+
+
+def outline_layers(gm: fx.GraphModule) -> int:
+    """Return how many layers became calls. The graph holds ATen operators above autograd."""
+    count = 0
+    for number, layers in enumerate(find_equal_layers(gm.graph)):
+        outline(gm, layers, f"cpcompile_layer_{number}")
+        count += len(layers)
+    if count:
+        sort_again(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+    return count
+
+
+def outline(gm: fx.GraphModule, layers: Sequence[Layer], name: str) -> None:
+    """Make each of several equal layers a call of a new subgraph."""
+    for layer in layers:
+        make_outside(layer)
+    own = [set(layer) for layer in layers]
+    places = range(len(layers[0]))
+    read = [i for i in places if any(read_outside(layer[i], of) for layer, of in zip(layers, own, strict=True))]
+    setattr(gm, name, subgraph_of(layers[0], read))
+    with gm.graph.inserting_before(next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))):
+        body = gm.graph.get_attr(name)
+    for layer in layers:
+        call_in_place_of(layer, [body, name, *externals_of(layer)], read)
+
+
+def make_outside(layer: Layer) -> None:
+    """Have other nodes that read a view or a size made in a layer read one made outside of it."""
+    own = set(layer)
+    for node in reversed(layer):
+        others = [user for user in node.users if user not in own]
+        if others and is_made_outside(node):
+            with node.graph.inserting_after(node):
+                outside = node.graph.node_copy(node)
+            for user in others:
+                user.replace_input_with(node, outside)
+
+
+def subgraph_of(layer: Layer, read: Sequence[int]) -> fx.GraphModule:
+    """Return a graph of a layer that takes what it reads of others and returns its results at the places `read`."""
+    graph = fx.Graph()
+    known = {x: graph.placeholder(f"operand_{i}") for i, x in enumerate(externals_of(layer))}
+    for node in layer:
+        known[node] = graph.node_copy(node, known.__getitem__)
+        known[node].meta.pop("val", None)  # it is of the whole model, and torch finds what is this rank's
+    graph.output(tuple(known[layer[i]] for i in read))
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def call_in_place_of(layer: Layer, arguments: Sequence[Any], read: Sequence[int]) -> None:
+    """Put a call in the place of a layer; `read` are the places of what it returns."""
+    graph, own = layer[-1].graph, set(layer)
+    with graph.inserting_after(layer[-1]):
+        call = graph.call_function(invoke_subgraph, tuple(arguments))
+    keep_source(call, layer[-1])
+    for number, i in enumerate(read):
+        with graph.inserting_after(call):
+            result = graph.call_function(operator.getitem, (call, number))
+        keep_source(result, layer[i])
+        layer[i].replace_all_uses_with(result, delete_user_cb=lambda user: user not in own)
+        if not result.users:
+            graph.erase_node(result)
+    for node in reversed(layer):
+        graph.erase_node(node)
+
+
+def pass_operands_by(graph: fx.Graph) -> None:
+    """Have backward read what a call was given in the place of the same that the call returns.
+
+    So parameters that FSDP shards are gathered again in backward. The graph is that of forward and backward.
+    """
+    for call in graph.find_nodes(op="call_function", target=invoke_subgraph):
+        body = getattr(graph.owning_module, call.args[0].target)
+        operands = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
+        (returned,) = body.graph.find_nodes(op="output")
+        for result in list(call.users):
+            given = operands.get(returned.args[0][result.args[1]])
+            if given is not None:
+                result.replace_all_uses_with(given)
+                graph.erase_node(result)
+
+
+def sort_again(graph: fx.Graph) -> None:
+    """Put each node behind what it reads, and leave the order as it is otherwise."""
+    order: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        stack = [node]
+        while stack:
+            missing = [x for x in stack[-1].all_input_nodes if x not in order]
+            if missing:
+                stack += reversed(missing)
+            else:
+                order.setdefault(stack.pop())
+    nodes = list(order)
+    for before, node in itertools.pairwise(nodes):
+        before.append(node)
