@@ -15,6 +15,8 @@ import json
 import os
 import platform
 import pstats
+import random
+import statistics
 import subprocess
 import time
 from collections import Counter
@@ -39,9 +41,11 @@ Tensor = torch.Tensor
 SCALE = 64  # a document is as long a part of the sequence as in the measurements of attention itself
 LENGTH = 65536 // SCALE
 HEAD_DIM = 2
-INNER = 4  # ranks of USP that exchange heads
 WARM_UP = 5
+BATCHES = 9
 counts: Counter[str] = Counter()
+Results = tuple[Tensor, ...]
+Backward = Callable[[Results], Results]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +62,17 @@ class Setting:
         return "/".join((self.strategy, str(self.world_size), *filter(None, (self.documents,))))
 
     @property
+    def inner(self) -> int:
+        """How many ranks exchange heads in USP."""
+        return 2 if self.world_size == 4 else 4
+
+    @property
     def layout(self) -> str:
         """The layout that the strategy is fastest with."""
         if self.strategy == "ulysses":
             return "contiguous"
         if self.strategy == "usp":
-            return usp_layout(bool(self.documents), INNER)
+            return usp_layout(bool(self.documents), self.inner)
         return "balanced" if self.documents else "zig_zag"
 
 
@@ -73,6 +82,7 @@ class Row:
 
     Attributes:
         host_ms, forward_ms: the fastest of the repeats, of forward and backward, and its forward.
+        plan_ms: what the first attention of a batch with other documents takes more, for all layers of a model.
         kernel_calls, merges: blocks that kernels compute, and partial results that are merged or added.
         copies: copies and fills, those that fetch from other ranks included.
         beside: barriers and batches of copies on the side stream.
@@ -82,6 +92,7 @@ class Row:
     rank: int
     host_ms: float
     forward_ms: float
+    plan_ms: float
     kernel_calls: int
     merges: int
     copies: int
@@ -91,9 +102,9 @@ class Row:
 SETTINGS = tuple(
     Setting(strategy, world_size, documents)
     for strategy in ("ring", "gather", "ulysses", "usp")
-    for world_size in (2, 8)
+    for world_size in (2, 4, 8)
     for documents in ("", "random_16")
-    if strategy != "usp" or world_size == 8
+    if strategy != "usp" or world_size > 2
 )
 
 
@@ -133,39 +144,70 @@ def without_devices() -> None:
     key_needs.GAP = key_needs.GAP * LENGTH // DOCUMENT_SETS["random_16"][-1]
 
 
-def groups_of(rank: int, world_size: int) -> tuple[str, ...]:
+def groups_of(rank: int, world_size: int, inner: int) -> tuple[str, ...]:
     """Return the names of the group of a rank and of its inner and outer ones."""
-    inner = min(INNER, world_size)
+    inner = min(inner, world_size)
     ranks = torch.arange(world_size).view(-1, inner)
     parts = [dist.new_group(group) for group in (*ranks.tolist(), *ranks.t().tolist()) if rank in group]
     return tuple(group.group_name for group in (dist.distributed_c10d._get_default_group(), *parts))
 
 
-def step_of(setting: Setting, groups: tuple[str, ...]) -> tuple[Callable[[], Tensor], Callable[[Tensor], object]]:
+def starts_of(setting: Setting, batch: int) -> Tensor:
+    """Return where the documents of a batch begin: those of the set in the first, as many elsewhere in each other."""
+    ends = DOCUMENT_SETS[setting.documents]
+    if batch:
+        ends = (0, *sorted(random.Random(batch).sample(range(SCALE, ends[-1], SCALE), len(ends) - 2)), ends[-1])
+    return torch.tensor(ends[:-1]) * LENGTH // ends[-1]
+
+
+def step_of(setting: Setting, groups: tuple[str, ...], batch: int = 0) -> tuple[Callable[[], Results], Backward]:
     """Return the forward and the backward of one attention, as graphs call them."""
     size, (group, *parts) = setting.world_size, groups
     axis: dict[str, Any] = {"length": LENGTH, "layout": setting.layout, "world_size": size, "group": group}
     if setting.strategy == "usp":
-        axis |= {"inner_size": INNER, "inner_group": parts[0], "outer_group": parts[1]}
+        axis |= {"inner_size": setting.inner, "inner_group": parts[0], "outer_group": parts[1]}
     documents = bounds = None
     if setting.documents:
-        starts = torch.tensor(DOCUMENT_SETS[setting.documents][:-1]) * LENGTH // DOCUMENT_SETS[setting.documents][-1]
-        documents = torch.bucketize(torch.arange(LENGTH), starts, right=True)[None]
+        documents = torch.bucketize(torch.arange(LENGTH), starts_of(setting, batch), right=True)[None]
         bounds = cpcompile.runtime.document_bounds(documents)
     q, k, v, dout = (
         torch.randn(1, LENGTH // size, heads, HEAD_DIM, dtype=torch.bfloat16).transpose(1, 2)
         for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
     )
-    leaves = [x.requires_grad_() for x in (q, k, v)]
     terms = None, documents, None, HEAD_DIM**-0.5, True, 0, 0.0, 0.0, -1, bounds
-    operator = getattr(torch.ops.cpcompile, f"{setting.strategy}_attention").default
-    return lambda: operator(*leaves, *terms, **axis)[0], lambda out: torch.autograd.grad(out, leaves, dout)
+    forward, backward = (
+        getattr(torch.ops.cpcompile, f"{setting.strategy}_attention{name}").default for name in ("", "_backward")
+    )
+
+    def differentiate(results: Results) -> Results:
+        out, lse, *kept = results
+        return backward(dout, q, k, v, out, lse, kept, *terms, **axis)
+
+    return lambda: forward(q, k, v, *terms, **axis), differentiate
+
+
+def plan_ms(setting: Setting, groups: tuple[str, ...]) -> float:
+    """Return the median of what the first attention of a batch takes more than the next: documents are others in each."""
+    if not setting.documents:
+        return 0.0
+    more = []
+    for batch in range(1, BATCHES + 1):
+        run, differentiate = step_of(setting, groups, batch)
+        times = []
+        for _ in range(3):
+            began = time.process_time()
+            differentiate(run())
+            times.append(time.process_time() - began)
+        more.append(times[0] - min(times[1:]))
+    return 1e3 * statistics.median(more)
 
 
 def measure(setting: Setting, rank: int, repeats: int) -> Row:
     """Return what one rank needs; seconds are those of the process, so that a busy machine measures the same."""
     with as_rank(rank, setting.world_size, Counting):
-        run, differentiate = step_of(setting, groups_of(rank, setting.world_size))
+        groups = groups_of(rank, setting.world_size, setting.inner)
+        planned = plan_ms(setting, groups)
+        run, differentiate = step_of(setting, groups)
         for _ in range(WARM_UP):
             differentiate(run())
         counts.clear()
@@ -182,13 +224,14 @@ def measure(setting: Setting, rank: int, repeats: int) -> Row:
             times.append((time.process_time() - began, middle - began))
     both, forward = (1e3 * x for x in min(times))
     calls, merges, beside = (seen[name] for name in ("kernel", "merge", "aside"))
-    return Row(setting.name, rank, round(both, 3), round(forward, 3), calls, merges, copies, beside)
+    took = (round(x, 3) for x in (both, forward, planned))
+    return Row(setting.name, rank, *took, calls, merges, copies, beside)
 
 
 def profile(setting: Setting, rank: int, repeats: int) -> None:
     """Print where the time of a rank goes."""
     with as_rank(rank, setting.world_size, Counting):
-        run, differentiate = step_of(setting, groups_of(rank, setting.world_size))
+        run, differentiate = step_of(setting, groups_of(rank, setting.world_size, setting.inner))
         for _ in range(WARM_UP):
             differentiate(run())
         profiler = cProfile.Profile()
@@ -217,7 +260,7 @@ def main() -> None:
         row = max((measure(setting, rank, args.repeats) for rank in range(setting.world_size)), key=lambda r: r.host_ms)
         rows.append(row)
         print(
-            f"{row.name:24} {row.host_ms:7.2f} ms (forward {row.forward_ms:5.2f}), rank {row.rank}: "
+            f"{row.name:24} {row.host_ms:7.2f} ms (forward {row.forward_ms:5.2f}), plan {row.plan_ms:5.2f}, rank {row.rank}: "
             f"{row.kernel_calls} kernels, {row.merges} merges, {row.copies} copies, {row.beside} beside",
             flush=True,
         )

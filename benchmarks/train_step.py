@@ -5,7 +5,9 @@
 
 Weights and tokens are random. Each strategy runs in the same processes; a step's time is that of the slowest
 rank, the median over steps. `--limit` measures what a step must take at least: cuDNN's attention on the whole sequence over
-the number of ranks, and the compiled model without attention on one rank's tokens.
+the number of ranks, and the compiled model without attention on one rank's tokens. With `--documents 16` each step has other
+documents, of random lengths; its limit is that of these documents, by one kernel call for all of them, and `over_limit` is the
+median over steps of what a step takes of its own limit. `host_ms` is what the host takes to launch a step.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import socket
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,8 @@ from memory_peak import peak_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cpcompile
+from cpcompile.runtime import kernels
+from cpcompile.runtime.kernels.block import Block
 
 SHAPES = {
     "1b": {  # Llama 3.2 1B
@@ -54,6 +60,8 @@ SHAPES = {
     },
 }
 
+WARM_UP = 2  # steps
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,6 +72,7 @@ def main() -> None:
     parser.add_argument("--strategy", nargs="*", default=["ring", "ulysses"])
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--dynamic", action="store_true", help="one graph for all lengths")
+    parser.add_argument("--documents", type=int, default=0, help="how many are packed, others in each step; 0: one")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--checkpoints", action="store_true", help="activation checkpoints of all layers")
     parser.add_argument("--single", action="store_true", help="also the untouched, compiled model on one device")
@@ -100,6 +109,8 @@ def run(rank: int, options: argparse.Namespace) -> None:
             print(json.dumps(row), flush=True)
     if options.limit:
         rows.append(limit(options))
+        for row in rows[:-1]:
+            row["over_limit"] = over_limit(row["each_ms"], rows[-1]["each_ms"])
         if rank == 0:
             print(json.dumps(rows[-1]), flush=True)
     if rank == 0 and options.out:
@@ -120,28 +131,31 @@ def measure(
         cpcompile.apply(model, mesh, **plan | options.options)
     else:
         model.forward = torch.compile(model.forward, dynamic=False)
-    seconds, first_loss, gradient_norm = [], 0.0, 0.0
+    seconds, of_host, first_loss, gradient_norm = [], [], 0.0, 0.0
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(options.steps + 2):
+    for step in range(options.steps + WARM_UP):
+        batch = {"input_ids": ids, "labels": ids, **packing(options, step)}
         dist.barrier()
         synchronize(options.device)
         start = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(**batch).loss
         loss.backward()
+        launched = time.perf_counter() - start
         synchronize(options.device)
-        took = torch.tensor(time.perf_counter() - start, device=options.device, dtype=torch.float64)
+        took = torch.tensor([time.perf_counter() - start, launched], device=options.device, dtype=torch.float64)
         dist.all_reduce(took, op=dist.ReduceOp.MAX)
-        seconds.append(took.item())
+        seconds.append(took[0].item())
+        of_host.append(took[1].item())
         first_loss = first_loss or loss.item()
         gradient_norm = gradient_norm or torch.nn.utils.get_total_norm(p.grad for p in model.parameters()).item()
         model.zero_grad(set_to_none=True)
-    median = statistics.median(seconds[2:])
+    median = statistics.median(seconds[WARM_UP:])
     peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else 0.0
     pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) / 2**30 if options.device == "cuda" else 0.0
     if options.memory and options.device == "cuda":
         loss = None
-        table = peak_of(lambda model=model: model(input_ids=ids, labels=ids).loss.backward())
+        table = peak_of(lambda model=model: model(**batch).loss.backward())
         if rank == 0:
             print(f"{strategy}\n{table}", flush=True)
     del model, loss
@@ -151,8 +165,11 @@ def measure(
         "strategy": strategy,
         "ranks": options.ranks if is_sharded else 1,
         "length": options.length,
+        "documents": options.documents,
         "checkpoints": options.checkpoints,
         "ms": round(median * 1e3, 2),
+        "host_ms": round(statistics.median(of_host[WARM_UP:]) * 1e3, 2),
+        "each_ms": [round(x * 1e3, 2) for x in seconds[WARM_UP:]],
         "tokens_per_second": round(options.length / median),
         "peak_gib": round(peak, 2),
         "pinned_gib": round(pinned, 2),
@@ -175,6 +192,25 @@ def model_and_tokens(options: argparse.Namespace, length: int, attention: str) -
     return model, ids
 
 
+def lengths_of(options: argparse.Namespace, step: int) -> tuple[int, ...]:
+    """Return how long the documents of a step are, on all ranks alike."""
+    cuts = random.Random(step).sample(range(1, options.length), options.documents - 1) if options.documents else []
+    return tuple(b - a for a, b in pairwise((0, *sorted(cuts), options.length)))
+
+
+def packing(options: argparse.Namespace, step: int) -> dict[str, torch.Tensor]:
+    """Return the positions of the documents of a step, by which a model tells them apart; nothing for one document."""
+    if not options.documents:
+        return {}
+    positions = torch.cat([torch.arange(length) for length in lengths_of(options, step)])
+    return {"position_ids": positions[None].to(options.device)}
+
+
+def over_limit(taken: list[float], limits: list[float]) -> float:
+    """Return the median over steps of what they take over their limits."""
+    return round(statistics.median(a / b for a, b in zip(taken, limits, strict=True)), 4)
+
+
 def shape_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return the shape of the model, with other layers if asked for."""
     return SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
@@ -189,13 +225,24 @@ def limit(options: argparse.Namespace) -> dict[str, Any]:
     k, v = (torch.randn(1, key_heads, options.length, width, **made) for _ in range(2))
     dout = torch.randn_like(q)
 
+    def packed(lengths: tuple[int, ...]) -> None:
+        block = Block(width**-0.5, high=0, lengths=lengths)
+        with torch.no_grad():
+            out, lse = kernels.forward(q, k, v, block)
+            kernels.backward(dout, q, k, v, out, lse, block)
+
     def attention() -> None:
         kernels = [SDPBackend.CUDNN_ATTENTION if options.device == "cuda" else SDPBackend.MATH]
         with sdpa_kernel(kernels):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         torch.autograd.grad(out, (q, k, v), dout)
 
-    of_attention = timed(attention, options) * shape["num_hidden_layers"] / options.ranks
+    layers = shape["num_hidden_layers"] / options.ranks
+    if options.documents:
+        steps = range(WARM_UP, WARM_UP + options.steps)
+        each = [timed(lambda step=step: packed(lengths_of(options, step)), options) * layers for step in steps]
+    else:
+        each = [timed(attention, options) * layers] * options.steps
 
     def without(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return (q + (k + v).repeat_interleave(heads // key_heads, 1)).transpose(1, 2), None
@@ -210,20 +257,26 @@ def limit(options: argparse.Namespace) -> dict[str, Any]:
         model.zero_grad(set_to_none=True)
 
     of_rest = timed(rest, options)
-    parts = {"attention_ms": round(of_attention * 1e3, 2), "rest_ms": round(of_rest * 1e3, 2)}
-    return {"strategy": "limit", "ms": round((of_attention + of_rest) * 1e3, 2), **parts}
+    of_attention = statistics.median(each)
+    return {
+        "strategy": "limit",
+        "ms": round((of_attention + of_rest) * 1e3, 2),
+        "attention_ms": round(of_attention * 1e3, 2),
+        "rest_ms": round(of_rest * 1e3, 2),
+        "each_ms": [round((x + of_rest) * 1e3, 2) for x in each],
+    }
 
 
 def timed(run: Callable[[], None], options: argparse.Namespace) -> float:
     """Return the median seconds of a function."""
     seconds = []
-    for _ in range(options.steps + 2):
+    for _ in range(options.steps + WARM_UP):
         synchronize(options.device)
         start = time.perf_counter()
         run()
         synchronize(options.device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
+    return statistics.median(seconds[WARM_UP:])
 
 
 def synchronize(device: str) -> None:

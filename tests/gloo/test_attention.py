@@ -14,7 +14,7 @@ import cpcompile.runtime  # noqa: F401  registers the operators
 from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.runtime import kernels
-from cpcompile.runtime.attention import key_needs
+from cpcompile.runtime.attention import key_needs, partial_results
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.key_needs import needs, visits
 from cpcompile.runtime.tokens.dropout import is_kept
@@ -83,6 +83,11 @@ CASES: dict[str, dict[str, Any]] = {
         "dropout": True,
     },
 }
+# The same sizes with documents that begin elsewhere, as batches come one after the other.
+CHANGING_CASES: dict[str, dict[str, Any]] = {
+    name: {"documents": kind, "bounds": True, "length": 64, "heads": (8, 4)}
+    for name, kind in (("first", "chunks"), ("second", "chunks_11"), ("third", "sorted"), ("first_again", "chunks"))
+}
 FLOAT_CASES: dict[str, dict[str, Any]] = {
     "bias": {"mask": "bias"},
     "bias_full": {"mask": "bias", "is_causal": False, "heads": (9, 3), "softcap": 2.0},
@@ -101,7 +106,8 @@ def documents_of(kind: str, length: int) -> torch.Tensor:
             return torch.arange(length).expand(BATCH, length)
         case "giant":
             return torch.bucketize(torch.arange(length), torch.tensor([1, 2, 5, 68, 69, 71]), right=True)[None]
-    return (torch.arange(length) // 6).expand(1, length)
+    size, *_ = (*parts_of(kind)[1], 6)
+    return (torch.arange(length) // size).expand(1, length)
 
 
 def inputs_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +180,7 @@ def visible_of(x: dict[str, Any]) -> torch.Tensor:
 @functools.cache
 def reference(name: str) -> tuple[torch.Tensor, ...]:
     """Return (out, dq, dk, dv, dsinks) by autograd through a plain softmax."""
-    x = inputs_of((CASES | FLOAT_CASES)[name])
+    x = inputs_of((CASES | FLOAT_CASES | CHANGING_CASES)[name])
     leaves = q, k, v = [x[n].clone().requires_grad_() for n in "qkv"]
     repeats = q.shape[1] // k.shape[1]
     s = SCALE * q @ k.repeat_interleave(repeats, 1).transpose(-1, -2)
@@ -269,8 +275,8 @@ def attend_in_other_calls(
 
 
 def forget_schedules() -> None:
-    """Forget what was found with another gap."""
-    for function in (needs, visits):
+    """Forget what was found with another gap and other kernels."""
+    for function in (needs, visits, partial_results._known_launches):
         function.cache_clear()
 
 
@@ -373,6 +379,21 @@ def test_documents_dealt_to_groups_equal_the_whole_attention(
     pool: Any, strategy: str, layout: str, world_size: int, size: int
 ) -> None:
     check(pool, strategy, of_groups(layout, size), world_size, CASES)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout"),
+    [
+        ("ring", "balanced"),
+        ("gather_1", "balanced"),
+        ("halo", "zig_zag"),
+        ("ulysses", "contiguous"),
+        ("ulysses", "balanced"),
+        ("usp_2", "balanced:2"),
+    ],
+)
+def test_documents_that_change_are_planned_anew(pool: Any, strategy: str, layout: str) -> None:
+    check(pool, strategy, layout, 4, CHANGING_CASES)
 
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)

@@ -7,10 +7,18 @@ import weakref
 import pytest
 import torch
 
-from cpcompile.runtime.attention.heads import Heads, heads_of, heads_of_ranks, most_rounds, rounds
-from cpcompile.runtime.attention.ulysses import in_rounds
-from cpcompile.runtime.transport.all_to_all import HeadExchange, _by_rank, _evenly_apart, _gaps
-from cpcompile.runtime.transport.messages import _has_wide_rows, copy_
+from cpcompile.runtime.attention.heads import Ranks, heads_of, heads_of_ranks, most_rounds, rounds
+from cpcompile.runtime.attention.ulysses import Started, in_rounds
+from cpcompile.runtime.transport.all_to_all import (
+    HeadExchange,
+    _by_rank,
+    _evenly_apart,
+    _gaps,
+    _laid_ranks,
+    _laid_runs,
+    _within,
+)
+from cpcompile.runtime.transport.copies import Copies, has_wide_rows, kind_of, like
 
 
 def test_ranks_whose_heads_are_evenly_apart_are_laid_at_once() -> None:
@@ -42,8 +50,10 @@ def test_runs_of_heads_are_copied_bit_by_bit(dtype: torch.dtype, head_dim: int, 
     x[0, 1, 2, 0] = -torch.nan
     runs = _by_rank(x.transpose(1, 2), [slice(0, 2), slice(2, 4), slice(4, 6)], 4)
     to = torch.full_like(runs, 7.0, memory_format=torch.contiguous_format)
-    assert _has_wide_rows(runs) == _has_wide_rows(to) == is_wide
-    copy_(to, runs)
+    assert has_wide_rows(runs) == has_wide_rows(to) == is_wide
+    copies = Copies.of([(0, to, 1, runs)], [to, x])
+    assert bool(copies.wide) == is_wide
+    copies.make([to, x])
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     assert torch.equal(to.view(bits), runs.contiguous().view(bits))
 
@@ -56,7 +66,7 @@ def test_heads_of_documents_go_around_a_ring_in_one_round() -> None:
     ]
     assert found == [1, 2, 2]
     assert [len(rounds(2, 8, 4, most)) for most in (1, 2)] == [1, 2]
-    assert rounds(2, 8, 4, 1) == [[heads_of(rank, 2, 8, 4) for rank in (0, 1)]]
+    assert rounds(2, 8, 4, 1) == (tuple(heads_of(rank, 2, 8, 4) for rank in (0, 1)),)
 
 
 @pytest.mark.parametrize("sizes", [(2, 8, 4), (2, 9, 3), (3, 8, 4), (4, 2, 1), (4, 14, 2), (1, 6, 6)])
@@ -77,16 +87,48 @@ def test_two_rounds_have_memory() -> None:
     made: list[weakref.ref[torch.Tensor]] = []
     there: list[int] = []
 
-    def start(ranks: list[Heads]) -> tuple[list[torch.Tensor], HeadExchange]:
+    nothing = Copies.of([], [])
+
+    def start(ranks: Ranks) -> Started:
         x = torch.empty(1)
         made.append(weakref.ref(x))
         there.append(sum(other() is not None for other in made))
-        return [x], HeadExchange(None, [(x, x)])
+        return [x], HeadExchange(None, nothing, [x])
 
-    in_rounds(rounds(2, 8, 8, at_once=1), start, lambda ranks, tensors: HeadExchange(None, []))
+    in_rounds(rounds(2, 8, 8, at_once=1), start, lambda ranks, tensors: HeadExchange(None, nothing, []))
     assert there == [1, 2, 2, 2]
 
 
 def test_gaps() -> None:
     assert list(_gaps([slice(6, 8), slice(0, 2)], 9)) == [slice(2, 6), slice(8, 9)]
     assert list(_gaps([], 3)) == [slice(0, 3)]
+
+
+def test_a_rank_in_the_middle_lays_its_own_heads_and_tokens_too() -> None:
+    heads = [slice(at, at + 2) for at in (0, 2, 4, 6)]
+    assert [_laid_ranks(heads, rank) for rank in (0, 1)] == [[1, 2, 3], [0, 1, 2, 3]]
+    assert _laid_runs([slice(0, 4)], 8) == [slice(4, 8)]
+    assert _laid_runs([slice(2, 4)], 8) == [slice(0, 8)]
+    assert _within(slice(5, 7), [slice(0, 2), slice(4, 8)]) == slice(3, 5)
+
+
+@pytest.mark.parametrize("first", [0, 1, 8])
+@pytest.mark.parametrize("head_dim", [8, 3])
+def test_copies_are_made_again_for_tensors_alike(head_dim: int, first: int) -> None:
+    def made(fill: float | None = None) -> torch.Tensor:
+        room = torch.randn(first + 6 * 4 * head_dim) if fill is None else torch.full((first + 24 * head_dim,), fill)
+        return room[first:].view(6, 4, head_dim)
+
+    tensors = [made(), made(0.0), made(0.0)]
+    drafts = [like(kind_of(x)) for x in tensors]
+    assert [*map(kind_of, drafts)] == [*map(kind_of, tensors)]
+    pairs = [(1, drafts[1][2:4, 1:3], 0, drafts[0][:2, 2:]), (2, drafts[2], 0, drafts[0])]
+    copies = Copies.of(pairs, drafts)
+    assert len(copies.wide) == (head_dim == 8 and first != 1)
+    for _ in range(2):
+        tensors[0].normal_()
+        copies.make(tensors)
+        expected = torch.zeros_like(tensors[1])
+        expected[2:4, 1:3] = tensors[0][:2, 2:]
+        assert torch.equal(tensors[1], expected)
+        assert torch.equal(tensors[2], tensors[0])

@@ -652,13 +652,12 @@ def test_documents_go_to_cudnn_where_its_package_is(monkeypatch: pytest.MonkeyPa
 
 
 def test_documents_and_rows_of_the_batch_are_rectangles_one_after_the_other() -> None:
-    q = torch.empty(2, 4, 9, 8)
-    found = cudnn_varlen._rectangles(q, q, Block(SCALE, high=0, lengths=(2, 3, 4)))
+    found = cudnn_varlen._rectangles(2, 9, 9, Block(SCALE, high=0, lengths=(2, 3, 4)))
     assert [part[:2] for part in found] == [part[2:] for part in found] == [
         (0, 2), (2, 3), (5, 4), (9, 2), (11, 3), (14, 4)
     ]  # fmt: skip
     parts = Rectangle(1, 2, 0, 5), Rectangle(4, 3, 2, 7)
-    assert cudnn_varlen._rectangles(q, q, Block(SCALE, rectangles=parts)) == (*parts, (10, 2, 9, 5), (13, 3, 11, 7))
+    assert cudnn_varlen._rectangles(2, 9, 9, Block(SCALE, rectangles=parts)) == (*parts, (10, 2, 9, 5), (13, 3, 11, 7))
 
 
 @pytest.mark.usefixtures("hopper")
@@ -673,11 +672,11 @@ def test_an_old_package_of_cudnn_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_plans_serve_all_sizes_up_to_powers_of_two() -> None:
-    q, k, v = (torch.empty(700, heads, dim) for heads, dim in ((4, 16), (2, 16), (2, 8)))
+    shapes = [torch.Size((700, heads, dim)) for heads, dim in ((4, 16), (2, 16), (2, 8))]
 
     def form(*rectangles: tuple[int, int, int, int], **terms: Any) -> Any:
         parts = tuple(Rectangle(*part) for part in rectangles)
-        return cudnn_varlen._Form.of(q, k, v, Block(SCALE, rectangles=parts, **terms), parts)
+        return cudnn_varlen._Form.of(0, HALF, shapes, Block(SCALE, rectangles=parts, **terms), parts)
 
     first = form((0, 130, 0, 300), (200, 256, 400, 257), (500, 1, 0, 1))
     assert (first.num, first.rows, first.columns, first.all_rows) == (4, 256, 512, 768)
@@ -686,13 +685,13 @@ def test_plans_serve_all_sizes_up_to_powers_of_two() -> None:
     assert form((0, 9, 0, 12), high=0).is_shifted and not form((0, 9, 0, 9), high=0).is_shifted
     assert form((0, 9, 0, 9), high=0, low=-6).window == 7
     # A square of its own begins in the first corner, whatever its sizes are.
-    assert not cudnn_varlen._Form.of(q, k, v, Block(SCALE, high=0), (Rectangle(0, 9, 0, 12),)).is_shifted
+    assert not cudnn_varlen._Form.of(0, HALF, shapes, Block(SCALE, high=0), (Rectangle(0, 9, 0, 12),)).is_shifted
 
 
 def test_numbers_of_rectangles_as_the_graph_reads_them() -> None:
-    q, k, v = (torch.empty(100, heads, dim) for heads, dim in ((4, 16), (2, 16), (2, 8)))
+    shapes = [torch.Size((100, heads, dim)) for heads, dim in ((4, 16), (2, 16), (2, 8))]
     parts = Rectangle(5, 10, 0, 30), Rectangle(40, 20, 30, 25), Rectangle(60, 3, 55, 7)
-    form = cudnn_varlen._Form.of(q, k, v, Block(SCALE, rectangles=parts), parts)
+    form = cudnn_varlen._Form.of(0, HALF, shapes, Block(SCALE, rectangles=parts), parts)
     numbers = torch.tensor(cudnn_varlen._numbers_of(parts, form))
     starts, sizes = numbers[: 5 * 5].view(5, 5), numbers[5 * 5 :].view(torch.int32).view(2, 4)
     rows, columns = torch.tensor([5, 40, 60, 63, 63]), torch.tensor([0, 30, 55, 62, 62])

@@ -19,7 +19,7 @@ from cpcompile.runtime.attention.partial_results import Gradient, Result, add_gr
 from cpcompile.runtime.attention.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.kernels.lanes import Lanes
 from cpcompile.runtime.schedule import num_tokens
-from cpcompile.runtime.transport.messages import by_head, by_token, room, runs
+from cpcompile.runtime.transport.messages import by_head, by_token, parts_of, room, runs
 from cpcompile.runtime.transport.post import Ring, Transfer, post
 
 Tensor = torch.Tensor
@@ -76,7 +76,7 @@ class Gathered:
             for span, slots in zip(self.needs.of[rank][rank], self.needs.within[rank][rank], strict=True):
                 by_head(to[slots.slots]).copy_(x[:, :, span.slots])
 
-        def parts(receiver: int, source: int) -> list[slice]:
+        def parts(receiver: int, source: int) -> tuple[slice, ...]:
             return runs(self.needs.of[receiver][source], own, self.k.shape[2])
 
         transfer = None
@@ -97,7 +97,7 @@ class Gathered:
         if not steps:
             return
 
-        def parts(receiver: int, source: int) -> list[slice]:
+        def parts(receiver: int, source: int) -> tuple[slice, ...]:
             return runs(self.needs.within[source][receiver], found, num_tokens(self.needs.held[source]))
 
         token = sum(x.shape[0] * x.shape[1] * x.shape[3] for x in found)
@@ -106,10 +106,7 @@ class Gathered:
         # What was fetched from the rank `step` before goes back there.
         sources = [self.needs.of[self.ring.after(step)][rank] for step in steps]
         rooms = [room(num_tokens(spans), found) for spans in sources]
-        into = [
-            [x[span.slots] for x in arrived for span in packed(spans)]
-            for spans, arrived in zip(sources, rooms, strict=True)
-        ]
+        into = [parts_of(arrived, spans) for spans, arrived in zip(sources, rooms, strict=True)]
         posted.start([self.ring.size - step for step in steps], into, parts).wait()
         for spans, arrived in zip(sources, rooms, strict=True):
             for gradient, x in zip(total, map(by_head, arrived), strict=True):

@@ -9,6 +9,7 @@ of them. 3 query heads a key head, 9 heads on 2 ranks:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cpcompile.balance.layout import follows_documents
 
@@ -50,8 +51,7 @@ class Heads:
 
 def heads_of(rank: int, world_size: int, num_query: int, num_key: int) -> Heads:
     """Return the heads of `rank`."""
-    # Head counts are properties of the model: a symbolic one becomes a constant of the graph here.
-    num_query, num_key = int(num_query), int(num_key)
+    num_query, num_key = int(num_query), int(num_key)  # as in `heads_of_ranks`
     share, extra = divmod(num_query, world_size)
     start = rank * share + min(rank, extra)
     stop = start + share + (rank < extra)
@@ -61,9 +61,18 @@ def heads_of(rank: int, world_size: int, num_query: int, num_key: int) -> Heads:
     return Heads(start, stop, key_start, key_stop, group)
 
 
-def heads_of_ranks(world_size: int, num_query: int, num_key: int) -> list[Heads]:
+Ranks = tuple[Heads, ...]  # the heads of each rank
+
+
+def heads_of_ranks(world_size: int, num_query: int, num_key: int) -> Ranks:
     """Return the heads of each rank."""
-    return [heads_of(rank, world_size, num_query, num_key) for rank in range(world_size)]
+    # Head counts are properties of the model: a symbolic one becomes a constant of the graph here.
+    return _heads_of_ranks(world_size, int(num_query), int(num_key))
+
+
+@lru_cache(maxsize=256)
+def _heads_of_ranks(world_size: int, num_query: int, num_key: int) -> Ranks:
+    return tuple(heads_of(rank, world_size, num_query, num_key) for rank in range(world_size))
 
 
 NUM_ROUNDS = 2
@@ -71,20 +80,24 @@ NUM_ROUNDS = 2
 
 def rounds(
     world_size: int, num_query: int, num_key: int, most: int = NUM_ROUNDS, at_once: int = 0
-) -> list[list[Heads]]:
+) -> tuple[Ranks, ...]:
     """Return the heads of each rank in `most` rounds, if each has as many whole groups of heads in all, or else in one.
 
     With `at_once`: in as many rounds as it takes for no rank to have more key heads than that in one.
     """
-    ranks = heads_of_ranks(world_size, num_query, num_key)
+    return _rounds(heads_of_ranks(world_size, num_query, num_key), most, at_once)
+
+
+@lru_cache(maxsize=256)
+def _rounds(ranks: Ranks, most: int, at_once: int) -> tuple[Ranks, ...]:
     own = {rank.num_key for rank in ranks}
     if at_once:
-        return [[rank.part(i, i + at_once) for rank in ranks] for i in range(0, max(own), at_once)]
+        return tuple(tuple(rank.part(i, i + at_once) for rank in ranks) for i in range(0, max(own), at_once))
     is_even = len(own) == 1 and all(rank.num_query == rank.num_key * rank.group for rank in ranks)
     size = own.pop() // most if is_even else 0
-    if world_size == 1 or not size or size * most != ranks[0].num_key:
-        return [ranks]
-    return [[rank.part(i * size, (i + 1) * size) for rank in ranks] for i in range(most)]
+    if len(ranks) == 1 or not size or size * most != ranks[0].num_key:
+        return (ranks,)
+    return tuple(tuple(rank.part(i * size, (i + 1) * size) for rank in ranks) for i in range(most))
 
 
 def most_rounds(layout: str, is_ring: bool) -> int:

@@ -13,16 +13,16 @@ import torch
 
 from cpcompile.runtime.attention import ring
 from cpcompile.runtime.attention.arguments import AttentionArguments
-from cpcompile.runtime.attention.heads import Heads, rounds
+from cpcompile.runtime.attention.heads import Heads, Ranks, rounds
 from cpcompile.runtime.attention.partial_results import empty_result
 from cpcompile.runtime.attention.ulysses import Grid, Started, in_rounds, tokens_to_heads
-from cpcompile.runtime.transport.all_to_all import HeadExchange, send_heads
+from cpcompile.runtime.transport.all_to_all import HeadExchange
 
 Tensor = torch.Tensor
 Kept = tuple[Tensor, Tensor]  # q and out of some of this rank's heads
 
 
-def rounds_of(q: Tensor, k: Tensor, num_ranks: int, at_once: int) -> list[list[Heads]]:
+def rounds_of(q: Tensor, k: Tensor, num_ranks: int, at_once: int) -> tuple[Ranks, ...]:
     """Return the heads of each rank in each round; k holds those of one rank."""
     return rounds(num_ranks, q.shape[1], k.shape[1] * num_ranks, at_once=at_once)
 
@@ -56,7 +56,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Gri
     statistics, kept = list[Tensor](), list[Kept]()
     out = empty_result(q, v)[0].zero_()
 
-    def compute(ranks: list[Heads], tensors: list[Tensor]) -> HeadExchange:
+    def compute(ranks: Ranks, tensors: list[Tensor]) -> HeadExchange:
         (q_own,), own = tensors, ranks[rank]
         _, keys = _within(own, each[0][rank])
         of_heads = terms.of_heads(own.start, own.stop)
@@ -64,7 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Gri
         statistics.append(lse)
         if grid.keeps_heads:
             kept.append((q_own, out_own))
-        return send_heads([out_own], [out], _queries(ranks), grid.places, grid.inner)
+        return grid.exchange.send_heads([out_own], [out], _queries(ranks))
 
     in_rounds(each, lambda ranks: _to_heads([q], ranks, grid), compute)
     return out, torch.cat(statistics, 1), kept
@@ -92,7 +92,7 @@ def attend_backward(
     dsinks = None if terms.sinks is None else torch.zeros_like(terms.sinks)
     swapped = [dout] if kept else [q, out, dout]
 
-    def compute(ranks: list[Heads], tensors: list[Tensor]) -> HeadExchange:
+    def compute(ranks: Ranks, tensors: list[Tensor]) -> HeadExchange:
         q_own, out_own, dout_own = (*next(held, ()), *tensors)
         own = ranks[rank]
         queries, keys = _within(own, each[0][rank])
@@ -102,7 +102,7 @@ def attend_backward(
         )
         if dsinks is not None and dsinks_own is not None:
             dsinks[own.start : own.stop] = dsinks_own
-        return send_heads([dq_own], [dq], _queries(ranks), grid.places, grid.inner)
+        return grid.exchange.send_heads([dq_own], [dq], _queries(ranks))
 
     in_rounds(each, lambda ranks: _to_heads(swapped, ranks, grid), compute)
     return dq, dk, dv, dsinks

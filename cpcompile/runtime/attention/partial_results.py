@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -11,10 +12,12 @@ from cpcompile.balance.token_spans import Rectangle
 from cpcompile.runtime import kernels
 from cpcompile.runtime.attention.arguments import AttentionArguments
 from cpcompile.runtime.kernels import merge, triton_merge
+from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.calls import of_known_widths, together, windows_apart
+from cpcompile.runtime.kernels.case import Case, features
 from cpcompile.runtime.kernels.lanes import Lanes, recorded
 from cpcompile.runtime.kernels.merge import accumulation_dtype
-from cpcompile.runtime.schedule import Piece
+from cpcompile.runtime.schedule import Piece, Visible
 
 Tensor = torch.Tensor
 Tensors = tuple[Tensor, ...]
@@ -145,22 +148,76 @@ def _within(slots: slice, run: slice) -> slice:
     return slice(run.start - slots.start, run.stop - slots.start)
 
 
-def _calls(
+@dataclass(frozen=True, slots=True, eq=False)
+class _Launch:
+    """A call of kernels: the slots of its rows and columns, the runs of both where its results go, and what is computed.
+
+    `block` is None where it holds tensors, so that each call makes its own.
+    """
+
+    piece: Piece
+    rows: slice
+    columns: slice
+    row_runs: tuple[slice, ...]
+    column_runs: tuple[slice, ...]
+    block: Block | None
+
+    @classmethod
+    def of(cls, piece: Piece, block: Block | None) -> _Launch:
+        """Return the launch of a piece."""
+        return cls(piece, piece.rows.slots, piece.columns.slots, piece.row_runs, piece.column_runs, block)
+
+
+def _launches(
     pieces: tuple[Piece, ...], terms: AttentionArguments, q: Tensor, v: Tensor, for_backward: bool
-) -> tuple[Piece, ...]:
+) -> Sequence[_Launch]:
     """Return the pieces as the calls of kernels that compute them."""
+    if not terms.visible.is_joined:
+        return [_Launch.of(piece, None) for piece in pieces]
+    case = Case(q.device.type, q.dtype, q.shape[3], v.shape[3])
+    is_deterministic = torch.are_deterministic_algorithms_enabled()  # kernels are chosen by it
+    numbers = terms.scale, terms.softcap, terms.kernel
+    return _known_launches(pieces, terms.visible, *numbers, case, for_backward, is_deterministic)
+
+
+@lru_cache(maxsize=1024)
+def _known_launches(
+    pieces: tuple[Piece, ...],
+    visible: Visible,
+    scale: float,
+    softcap: float,
+    kernel: str,
+    plain: Case,
+    for_backward: bool,
+    is_deterministic: bool,
+) -> tuple[_Launch, ...]:
+    """Return the calls of what numbers say in full, found once for all layers of a batch and for batches alike."""
+    terms = AttentionArguments(None, None, None, scale, False, 0, softcap, visible=visible)
+    parts = _calls(pieces, terms, kernel, plain, for_backward)
+    return tuple(_Launch.of(piece, terms.block(piece, torch.device(plain.device))) for piece in parts)
+
+
+def _calls(
+    pieces: tuple[Piece, ...], terms: AttentionArguments, kernel: str, plain: Case, for_backward: bool
+) -> tuple[Piece, ...]:
+    """Return the pieces joined or cut as the kernel takes them that computes them."""
     visible = terms.visible
     has_window = visible.band.low is not None
-    if not pieces or not visible.is_joined or not (has_window or visible.is_varied):
+    if not pieces or not (has_window or visible.is_varied):
         return pieces
-    block = terms.block(pieces[0], q.device)
-    if has_window and kernels.prefers_squares(q, v, block, terms.kernel):
+    block = terms.block(pieces[0], torch.device(plain.device))
+
+    def case_of(block: Block) -> Case:
+        return replace(plain, features=features(block))
+
+    if has_window and kernels.prefers_squares(case_of, block, kernel):
         pieces = windows_apart(pieces)
     if not visible.is_varied:
         return pieces
     many = replace(block, rectangles=(Rectangle(0, 1, 0, 1),))
-    takes_many = kernels.takes_rectangles(q, v, many, terms.kernel)
-    return together(pieces, for_backward) if takes_many else of_known_widths(pieces)
+    return (
+        together(pieces, for_backward) if kernels.takes_rectangles(case_of(many), kernel) else of_known_widths(pieces)
+    )
 
 
 class Result:
@@ -177,20 +234,20 @@ class Result:
         """Merge the attention of some pieces, of rows of q and the keys that k and v hold."""
         q, k, v = _dense(q), _dense(k), _dense(v)
 
-        def start(piece: Piece) -> None:
-            rows, columns = piece.rows.slots, piece.columns.slots
-            q_, k_, v_ = (_part(x, piece.batch, at) for x, at in ((q, rows), (k, columns), (v, columns)))
-            block = terms.block(piece, q.device)
+        def start(launch: _Launch) -> None:
+            rows, columns, batch = launch.rows, launch.columns, launch.piece.batch
+            q_, k_, v_ = _part(q, batch, rows), _part(k, batch, columns), _part(v, batch, columns)
+            block = launch.block or terms.block(launch.piece, q.device)
 
             def take(found: Tensors) -> None:
-                for run in piece.row_runs:
-                    parts = tuple(_part(x, None, _within(rows, run)) for x in found)
-                    self._rows.add(parts, piece.batch, run, merge_)
+                for run in launch.row_runs:
+                    parts = found if run == rows else tuple(_part(x, None, _within(rows, run)) for x in found)
+                    self._rows.add(parts, batch, run, merge_)
 
             self._lanes.submit(lambda: kernels.forward(q_, k_, v_, block, terms.kernel), take)
 
-        for piece in _calls(pieces, terms, q, v, for_backward=False):
-            start(piece)
+        for launch in _launches(pieces, terms, q, v, for_backward=False):
+            start(launch)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Return (out, lse) in the dtypes and strides of `empty_result`; rows that saw no key are 0 and -inf."""
@@ -235,19 +292,19 @@ def add_gradients(
     dout, q, k, v, out, lse = tensors
     dout, q, k, v, out = (_dense(x) for x in (dout, q, k, v, out))
 
-    def start(piece: Piece) -> int:
-        rows, columns = piece.rows.slots, piece.columns.slots
-        dout_, q_, out_, lse_ = (_part(x, piece.batch, rows) for x in (dout, q, out, lse))
-        k_, v_ = (_part(x, piece.batch, columns) for x in (k, v))
-        block = terms.block(piece, q.device)
+    def start(launch: _Launch) -> int:
+        rows, columns, batch = launch.rows, launch.columns, launch.piece.batch
+        dout_, q_, out_, lse_ = (_part(x, batch, rows) for x in (dout, q, out, lse))
+        k_, v_ = _part(k, batch, columns), _part(v, batch, columns)
+        block = launch.block or terms.block(launch.piece, q.device)
 
         def take(found: Tensors) -> None:
-            of_columns = columns, piece.column_runs
-            places = (rows, piece.row_runs), of_columns, of_columns
+            of_columns = columns, launch.column_runs
+            places = (rows, launch.row_runs), of_columns, of_columns
             for gradient, x, (slots, runs) in zip((dq, dk, dv), found, places, strict=True):
                 for run in runs:
-                    gradient.add(_part(x, None, _within(slots, run)), run, piece.batch)
+                    gradient.add(x if run == slots else _part(x, None, _within(slots, run)), run, batch)
 
         return lanes.submit(lambda: kernels.backward(dout_, q_, k_, v_, out_, lse_, block, terms.kernel), take)
 
-    return max((start(piece) for piece in _calls(pieces, terms, q, v, for_backward=True)), default=0)
+    return max((start(launch) for launch in _launches(pieces, terms, q, v, for_backward=True)), default=0)

@@ -19,7 +19,7 @@ from cpcompile.runtime.attention.partial_results import Gradient, Result, add_gr
 from cpcompile.runtime.attention.sinks import sinks_gradient, with_sinks
 from cpcompile.runtime.kernels.lanes import Lanes
 from cpcompile.runtime.schedule import num_tokens
-from cpcompile.runtime.transport.messages import by_head, by_token, room, runs
+from cpcompile.runtime.transport.messages import by_head, by_token, parts_of, room, runs
 from cpcompile.runtime.transport.post import Posted, Ring, Transfer, post
 
 Tensor = torch.Tensor
@@ -67,12 +67,11 @@ class Blocks:
         """Start fetching what this rank needs."""
         fetched = room(visit.num_columns, (self.k, self.v))
         laid = self.needs.laid[self.ring.rank][self.ring.before(visit.step)]
-        into = [x[span.slots] for x in fetched for span in laid]
-        transfer = posted.start([visit.step], [into], self._parts)
+        transfer = posted.start([visit.step], [parts_of(fetched, laid)], self._parts)
         k, v = map(by_head, fetched)
         return Arriving(k, v, transfer)
 
-    def _parts(self, receiver: int, source: int) -> list[slice]:
+    def _parts(self, receiver: int, source: int) -> tuple[slice, ...]:
         return runs(self.needs.runs[receiver][source], (self.k, self.v), self.k.shape[2])
 
 
@@ -154,14 +153,14 @@ class Homecoming:
         self._runs, self._laid = needs.runs[given][ring.rank], needs.laid[given][ring.rank]
         arrived = room(num_tokens(self._runs), like)
 
-        def parts(receiver: int, source: int) -> list[slice]:
+        def parts(receiver: int, source: int) -> tuple[slice, ...]:
             size = num_tokens(needs.runs[source][receiver])
             return runs([Span(0, 0, size)] if size else [], like, size)
 
         # What was fetched from the rank `step` before goes back there: round the ring the other way.
         largest = sum(x.numel() for x in like)
         posted = post(by_token([dk, dv], ring, largest), ring, num_starts=1)
-        self._transfer = posted.start([ring.size - step], [arrived if self._runs else []], parts)
+        self._transfer = posted.start([ring.size - step], [[x.view(-1) for x in arrived] if self._runs else []], parts)
         self._dk, self._dv = map(by_head, arrived)
 
     def add_to(self, dk: Gradient, dv: Gradient) -> None:

@@ -18,12 +18,12 @@ import torch
 from cpcompile.balance.token_spans import Spans
 from cpcompile.runtime.attention import ring as ring_attention
 from cpcompile.runtime.attention.arguments import AttentionArguments
-from cpcompile.runtime.attention.heads import Heads, heads_of_ranks, rounds, storage
+from cpcompile.runtime.attention.heads import Heads, Ranks, heads_of_ranks, rounds, storage
 from cpcompile.runtime.attention.key_needs import place
 from cpcompile.runtime.attention.partial_results import empty_result
 from cpcompile.runtime.kernels.merge import accumulation_dtype
 from cpcompile.runtime.schedule import by_position, num_tokens
-from cpcompile.runtime.transport.all_to_all import HeadExchange, send_heads, send_tokens
+from cpcompile.runtime.transport.all_to_all import Exchange, HeadExchange
 from cpcompile.runtime.transport.post import Ring
 
 Tensor = torch.Tensor
@@ -68,15 +68,20 @@ class Grid:
                 found[-1].append(at)
         return found
 
-    def rounds(self, num_query: int, num_key: int) -> list[list[Heads]]:
+    @cached_property
+    def exchange(self) -> Exchange:
+        """What the inner ranks copy to exchange heads."""
+        return Exchange(self.places, self.inner)
+
+    def rounds(self, num_query: int, num_key: int) -> tuple[Ranks, ...]:
         """Return the heads of each inner rank, in rounds: some are exchanged while others are computed."""
         return rounds(self.inner.size, num_query, num_key, self.most_rounds, self.at_once)
 
 
 def in_rounds(
-    each: Sequence[list[Heads]],
-    start: Callable[[list[Heads]], Started],
-    compute: Callable[[list[Heads], list[Tensor]], HeadExchange],
+    each: Sequence[Ranks],
+    start: Callable[[Ranks], Started],
+    compute: Callable[[Ranks, list[Tensor]], HeadExchange],
 ) -> None:
     """Compute round after round, while the next one arrives and the last one goes home; no more of them have memory."""
     arriving, home = start(each[0]), None
@@ -113,7 +118,7 @@ def tokens_to_heads(
             results[-1][:, heads.stop - heads.start :] = 0
         if held < grid.room:
             results[-1][:, :, held:] = 0
-    return results, send_tokens(tensors, results, of_rank, grid.places, grid.inner)
+    return results, grid.exchange.send_tokens(tensors, results, of_rank)
 
 
 def _slices(heads: Heads) -> tuple[slice, slice, slice]:
@@ -139,12 +144,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Gri
         # What is kept has one shape on all ranks.
         return (rooms[0] // len(each), rooms[1] // len(each)) if grid.keeps_heads else (own.num_query, own.num_key)
 
-    def start(ranks: list[Heads]) -> Started:
+    def start(ranks: Ranks) -> Started:
         num_query, num_key = sizes(ranks[rank])
         of_rank = [_slices(heads) for heads in ranks]
         return tokens_to_heads((q, k, v), of_rank, (num_query, num_key, num_key), grid)
 
-    def compute(ranks: list[Heads], tensors: list[Tensor]) -> HeadExchange:
+    def compute(ranks: Ranks, tensors: list[Tensor]) -> HeadExchange:
         own = ranks[rank]
         index, numbers = own.key_index(), (own.num_query, own.num_key, own.num_key)
         q_own, k_own, v_own = (x[:, :n] for x, n in zip(tensors, numbers, strict=True))
@@ -154,7 +159,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments, grid: Gri
         if grid.keeps_heads:
             q_all, k_all, v_all = tensors
             kept.append((q_all, k_all, v_all, _stored(out_own, sizes(own)[0])))
-        return send_heads([out_own], [out], [_slices(heads)[:1] for heads in ranks], grid.places, grid.inner)
+        return grid.exchange.send_heads([out_own], [out], [_slices(heads)[:1] for heads in ranks])
 
     in_rounds(each, start, compute)
     return out, _stored(torch.cat(statistics, 1), rooms[0]), kept
@@ -194,14 +199,14 @@ def attend_backward(
     apart = _apart(whole)
     targets = [_blank(dout, x.shape[3], n, grid) for x, n in ((q, num_query), (k, apart[-1].stop), (v, apart[-1].stop))]
 
-    def start(ranks: list[Heads]) -> Started:
+    def start(ranks: Ranks) -> Started:
         own, of_rank = ranks[rank], [_slices(heads) for heads in ranks]
         if kept:
             return tokens_to_heads([dout], [(query,) for query, *_ in of_rank], [own.num_query], grid)
         stored = own.num_query, own.num_key, own.num_key, own.num_query, own.num_query
         return tokens_to_heads((q, k, v, out, dout), [(*x, x[0], x[0]) for x in of_rank], stored, grid)
 
-    def compute(ranks: list[Heads], tensors: list[Tensor]) -> HeadExchange:
+    def compute(ranks: Ranks, tensors: list[Tensor]) -> HeadExchange:
         own = ranks[rank]
         index, n, m = own.key_index(), own.num_query, own.num_key
         q_own, k_own, v_own, out_own, dout_own = (
@@ -224,7 +229,7 @@ def attend_backward(
         grads = [dq_own, _summed(dk_own, index, m), _summed(dv_own, index, m)]
         keys_apart = [_moved(heads, all_of, at) for heads, all_of, at in zip(ranks, whole, apart, strict=True)]
         of_rank = [(_slices(heads)[0], key, key) for heads, key in zip(ranks, keys_apart, strict=True)]
-        return send_heads(grads, targets, of_rank, grid.places, grid.inner)
+        return grid.exchange.send_heads(grads, targets, of_rank)
 
     in_rounds(each, start, compute)
     dq, dk, dv = targets

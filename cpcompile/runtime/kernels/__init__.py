@@ -123,17 +123,17 @@ def choose(case: Case, kernel: str = "auto") -> KernelChoice:
     return KernelChoice(asked)
 
 
-def takes_rectangles(q: Tensor, v: Tensor, block: Block, kernel: str = "auto") -> bool:
-    """Return whether one call of the kernel of a block computes many rectangles."""
-    return "rectangles" in choose(Case.of(q, v, block), kernel).kernel.takes
+def takes_rectangles(case: Case, kernel: str = "auto") -> bool:
+    """Return whether one call of the kernel of a case computes many rectangles."""
+    return "rectangles" in choose(case, kernel).kernel.takes
 
 
-def prefers_squares(q: Tensor, v: Tensor, block: Block, kernel: str = "auto") -> bool:
+def prefers_squares(case_of: Callable[[Block], Case], block: Block, kernel: str = "auto") -> bool:
     """Return whether a causal window has another kernel where rows and columns are the same tokens than where they are not."""
     if kernel != "auto":
         return False
     square, shifted = (replace(block, low=low, high=low + 1) for low in (-1, 0))
-    return choose(Case.of(q, v, square), kernel).kernel is not choose(Case.of(q, v, shifted), kernel).kernel
+    return choose(case_of(square), kernel).kernel is not choose(case_of(shifted), kernel).kernel
 
 
 def explain(case: Case, kernel: str = "auto") -> str:

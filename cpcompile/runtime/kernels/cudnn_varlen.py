@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -25,6 +26,7 @@ from cpcompile.runtime.kernels.flash import is_installed, packed, unpacked
 
 Tensor = torch.Tensor
 Rectangles = tuple[Rectangle, ...]
+Shape = torch.Size
 _PACKAGE, _FIRST_VERSION = "nvidia-cudnn-frontend", "1.18"
 _LEAST_SIZE = 128  # tokens of a rectangle that a plan is made for
 _one_at_a_time = threading.Lock()  # a handle has one stream
@@ -59,21 +61,24 @@ class _Form:
     scale: float
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, block: Block, rectangles: Rectangles) -> _Form:
-        """Return the form of packed q `[T, H, D]`, k and v."""
+    def of(
+        cls, device: int, dtype: torch.dtype, shapes: Sequence[Shape], block: Block, rectangles: Rectangles
+    ) -> _Form:
+        """Return the form of packed q, k and v of these shapes, `[T, H, D]` each."""
+        (rows, heads, dim), (columns, key_heads, _), (*_, value_dim) = shapes
         is_causal = block.high == 0
         return cls(
-            q.device.index,
-            q.dtype,
-            q.shape[1],
-            k.shape[1],
-            q.shape[2],
-            v.shape[2],
+            device,
+            dtype,
+            heads,
+            key_heads,
+            dim,
+            value_dim,
             max(2, _power_of_two(len(rectangles))),
             max(_LEAST_SIZE, _power_of_two(max(part.rows for part in rectangles))),
             max(_LEAST_SIZE, _power_of_two(max(part.columns for part in rectangles))),
-            _half_power_of_two(q.shape[0]),
-            _half_power_of_two(k.shape[0]),
+            _half_power_of_two(rows),
+            _half_power_of_two(columns),
             is_causal,
             0 if block.low is None else 1 - block.low,
             is_causal and any(part.rows != part.columns for part in block.rectangles),
@@ -248,53 +253,71 @@ class Numbers:
         return [first + 8 * i * (num + 1) for i in range(5)] + [first + 8 * starts, first + 8 * starts + 4 * num]
 
 
-_numbers = functools.lru_cache(maxsize=256)(Numbers)
-
-
-def _rectangles(q: Tensor, k: Tensor, block: Block) -> Rectangles:
+def _rectangles(batch: int, rows: int, columns: int, block: Block) -> Rectangles:
     """Return the rectangles of a block, for all rows of the batch laid one after the other."""
-    rows, columns = q.shape[2], k.shape[2]
     found = block.rectangles or (Rectangle(0, rows, 0, columns),)
     if block.lengths:
         ends = accumulate(block.lengths)
         found = tuple(Rectangle(at - size, size, at - size, size) for at, size in zip(ends, block.lengths, strict=True))
     return tuple(
         Rectangle(part.row + b * rows, part.rows, part.column + b * columns, part.columns)
-        for b in range(q.shape[0])
+        for b in range(batch)
         for part in found
     )
 
 
-def _leave_out(rectangles: Rectangles, name: str, x: Tensor) -> bool:
-    """Tell whether some rows or columns, which no two rectangles share, of `x` `[T, ...]` are in none."""
-    num: int = sum(getattr(part, name) for part in rectangles)
-    return num < x.shape[0]
+class _Call:
+    """What a block of some sizes needs beside its tensors, found once for all layers of a batch.
+
+    Attributes:
+        form: what to plan for.
+        leaves_rows, leaves_columns: whether some rows, or columns, which no two rectangles share, are in none.
+        numbers: of the rectangles.
+    """
+
+    def __init__(self, form: _Form, rectangles: Rectangles, num_rows: int, num_columns: int) -> None:
+        """Tell what is needed for so many rows and columns, those of all rows of the batch."""
+        self.form, self._rectangles = form, rectangles
+        self.leaves_rows = sum(part.rows for part in rectangles) < num_rows
+        self.leaves_columns = sum(part.columns for part in rectangles) < num_columns
+
+    @functools.cached_property
+    def numbers(self) -> Numbers:
+        """The numbers of the rectangles, in the memory of the GPU."""
+        return Numbers(self._rectangles, self.form)
+
+
+@functools.lru_cache(maxsize=256)
+def _call(batch: int, device: int, dtype: torch.dtype, q: Shape, k: Shape, v: Shape, block: Block) -> _Call:
+    """Return the call of a block for packed q, k and v of these shapes."""
+    rectangles = _rectangles(batch, q[0] // batch, k[0] // batch, block)
+    return _Call(_Form.of(device, dtype, (q, k, v), block, rectangles), rectangles, q[0], k[0])
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    batch, rectangles = q.shape[0], _rectangles(q, k, block)
+    batch = q.shape[0]
     q, k, v = (packed(x).contiguous() for x in (q, k, v))
-    form = _Form.of(q, k, v, block, rectangles)
+    call = _call(batch, q.device.index, q.dtype, q.shape, k.shape, v.shape, block)
     out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
-    if _leave_out(rectangles, "rows", q):
+    if call.leaves_rows:
         out.zero_()
         lse.fill_(-torch.inf)
-    _plan(form, False).run(_numbers(rectangles, form), q, k, v, out, lse)
+    _plan(call.form, False).run(call.numbers, q, k, v, out, lse)
     return unpacked(out, batch), torch.unflatten(lse, 0, (batch, -1)).transpose(1, 2)
 
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, rectangles = q.shape[0], _rectangles(q, k, block)
+    batch = q.shape[0]
     dout, q, k, v, out = (packed(x).contiguous() for x in (dout, q, k, v, out))
+    call = _call(batch, q.device.index, q.dtype, q.shape, k.shape, v.shape, block)
     stats = lse.transpose(1, 2).contiguous()
-    form = _Form.of(q, k, v, block, rectangles)
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    for grad, name in zip(grads, ("rows", "columns", "columns"), strict=True):
-        if _leave_out(rectangles, name, grad):
+    for grad, leaves in zip(grads, (call.leaves_rows, call.leaves_columns, call.leaves_columns), strict=True):
+        if leaves:
             grad.zero_()
-    _plan(form, True).run(_numbers(rectangles, form), dout, q, k, v, out, stats, *grads)
+    _plan(call.form, True).run(call.numbers, dout, q, k, v, out, stats, *grads)
     dq, dk, dv = (unpacked(x, batch) for x in grads)
     return dq, dk, dv
 

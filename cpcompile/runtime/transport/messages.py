@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 
 from cpcompile.balance.token_spans import Span
+from cpcompile.runtime.transport.copies import Copies, Kind, Pair, kind_of, like
 from cpcompile.runtime.transport.post import Ring, new_message
 
 Tensor = torch.Tensor
-_WIDE = torch.complex128
 
 
 def by_token(tensors: Sequence[Tensor], ring: Ring, largest: int | None = None) -> Tensor:
     """Lay tensors `[B, K, tokens, D]` end to end in a message, each as `[tokens, B, K, D]`; `largest`: see `new_message`."""
-    message, start = new_message(sum(x.numel() for x in tensors), tensors[0], ring, largest), 0
-    for x in tensors:
-        start = lay(tokens_first(x), message, start)
+    message = new_message(sum(x.numel() for x in tensors), tensors[0], ring, largest)
+    _laying(tuple(map(kind_of, tensors))).make((*tensors, message))
     return message
 
 
-def lay(x: Tensor, message: Tensor, start: int) -> int:
-    """Copy a tensor into a message and return where the next one begins."""
-    end = start + x.numel()
-    copy_(message[start:end].view(x.shape), x)
-    return end
+@lru_cache(maxsize=256)
+def _laying(kinds: tuple[Kind, ...]) -> Copies:
+    """Return the copies that lay tensors of some kinds in a message."""
+    tensors = [*map(like, kinds)]
+    message, start, pairs = tensors[0].new_empty(sum(x.numel() for x in tensors)), 0, list[Pair]()
+    for number, x in enumerate(tensors):
+        end = start + x.numel()
+        pairs.append((len(tensors), message[start:end].view(tokens_first(x).shape), number, tokens_first(x)))
+        start = end
+    return Copies.of(pairs, [*tensors, message])
 
 
-def copy_(to: Tensor, x: Tensor) -> None:
-    """Copy a tensor to one of its shape. Runs of heads go 16 bytes at once, where torch takes element by element."""
-    are_runs = to.dtype == x.dtype and not (to.is_contiguous() and x.is_contiguous())
-    if are_runs and _has_wide_rows(to) and _has_wide_rows(x):
-        to, x = to.view(_WIDE), x.view(_WIDE)
-    to.copy_(x)
-
-
-def _has_wide_rows(x: Tensor) -> bool:
-    """Tell whether a view of 16-byte elements exists."""
-    *strides, last = x.stride() or (0,)
-    size = _WIDE.itemsize // x.dtype.itemsize
-    return last == 1 and all(n % size == 0 for n in (x.shape[-1], x.storage_offset(), *strides))
-
-
-def runs(spans: Iterable[Span], tensors: Sequence[Tensor], num_slots: int) -> list[slice]:
+def runs(spans: Iterable[Span], tensors: Sequence[Tensor], num_slots: int) -> tuple[slice, ...]:
     """Return where a message `by_token` holds the tokens of `spans`.
 
     Args:
@@ -51,17 +41,38 @@ def runs(spans: Iterable[Span], tensors: Sequence[Tensor], num_slots: int) -> li
         tensors: like those in the message; only batch, heads and dim are read.
         num_slots: the tokens of each tensor in the message.
     """
-    found, start = [], 0
-    for x in tensors:
-        token = x.shape[0] * x.shape[1] * x.shape[3]
-        found += [slice(start + s.slot * token, start + (s.slot + s.size) * token) for s in spans]
-        start += num_slots * token
-    return found
+    return _runs(tuple(spans), tuple(map(_token, tensors)), num_slots)
+
+
+@lru_cache(maxsize=4096)
+def _runs(spans: tuple[Span, ...], widths: tuple[int, ...], num_slots: int) -> tuple[slice, ...]:
+    found, start = list[slice](), 0
+    for width in widths:
+        found += [slice(start + s.slot * width, start + (s.slot + s.size) * width) for s in spans]
+        start += num_slots * width
+    return tuple(found)
+
+
+def _token(x: Tensor) -> int:
+    """Return how many elements a token has."""
+    return x.shape[0] * x.shape[1] * x.shape[3]
 
 
 def room(num_tokens: int, like: Sequence[Tensor]) -> list[Tensor]:
     """Return empty tensors `[tokens, B, K, D]` for what is fetched."""
     return [x.new_empty(num_tokens, *x.shape[:2], x.shape[3]) for x in like]
+
+
+def parts_of(rooms: Sequence[Tensor], spans: Sequence[Span]) -> list[Tensor]:
+    """Return the flat parts of what `room` returned that `spans` are laid in, one after the other from the first slot on."""
+    if not spans:
+        return []
+    flat = [x.view(-1) for x in rooms]
+    if len(spans) == 1:
+        return flat
+    tokens = map(_token, map(by_head, rooms))
+    sizes = [[span.size * token for span in spans] for token in tokens]
+    return [part for x, each in zip(flat, sizes, strict=True) for part in x.split_with_sizes(each)]
 
 
 def tokens_first(x: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ Contiguous runs are copied by the copy engines of a GPU, on a side stream, so th
 
     message laid in a slot | side: barrier, copies of parts of the others' slots | Transfer.wait: an event
 
-No message is overwritten while it is read. The barriers and copies of a rank are on its side stream, in one order on all ranks.
-Who has passed a barrier knows that every side stream has reached it, so that all copies started before it are done, on all
-ranks. `num_starts` tells, on all ranks alike, when the last copy of a message is started. So a slot may be written once the
-barrier of a post after that start is passed, and the next message in it waits for this barrier. Messages that follow each
-other alternate between two slots, and gradients posted while keys are still read take a third: the memory is two or three
-times the largest message. Slots are taken and grown by what is the same on every rank: the order of posts, and `largest`.
+No message is overwritten while it is read. The barriers and copies of a rank are on its side stream, in one order on all ranks;
+the barrier of a message goes there with the copies of its first step. Who has passed a barrier knows that every side stream has
+reached it, so that all copies started before it are done, on all ranks. `num_starts` tells, on all ranks alike, when the last
+copy of a message is started. So a slot may be written once the barrier of a message after that start is passed, and the next
+message in it waits for this barrier. Messages that follow each other alternate between two slots, and gradients posted while
+keys are still read take a third: the memory is two or three times the largest message. Slots are taken and grown by what is
+the same on every rank: the order of posts, and `largest`.
 
 What is copied into belongs to the current stream: the side stream waits for it before a copy, and it waits for the copy in
 `Transfer.wait`, so that the allocator needs to know nothing.
@@ -140,11 +141,13 @@ class Lane:
         """Let the others copy from the message laid last, in `num_starts` steps."""
         slot, self._laid = self._laid, None
         assert slot is not None and slot.memory is not None and num_starts > 0
-        done = self.device.aside(slot.memory.barrier)
-        if not self.device.is_capturing():
-            self._free.extend((read, done) for read in self._read)
-            self._read.clear()
         return PostedHere(self, slot, slot.memory, message.dtype, num_starts)
+
+    def passed(self, barrier: Event) -> None:
+        """Remember what comes after the barrier of a message: what was read before it may be written."""
+        if not self.device.is_capturing():
+            self._free.extend((read, barrier) for read in self._read)
+            self._read.clear()
 
     def close(self, slot: Slot) -> None:
         """Remember that all copies from a message are started."""
@@ -162,29 +165,35 @@ class PostedHere:
     memory: Memory
     dtype: torch.dtype
     num_starts: int
+    is_met: bool = False  # the barrier is on the side stream
 
     def start(self, steps: Sequence[int], into: Sequence[Sequence[Tensor]], parts: Parts) -> Transfer:
         """Start copying from each rank - step into contiguous tensors, one for each part."""
         self.num_starts -= len(steps)
         assert self.num_starts >= 0, "more steps than were told when the message was posted"
-        ring, device, is_last = self.lane.ring, self.lane.device, self.num_starts == 0
+        ring, device, is_first, is_last = self.lane.ring, self.lane.device, not self.is_met, self.num_starts == 0
+        ends_capture = is_last and device.is_capturing()
         pairs = []
         for source, tensors in zip(map(ring.before, steps), into, strict=True):
             runs = parts(ring.rank, source)
             message = self.memory.of(source).view(self.dtype) if runs else None
             for to, run in zip(tensors, runs, strict=True):
                 assert message is not None
-                pairs.append((to, message[run]))
-        barrier = self.memory.barrier if is_last and device.is_capturing() else None
+                pairs.append((to if to.dim() == 1 else to.view(-1), message[run]))
 
         def copy() -> None:
+            if is_first:
+                self.memory.barrier()
             for to, run in pairs:
-                to.view(-1).copy_(run)
-            if barrier is not None:
-                barrier()
+                to.copy_(run)
+            if ends_capture:
+                self.memory.barrier()
 
-        # Streams meet at a price, which steps without a byte do not pay.
-        events = (device.aside(copy),) if pairs or barrier else ()
+        # Streams meet at a price, which steps without a byte do not pay; the first has the barrier with it.
+        done = device.aside(copy) if pairs or is_first or ends_capture else None
+        if is_first and done is not None:
+            self.is_met = True
+            self.lane.passed(done)
         if is_last:
             self.lane.close(self.slot)
-        return Transfer(events, tuple(to for to, _ in pairs))
+        return Transfer((done,) if done is not None else (), tuple(to for to, _ in pairs))
