@@ -16,8 +16,7 @@ def needs_no_gradient(node: fx.Node) -> bool:
     seen, stack = {node}, [node]
     while stack:
         x = stack.pop()
-        value = value_of(x)
-        if x.target is aten.detach.default or (isinstance(value, torch.Tensor) and not value.is_floating_point()):
+        if stops_gradients(x):
             continue
         if annotation(x).takes_gradient:
             return False
@@ -25,6 +24,23 @@ def needs_no_gradient(node: fx.Node) -> bool:
         seen.update(fresh)
         stack += fresh
     return True
+
+
+def gradient_flow(graph: fx.Graph) -> set[fx.Node]:
+    """Return all nodes whose results gradients may reach."""
+    off, found = unrecorded(graph), set[fx.Node]()
+    for node in graph.nodes:
+        is_reached = annotation(node).takes_gradient or not found.isdisjoint(node.all_input_nodes)
+        if is_reached and node not in off and not stops_gradients(node):
+            found.add(node)
+    return found
+
+
+def stops_gradients(node: fx.Node) -> bool:
+    """Tell whether no gradient passes a node, whatever it reads."""
+    value = value_of(node)
+    is_count = isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
+    return is_count or node.target is aten.detach.default
 
 
 def unrecorded(graph: fx.Graph) -> set[fx.Node]:

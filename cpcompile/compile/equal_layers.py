@@ -17,11 +17,13 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
-from cpcompile.capture.writes.aliases import source_of
+from cpcompile import runtime  # noqa: F401  (registers the operators)
+from cpcompile.analysis.gradient_flow import gradient_flow
+from cpcompile.capture.writes.aliases import hidden_writes, source_of
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.checkpoint_answers import answers_of
-from cpcompile.ir.operator_call import is_tensor, size_hint, value_of
-from cpcompile.runtime import gradients, parameters  # noqa: F401  (registers the operators)
+from cpcompile.ir.operator_call import is_tensor, size_hint, value_of, values_of
+from cpcompile.passes.rewrite_dropout import draws
 
 MIN_LAYERS = 4  # a call costs the fusions across its border: with fewer layers there is little to gain
 MIN_NODES = 16  # of a layer
@@ -54,26 +56,17 @@ class Run(NamedTuple):
 def find_equal_layers(graph: fx.Graph) -> Iterator[list[Layer]]:
     """Yield sets of equal layers, the one that saves most first; no node is in two.
 
-    The graph holds ATen operators above autograd, with the values that they were traced with.
+    The graph holds ATen operators above autograd, with the values that they were traced with. It may be edited between.
     """
     reached = gradient_flow(graph)
     nodes = [node for node in graph.nodes if node.op == "call_function" and node.target not in TRANSFERS]
     keys = [node if must_stay(node) else (*key_of(node), node in reached) for node in nodes]
     while runs := find_runs(keys):
         run = max(runs, key=lambda run: (run.saved, -run.period))
-        layers = layers_of(nodes, run, reached)
+        layers = layers_of(nodes, run, gradient_flow(graph))
         yield from [layers] if layers else []
         taken = {node for layer in layers for node in layer} or set(nodes[run.start : run.start + run.length])
         keys = [node if node in taken else key for node, key in zip(nodes, keys, strict=True)]
-
-
-def gradient_flow(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes whose results a gradient may reach."""
-    found = set[fx.Node]()
-    for node in graph.nodes:
-        if annotation(node).takes_gradient or found.intersection(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def find_runs(keys: Sequence[Any]) -> list[Run]:
@@ -110,7 +103,9 @@ def layers_of(nodes: Sequence[fx.Node], run: Run, reached: AbstractSet[fx.Node])
     for layer in (list(nodes[start : start + run.period]) for start in starts):
         by_reads.setdefault(reads_of(layer, reached), []).append(layer)
     layers = max(by_reads.values(), key=len)
-    return layers if len(layers) >= MIN_LAYERS and is_sound(layers) else []
+    # torch 2.11 pairs calls of forward with those of backward, of which a frozen part of a model has none.
+    is_frozen = bool(reached) and reached.isdisjoint(layers[0])
+    return layers if len(layers) >= MIN_LAYERS and is_sound(layers) and not is_frozen else []
 
 
 def border_costs(stretch: Sequence[fx.Node], period: int) -> list[float]:
@@ -158,13 +153,19 @@ def reads_of(layer: Layer, reached: AbstractSet[fx.Node]) -> tuple[Any, ...]:
     """
     number = {node: i for i, node in enumerate(layer)} | {x: ~i for i, x in enumerate(externals_of(layer))}
     places = [number[x] for node in layer for x in arguments_of(node) if isinstance(x, fx.Node)]
-    return *places, *((signature(value_of(x)), x in reached) for x in externals_of(layer))
+    read = externals_of(layer)
+    return *places, *((signature(value_of(x)), repr(annotation(x).placement), x in reached) for x in read)
 
 
 def is_made_outside(node: fx.Node) -> bool:
     """Tell whether others that read a node read one made outside of the layer: a view, for calls return no shared memory, or a
-    size."""
-    return isinstance(value_of(node), torch.SymInt) or (is_tensor(node) and source_of(node) is not None)
+    size.
+    """
+    if isinstance(value_of(node), torch.SymInt):
+        return True
+    # Of our own operators, several have their operand's value as a placeholder for their own.
+    is_own = getattr(node.target, "namespace", "") == "cpcompile" and node.target is not cp.whole_tokens.default
+    return not is_own and any(isinstance(x, torch.Tensor) for x in values_of(node)) and source_of(node) is not None
 
 
 def is_sound(layers: Sequence[Layer]) -> bool:
@@ -181,10 +182,14 @@ def read_outside(node: fx.Node, own: AbstractSet[fx.Node]) -> bool:
 
 
 def is_aligned(value: Any) -> bool:
+    """Tell whether a value begins where kernels expect it, for all tokens and for those of any rank."""
     if not isinstance(value, torch.Tensor):
         return isinstance(value, torch.SymInt)
     offset = value.storage_offset()
-    return isinstance(offset, int) and offset * value.element_size() % ALIGNMENT == 0
+    steps = (
+        [offset, *(step for step in value.stride() if step != 1)] if isinstance(offset, torch.SymInt) or offset else []
+    )
+    return all(isinstance(x, int) and x * value.element_size() % ALIGNMENT == 0 for x in steps)
 
 
 def key_of(node: fx.Node) -> tuple[Any, ...]:
@@ -192,7 +197,7 @@ def key_of(node: fx.Node) -> tuple[Any, ...]:
     flat, spec = tree_flatten((node.args, node.kwargs))
     fixed = tuple("a result" if isinstance(x, fx.Node) else repr(x) for x in flat)
     kept = str(node.meta.get("recompute")), "ac_graph_id" in node.meta, repr(answers_of(node))
-    return node.target, repr(spec), fixed, signature(value_of(node)), kept
+    return node.target, repr(spec), fixed, signature(value_of(node)), repr(annotation(node).placement), kept
 
 
 def signature(value: Any) -> Any:
@@ -208,6 +213,7 @@ def must_stay(node: fx.Node) -> bool:
     """Tell whether a node cannot be part of a call: it writes, draws random numbers, or is no operator."""
     if node.target is operator.getitem or isinstance(value_of(node), torch.SymInt):
         return False
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+    if not isinstance(node.target, torch._ops.OpOverload) or draws(node):
         return True
-    return node.target._schema.is_mutable or any(x.op == "get_attr" for x in node.all_input_nodes)
+    writes = node.target._schema.is_mutable or any(hidden_writes(node))
+    return writes or any(x.op == "get_attr" for x in node.all_input_nodes)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from cpcompile.analysis.gradient_flow import gradient_flow
 from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
 from cpcompile.ir.insertion import keep_source
 
@@ -28,9 +30,10 @@ def outline_layers(gm: fx.GraphModule) -> int:
     count = 0
     for number, layers in enumerate(find_equal_layers(gm.graph)):
         outline(gm, layers, f"cpcompile_layer_{number}")
+        sort_again(gm.graph)
         count += len(layers)
     if count:
-        sort_again(gm.graph)
+        gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()
     return count
@@ -38,6 +41,7 @@ def outline_layers(gm: fx.GraphModule) -> int:
 
 def outline(gm: fx.GraphModule, layers: Sequence[Layer], name: str) -> None:
     """Make each of several equal layers a call of a new subgraph."""
+    reached = gradient_flow(gm.graph)
     for layer in layers:
         make_outside(layer)
     own = [set(layer) for layer in layers]
@@ -47,7 +51,7 @@ def outline(gm: fx.GraphModule, layers: Sequence[Layer], name: str) -> None:
     with gm.graph.inserting_before(next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))):
         body = gm.graph.get_attr(name)
     for layer in layers:
-        call_in_place_of(layer, [body, name, *externals_of(layer)], read)
+        call_in_place_of(layer, [body, name, *externals_of(layer)], read, reached)
 
 
 def make_outside(layer: Layer) -> None:
@@ -73,8 +77,10 @@ def subgraph_of(layer: Layer, read: Sequence[int]) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def call_in_place_of(layer: Layer, arguments: Sequence[Any], read: Sequence[int]) -> None:
-    """Put a call in the place of a layer; `read` are the places of what it returns."""
+def call_in_place_of(
+    layer: Layer, arguments: Sequence[Any], read: Sequence[int], reached: AbstractSet[fx.Node]
+) -> None:
+    """Put a call in the place of a layer; `read` are the places of what it returns, `reached` what gradients may reach."""
     graph, own = layer[-1].graph, set(layer)
     with graph.inserting_after(layer[-1]):
         call = graph.call_function(invoke_subgraph, tuple(arguments))
@@ -83,11 +89,14 @@ def call_in_place_of(layer: Layer, arguments: Sequence[Any], read: Sequence[int]
     for number, i in enumerate(read):
         with graph.inserting_after(call):
             result = graph.call_function(operator.getitem, (call, number))
-        keep_source(result, layer[i])
+        result.meta = dict(layer[i].meta)
         keep_results_of(result)
+        if reached and layer[i] not in reached:
+            # torch takes all that a call returns for computed from what it was given.
+            with graph.inserting_after(result):
+                result = graph.call_function(torch.ops.aten.detach.default, (result,))
+            result.meta = dict(layer[i].meta)
         layer[i].replace_all_uses_with(result, delete_user_cb=lambda user: user not in own)
-        if not result.users:
-            graph.erase_node(result)
     for node in reversed(layer):
         graph.erase_node(node)
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
+from cpcompile.errors import CPError
 from cpcompile.runtime.transport.streams import Side
 
 Tensor = torch.Tensor
@@ -82,6 +83,10 @@ def _wait(copy: Tensor, source: Tensor) -> None:
         return
     address, done = _under_way.pop(copy.data_ptr())
     # A compiler that had copied the source would use that memory again while it is read.
-    assert address == source.data_ptr(), "a copy was made of other memory than is held for it"
+    if address != source.data_ptr():
+        raise CPError(
+            "offload: the compiler laid out a kept value anew between its copy to host memory and the wait for it. Use "
+            "offload='none', or inner_options={'comprehensive_padding': False}."
+        )
     if done is not None:
         torch.cuda.current_stream(copy.device if copy.is_cuda else source.device).wait_event(done)

@@ -32,46 +32,56 @@ class Layer(nn.Module):
     def __init__(self, slope: float = 0.1) -> None:
         super().__init__()
         self.slope = slope
-        self.up, self.gate, self.down = (nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(3))
+        self.both, self.down = (
+            nn.Linear(WIDTH, 2 * WIDTH, dtype=torch.float64),
+            nn.Linear(WIDTH, WIDTH, dtype=torch.float64),
+        )
         self.norm = nn.LayerNorm(WIDTH, dtype=torch.float64)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a new state, a piece of what was computed, and a number that no gradient reaches."""
         y = self.norm(x) * table
         heads = y.unflatten(-1, (2, -1)).transpose(0, 1)
         y = torch.cat([heads[..., :2].sin(), -heads[..., 2:]], -1).transpose(0, 1).flatten(1)
-        return x + self.down(F.leaky_relu(self.gate(y), self.slope) * self.up(y).tanh())
+        gate, up = self.both(y).chunk(2, -1)
+        return x + self.down(F.leaky_relu(gate, self.slope) * up.tanh()), up, (gate > 0).double().sum()
 
 
 class Stack(nn.Module):
     """Layers between an embedding and a head, in activation checkpoints or not.
 
-    Views of what each returns are read once more at the end if `is_u_net`.
+    What each returns is read once more at the end, as a view and in pieces, if `is_u_net`.
     """
 
-    def __init__(self, layers: list[Layer], is_u_net: bool = False, checkpoints: bool = False) -> None:
+    def __init__(
+        self, layers: list[Layer], is_u_net: bool = False, checkpoints: bool = False, num_frozen: int = 0
+    ) -> None:
         super().__init__()
         self.embedding, self.head = (
             nn.Embedding(11, WIDTH, dtype=torch.float64),
             nn.Linear(WIDTH, 11, dtype=torch.float64),
         )
         self.layers, self.is_u_net, self.checkpoints = nn.ModuleList(layers), is_u_net, checkpoints
+        for module in [self.embedding, *layers[:num_frozen]] if num_frozen else []:
+            module.requires_grad_(False)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         x = self.embedding(ids)
         table = torch.arange(ids.shape[0], dtype=torch.float64)[:, None].cos()
-        between = []
+        between, counts = [], []
         for layer in self.layers:
-            x = checkpoint(layer, x, table, **SELECTIVE) if self.checkpoints else layer(x, table)
-            between.append(x.t())
+            x, piece, count = checkpoint(layer, x, table, **SELECTIVE) if self.checkpoints else layer(x, table)
+            between.append((x.t(), piece))
+            counts.append(count)
         if self.is_u_net:
-            x = x + sum(y.t() for y in between)
-        return F.cross_entropy(self.head(x), ids)
+            x = x + sum(y.t() + piece for y, piece in between)
+        return F.cross_entropy(self.head(x), ids), torch.stack(counts)
 
 
 def trained(
     model: nn.Module, ids: Tensor, edit: Callable[[fx.GraphModule], Any], dynamic: bool = False
 ) -> list[Tensor]:
-    """Return loss and gradients of a model whose graph is edited before autograd."""
+    """Return loss, counts and gradients of a model whose graph is edited before autograd."""
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         captured = capture(gm, inputs)
@@ -87,11 +97,12 @@ def trained(
         return halves
 
     torch._dynamo.reset()
-    loss = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(ids)
+    loss, counts = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(ids)
+    assert not counts.requires_grad
     loss.backward()
-    grads = [p.grad for p in model.parameters()]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
-    return [loss.detach(), *grads]
+    return [loss.detach(), counts, *grads]
 
 
 def calls(gm: fx.GraphModule) -> list[str]:
@@ -108,6 +119,7 @@ MODELS: dict[str, tuple[Callable[[], Stack], int]] = {
     "read later": (lambda: shapes([Layer() for _ in range(6)], is_u_net=True), 6),
     "in turn": (lambda: shapes([Layer(0.1 + 0.1 * (i % 2)) for i in range(10)]), 5),
     "one differs": (lambda: shapes([Layer(0.1 if i != 5 else 0.3) for i in range(10)]), 9),
+    "frozen below": (lambda: shapes([Layer() for _ in range(9)], num_frozen=5), 4),
     "in checkpoints": (lambda: shapes([Layer() for _ in range(6)], checkpoints=True), 6),
     "shared": (lambda: shapes([Layer()] * 6), 6),
 }

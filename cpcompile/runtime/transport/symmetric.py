@@ -8,9 +8,9 @@ No message is overwritten while it is read. The barriers and copies of a rank ar
 the barrier of a message goes there with the copies of its first step. Who has passed a barrier knows that every side stream has
 reached it, so that all copies started before it are done, on all ranks. `num_starts` tells, on all ranks alike, when the last
 copy of a message is started. So a slot may be written once the barrier of a message after that start is passed, and the next
-message in it waits for this barrier. Messages that follow each other alternate between two slots, and gradients posted while
-keys are still read take a third: the memory is two or three times the largest message. Slots are taken and grown by what is
-the same on every rank: the order of posts, and `largest`.
+message in it waits for this barrier and the copies behind it. Messages that follow each other alternate between two slots, and
+gradients posted while keys are still read take a third: the memory is two or three times the largest message. Slots are taken
+and grown by what is the same on every rank: the order of posts, and `largest`.
 
 What is copied into belongs to the current stream: the side stream waits for it before a copy, and it waits for the copy in
 `Transfer.wait`, so that the allocator needs to know nothing.
