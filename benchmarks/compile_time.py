@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dynamic", action="store_true", help="one graph for all lengths")
+    parser.add_argument("--each", action="store_true", help="compile each layer by itself (outline_layers=False)")
     parser.add_argument("--wall", action="store_true", help="seconds of the clock in place of those of the CPU")
     parser.add_argument("--repeat", type=int, default=1, help="processes for each model; the median is reported")
     parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
@@ -84,7 +85,7 @@ def measured_apart(layers: int, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", str(layers), "--length", str(options.length)]
     # One compiler at a time: the seconds of children count once they have ended, and workers never do.
     environ = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    flags = ["--dynamic"] * options.dynamic + ["--wall"] * options.wall
+    flags = ["--dynamic"] * options.dynamic + ["--wall"] * options.wall + ["--each"] * options.each
     done = subprocess.run(command + flags, env=environ, stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(row), flush=True)
@@ -112,7 +113,7 @@ def compiled(layers: int, options: argparse.Namespace) -> dict[str, Any]:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, num_hidden_layers=layers))
     ids = torch.randint(SHAPE["vocab_size"], (1, options.length))
     inputs = {"input_ids": ids, "labels": ids}
-    config = Config(dynamic=options.dynamic, strategy="ring", balancer="zig_zag")
+    config = Config(dynamic=options.dynamic, strategy="ring", balancer="zig_zag", outline_layers=not options.each)
     stages = Stages(config, lambda: seconds(options))
     transforming.time = SimpleNamespace(perf_counter=stages.clock)  # type: ignore[attr-defined]  # times of passes by this clock
     gc.collect()
@@ -198,6 +199,7 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
         "repeat": options.repeat,
         "length": options.length,
         "dynamic": options.dynamic,
+        "outline_layers": not options.each,
     }
 
 

@@ -119,7 +119,7 @@ MODELS: dict[str, tuple[Callable[[], Stack], int]] = {
     "read later": (lambda: shapes([Layer() for _ in range(6)], is_u_net=True), 6),
     "in turn": (lambda: shapes([Layer(0.1 + 0.1 * (i % 2)) for i in range(10)]), 5),
     "one differs": (lambda: shapes([Layer(0.1 if i != 5 else 0.3) for i in range(10)]), 9),
-    "frozen below": (lambda: shapes([Layer() for _ in range(9)], num_frozen=5), 4),
+    "frozen below": (lambda: shapes([Layer() for _ in range(10)], num_frozen=5), 4),
     "in checkpoints": (lambda: shapes([Layer() for _ in range(6)], checkpoints=True), 6),
     "shared": (lambda: shapes([Layer()] * 6), 6),
 }
