@@ -161,7 +161,7 @@ def test_tied_weights_and_compilers(pool: Any, name: str, inner: str, strategy: 
     assert_exact(pool.run(2, trained, 1, name, "dp_cp", "before", options, timeout=200))
 
 
-def overlapping(rank: Any, prefetch: int) -> tuple[dict[str, float], list[int]]:
+def overlapping(rank: Any, prefetch: int, num_layers: int) -> tuple[dict[str, float], list[int]]:
     """Errors of training, and in each graph the most gathers that were under way at once."""
     most = []
 
@@ -174,13 +174,15 @@ def overlapping(rank: Any, prefetch: int) -> tuple[dict[str, float], list[int]]:
 
     uncached = torch._inductor.config.patch(force_disable_caches=True)
     with unittest.mock.patch("cpcompile.compile.inner.overlapped", recorded), uncached:
-        return trained(rank, 1, "rotary", "dp_cp", "before", {"inner": "inductor", "prefetch": prefetch}), most
+        shape = {"num_layers": num_layers}
+        options = {"inner": "inductor", "prefetch": prefetch, "changes": shape, "alone": shape}
+        return trained(rank, 1, "rotary", "dp_cp", "before", options), most
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prefetch", [0, 1])
-def test_gathers_overlap(pool: Any, prefetch: int) -> None:
-    results = pool.run(2, overlapping, prefetch, timeout=200)
+@pytest.mark.parametrize(("prefetch", "num_layers"), [(0, 2), (1, 2), (1, 5)])  # four equal layers are outlined
+def test_gathers_overlap(pool: Any, prefetch: int, num_layers: int) -> None:
+    results = pool.run(2, overlapping, prefetch, num_layers, timeout=280)
     assert_exact([found for found, _ in results])
     for _, most in results:
         assert not most if not prefetch else min(most) > 4, most  # a block has more parameters
