@@ -53,8 +53,8 @@ class Run(NamedTuple):
         return self.period * (self.num_layers - 1)
 
 
-def find_equal_layers(graph: fx.Graph) -> Iterator[list[Layer]]:
-    """Yield sets of equal layers, the one that saves most first; no node is in two.
+def find_equal_layers(graph: fx.Graph) -> Iterator[tuple[list[Layer], AbstractSet[fx.Node]]]:
+    """Yield sets of equal layers, the one that saves most first, and the nodes that gradients may reach; no node is in two.
 
     The graph holds ATen operators above autograd, with the values that they were traced with. It may be edited between.
     """
@@ -63,8 +63,10 @@ def find_equal_layers(graph: fx.Graph) -> Iterator[list[Layer]]:
     keys = [node if must_stay(node) else (*key_of(node), node in reached) for node in nodes]
     while runs := find_runs(keys):
         run = max(runs, key=lambda run: (run.saved, -run.period))
-        layers = layers_of(nodes, run, gradient_flow(graph))
-        yield from [layers] if layers else []
+        layers = layers_of(nodes, run, reached)
+        if layers:
+            yield layers, reached
+            reached = gradient_flow(graph)
         taken = {node for layer in layers for node in layer} or set(nodes[run.start : run.start + run.length])
         keys = [node if node in taken else key for node, key in zip(nodes, keys, strict=True)]
 
@@ -186,9 +188,9 @@ def is_aligned(value: Any) -> bool:
     if not isinstance(value, torch.Tensor):
         return isinstance(value, torch.SymInt)
     offset = value.storage_offset()
-    steps = (
-        [offset, *(step for step in value.stride() if step != 1)] if isinstance(offset, torch.SymInt) or offset else []
-    )
+    if isinstance(offset, int) and offset == 0:
+        return True
+    steps = (offset, *(step for step in value.stride() if step != 1))
     return all(isinstance(x, int) and x * value.element_size() % ALIGNMENT == 0 for x in steps)
 
 

@@ -30,8 +30,6 @@ from cpcompile.ir.operator_call import is_tensor, size_hint, value_of
 from cpcompile.ir.placement import Sharded
 
 cp = torch.ops.cpcompile
-
-
 _TOKENS = "cpcompile_tokens"  # of `custom`, which compilers carry along
 
 

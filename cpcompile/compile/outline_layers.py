@@ -18,7 +18,6 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from cpcompile.analysis.gradient_flow import gradient_flow
 from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
 from cpcompile.ir.insertion import keep_source
 
@@ -28,8 +27,8 @@ invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 def outline_layers(gm: fx.GraphModule) -> int:
     """Return how many layers became calls. The graph holds ATen operators above autograd."""
     count = 0
-    for number, layers in enumerate(find_equal_layers(gm.graph)):
-        outline(gm, layers, f"cpcompile_layer_{number}")
+    for number, (layers, reached) in enumerate(find_equal_layers(gm.graph)):
+        outline(gm, layers, f"cpcompile_layer_{number}", reached)
         sort_again(gm.graph)
         count += len(layers)
     if count:
@@ -39,9 +38,8 @@ def outline_layers(gm: fx.GraphModule) -> int:
     return count
 
 
-def outline(gm: fx.GraphModule, layers: Sequence[Layer], name: str) -> None:
-    """Make each of several equal layers a call of a new subgraph."""
-    reached = gradient_flow(gm.graph)
+def outline(gm: fx.GraphModule, layers: Sequence[Layer], name: str, reached: AbstractSet[fx.Node]) -> None:
+    """Make each of several equal layers a call of a new subgraph; `reached` is what gradients may reach."""
     for layer in layers:
         make_outside(layer)
     own = [set(layer) for layer in layers]
