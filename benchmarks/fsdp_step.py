@@ -27,6 +27,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 import transformers
 from memory_peak import peak_of
+from step_trace import trace
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.experimental import context_parallel
@@ -180,7 +181,7 @@ def measure(rank: int, options: argparse.Namespace, mesh: Any, system: str, rows
             if rank == 0:
                 print(f"{system}, {length} tokens\n{table}", flush=True)
         if options.profile:
-            trace(rank, options, one, f"{system}_{length}".replace(" ", "_").replace(",", ""))
+            trace(rank, options.profile, one, f"{system}_{length}".replace(" ", "_").replace(",", ""))
         median = statistics.median(seconds[2:])
         attention = 6 * length**2 * config.num_attention_heads * config.head_dim * options.layers
         flops = 6 * num_parameters * length + attention
@@ -290,23 +291,6 @@ class _Held:
 
         loss.backward = run  # type: ignore[method-assign]
         return loss
-
-
-def trace(rank: int, options: argparse.Namespace, step: Callable[[], Any], name: str) -> None:
-    """Write a trace of one step, and print where the time of the GPU went."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if options.device == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        synchronize(options.device)
-    if rank == 0:
-        options.profile.mkdir(parents=True, exist_ok=True)
-        key = "self_cuda_time_total" if options.device == "cuda" else "self_cpu_time_total"
-        table = profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90)
-        (options.profile / f"{name}.txt").write_text(table)
-        profile.export_chrome_trace(str(options.profile / f"{name}.json.gz"))
-    dist.barrier()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 import transformers
 from memory_peak import peak_of
+from step_trace import trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cpcompile
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--limit", action="store_true", help="also what a step must take at least")
     parser.add_argument("--options", type=json.loads, default={}, help='of cpcompile, {"memory_budget": 0.5}')
     parser.add_argument("--memory", action="store_true", help="print what the first rank holds at the peak of a step")
+    parser.add_argument("--profile", type=Path, help="folder for a trace of one step of each strategy")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
     parser.add_argument("--out", type=Path)
@@ -158,6 +160,8 @@ def measure(
         table = peak_of(lambda model=model: model(**batch).loss.backward())
         if rank == 0:
             print(f"{strategy}\n{table}", flush=True)
+    if options.profile:
+        trace(rank, options.profile, lambda model=model: model(**batch).loss.backward(), f"{strategy}_{options.length}")
     del model, loss
     if options.device == "cuda":
         torch.cuda.empty_cache()
