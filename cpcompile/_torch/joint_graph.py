@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,16 @@ class HalvesPass:
 
     function: Callable[[fx.GraphModule, fx.GraphModule, int], Any]
     key: str
+
+    @classmethod
+    def of(cls, passes: Sequence[HalvesPass]) -> HalvesPass | None:
+        """Return the pass that runs these in turn, None for none."""
+
+        def run(forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int) -> None:
+            for each in passes:
+                each.function(forward, backward, num_outputs)
+
+        return cls(run, repr([each.key for each in passes])) if passes else None
 
 
 @dataclass(frozen=True)

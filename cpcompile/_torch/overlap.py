@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._inductor.ir import MultiOutput
 from torch._inductor.utils import contains_collective, contains_wait, is_collective, is_wait
 
 Order = Callable[..., list[int]]
@@ -29,20 +30,33 @@ class OverlapPass:
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
         """Return the nodes of Inductor's scheduler in the new order."""
-        gathers, sums = (self._transfers(nodes, operator) for operator in _operators())
+        gathers, sums = (self._transfers(nodes, operators) for operators in _operators())
         if not gathers and not sums:
             return nodes
         fixed = {i for i, node in enumerate(nodes) if contains_collective(node) or contains_wait(node)}
         fixed -= {i for transfers in (gathers, sums) for start, wait, _ in transfers for i in (start, wait)}
         return [nodes[i] for i in self.order(_needs(nodes), gathers, sums, self.limit, fixed=fixed)]
 
-    def _transfers(self, nodes: Sequence[Any], operator: Any) -> list[tuple[int, int, int]]:
-        """Return (start, wait, bytes) of the collectives of an operator that parameters travel by."""
-        made = {node.node.get_name(): i for i, node in enumerate(nodes) if is_collective(node.node, operator)}
-        starts = {name: i for name, i in made.items() if self.groups & set(map(str, nodes[i].node.constant_args))}
-        waits = {node.node.inputs[0].get_name(): i for i, node in enumerate(nodes) if is_wait(node.node)}
-        sizes = {name: _num_bytes(nodes[i].node) for name, i in starts.items()}
-        return [(i, waits[name], sizes[name]) for name, i in starts.items() if name in waits and sizes[name]]
+    def _transfers(self, nodes: Sequence[Any], operators: Sequence[Any]) -> list[tuple[int, int, int]]:
+        """Return (start, wait, bytes) of the collectives that parameters travel by: one of several results is as many."""
+        starts = {
+            node.node.get_name(): i
+            for i, node in enumerate(nodes)
+            if any(is_collective(node.node, operator) for operator in operators)
+            and self.groups & set(map(str, node.node.constant_args))
+        }
+        made = {name: (i, nodes[i].node.inputs[0]) for name, i in starts.items()}
+        for node in nodes:
+            if isinstance(node.node, MultiOutput) and node.node.inputs[0].get_name() in starts:
+                start = starts[node.node.inputs[0].get_name()]
+                ((_, index),) = node.node.indices
+                made[node.node.get_name()] = start, nodes[start].node.inputs[index]
+        found = []
+        for i, node in enumerate(nodes):
+            if is_wait(node.node) and node.node.inputs[0].get_name() in made:
+                start, sent = made[node.node.inputs[0].get_name()]
+                found.append((start, i, _num_bytes(sent, node.node.inputs[0])))
+        return [each for each in found if each[2]]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -50,9 +64,10 @@ class OverlapPass:
         return {"reorder_for_compute_comm_overlap": True, "reorder_for_compute_comm_overlap_passes": [self]}
 
 
-def _operators() -> tuple[Any, Any]:
+def _operators() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     c10d = torch.ops._c10d_functional
-    return c10d.all_gather_into_tensor.default, c10d.reduce_scatter_tensor.default
+    gathers = c10d.all_gather_into_tensor.default, c10d.all_gather_into_tensor_coalesced.default
+    return gathers, (c10d.reduce_scatter_tensor.default, c10d.reduce_scatter_tensor_coalesced.default)
 
 
 def _needs(nodes: Sequence[Any]) -> list[set[int]]:
@@ -65,9 +80,9 @@ def _needs(nodes: Sequence[Any]) -> list[set[int]]:
     return [{makers[name] for name in names if makers.get(name, i) < i} for i, names in enumerate(read)]
 
 
-def _num_bytes(node: Any) -> int:
+def _num_bytes(sent: Any, received: Any) -> int:
     """Return the bytes of what a collective reads or writes, whichever is more; 0 for lengths that vary."""
-    layouts = [node.layout, *(x.get_layout() for x in node.inputs)]
+    layouts = [x.get_layout() for x in (sent, received)]
     try:
         return max(int(math.prod(map(int, layout.size))) * int(layout.dtype.itemsize) for layout in layouts)
     except TypeError:

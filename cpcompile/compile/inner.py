@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from cpcompile.analysis.gradient_flow import needs_no_gradient
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.capture.stages import stage
+from cpcompile.compile.joined_transfers import join_transfers
 from cpcompile.compile.offload import move_to_host, note_tokens
 from cpcompile.compile.outline_layers import outline_layers, pass_operands_by
 from cpcompile.compile.overlap import overlapped
@@ -197,12 +198,17 @@ def keep_overwritten(graph: fx.GraphModule) -> None:
 
 
 def prepare_for_autograd(
-    graph: fx.GraphModule, config: Config, move: Callable[..., Any] = move_to_host, *, outlines: bool = False
+    graph: fx.GraphModule,
+    config: Config,
+    move: Callable[..., Any] = move_to_host,
+    *,
+    outlines: bool = False,
+    units: Mapping[int, str] | None = None,
 ) -> tuple[_torch.JointPass, _torch.HalvesPass | None]:
     """Return what tells the compiler of forward and backward which results are kept, and which of them in host memory.
 
     Only inputs are left with values: those are of the whole model, and what runs here is local. `move` is `move_to_host`, or
-    calls it. With `outlines`, equal layers become calls of one function.
+    calls it. With `outlines`, equal layers become calls of one function. `units` says which inputs travel together.
     """
     tags = tags_of(graph.graph)
     if outlines:
@@ -211,10 +217,15 @@ def prepare_for_autograd(
         if node.op != "placeholder":
             node.meta.pop("val", None)
     joint_pass = _torch.JointPass(keep_results, f"{tags} {outlines}")
-    if config.offload == "none":
-        return joint_pass, None
-    note_tokens(graph.graph)
-    return joint_pass, _torch.HalvesPass(functools.partial(move, offload=config.offload), config.offload)
+    halves_passes = []
+    if config.offload != "none":
+        note_tokens(graph.graph)
+        halves_passes.append(_torch.HalvesPass(functools.partial(move, offload=config.offload), config.offload))
+    if units:
+        # A layer that is one call has all its gradients at once.
+        join = functools.partial(join_transfers, units=units, joins_sums=outlines)
+        halves_passes.append(_torch.HalvesPass(join, repr((sorted(units.items()), outlines))))
+    return joint_pass, _torch.HalvesPass.of(halves_passes)
 
 
 def keep_results(graph: fx.Graph) -> None:
@@ -229,11 +240,11 @@ def compile_inner(
     config: Config,
     summed: Sequence[int] = (),
     site: int = 0,
-    shards: Collection[ParameterShard] = (),
+    shards: Mapping[int, ParameterShard] | None = None,
     bytes_ahead: int = 0,
 ) -> Callable[..., Any]:
     """Compile the transformed graph with the inner compiler. The gradients of its inputs `summed` are summed at `site`.
-    `bytes_ahead` of parameters in `shards` are gathered before they are used.
+    `bytes_ahead` of parameters, those inputs that `shards` tells of, are gathered before they are used.
 
     Behind its own outputs it returns where the documents begin that the layout follows; there are as many as `Lengths.bounds_of`
     finds.
@@ -244,9 +255,11 @@ def compile_inner(
     num_parts = compile_parts(graph, options) if config.inner == "inductor" else 0
     if config.inner == "eager" and is_recomputed(graph.graph):
         warn_of_kept_results()
-    joint_pass, halves_pass = prepare_for_autograd(graph, config, move_or_tell, outlines=config.outlines)
+    shards = shards or {}
+    units = {i: shard.unit for i, shard in shards.items()}
+    joint_pass, halves_pass = prepare_for_autograd(graph, config, move_or_tell, outlines=config.outlines, units=units)
     if bytes_ahead and config.inner == "inductor":
-        groups = frozenset(shard.group for shard in shards)
+        groups = frozenset(shard.group for shard in shards.values())
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options
     program = f"compiling {num_parts + 1} of {num_parts + 1} (forward and backward)"
     with stage(program), faults_of(f"the inner compiler ({config.inner})", INNER_REMEDY):

@@ -14,7 +14,10 @@ from typing import NamedTuple
 
 
 class Transfer(NamedTuple):
-    """A collective of a program: the positions of its start and its wait, and the bytes that it holds between them."""
+    """A collective of a program: the positions of its start and its wait, and the bytes that it holds between them.
+
+    One that has several results is as many, with one start.
+    """
 
     start: int
     wait: int
@@ -121,9 +124,10 @@ class _Order:
             self._start_next()
 
     def _start_next(self) -> None:
-        gather = self.early.popleft()
-        self._emit(gather.start)
-        self.flying += gather.num_bytes
+        start = self.early[0].start
+        self._emit(start)
+        self.flying += sum(each.num_bytes for each in self.early if each.start == start)
+        self.early = deque(each for each in self.early if each.start != start)
 
     def _arrive(self, wait: int) -> None:
         gather = self.arrives[wait]

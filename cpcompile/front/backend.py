@@ -179,7 +179,7 @@ class Compiled:
             config,
             self._summed,
             self._site.number,
-            shards=shards.values(),
+            shards=shards,
             bytes_ahead=config.prefetch * ahead,
         )
 

@@ -23,6 +23,7 @@ class ParameterShard:
         divisor: of the sum of the gradients of all ranks and replicas.
         stays_whole: the whole parameter is kept from forward to backward, in place of gathering it again.
         sums_axis: the ranks and replicas contain the context-parallel axis, whose gradients their sum adds up.
+        unit: the path of the module that `fully_shard` wrapped, whose parameters travel together; '' where each travels alone.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +38,7 @@ class ParameterShard:
     divisor: float
     stays_whole: bool
     sums_axis: bool
+    unit: str = ""
 
     @property
     def num_rows(self) -> int:

@@ -15,7 +15,7 @@ from cpcompile.runtime.kernels import merge, triton_merge
 from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.calls import of_known_widths, together, windows_apart
 from cpcompile.runtime.kernels.case import Case, features
-from cpcompile.runtime.kernels.lanes import Lanes, recorded
+from cpcompile.runtime.kernels.lanes import Lanes
 from cpcompile.runtime.kernels.merge import accumulation_dtype
 from cpcompile.runtime.schedule import Piece, Visible
 
@@ -104,7 +104,7 @@ class _Rows:
         """Put a piece into these rows, by `join(*held, *piece)` where they hold something."""
         if not self._held:
             if piece[0].shape == self._shape:
-                self._held = recorded(piece)
+                self._held = piece
                 self._covered.add(None, slots)
                 return
             self._held = self._empty()

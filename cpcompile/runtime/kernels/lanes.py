@@ -31,16 +31,17 @@ class Lanes:
         self._device, self._index = device, device.index  # torch takes long to look up the index of a device
         self._is_direct = device.type != "cuda" or num_items < 2
         # What a lane computes from must live until the current stream has waited for it: `compute` holds it.
-        self._started: deque[
-            tuple[Callable[[], Tensors], Tensors, torch.cuda.Event, Callable[[Tensors], None], Side]
-        ] = deque()
+        self._started: deque[tuple[Callable[[], Tensors], Tensors, torch.cuda.Event, Callable[[Tensors], None]]] = (
+            deque()
+        )
         self._num_submitted = self._num_taken = 0
 
     def submit(self, compute: Callable[[], Tensors], take: Callable[[Tensors], None]) -> int:
         """Start `compute` after what the current stream holds; `take` gets its results later. Return its number, from 1.
 
-        What `take` keeps of the results it must record on the current stream (`recorded`): they were allocated for the lane. The
-        lane waits for what it reads of the others, so that their memory comes back as soon as they are dropped.
+        Results are allocated for the lane and read on the current stream. They need not be recorded there, which would keep their
+        memory until the GPU has caught up with its host: a lane waits for all that the current stream holds before it allocates
+        again, and what is dropped by then has been read before that.
         """
         self._num_submitted += 1
         if self._is_direct:
@@ -49,7 +50,7 @@ class Lanes:
             return self._num_submitted
         side = _sides(self._device)[self._num_submitted % NUM_LANES]
         results, done = side.run(compute)
-        self._started.append((compute, results, done, take, side))
+        self._started.append((compute, results, done, take))
         if len(self._started) > NUM_LANES:  # few results exist at once
             self.wait(self._num_taken + 1)
         return self._num_submitted
@@ -59,21 +60,11 @@ class Lanes:
         current = torch.cuda.current_stream(self._index) if self._started else None
         while self._started and self._num_taken < number:
             assert current is not None
-            _, results, done, take, side = self._started.popleft()
+            _, results, done, take = self._started.popleft()
             current.wait_event(done)
             take(results)
-            side.follow()
             self._num_taken += 1
 
     def flush(self) -> None:
         """Take all results."""
         self.wait(self._num_submitted)
-
-
-def recorded(results: Tensors) -> Tensors:
-    """Return results that outlive their call, whose memory is not used again before the current stream has read it."""
-    if results[0].is_cuda:
-        current = torch.cuda.current_stream(results[0].device)
-        for x in results:
-            x.record_stream(current)
-    return results

@@ -30,7 +30,3 @@ class Side:
             finally:
                 torch.cuda.set_stream(current)
         return result, self._stream.record_event()
-
-    def follow(self) -> None:
-        """Let what comes later run after what the current stream holds, as far as it has read memory that was allocated here."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._index))
