@@ -22,25 +22,28 @@ def peak_of(step: Callable[[], Any], rows: int = 25) -> str:
     trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
     torch.cuda.memory._record_memory_history(enabled=None)
     live: dict[int, tuple[int, str]] = {}
-    held, most, at_peak = 0, 0, Counter[str]()
+    held, most, at_peak, last = 0, 0, Counter[tuple[str, int]](), ""
     for event in trace:
         if event["action"] == "alloc":
             live[event["addr"]] = event["size"], place(event["frames"])
             held += event["size"]
             if held > most:
-                most, at_peak = held, by_place(live)
+                most, at_peak, last = held, by_place(live), live[event["addr"]][1]
         elif event["action"] == "free_completed" and event["addr"] in live:
             held -= live.pop(event["addr"])[0]
-    lines = [f"{before / 2**30:8.2f} GiB  before the step", f"{most / 2**30:8.2f} GiB  of the step, at its peak:"]
-    return "\n".join(lines + [f"{size / 2**30:8.2f} GiB  {text}" for text, size in at_peak.most_common(rows)])
+    lines = [
+        f"{before / 2**30:8.2f} GiB  before the step",
+        f"{most / 2**30:8.2f} GiB  of the step, at its peak in {last}:",
+    ]
+    largest = sorted(at_peak.items(), key=lambda each: -each[0][1] * each[1])[:rows]
+    return "\n".join(
+        lines + [f"{n * b / 2**30:8.2f} GiB  {n} x {b / 2**20:.1f} MiB  {text}" for (text, b), n in largest]
+    )
 
 
-def by_place(live: dict[int, tuple[int, str]]) -> Counter[str]:
-    """Return the bytes that each place holds."""
-    found = Counter[str]()
-    for size, text in live.values():
-        found[text] += size
-    return found
+def by_place(live: dict[int, tuple[int, str]]) -> Counter[tuple[str, int]]:
+    """Return how many pieces of memory each place holds, by their bytes."""
+    return Counter((text, size) for size, text in live.values())
 
 
 def place(frames: list[dict[str, Any]]) -> str:

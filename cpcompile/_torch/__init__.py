@@ -2,7 +2,15 @@
 
 from cpcompile._torch.autograd import assert_on_device, recording_gradients, run_backward
 from cpcompile._torch.checkpoints import NoPolicyError, Policy, PolicyFailedError
-from cpcompile._torch.distributed import SymmetricMemory, group_names, resolve_group, shares_gpus, twin_group
+from cpcompile._torch.distributed import (
+    SymmetricMemory,
+    Work,
+    all_reduce_together,
+    group_names,
+    resolve_group,
+    shares_gpus,
+    twin_group,
+)
 from cpcompile._torch.division import divide
 from cpcompile._torch.dynamo import (
     CONTROL_FLOW,
@@ -42,6 +50,8 @@ __all__ = [
     "PolicyFailedError",
     "SymmetricMemory",
     "TransformError",
+    "Work",
+    "all_reduce_together",
     "assert_on_device",
     "break_frames",
     "compile_by_rows",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch._dynamo
 import torch.fx.traceback
 
 from cpcompile._torch.functorch import TransformError as TransformError
+from cpcompile._torch.signals import Signals, can_signal
 
 
 def resolve_group(name: str) -> torch.distributed.ProcessGroup:
@@ -42,6 +45,24 @@ def twin_group(group: torch.distributed.ProcessGroup) -> torch.distributed.Proce
     return twin
 
 
+def all_reduce_together(tensors: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup | None) -> Work:
+    """Start the sums of tensors of one dtype over a group, in place, with one launch; return what waits for all of them."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    with _coalescing_manager(group=group, async_ops=True) as manager:
+        for each in tensors:
+            dist.all_reduce(each, group=group)
+    return manager  # type: ignore[no-any-return]
+
+
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Any:
+        """Make the current stream wait for it."""
+
+
 def shares_gpus() -> bool:
     """Whether torch lets several ranks have symmetric memory on one GPU, which somebody has to ask for."""
     return os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "").lower() in ("1", "y", "yes", "t", "true")
@@ -61,6 +82,10 @@ class SymmetricMemory:
         self._own = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
         self._handle = symmetric_memory.rendezvous(self._own, group)  # type: ignore[arg-type]
         self._of: dict[int, torch.Tensor] = {}
+        # Barriers in CUDA graphs use the first words of the pads.
+        last = self._handle.signal_pad_size - 4 * self._handle.world_size
+        pads = [address + last for address in self._handle.signal_pad_ptrs]
+        self._signals = Signals(pads, self._handle.rank, device) if can_signal(device) else None
 
     def of(self, rank: int) -> torch.Tensor:
         """Return the bytes of a rank, by its number in the group."""
@@ -70,4 +95,7 @@ class SymmetricMemory:
 
     def barrier(self) -> None:
         """Make the current stream wait until those of all ranks are here."""
-        self._handle.barrier(channel=0)
+        if self._signals is None or torch.cuda.is_current_stream_capturing():  # a graph would repeat the numbers
+            self._handle.barrier(channel=0)
+        else:
+            self._signals.meet()

@@ -56,12 +56,18 @@ class HalvesPass:
     @classmethod
     def of(cls, passes: Sequence[HalvesPass]) -> HalvesPass | None:
         """Return the pass that runs these in turn, None for none."""
+        return cls(_InTurn(tuple(passes)), repr([each.key for each in passes])) if passes else None
 
-        def run(forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int) -> None:
-            for each in passes:
-                each.function(forward, backward, num_outputs)
 
-        return cls(run, repr([each.key for each in passes])) if passes else None
+@dataclass(frozen=True)
+class _InTurn:
+    """Runs passes in turn; caches of Inductor keep it."""
+
+    passes: tuple[HalvesPass, ...]
+
+    def __call__(self, forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int) -> None:
+        for each in self.passes:
+            each.function(forward, backward, num_outputs)
 
 
 @dataclass(frozen=True)

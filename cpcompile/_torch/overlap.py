@@ -47,8 +47,9 @@ class OverlapPass:
         }
         made = {name: (i, nodes[i].node.inputs[0]) for name, i in starts.items()}
         for node in nodes:
-            if isinstance(node.node, MultiOutput) and node.node.inputs[0].get_name() in starts:
-                start = starts[node.node.inputs[0].get_name()]
+            source: Any = node.node.inputs[0] if isinstance(node.node, MultiOutput) else None
+            if source is not None and source.get_name() in starts:
+                start = starts[source.get_name()]
                 ((_, index),) = node.node.indices
                 made[node.node.get_name()] = start, nodes[start].node.inputs[index]
         found = []

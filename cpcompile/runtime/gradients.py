@@ -1,21 +1,22 @@
 """Gradients of what every rank holds whole: each sum over the ranks begins as soon as backward has the gradient.
 
-A large gradient travels by itself, small ones together at the end (Li et al., PyTorch Distributed: Experiences on Accelerating
-Data Parallel Training, 2020, fill buckets for the same reason). Ranks run one graph, so that they sum in the same order.
+Gradients travel in buckets (Li et al., PyTorch Distributed: Experiences on Accelerating Data Parallel Training, 2020), whose
+members stay where they are: one launch sums them all. Ranks run one graph, so that they sum in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
+from cpcompile._torch import Work, all_reduce_together
+
 Tensor = torch.Tensor
 
-ALONE_BYTES = 1 << 20  # from here on a message is so large that its start counts for little
 BUCKET_BYTES = 64 << 20  # large enough for full bandwidth, small beside the gradients themselves
 
 _LIBRARY = torch.library.Library("cpcompile", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -35,8 +36,8 @@ class GradientSums:
         self.group: dist.ProcessGroup | None = None
         self.scale, self.enabled = scale, True
         self._unsummed: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._works: list[tuple[dist.Work, Tensor]] = []
-        self._small: list[Tensor] = []
+        self._works: list[tuple[Work, list[Tensor]]] = []
+        self._pending: dict[torch.dtype, list[Tensor]] = {}
 
     def start(self, grad: Tensor, key: Tensor | None) -> Tensor:
         """Return what will be the sum of a gradient once `finish` has returned; a copy of the gradient where none is due."""
@@ -47,10 +48,7 @@ class GradientSums:
             total = grad.clone(memory_format=torch.contiguous_format)
         else:
             total = torch.add(grad, earlier, out=torch.empty_like(grad, memory_format=torch.contiguous_format))
-        if total.nbytes >= ALONE_BYTES:
-            self._send(total)
-        elif total.numel():
-            self._small.append(total)
+        self._add(total)
         return total
 
     def finish(self, keys: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -64,30 +62,34 @@ class GradientSums:
             return [None] * len(grads)
         sums = list(grads)
         late = {i: x for i, key in enumerate(keys) if (x := self._taken(key)) is not None}  # no part in this backward
-        self._small += late.values()
+        for x in late.values():
+            self._add(x)
         self._wait()
         for i, x in late.items():
             own = sums[i]
             sums[i] = x if own is None else own + x
         return sums
 
-    def _send(self, total: Tensor) -> None:
-        work = dist.all_reduce(total, group=self.group, async_op=True)
-        assert work is not None, "this rank is not of the group"
-        self._works.append((work, total))
+    def _add(self, total: Tensor) -> None:
+        """Put what is summed into a bucket of its dtype, and send that if it is full."""
+        if not total.numel():
+            return
+        bucket = self._pending.setdefault(total.dtype, [])
+        bucket.append(total)
+        if sum(x.nbytes for x in bucket) >= BUCKET_BYTES:
+            self._send(self._pending.pop(total.dtype))
+
+    def _send(self, bucket: list[Tensor]) -> None:
+        self._works.append((all_reduce_together(bucket, self.group), bucket))
 
     def _wait(self) -> None:
-        works, small = self._works, self._small
-        self._works, self._small = [], []
-        for bucket in buckets(small):
-            flat = torch.cat([x.reshape(-1) for x in bucket])
-            dist.all_reduce(flat, group=self.group)
-            for part, x in zip(torch.split(flat, [x.numel() for x in bucket]), bucket, strict=True):
-                x.copy_(part.view(x.shape))
+        while self._pending:
+            self._send(self._pending.pop(next(iter(self._pending))))
+        works, self._works = self._works, []
         for work, _ in works:
             work.wait()
-        if self.scale != 1:
-            torch._foreach_mul_([*small, *(x for _, x in works)], self.scale)
+        if self.scale != 1 and works:
+            torch._foreach_mul_([x for _, bucket in works for x in bucket], self.scale)
 
     def _taken(self, key: Tensor) -> Tensor | None:
         """Return what was kept of an earlier backward, and keep it no longer."""
@@ -152,20 +154,6 @@ def start_sum(grad: Tensor, site: int, index: int) -> Tensor:
 @start_sum.register_fake
 def _(grad: Tensor, site: int, index: int) -> Tensor:
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-
-def buckets(grads: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Group gradients, in order, by dtype and up to `BUCKET_BYTES`."""
-    bucket: list[Tensor] = []
-    size = 0
-    for grad in grads:
-        if bucket and (size + grad.nbytes > BUCKET_BYTES or grad.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(grad)
-        size += grad.nbytes
-    if bucket:
-        yield bucket
 
 
 @torch.library.custom_op("cpcompile::kept_copy", mutates_args=())

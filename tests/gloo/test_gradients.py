@@ -194,7 +194,7 @@ def test_ranks_without_labels(pool: Any, name: str, layout: str) -> None:
     assert_exact(pool.run(4, labelled, name, layout))
 
 
-def in_buckets(rank: Any, alone_bytes: int, bucket_bytes: int) -> tuple[dict[str, float], int]:
+def in_buckets(rank: Any, bucket_bytes: int) -> tuple[dict[str, float], int]:
     """Errors, and how many messages the sums were."""
     model = new(rank)[0]
     model.norm.float()
@@ -203,10 +203,11 @@ def in_buckets(rank: Any, alone_bytes: int, bucket_bytes: int) -> tuple[dict[str
     keys = [p.detach().clone() for p in model.parameters()]
     grads = [torch.randn(p.shape, dtype=p.dtype) for p in keys]
     with pytest.MonkeyPatch.context() as patched:
-        messages, all_reduce = [], torch.distributed.all_reduce
-        patched.setattr(gradients_of_ranks, "ALONE_BYTES", alone_bytes)
+        messages, send = [], gradients_of_ranks.all_reduce_together
         patched.setattr(gradients_of_ranks, "BUCKET_BYTES", bucket_bytes)
-        patched.setattr(torch.distributed, "all_reduce", lambda x, **how: [messages.append(x), all_reduce(x, **how)][1])
+        patched.setattr(
+            gradients_of_ranks, "all_reduce_together", lambda x, group: [messages.append(x), send(x, group)][1]
+        )
         summed = sums.finish([*keys, keys[0]], [*(sums.start(x, None) for x in grads), None])
     assert summed.pop() is None
     assert all(x.dtype == y.dtype and x.is_contiguous() for x, y in zip(summed, grads, strict=True))
@@ -219,12 +220,10 @@ def in_buckets(rank: Any, alone_bytes: int, bucket_bytes: int) -> tuple[dict[str
     return {f"{i}": error(x, y) for i, (x, y) in enumerate(pairs)}, len(messages)
 
 
-@pytest.mark.parametrize(
-    ("alone_bytes", "bucket_bytes", "num_messages"), [(1, 1, 16), (1 << 20, 1, 16), (1 << 20, 1 << 20, 3)]
-)
-def test_buckets(pool: Any, alone_bytes: int, bucket_bytes: int, num_messages: int) -> None:
+@pytest.mark.parametrize(("bucket_bytes", "num_messages"), [(1, 16), (1 << 20, 2)])
+def test_buckets(pool: Any, bucket_bytes: int, num_messages: int) -> None:
     """A bucket has one dtype: the norms in float32 stand between others in float64."""
-    results = pool.run(2, in_buckets, alone_bytes, bucket_bytes)
+    results = pool.run(2, in_buckets, bucket_bytes)
     assert_exact([found for found, _ in results], 1e-6)  # a norm is float32
     assert [count for _, count in results] == [num_messages] * 2
 
@@ -236,7 +235,7 @@ def overlapped(rank: Any, inner: str) -> tuple[dict[str, float], list[str]]:
     cpcompile.apply(model, rank.mesh(), inner=inner, strategy="ring")
     inputs, events = batch(alone, 31), list[str]()
     loss_of(alone(**inputs)).backward()
-    all_reduce, exchange = torch.distributed.all_reduce, torch.distributed.batch_isend_irecv
+    send, exchange = gradients_of_ranks.all_reduce_together, torch.distributed.batch_isend_irecv
 
     def told(name: str, send: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -247,8 +246,8 @@ def overlapped(rank: Any, inner: str) -> tuple[dict[str, float], list[str]]:
 
     loss = loss_of(model(**inputs))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(gradients_of_ranks, "ALONE_BYTES", 1)
-        patched.setattr(torch.distributed, "all_reduce", told("sum", all_reduce))
+        patched.setattr(gradients_of_ranks, "BUCKET_BYTES", 1)
+        patched.setattr(gradients_of_ranks, "all_reduce_together", told("sum", send))
         patched.setattr(torch.distributed, "batch_isend_irecv", told("keys", exchange))
         loss.backward()
     return errors(gradients(model), gradients(alone)), events
@@ -264,7 +263,6 @@ def test_sums_travel_during_backward(pool: Any, inner: str) -> None:
 
 def bucketed(rank: Any) -> dict[str, float]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(gradients_of_ranks, "ALONE_BYTES", 2000)
         patched.setattr(gradients_of_ranks, "BUCKET_BYTES", 3000)
         model, alone = new(rank)
         for module in (model, alone):

@@ -60,7 +60,7 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """A GPU. The side stream goes first where both want an SM: all that it puts there is a barrier of one warp."""
+    """A GPU. The side stream goes first where both want an SM: in CUDA graphs it puts barriers of one warp there."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._side = device, Side(device, priority=-1)
