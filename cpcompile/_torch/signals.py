@@ -15,7 +15,7 @@ import torch
 
 _WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_*_VALUE_32
 _AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ, of numbers that may wrap round
-_CAN_USE = 92  # CU_DEVICE_ATTRIBUTE_CAN_USE_STREAM_MEM_OPS
+_CAN_USE = 122  # CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS: 92 tells of an older interface
 _WORD = 4  # bytes
 
 
