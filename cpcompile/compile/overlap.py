@@ -36,8 +36,8 @@ def overlapped(
 
     Args:
         needs: of each operation, the earlier ones that it must come behind.
-        gathers: transfers (start, wait, bytes) to start early: each follows the one before as soon as at most `limit` bytes of
-            others are in flight.
+        gathers: transfers (start, wait, bytes) to start early: each follows the one before as soon as less than `limit` bytes of
+            others are in flight, or none.
         sums: transfers to wait for late: each is waited for when those behind it hold more than `limit` bytes. What uses
             their results waits as well.
         limit: in bytes.
@@ -120,7 +120,7 @@ class _Order:
                 stack.extend(reversed(missing))
 
     def _start_early(self) -> None:
-        while self.early and self.flying <= self.limit:
+        while self.early and (self.flying < self.limit or not self.flying):
             self._start_next()
 
     def _start_next(self) -> None:
