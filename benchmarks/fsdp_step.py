@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
     parser.add_argument("--profile", type=Path, help="folder for a trace of one step of each system")
     parser.add_argument("--memory", action="store_true", help="print what the first rank holds at the peak of a step")
-    parser.add_argument("--ledger", action="store_true", help="also what a rank holds as predicted; with --steps 0 only that")
+    parser.add_argument(
+        "--ledger", action="store_true", help="also what a rank holds as predicted; with --steps 0 only that"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.dynamic = True

@@ -80,7 +80,9 @@ def main() -> None:
     parser.add_argument("--limit", action="store_true", help="also what a step must take at least")
     parser.add_argument("--options", type=json.loads, default={}, help='of cpcompile, {"memory_budget": 0.5}')
     parser.add_argument("--memory", action="store_true", help="print what the first rank holds at the peak of a step")
-    parser.add_argument("--ledger", action="store_true", help="also what a rank holds as predicted; with --steps 0 only that")
+    parser.add_argument(
+        "--ledger", action="store_true", help="also what a rank holds as predicted; with --steps 0 only that"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
     parser.add_argument("--out", type=Path)

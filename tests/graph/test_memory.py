@@ -165,6 +165,15 @@ def test_what_is_there_before_a_step() -> None:
     assert held(sharded, "parameters")[0] <= num + 4 * WIDTH * 4 and held(sharded, "gathered parameters")[0] > 0
 
 
+def test_a_wrapper_that_averages_holds_gradients_twice() -> None:
+    alone, wrapped = (ledger(grad_sync="mean", ddp=ddp) for ddp in (False, True))
+    buckets = sum(p.nbytes for p in Stack().parameters())
+    assert held(alone, "buckets") == [0] * 3 and held(wrapped, "buckets") == [buckets] * 3
+    assert wrapped.peak == alone.peak + buckets and wrapped.resident == alone.resident + buckets
+    with pytest.raises(ConfigError, match="ddp or fully_sharded"):
+        explained(ddp=True, fully_sharded=cpcompile.FullySharded(2))
+
+
 def test_prints_and_gives_data() -> None:
     found = explained()
     text, data = str(found), found.to_dict()
