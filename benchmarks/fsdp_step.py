@@ -32,7 +32,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from train_step import environment, synchronize
+from train_step import environment, print_ledger, synchronize
 
 import cpcompile
 
@@ -89,18 +89,54 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
     parser.add_argument("--profile", type=Path, help="folder for a trace of one step of each system")
     parser.add_argument("--memory", action="store_true", help="print what the first rank holds at the peak of a step")
+    parser.add_argument(
+        "--ledger", action="store_true", help="also what a rank holds as predicted; with --steps 0 only that"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.dynamic = True
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.unlink(missing_ok=True)
+    ours = [system for system in options.systems if not system.startswith("torchtitan")] if options.ledger else []
+    options.predicted = {(x, length): predicted(options, x, length) for x in ours for length in options.lengths}
+    if not options.steps:
+        return
     deadline = time.time() + options.budget
     for system in options.systems:
         if time.time() < deadline:  # in processes of its own: what another system leaves behind is not its memory
             torch.multiprocessing.start_processes(
                 run, args=(options, system, free_port()), nprocs=options.ranks, start_method="spawn"
             )
+
+
+def config_of(options: argparse.Namespace) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        **SHAPES[options.shape],
+        num_hidden_layers=options.layers,
+        max_position_embeddings=max(options.lengths),
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+
+
+def predicted(options: argparse.Namespace, system: str, length: int) -> float:
+    """Print the ledger of a step, made without a GPU, and return its GiB at the peak."""
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config_of(options)).bfloat16()
+        ids = torch.zeros(1, length, dtype=torch.int64)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    sharded = cpcompile.FullySharded(options.ranks, stored_dtype=torch.float32, reduce_dtype=torch.float32)
+    plan = cpcompile.explain(
+        model,
+        {"input_ids": ids, "labels": ids},
+        world_size=options.ranks,
+        memory=True,
+        fully_sharded=sharded,
+        **SYSTEMS[system],
+    )
+    return print_ledger(f"{system}, {length} tokens", plan)
 
 
 def free_port() -> int:
@@ -135,13 +171,7 @@ def run(rank: int, options: argparse.Namespace, system: str, port: int) -> None:
 def measure(rank: int, options: argparse.Namespace, mesh: Any, system: str, rows: list[dict[str, Any]]) -> None:
     """Append a row for each length."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **SHAPES[options.shape],
-        num_hidden_layers=options.layers,
-        max_position_embeddings=max(options.lengths),
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
+    config = config_of(options)
     with torch.device(options.device):
         model = transformers.LlamaForCausalLM(config).float()
         ids = {length: torch.randint(config.vocab_size, (1, length)) for length in options.lengths}
@@ -194,6 +224,7 @@ def measure(rank: int, options: argparse.Namespace, mesh: Any, system: str, rows
             "tokens_per_second": round(length / median),
             "mfu": round(flops / median / options.ranks / peak_rate, 4),
             "peak_gib": round(peak, 2),
+            **({"predicted_gib": options.predicted[system, length]} if (system, length) in options.predicted else {}),
             "first_step_s": round(seconds[0], 1),
             "losses": losses,
         }

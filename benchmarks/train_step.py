@@ -35,6 +35,7 @@ from step_trace import trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cpcompile
+from cpcompile.inspect.explanation import Explanation, memory_lines
 from cpcompile.runtime import kernels
 from cpcompile.runtime.kernels.block import Block
 
@@ -81,14 +82,44 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help='of cpcompile, {"memory_budget": 0.5}')
     parser.add_argument("--memory", action="store_true", help="print what the first rank holds at the peak of a step")
     parser.add_argument("--profile", type=Path, help="folder for a trace of one step of each strategy")
+    parser.add_argument(
+        "--ledger", action="store_true", help="also what a rank holds as predicted; with --steps 0 only that"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", default="", help="what to record; by default that of this checkout")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    options.predicted = {name: predicted(options, name) for name in options.strategy} if options.ledger else {}
+    if not options.steps:
+        return
     with socket.socket() as free:  # several runs may share a host
         free.bind(("127.0.0.1", 0))
         options.port = free.getsockname()[1]
     torch.multiprocessing.start_processes(run, args=(options,), nprocs=options.ranks, start_method="spawn")
+
+
+def predicted(options: argparse.Namespace, strategy: str) -> float:
+    """Print the ledger of a step, made without a GPU, and return its GiB at the peak."""
+    where = argparse.Namespace(**vars(options) | {"device": "meta"})
+    model, ids = model_and_tokens(where, options.length, "sdpa")
+    return print_ledger(
+        f"{strategy}, {options.length} tokens",
+        cpcompile.explain(
+            model,
+            {"input_ids": ids, "labels": ids},
+            world_size=options.ranks,
+            memory=True,
+            strategy=strategy,
+            **{"optimizer_states": 0, "inner": options.inner} | options.options,
+        ),
+    )
+
+
+def print_ledger(title: str, plan: Explanation) -> float:
+    """Print the ledger of a plan, and return its GiB at the peak."""
+    assert plan.memory is not None
+    print(title, *memory_lines(plan.memory), sep="\n", flush=True)
+    return round(plan.memory.peak / 2**30, 2)
 
 
 def run(rank: int, options: argparse.Namespace) -> None:
@@ -176,6 +207,7 @@ def measure(
         "each_ms": [round(x * 1e3, 2) for x in seconds[WARM_UP:]],
         "tokens_per_second": round(options.length / median),
         "peak_gib": round(peak, 2),
+        **({"predicted_gib": options.predicted[strategy]} if strategy in options.predicted else {}),
         "pinned_gib": round(pinned, 2),
         "compile_s": round(seconds[0], 1),
         "first_loss": first_loss,

@@ -150,6 +150,7 @@ def explain(
     fully_sharded: Annotated[
         int, typer.Option(min=0, help="Ranks that fully_shard shards parameters over; 0: each rank has all.")
     ] = 0,
+    ddp: Annotated[bool, typer.Option("--ddp", help="DistributedDataParallel holds copies of all gradients.")] = False,
     optimizer_states: Annotated[
         int, typer.Option(min=0, help="Tensors of the size of a parameter that the optimizer keeps (AdamW: 2).")
     ] = 2,
@@ -174,6 +175,7 @@ def explain(
             "memory_budget": memory_budget,
             "offload": offload,
             "optimizer_states": optimizer_states,
+            "ddp": ddp,
             "fully_sharded": cpcompile.FullySharded(fully_sharded) if fully_sharded else None,
         }
         try:

@@ -2,6 +2,7 @@
 
 from cpcompile._torch.autograd import assert_on_device, recording_gradients, run_backward
 from cpcompile._torch.checkpoints import NoPolicyError, Policy, PolicyFailedError
+from cpcompile._torch.data_parallel import bytes_of_buckets
 from cpcompile._torch.distributed import (
     SymmetricMemory,
     Work,
@@ -54,6 +55,7 @@ __all__ = [
     "all_reduce_together",
     "assert_on_device",
     "break_frames",
+    "bytes_of_buckets",
     "compile_by_rows",
     "divide",
     "dynamo_break_reason",

@@ -70,7 +70,8 @@ class Ranks:
 class AttentionSite:
     """What the cost of an attention depends on. Sizes are those of the whole attention.
 
-    `keeps_heads`: it is in no activation checkpoint, where heads are exchanged once more in backward.
+    `keeps_heads`: what was exchanged by heads is kept for backward, which exchanges it once more otherwise, as in an activation
+    checkpoint that keeps the result. `runs_again`: its forward is part of backward, as where the result is not kept either.
     """
 
     batch: int
@@ -89,6 +90,7 @@ class AttentionSite:
     kernel: str = "cudnn"
     latent: Expansion | None = None
     keeps_heads: bool = True
+    runs_again: bool = False
 
     @property
     def has_window(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile import runtime  # noqa: F401  (registers the operators)
 from cpcompile.choose.attention import AttentionSite
@@ -68,5 +67,4 @@ def attention_site(node: fx.Node, kernel: str = "cudnn") -> AttentionSite:
         lookahead=numbers["lookahead"],
         has_documents=call["documents"] is not None,
         kernel=kernel,
-        keeps_heads=node.meta.get("recompute") is not CheckpointPolicy.PREFER_RECOMPUTE,
     )

@@ -57,24 +57,32 @@ def device_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks)
     if strategy == "latent":
         return work
     ranks = sent_by_ranks(workload, strategy)
-    keys = max(r.forward_keys + r.backward_keys for r in ranks)
-    swapped = max(r.forward_swap + r.backward_swap for r in ranks)
+    runs = forwards(site)
+    keys = max(runs * r.forward_keys + r.backward_keys for r in ranks)
+    swapped = max(runs * r.forward_swap + r.backward_swap for r in ranks)
     total = work
     if keys:
         hops = max(traffic.sources for traffic in keys_sent(workload, strategy).values())
-        messages = 3 * (math.ceil(site.kv_heads / axis.heads_per_message) if axis.heads_per_message else 1)
-        # Keys twice and their gradients: a ring waits for one message of them all, `gather` for the first of each kind.
-        count, shown = (messages, 3) if STRATEGIES[strategy].is_at_once else (3 * hops, 1)
+        kinds = runs + 2  # keys in each pass, and their gradients
+        messages = kinds * (math.ceil(site.kv_heads / axis.heads_per_message) if axis.heads_per_message else 1)
+        # A ring waits for one message of them all, `gather` for the first of each kind.
+        count, shown = (messages, kinds) if STRATEGIES[strategy].is_at_once else (kinds * hops, 1)
         total += _exposed(keys, count, shown, work, link(site, axis, axis.world_size))
         if STRATEGIES[strategy].is_at_once and is_gpu(site):
             own = workload.key_width * workload.itemsize * site.kv_heads * site.tokens // axis.world_size
             total += (own + max(r.forward_keys for r in ranks)) / GATHERING
     if swapped:
         most = most_rounds(layout, is_ring=inner < axis.world_size)
-        count = 4 * len(rounds(inner, site.heads, site.kv_heads, most, axis.heads_per_message))
-        total += _exposed(swapped, count, 4, work, link(site, axis, inner))
+        kinds = 2 * runs + 2  # to heads and back in each pass
+        count = kinds * len(rounds(inner, site.heads, site.kv_heads, most, axis.heads_per_message))
+        total += _exposed(swapped, count, kinds, work, link(site, axis, inner))
         total += swapped / LAYING if is_gpu(site) else 0.0
     return total
+
+
+def forwards(site: AttentionSite) -> int:
+    """Return how many times the forward of an attention runs in a step."""
+    return 2 if site.runs_again else 1
 
 
 def host_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -> float:
@@ -99,7 +107,8 @@ def compute_seconds(site: AttentionSite, workload: Workload, strategy: str) -> f
         count = pairs(piece)
         size = min(1.0, count / piece.rows.size / FULL_KEYS)
         forward, backward = rates[0] * size**FORWARD_SLOPE, rates[1] * size**BACKWARD_SLOPE
-        return per_pair * count * (1 / forward + 2.5 / backward) if count else 0.0  # five products against two
+        seconds = forwards(site) / forward + 2.5 / backward  # five products against two
+        return per_pair * count * seconds if count else 0.0
 
     whole = max(sum(map(of, pieces_of(workload, strategy, at))) for at in sampled(workload.world_size // inner))
     return whole * _of_documents(site, workload, inner)

@@ -30,8 +30,17 @@ def keep_attention(graph: fx.Graph, keeps_all: bool) -> None:
         if keeps_all and CheckpointPolicy.MUST_RECOMPUTE not in answers.values():
             set_answers(node, [*answers.items(), (node.target, CheckpointPolicy.MUST_SAVE)])
         has_heads = any(argument.name == "keeps_heads" for argument in node.target._schema.arguments)
-        if has_heads and policy_of(node) in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE):
+        if has_heads and keeps_result(node, keeps_all):
             node.kwargs = node.kwargs | {"keeps_heads": False}
+
+
+def keeps_result(node: fx.Node, keeps_all: bool) -> bool:
+    """Tell whether the result of an attention inside of an activation checkpoint is saved, so that it runs only once."""
+    answers = answers_of(node).values()
+    if keeps_all and CheckpointPolicy.MUST_RECOMPUTE not in answers:
+        return True
+    saved = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE
+    return bool(answers) and strongest(answers) in saved
 
 
 def tag_saved_results(graph: fx.Graph) -> int:

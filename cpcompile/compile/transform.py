@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.analysis.patterns.latent_heads import expansion_of
 from cpcompile.capture.faults import faults_of
@@ -25,7 +26,7 @@ from cpcompile.choose.attention_sites import (
 )
 from cpcompile.choose.choice import Choice, choose
 from cpcompile.choose.kernels import likely_kernel, refuse_unable_kernel
-from cpcompile.compile.saved_results import keep_attention
+from cpcompile.compile.saved_results import keep_attention, keeps_result
 from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
 from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.operator_call import is_tensor
@@ -45,6 +46,7 @@ from cpcompile.passes import (
     tile_rows,
     unshard_parameters,
 )
+from cpcompile.passes.recompute_blocks import blocks_of, num_again
 
 cp = torch.ops.cpcompile
 
@@ -125,6 +127,7 @@ def transform(
     if config.strategy in ("auto", "latent", "latent_heads"):
         found = [expansion_of(node, token_dims) for node in attention_nodes(captured)]
         sites = [replace(site, latent=latent) for site, latent in zip(sites, found, strict=True)]
+    sites = with_recomputation(captured, sites, config)
     choice = choose(sites, config.strategy, config.balancer, ranks)
     warn_of_other_strategies(captured, sites, choice, config.strategy, ranks)
     plan = Plan(
@@ -171,6 +174,19 @@ def transform(
         refuse_unable_kernel(rewritten_attentions(captured), config.kernel)
     check_legal(captured, config.strict)
     return Transformed(original, analysed, captured, plan, sequences_of(captured, plan), choice, changes, times)
+
+
+def with_recomputation(gm: fx.GraphModule, sites: Sequence[AttentionSite], config: Config) -> list[AttentionSite]:
+    """Return the attentions with what backward will exchange or compute of them again: of checkpoints, and of the budget."""
+    blocks = blocks_of(gm) if config.memory_budget < 1 else {}
+    budgeted = {x for nodes in list(blocks.values())[: num_again(config.memory_budget, len(blocks))] for x in nodes}
+    found = []
+    for node, site in zip(attention_nodes(gm), sites, strict=True):
+        if node in budgeted or node.meta.get("recompute") is CheckpointPolicy.PREFER_RECOMPUTE:
+            is_kept = keeps_result(node, keeps_all=not config.recompute_attention)
+            site = replace(site, keeps_heads=not is_kept, runs_again=not is_kept)
+        found.append(site)
+    return found
 
 
 def name_origins(gm: fx.GraphModule) -> None:

@@ -143,7 +143,7 @@ class Compiled:
         ahead = sharded.largest_unit if sharded is not None else 0
         has_gradients = torch.is_grad_enabled() and any(map(takes_gradient, example_inputs))
         if config.memory and has_gradients:  # what is run without a backward holds little
-            prediction = Prediction(gm, example_inputs, axis, shards, ahead)
+            prediction = Prediction(gm, example_inputs, axis, shards, ahead, _torch.bytes_of_buckets())
             groups = [name for each in shards.values() for name in (each.group, each.replica_group)]
             config = replace(planned(config, prediction, axis, groups, agreement.least), memory="")
         self.config = config
@@ -225,6 +225,7 @@ class Prediction:
     axis: Axis
     shards: Mapping[int, ParameterShard]
     bytes_ahead: int
+    buckets: int
 
     def __call__(self, config: Config) -> tuple[Ledger, int]:
         """Return the ledger, and how many blocks the model has that can be computed again."""
@@ -240,6 +241,7 @@ class Prediction:
                 shards=self.shards,
                 summed=summed if self.axis.world_size > 1 else (),
                 bytes_ahead=config.prefetch * self.bytes_ahead,
+                buckets=self.buckets,
             )
         return found, len(blocks_of(transformed.graph))
 

@@ -48,6 +48,7 @@ def explain(
     inner_size: int = 0,
     memory: bool = False,
     fully_sharded: FullySharded | None = None,
+    ddp: bool = False,
     **options: Any,
 ) -> Explanation:
     """Return the plan for `model` on `world_size` ranks: nothing is run, and neither GPUs nor processes are needed.
@@ -59,6 +60,7 @@ def explain(
         inner_size: how many of them exchange heads in `strategy="usp"`, where they are a grid.
         memory: also predict what a training step holds on a rank, which takes a few seconds more for each 16 layers.
         fully_sharded: how `fully_shard` is to shard parameters, gradients and optimizer state.
+        ddp: `DistributedDataParallel` is to wrap the model, which holds a copy of all gradients.
         options: the fields of `cpcompile.Config`.
 
     Raises:
@@ -68,6 +70,8 @@ def explain(
         raise ConfigError(
             f"memory={memory!r}: explain predicts memory (True) or not; memory_budget=... is a plan to look at."
         )
+    if ddp and fully_sharded is not None:
+        raise ConfigError("explain takes ddp or fully_sharded: a model is wrapped by one of them.")
     config = Config.of({**options, "dynamic": False})
     planned = planned_step(
         model, inputs, world_size=world_size, inner_size=inner_size, config=config, fully_sharded=fully_sharded
@@ -94,7 +98,7 @@ def explain(
         estimates={f"{layout}/{name}": cost for (layout, name), cost in transformed.choice.estimates.items()},
         before=listing(transformed.original),
         after=listing(gm),
-        memory=planned.ledger() if memory else None,
+        memory=planned.ledger(ddp) if memory else None,
     )
 
 
@@ -118,17 +122,18 @@ class Planned:
     shards: Mapping[int, ParameterShard]
     config: Config
 
-    def ledger(self) -> Ledger:
-        """Return what a training step holds on a rank."""
-        is_alone = self.transformed.plan.world_size == 1
+    def ledger(self, ddp: bool = False) -> Ledger:
+        """Return what a training step holds on a rank; `ddp`: with buckets for all gradients."""
+        sums = self.transformed.plan.world_size > 1 and self.config.grad_sync == "sum"
         trained = [i for i, x in enumerate(self.inputs) if isinstance(x, torch.nn.Parameter) and x.requires_grad]
         return ledger_of(
             self.transformed,
             self.inputs,
             self.config,
             shards=self.shards,
-            summed=[] if is_alone else [i for i in trained if i not in self.shards],
+            summed=[i for i in trained if i not in self.shards] if sums else [],
             bytes_ahead=self.config.prefetch * largest_block(self.transformed, self.shards),
+            buckets=sum(self.inputs[i].nbytes for i in trained) if ddp else 0,
         )
 
 

@@ -28,6 +28,7 @@ REMEDY = "memory='' runs the step without a prediction, memory=False explains wi
 KINDS = (
     "parameters",
     "gradients",
+    "buckets",
     "optimizer",
     "inputs",
     "gathered parameters",
@@ -46,7 +47,7 @@ class Phase:
         name: `forward`, `backward` or `optimizer`.
         held: bytes by kind, of `KINDS`. "saved" is kept from forward to backward, "workspace" is what an operator needs
             beside its operands and results: blocks of keys that travel, the logits of a chunk; "returned" is what the model
-            returns, which the caller holds.
+            returns, which the caller holds; "buckets" are the copies of gradients that `DistributedDataParallel` sums.
         place: the user's line that runs then, or ''.
     """
 
@@ -79,8 +80,8 @@ class Ledger:
 
     @property
     def resident(self) -> int:
-        """What is there before a step: parameters, buffers and optimizer state."""
-        return sum(self.phases[0].held.get(kind, 0) for kind in ("parameters", "optimizer"))
+        """What is there before a step: parameters, buffers, buckets and optimizer state."""
+        return sum(self.phases[0].held.get(kind, 0) for kind in ("parameters", "buckets", "optimizer"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data."""
@@ -96,6 +97,7 @@ def ledger_of(
     shards: Mapping[int, ParameterShard],
     summed: Sequence[int] = (),
     bytes_ahead: int = 0,
+    buckets: int = 0,
 ) -> Ledger:
     """Predict the memory of a training step on a rank. The graph is used up.
 
@@ -106,6 +108,7 @@ def ledger_of(
         shards: how FSDP shards some of the inputs.
         summed: which inputs have gradients that are summed over the axis.
         bytes_ahead: of parameters that are gathered before they are used.
+        buckets: bytes of gradients that a wrapper holds copies of, from before the first step on.
     """
     gm = transformed.graph
     nodes = placeholders(gm)
@@ -125,6 +128,7 @@ def ledger_of(
     trained = sum(size for size, x in zip(sizes, values, strict=True) if takes_gradient(x))
     fixed = {
         "parameters": sum(size for size, held in zip(sizes, is_state, strict=True) if held),
+        "buckets": buckets,
         "optimizer": config.optimizer_states * trained,
         "inputs": sum(size for size, held in zip(sizes, is_state, strict=True) if not held),
     }
@@ -136,7 +140,7 @@ def ledger_of(
         late = sums_under_way(backward.graph, bytes_ahead) if bytes_ahead else {}
         moments = Timeline(backward.graph, backward_kinds(backward, saved), workspace, saved.__contains__, late).run()
         phases.append(largest("backward", moments, fixed | {"returned": returned}, bytes_ahead))
-        phases.append(Phase("optimizer", fixed | {"gradients": trained}, ""))
+        phases.append(largest("optimizer", [Moment(None, {"gradients": trained})], fixed, 0))
     in_host = [value_of(node) for node in forward.graph.nodes if is_in_host_memory(node)]
     return Ledger(tuple(phases), sum(map(bytes_of_value, in_host)))
 

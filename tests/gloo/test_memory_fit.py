@@ -20,16 +20,20 @@ LENGTH = 256
 EXACT = 1e-12  # float64, relative to the largest gradient
 
 
-def trained(rank: Any, limits: list[float], is_sharded: bool) -> tuple[float, float, float]:
+def trained(rank: Any, limits: list[float], wrapper: str) -> tuple[float, float, float]:
     """Return the budget that was chosen, and the errors of loss and gradients; each rank has a limit of its own."""
     torch._dynamo.reset()
     model, alone, inputs = Stack().double(), Stack().double(), tokens(LENGTH)
     mesh = rank.mesh()
-    if is_sharded:
+    if wrapper == "fsdp":
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    cpcompile.apply(model, mesh, inner="aot_eager", memory="fit", optimizer_states=0, strategy="ring")
+    options = {"grad_sync": "mean"} if wrapper == "ddp" else {}
+    cpcompile.apply(model, mesh, inner="aot_eager", memory="fit", optimizer_states=0, strategy="ring", **options)
+    parallel = parallel_forward(model)
+    if wrapper == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
     has = unittest.mock.patch("cpcompile.front.memory_plan.usable_bytes", lambda *_: int(limits[rank.rank]))
     with has:
         with torch.no_grad():
@@ -43,8 +47,7 @@ def trained(rank: Any, limits: list[float], is_sharded: bool) -> tuple[float, fl
     largest = max(float(p.grad.abs().max()) for p in alone.parameters())
     grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
     errors = [float((g - p.grad).abs().max()) for g, p in zip(grads, alone.parameters(), strict=True)]
-    config = parallel_forward(model).config
-    return config.memory_budget, abs(float(loss - expected)) / float(expected), max(errors) / largest
+    return parallel.config.memory_budget, abs(float(loss - expected)) / float(expected), max(errors) / largest
 
 
 def peak(**options: Any) -> float:
@@ -52,11 +55,20 @@ def peak(**options: Any) -> float:
     return 2 * ledger(LENGTH, strategy="ring", optimizer_states=0, **options).peak
 
 
-@pytest.mark.parametrize("is_sharded", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_ranks_take_the_plan_that_fits_the_smallest(pool: Any, is_sharded: bool) -> None:
-    sharded = {"fully_sharded": cpcompile.FullySharded(2)} if is_sharded else {}
-    whole, half = peak(**sharded), peak(memory_budget=0.5, **sharded)
-    results = pool.run(2, trained, [whole * 2, (whole + half) / 2], is_sharded)
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "": {},
+    "fsdp": {"fully_sharded": cpcompile.FullySharded(2)},
+    "ddp": {"ddp": True, "grad_sync": "mean"},
+}
+
+
+@pytest.mark.parametrize("wrapper", [pytest.param("", marks=pytest.mark.slow), "fsdp", "ddp"])
+def test_ranks_take_the_plan_that_fits_the_smallest(pool: Any, wrapper: str) -> None:
+    options = WRAPPERS[wrapper]
+    whole, half = peak(**options), peak(memory_budget=0.5, **options)
+    if wrapper == "ddp":  # without its copies of gradients all would fit
+        assert peak(grad_sync="mean") < (whole + half) / 2
+    results = pool.run(2, trained, [whole * 2, (whole + half) / 2], wrapper)
     budgets = {budget for budget, *_ in results}
     assert len(budgets) == 1 and 0.25 <= budgets.pop() < 1
     assert max(error for _, *errors in results for error in errors) < EXACT

@@ -9,7 +9,7 @@ import pytest
 from cpcompile.choose.attention import AttentionSite, Ranks
 from cpcompile.choose.choice import CLOSE, choose
 from cpcompile.choose.cost import compute_seconds, link, seconds
-from cpcompile.choose.rates import GATHERING
+from cpcompile.choose.rates import GATHERING, LAYING, RATES
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
 SITE = AttentionSite(
@@ -176,6 +176,22 @@ def test_short_attentions_take_what_the_host_launches_soonest() -> None:
     assert seconds(replace(on_cpus, tokens=1 << 12), "ring", "zig_zag", EIGHT) < seconds(
         on_cpus, "ring", "zig_zag", EIGHT
     )
+
+
+def test_what_backward_computes_or_exchanges_again_is_counted() -> None:
+    exchanged, again = replace(LONG, keeps_heads=False), replace(LONG, runs_again=True)
+    forward, backward = RATES["cudnn"]
+    for strategy in ("ring", "ulysses", "gather"):
+        work = [compute_seconds(site, site.workload(EIGHT, "zig_zag"), strategy) for site in (LONG, exchanged, again)]
+        assert work[0] == work[1]
+        assert work[2] / work[0] == pytest.approx(
+            (2 / forward + 2.5 / backward) / (1 / forward + 2.5 / backward), rel=1e-3
+        )
+    # Of Ulysses q, k, v and the output travel once more, one way; of a ring nothing does.
+    rings, heads = ([seconds(x, name, "zig_zag", EIGHT) for x in (LONG, exchanged)] for name in ("ring", "ulysses"))
+    assert rings[0] == rings[1]
+    sent = 2 * LONG.tokens // 8 * 7 // 8 * 128 * (2 * 32 + 2 * 8)
+    assert heads[1] - heads[0] >= sent / LAYING
 
 
 def test_documents_leave_ranks_with_unequal_rows_or_small_kernels() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention._fa3
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -565,6 +568,183 @@ def test_determinism_is_asked_for_and_given_back() -> None:
         torch.use_deterministic_algorithms(False)
 
 
+FORWARD_3 = (
+    "fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? qv, Tensor? out, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? cu_seqlens_k_new, Tensor? seqused_q, Tensor? seqused_k, int? max_seqlen_q, int? max_seqlen_k, "
+    "Tensor? page_table, Tensor? kv_batch_idx, Tensor? leftpad_k, Tensor? rotary_cos, Tensor? rotary_sin, "
+    "Tensor? seqlens_rotary, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, float? softmax_scale, bool causal, "
+    "int window_size_left, int window_size_right, int attention_chunk, float softcap, bool rotary_interleaved, "
+    "Tensor? scheduler_metadata, int num_splits, bool? pack_gqa, int sm_margin) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+BACKWARD_3 = (
+    "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, int? max_seqlen_q, int? max_seqlen_k, "
+    "float? softmax_scale, bool causal, int window_size_left, int window_size_right, float softcap, bool deterministic, "
+    "int sm_margin) -> Tensor"
+)
+
+
+@pytest.fixture
+def flash_attn_3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Act as if FlashAttention 3 were installed: its operators as the package declares them, in plain torch.
+
+    torch's functions in between are the real ones, but for their check of the device.
+    """
+    library = torch.library.Library("flash_attn_3", "DEF")
+    library.define(FORWARD_3)
+    library.define(BACKWARD_3)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *terms: Any) -> tuple[Tensor, ...]:
+        named = dict(
+            zip([x.name for x in torch.ops.flash_attn_3.fwd.default._schema.arguments[3:]], terms, strict=True)
+        )
+        window = {name: named[name] for name in ("window_size_left", "window_size_right")}
+        lengths = [named[f"{name}_{of}"] for name in ("cu_seqlens", "max_seqlen") for of in "qk"]
+        assert named["softcap"] == named["attention_chunk"] == 0 and named["num_splits"] == 0
+        given = (*lengths, 0.0, named["causal"], False)
+        out, lse, _ = flash_forward(q, k, v, *given, scale=named["softmax_scale"], **window)
+        return out, lse, q.new_empty(0), q.new_empty(0)
+
+    def backward(*given: Any) -> Tensor:
+        named = dict(zip([x.name for x in torch.ops.flash_attn_3.bwd.default._schema.arguments], given, strict=True))
+        window = {name: named[name] for name in ("window_size_left", "window_size_right")}
+        operands = [named[name] for name in ("dout", "q", "k", "v", "out", "softmax_lse")]
+        lengths = [named[f"{name}_{of}"] for name in ("cu_seqlens", "max_seqlen") for of in "qk"]
+        terms = (*lengths, 0.0, named["causal"], operands[0], operands[0])
+        grads = flash_backward(*operands, *terms, scale=named["softmax_scale"], **window)
+        for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
+            named[name].copy_(grad)
+        return operands[0].new_empty(0)
+
+    library.impl("fwd", forward, "CPU")
+    library.impl("bwd", backward, "CPU")
+    monkeypatch.setitem(sys.modules, flash.FLASH3_PACKAGE.module, types.ModuleType(flash.FLASH3_PACKAGE.module))
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(torch.nn.attention._fa3, f"_fa3_{name}_support_error", lambda *args: None)
+    flash._flash3.cache_clear()
+    yield
+    flash._flash3.cache_clear()
+    library._destroy()
+
+
+@pytest.mark.usefixtures("flash_attn_3")
+@pytest.mark.parametrize("lengths", [(), (2, 3, 4)])
+def test_flash_attention_3_is_called_by_its_operators(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    use(monkeypatch, replace(flash.FLASH3, limits=lambda case: ""))
+    for terms in ({}, {"high": 0}, {"low": -2, "high": 1}):
+        check(9, 9, Block(SCALE, lengths=lengths, **terms), "flash3")
+    for low, high in ((-3, 2), (None, 3)) if not lengths else ():
+        check(6, 9, Block(SCALE, low=low, high=high), "flash3")  # the second ends in the last corner
+    assert torch.nn.attention.current_flash_attention_impl() is None  # the user's own attention is what it was
+
+
+@pytest.mark.parametrize("num_results", [2, 5])  # of 4.0.0b3 and of 4.0.0b36
+@pytest.mark.parametrize("lengths", [(), (2, 3, 4)])
+def test_flash_attention_4_is_called_by_its_functions(
+    lengths: tuple[int, ...], num_results: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float,
+        causal: bool,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Any, ...]:
+        assert return_lse
+        terms = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False)
+        out, lse, _ = flash_forward(q, k, v, *terms, scale=softmax_scale)
+        return out, lse, *[None] * (num_results - 2)
+
+    def backward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        dout: Tensor,
+        lse: Tensor,
+        *,
+        softmax_scale: float,
+        causal: bool,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        terms = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, q, q)
+        return flash_backward(dout, q, k, v, out, lse, *terms, scale=softmax_scale)
+
+    module = types.SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
+    monkeypatch.setattr(flash.importlib, "import_module", lambda name: module)
+    flash._flash4.cache_clear()
+    use(monkeypatch, replace(flash.FLASH4, limits=lambda case: "", avoids=lambda case: ""))
+    for terms in ({}, {"high": 0}):
+        check(9, 9, Block(SCALE, lengths=lengths, **terms), "flash4")
+    flash._flash4.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "generation", "given", "reason"),
+    [
+        ("flash3", 9, ("window", "lengths"), ""),
+        ("flash3", 10, (), "needs a Hopper GPU"),
+        ("flash3", 9, ("causal", "deterministic"), "takes no deterministic mode"),
+        ("flash4", 10, ("causal", "lengths"), ""),
+        ("flash4", 8, (), "needs a Hopper or Blackwell GPU"),
+        ("flash4", 9, ("window",), "takes no causal window"),
+    ],
+)
+def test_which_attentions_and_gpus_flash_attention_3_and_4_are_for(
+    kernel: str, generation: int, given: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash, "is_installed", lambda name: True)
+    monkeypatch.setattr(flash, "gpu_generation", lambda: generation)
+    asked = kernels.KERNELS[kernels.NAMES.index(kernel)]
+    assert asked.refuses(case("cuda", torch.bfloat16, 128, 128, *given)) == reason
+    most = {"flash3": 256, "flash4": 128}[kernel]
+    if not reason:
+        wide = case("cuda", torch.bfloat16, most + 8, most)
+        assert asked.refuses(wide) == f"needs head dims of at most {most}"
+        assert asked.refuses(case("cuda", torch.float32)) == "has no float32"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_what_took_the_place_of_flash_attention_2_is_not_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents on a machine with nothing but torch's kernels and FlashAttention 4, which the user has activated."""
+    monkeypatch.setattr(flash, "is_installed", lambda name: name == flash.FLASH4_PACKAGE.module)
+    monkeypatch.setattr(flash, "gpu_generation", lambda: 10)
+    packed, wide = (case("cuda", torch.bfloat16, dim, dim, "causal", "lengths") for dim in (64, 256))
+    assert kernels.choose(packed).kernel.name == "flash4" and kernels.choose(wide).kernel.name == "flash"
+    torch.nn.attention.register_flash_attention_impl("stand-in", register_fn=lambda: types.SimpleNamespace(remove=int))
+    torch.nn.attention.activate_flash_attention_impl("stand-in")
+    try:
+        forget_choices()
+        assert kernels.choose(packed).kernel.name == "flash4" and kernels.choose(wide).kernel.name != "flash"
+        with pytest.raises(KernelError, match=r"'flash' is stand-in in this process, by torch.nn.attention.activate"):
+            kernels.choose(wide, "flash")
+        with pytest.raises(KernelError, match=r"'flash' is stand-in"):
+            flash.FLASH2.forward(*[torch.zeros(1, 1, 2, 8)] * 3, Block(SCALE))
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+        torch.nn.attention._registry._FLASH_ATTENTION_IMPLS.pop("stand-in")
+    assert kernels.choose(packed).kernel.name == "flash4"
+    monkeypatch.setattr(flash, "gpu_generation", lambda: 9)
+    forget_choices()
+    choice = kernels.choose(packed)
+    assert choice.kernel.name == "triton" and "flash4 was not measured on Hopper" in choice.reasons
+    assert kernels.choose(packed, "flash4").kernel is flash.FLASH4
+
+
 def case(device: str, dtype: torch.dtype = torch.bfloat16, head: int = 64, value: int = 64, *features: str) -> Case:
     return Case(device, dtype, head, value, frozenset(features))
 
@@ -733,7 +913,7 @@ def test_choice_says_why() -> None:
     assert choice.reasons == (
         "cudnn needs head dims of at most 128, or 192 and 128",
         "cudnn_varlen needs head dims of at most 128, or 192 and 128",
-        "flash3 is not installed (pip install flash-attn-3)",
+        "flash3 is not installed (pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130)",
         "flash4 is not installed (pip install flash-attn-4)",
         "flash takes no documents, no softcap",
         "flash_attn is not installed (pip install flash-attn)",

@@ -128,6 +128,19 @@ def test_packed_documents_in_blocks_are_exact() -> None:
     assert found.transformed.changes["recompute_blocks"] == LAYERS
 
 
+def test_the_choice_knows_what_blocks_compute_or_exchange_again() -> None:
+    def estimates(**options: Any) -> tuple[float, float]:
+        found = planned(Stack(), tokens(256), **options).choice.estimates
+        return found["zig_zag", "ring"], found["zig_zag", "ulysses"]
+
+    kept, half, none = (estimates(memory_budget=budget) for budget in (1.0, 0.5, 0.0))
+    assert kept[0] == half[0] == none[0]  # a ring keeps its result, and exchanges nothing again
+    assert none[1] > kept[1] and half[1] - kept[1] == pytest.approx((none[1] - kept[1]) / 2)
+    again = estimates(memory_budget=0.0, recompute_attention=True)
+    assert again[0] > none[0] and again[1] > none[1]
+    assert estimates(recompute_attention=True) == kept
+
+
 def test_elementwise_results_are_computed_again() -> None:
     again, kept = (max(held(ledger(1024, recompute_elementwise=is_again), "saved")) for is_again in (True, False))
     # Of each token and block at least the input of the product behind gelu, which is four times as wide.
@@ -150,6 +163,15 @@ def test_what_is_there_before_a_step() -> None:
     assert held(of, "gradients")[0] == 0 and held(of, "gradients")[2] == 4 * num
     sharded = ledger(fully_sharded=cpcompile.FullySharded(4))
     assert held(sharded, "parameters")[0] <= num + 4 * WIDTH * 4 and held(sharded, "gathered parameters")[0] > 0
+
+
+def test_a_wrapper_that_averages_holds_gradients_twice() -> None:
+    alone, wrapped = (ledger(grad_sync="mean", ddp=ddp) for ddp in (False, True))
+    buckets = sum(p.nbytes for p in Stack().parameters())
+    assert held(alone, "buckets") == [0] * 3 and held(wrapped, "buckets") == [buckets] * 3
+    assert wrapped.peak == alone.peak + buckets and wrapped.resident == alone.resident + buckets
+    with pytest.raises(ConfigError, match="ddp or fully_sharded"):
+        explained(ddp=True, fully_sharded=cpcompile.FullySharded(2))
 
 
 def test_prints_and_gives_data() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.attention import current_flash_attention_impl
 
 from cpcompile.runtime.kernels.block import Block
-from cpcompile.runtime.kernels.case import HALF, Case, Kernel, round_up, runs_on
+from cpcompile.runtime.kernels.case import HALF, Case, Kernel, KernelError, round_up, runs_on
 from cpcompile.runtime.kernels.common import determinism
 
 Tensor = torch.Tensor
@@ -30,7 +32,7 @@ def window(block: Block, rows: int, columns: int) -> tuple[int, int]:
 
 
 def _terms(block: Block, rows: int, columns: int) -> tuple[bool, dict[str, Any]]:
-    """Return whether the band is the causal one, and the keywords; some versions of FlashAttention 4 read -1 as a bound."""
+    """Return whether the band is the causal one, and the keywords, with the bounds that there are."""
     left, right = window(block, rows, columns)
     is_causal = left < 0 and right == 0
     bounds = {} if is_causal else {"window_size_left": left, "window_size_right": right}
@@ -107,16 +109,54 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def limits_of(device_dims: int, module: str, package: str) -> Callable[[Case], str]:
-    """Return the limits of a FlashAttention that a package brings ('' for torch), up to a head dim."""
+@functools.cache
+def gpu_generation() -> int:
+    """Return the first number of the compute capability (9: Hopper, 10: Blackwell), 0 without a GPU."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """What brings a FlashAttention: a module, how pip installs it, and the generations of GPUs that it is for (none: all)."""
+
+    module: str
+    pip: str
+    generations: tuple[int, ...] = ()
+
+
+def limits_of(most_dims: int, package: Package | None) -> Callable[[Case], str]:
+    """Return the limits of a FlashAttention that a package brings (None: torch), up to a head dim."""
 
     def limits(case: Case) -> str:
         reason = runs_on(case, "cuda", HALF)
-        if not reason and module and not is_installed(module):
-            reason = f"is not installed (pip install {package})"
-        return reason or ("" if max(equal_dims(case)) <= device_dims else f"needs head dims of at most {device_dims}")
+        if not reason and package is None:
+            reason = replaced_by()
+        if not reason and package is not None:
+            reason = missing(package)
+        return reason or ("" if max(equal_dims(case)) <= most_dims else f"needs head dims of at most {most_dims}")
 
     return limits
+
+
+def missing(package: Package) -> str:
+    """Return what is missing for a package, or ''."""
+    if not is_installed(package.module):
+        return f"is not installed (pip install {package.pip})"
+    if package.generations and gpu_generation() not in package.generations:
+        names = {9: "Hopper", 10: "Blackwell"}
+        return f"needs a {' or '.join(names[n] for n in package.generations)} GPU"
+    return ""
+
+
+def replaced_by() -> str:
+    """Return what `activate_flash_attention_impl` put in the place of torch's own kernels, as a reason; or ''."""
+    name = current_flash_attention_impl()
+    if name is None:
+        return ""
+    return (
+        f"is {name} in this process, by torch.nn.attention.activate_flash_attention_impl, which takes other attentions than "
+        "FlashAttention 2 (restore_flash_attention_impl() ends that)"
+    )
 
 
 def _provider(name: str, find: Callable[[], tuple[Any, Any]], limits: Callable[[Case], str], *takes: str) -> Kernel:
@@ -132,6 +172,8 @@ def _provider(name: str, find: Callable[[], tuple[Any, Any]], limits: Callable[[
 
 
 def _bundled() -> tuple[Any, Any]:
+    if reason := replaced_by():  # since the kernel was chosen
+        raise KernelError(f"the kernel 'flash' {reason}")
     return aten._flash_attention_forward, aten._flash_attention_backward
 
 
@@ -140,29 +182,53 @@ def _bundled() -> tuple[Any, Any]:
 @functools.cache
 def _flash3() -> tuple[Any, Any]:
     module = importlib.import_module("torch.nn.attention._fa3")
-    module._fa3_import_module("flash_attn_interface")
+    module._fa3_import_module(FLASH3_PACKAGE.module)
     return module._fa3_flash_attention_forward_impl_default, module._fa3_flash_attention_backward_impl
 
 
+# Those of torch 2.11 to 2.13 expect two results of a function that has returned more since flash-attn-4 4.0.0b20.
 @functools.cache
 def _flash4() -> tuple[Any, Any]:
-    module: Any = importlib.import_module("torch.nn.attention._fa4")
-    path = "flash_attn.cute.interface"
-    module._fa4_import_module(path)
-    module._FA4_MODULE_PATH = path  # what the two functions import again, from a cache
-    return module._fa4_flash_attention_forward_impl, module._fa4_flash_attention_backward_impl
+    module = importlib.import_module("flash_attn.cute.interface")
+
+    def terms(is_causal: bool, at: Tensor | None, longest: int, scale: float) -> dict[str, Any]:
+        named = {"softmax_scale": scale, "causal": is_causal, "cu_seqlens_q": at, "cu_seqlens_k": at}
+        of_documents = {} if at is None else {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        return named | of_documents
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, at: Tensor | None, _: Any, longest: int, *unused: Any, scale: float
+    ) -> Any:
+        return module._flash_attn_fwd(q, k, v, **terms(unused[2], at, longest, scale), return_lse=True)
+
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        at: Tensor | None,
+        _: Any,
+        longest: int,
+        *unused: Any,
+        scale: float,
+    ) -> Any:
+        return module._flash_attn_bwd(q, k, v, out, dout, lse, **terms(unused[2], at, longest, scale))
+
+    return forward, backward
 
 
-FLASH2 = _provider("flash", _bundled, limits_of(256, "", ""), "causal", "window", "band", "lengths", "deterministic")
-FLASH3 = _provider(
-    "flash3",
-    _flash3,
-    limits_of(256, "flash_attn_interface", "flash-attn-3"),
-    "causal",
-    "window",
-    "band",
-    "lengths",
-    "deterministic",
+def _unmeasured(case: Case) -> str:
+    return "" if gpu_generation() != 9 else "was not measured on Hopper"
+
+
+FLASH3_PACKAGE = Package(
+    "flash_attn_interface", "flash-attn-3 --index-url https://download.pytorch.org/whl/cu130", (9,)
 )
+FLASH4_PACKAGE = Package("flash_attn.cute", "flash-attn-4", (9, 10))
+FLASH2 = _provider("flash", _bundled, limits_of(256, None), "causal", "window", "band", "lengths", "deterministic")
+# Its backward adds up gradients of queries in a changing order, in some versions whatever it is asked for.
+FLASH3 = _provider("flash3", _flash3, limits_of(256, FLASH3_PACKAGE), "causal", "window", "band", "lengths")
 # What its backward makes of bands and of deterministic mode differs between its versions.
-FLASH4 = _provider("flash4", _flash4, limits_of(128, "flash_attn.cute", "flash-attn-4"), "causal", "lengths")
+FLASH4 = replace(_provider("flash4", _flash4, limits_of(128, FLASH4_PACKAGE), "causal", "lengths"), avoids=_unmeasured)

@@ -9,7 +9,14 @@ import torch
 
 from cpcompile.runtime.kernels.block import Block
 from cpcompile.runtime.kernels.case import Case, Kernel
-from cpcompile.runtime.kernels.flash import equal_dims, is_installed, limits_of, run_backward, run_forward
+from cpcompile.runtime.kernels.flash import (
+    Package,
+    equal_dims,
+    is_installed,
+    limits_of,
+    run_backward,
+    run_forward,
+)
 
 Tensor = torch.Tensor
 
@@ -78,7 +85,7 @@ FLASH_ATTN = Kernel(
     "flash_attn",
     forward,
     backward,
-    limits_of(256, "flash_attn.flash_attn_interface", "flash-attn"),
+    limits_of(256, Package("flash_attn.flash_attn_interface", "flash-attn")),
     frozenset(("causal", "window", "band", "lengths", "softcap", "deterministic")),
     equal_dims,
 )
