@@ -14,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cpcompile._torch.repeated_calls import schemas_once
 from cpcompile.capture.lowering import capture
 from cpcompile.compile.inner import keep_results
 from cpcompile.compile.outline_layers import outline_layers
@@ -142,6 +143,21 @@ def test_same_bits(name: str) -> None:
     outlined = trained(model, ids, edit, dynamic)
     assert all(torch.equal(a, b) for a, b in zip(outlined, expected, strict=True))
     assert len(found) == num_calls, found
+
+
+def test_a_function_is_traced_as_often_for_any_number_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[str] = []
+    find = type(INVOKE).gen_schema
+    monkeypatch.setattr(
+        type(INVOKE),
+        "gen_schema",
+        lambda self, body, name, *given: traced.append(name) or find(self, body, name, *given),
+    )
+    with schemas_once():
+        for num_layers, ids in ((4, torch.randint(11, (7,))), (8, torch.randint(11, (7,)))):
+            trained(shapes([Layer() for _ in range(num_layers)]), ids, outline_layers)
+            assert len(traced) <= 4, num_layers
+            traced.clear()
 
 
 def test_few_layers_are_left_alone() -> None:
