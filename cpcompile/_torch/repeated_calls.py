@@ -16,7 +16,8 @@ def schemas_once() -> Iterator[None]:
 
     Without, it does at each call, twice. The answer depends on the function and on the types of what it is given.
     """
-    find, known = invoke_subgraph.gen_schema, dict[Any, Any]()
+    find: Any = invoke_subgraph.gen_schema
+    known: dict[Any, Any] = {}
 
     def gen_schema(subgraph: Any, identifier: str | None, *operands: Any) -> Any:
         key = subgraph, identifier, tuple(map(type, operands))

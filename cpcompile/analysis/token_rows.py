@@ -195,7 +195,7 @@ def wide_region_of(source: fx.Node) -> RowRegion | None:
 
     def is_wide(node: fx.Node) -> bool:
         writer.add(node)
-        return writer.region.size(node) > width
+        return bool(writer.region.size(node) > width)
 
     try:
         follow(wide, is_wide)
