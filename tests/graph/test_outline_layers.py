@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from cpcompile._torch.repeated_calls import schemas_once
 from cpcompile.capture.lowering import capture
+from cpcompile.capture.stages import Tracing
 from cpcompile.compile.inner import keep_results
 from cpcompile.compile.outline_layers import outline_layers
 
@@ -177,3 +179,19 @@ def test_twice_changes_nothing() -> None:
         assert str(gm.graph) == once
 
     trained(shapes([Layer() for _ in range(6)]), torch.randint(11, (7,)), edit)
+
+
+def test_garbage_is_collected_seldom_only_while_a_model_is_compiled() -> None:
+    before, during = gc.get_threshold(), list[int]()
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        during.append(gc.get_threshold()[0])
+        return gm
+
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.sin, backend=backend)
+    for _ in range(2):
+        with Tracing().call():
+            compiled(torch.ones(3))
+        assert gc.get_threshold() == before
+    assert during == [100_000]
