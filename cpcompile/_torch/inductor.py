@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from cpcompile._torch.joint_graph import HalvesPass, JointPass, Partitioner, in_inductor
+from cpcompile._torch.repeated_calls import schemas_once
 
 # The order of the graph has what a product of weights reads freed at once. Inductor's own search for the least memory (torch 2.11
 # to 2.14) does not, where attention follows: with activation checkpoints it takes a quarter more.
@@ -53,6 +54,7 @@ def inner_compiler(
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
             recomputing(recomputes_elementwise),
             torch._inductor.config.patch(patches),
+            schemas_once(),
             in_inductor(joint_pass, halves_pass),
         ):
             return compile_fx(gm, inputs)  # type: ignore[return-value]

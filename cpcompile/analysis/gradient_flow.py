@@ -45,10 +45,11 @@ def stops_gradients(node: fx.Node) -> bool:
 
 def unrecorded(graph: fx.Graph) -> set[fx.Node]:
     """Return what a graph computes where gradients are off (`torch.no_grad`)."""
-    found, is_recording = set[fx.Node](), True
-    for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            is_recording = bool(node.args[0])
-        elif not is_recording:
+    found = set[fx.Node]()
+    switches = set(graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled, sort=False))
+    for off in (switch for switch in switches if not switch.args[0]):
+        node = off.next
+        while node.op != "root" and node not in switches:
             found.add(node)
+            node = node.next
     return found

@@ -7,10 +7,11 @@ has. Here all of them are written again with one dim in the place of the leading
 from __future__ import annotations
 
 import contextlib
+import heapq
 import math
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -191,17 +192,30 @@ def wide_region_of(source: fx.Node) -> RowRegion | None:
     if not wide:
         return None
     writer = _Writer(source, lambda node: True)
-    reads = set(wide)
-    for node in source.graph.nodes:
-        if node not in wide and not any(x in reads for x in node.all_input_nodes):
-            continue
-        try:
-            writer.add(node)
-        except NotByRowsError:
-            return None
-        if writer.region.size(node) > width:
-            reads.add(node)
+
+    def is_wide(node: fx.Node) -> bool:
+        writer.add(node)
+        return bool(writer.region.size(node) > width)
+
+    try:
+        follow(wide, is_wide)
+    except NotByRowsError:
+        return None
     return writer.region
+
+
+def follow(starts: Iterable[fx.Node], leads_on: Callable[[fx.Node], bool]) -> None:
+    """Visit nodes in the order of the graph: `starts`, and what reads a visited one that `leads_on`."""
+    waiting, seen = list(starts), set[fx.Node]()
+    heapq.heapify(waiting)
+    while waiting:
+        node = heapq.heappop(waiting)
+        if node in seen:
+            continue
+        seen.add(node)
+        if leads_on(node):
+            for user in node.users:
+                heapq.heappush(waiting, user)
 
 
 def is_wider(size: object, width: object) -> bool:
@@ -233,12 +247,15 @@ class _Writer:
             raise NotByRowsError
 
     def written(self) -> RowRegion:
-        for node in self.region.source.graph.nodes:
-            is_computed = node.op == "call_function" and node.target not in PRODUCTS
-            if is_computed and any(map(self.rows.get, node.all_input_nodes)):
-                with contextlib.suppress(NotByRowsError):
-                    self.add(node)
+        follow(self.region.source.users, self._has_rows)
         return self.region
+
+    def _has_rows(self, node: fx.Node) -> bool:
+        """Write an operator, if it can be, and tell whether it computes rows."""
+        if node.op == "call_function" and node.target not in PRODUCTS:
+            with contextlib.suppress(NotByRowsError):
+                self.add(node)
+        return self.rows.get(node) is not None
 
     def add(self, node: fx.Node) -> None:
         """Write an operator.

@@ -6,6 +6,7 @@ What takes a moment is not mentioned. `logging.getLogger("cpcompile.stages").set
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import sys
 import threading
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from cpcompile import _torch
 
 PATIENCE = 5.0  # seconds without a word
+YOUNG_OBJECTS = 100_000  # how many are made before Python looks for garbage; by default it is 700
 
 
 class _ToStderr(logging.Handler):
@@ -46,6 +48,18 @@ def stage(name: str) -> Iterator[None]:
         _say(f"{name} took {seconds:.0f} s")
 
 
+@contextlib.contextmanager
+def rare_garbage_collection() -> Iterator[None]:
+    """Have Python look for garbage seldom: a compilation makes millions of objects, almost none of which are garbage yet."""
+    young, *old = gc.get_threshold()
+    if young:  # 0: it is switched off
+        gc.set_threshold(max(young, YOUNG_OBJECTS), *old)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, *old)
+
+
 class Tracing:
     """The stage in which Dynamo traces a model: from when it begins, if it does, until it hands over a graph."""
 
@@ -55,11 +69,17 @@ class Tracing:
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
         """Surround a call of a compiled function."""
-        with _torch.when_tracing(lambda: self._open.enter_context(stage("tracing the model"))):
-            try:
-                yield
-            finally:
-                self.end()
+        with contextlib.ExitStack() as compilation:
+
+            def begin() -> None:
+                compilation.enter_context(rare_garbage_collection())
+                self._open.enter_context(stage("tracing the model"))
+
+            with _torch.when_tracing(begin):
+                try:
+                    yield
+                finally:
+                    self.end()
 
     def end(self) -> None:
         """End the stage: what follows is not Dynamo's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cpcompile._torch.repeated_calls import schemas_once
 from cpcompile.capture.lowering import capture
+from cpcompile.capture.stages import Tracing
 from cpcompile.compile.inner import keep_results
 from cpcompile.compile.outline_layers import outline_layers
 
@@ -144,6 +147,21 @@ def test_same_bits(name: str) -> None:
     assert len(found) == num_calls, found
 
 
+def test_a_function_is_traced_as_often_for_any_number_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[str] = []
+    find = type(INVOKE).gen_schema
+    monkeypatch.setattr(
+        type(INVOKE),
+        "gen_schema",
+        lambda self, body, name, *given: traced.append(name) or find(self, body, name, *given),
+    )
+    with schemas_once():
+        for num_layers, ids in ((4, torch.randint(11, (7,))), (8, torch.randint(11, (7,)))):
+            trained(shapes([Layer() for _ in range(num_layers)]), ids, outline_layers)
+            assert len(traced) <= 4, num_layers
+            traced.clear()
+
+
 def test_few_layers_are_left_alone() -> None:
     def edit(gm: fx.GraphModule) -> None:
         before = str(gm.graph)
@@ -161,3 +179,19 @@ def test_twice_changes_nothing() -> None:
         assert str(gm.graph) == once
 
     trained(shapes([Layer() for _ in range(6)]), torch.randint(11, (7,)), edit)
+
+
+def test_garbage_is_collected_seldom_only_while_a_model_is_compiled() -> None:
+    before, during = gc.get_threshold(), list[int]()
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        during.append(gc.get_threshold()[0])
+        return gm
+
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.sin, backend=backend)
+    for _ in range(2):
+        with Tracing().call():
+            compiled(torch.ones(3))
+        assert gc.get_threshold() == before
+    assert during == [100_000]
