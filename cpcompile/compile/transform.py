@@ -154,7 +154,8 @@ def transform(
         shard_graph(captured, choice, plan, changes, times)
     if config.loss_chunk:
         may_defer = config.logits == "auto" and config.outputs == "local" and torch.is_grad_enabled()
-        run_pass(captured, chunk_losses, changes, times, chunk=config.loss_chunk, may_return_logits=may_defer)
+        chunks = {"chunk": config.loss_chunk, "may_return_logits": may_defer, "provider": config.loss_provider}
+        run_pass(captured, chunk_losses, changes, times, **chunks)
     if config.tile:
         run_pass(captured, tile_rows, changes, times, tile=config.tile)
     if config.memory_budget < 1:

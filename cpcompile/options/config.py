@@ -13,6 +13,7 @@ from cpcompile.errors import ConfigError
 from cpcompile.options.checking import check_types, did_you_mean
 from cpcompile.options.documents import Source
 from cpcompile.runtime.attention.catalogue import STRATEGIES
+from cpcompile.runtime import loss_providers
 from cpcompile.runtime.kernels import NAMES
 from cpcompile.runtime.transport.choice import TRANSPORTS
 
@@ -24,6 +25,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "transport": TRANSPORTS,
     "inner": INNER_COMPILERS,
     "outputs": ("local", "full"),
+    "loss_provider": ("auto", *loss_providers.NAMES),
     "logits": ("auto", "keep"),
     "offload": ("none", "inputs", "all"),
     "grad_sync": ("sum", "mean", "none"),
@@ -74,6 +76,9 @@ class Config:
             (`memory_budget`, or activation checkpoints in the model); with `inductor` and `aot_eager`.
         loss_chunk: how many tokens' logits are in memory at once where only a loss reads them: the head, the loss and the
             gradients are computed for so many tokens after the other. 0: all at once.
+        loss_provider: what computes a cross entropy of logits that only it reads: `own`, `torch` (its `linear_cross_entropy`),
+            `liger` or `cut_cross_entropy`, or `auto` (the fastest that can: `own`). Where a named one cannot compute such a loss
+            exactly, compilation ends with its line and the reason.
         tile: how many tokens at once what is computed of each token alone, and is wider than hidden states, runs for: the inside
             of MLPs. It is computed again in backward, and only that of one tile is in memory. 0: all tokens at once.
         logits: what becomes of logits that a model returns beside such a loss, in training: `auto` makes them when they are read,
@@ -125,6 +130,7 @@ class Config:
     memory_budget: float = 1.0
     offload: str = "none"
     loss_chunk: int = 4096
+    loss_provider: str = "auto"
     tile: int = 0
     logits: str = "auto"
     mode: str = ""
@@ -183,6 +189,11 @@ class Config:
         if self.loss_chunk < 0:
             raise ConfigError(
                 f"loss_chunk={self.loss_chunk} is not a number of tokens: 0 computes the loss of all at once."
+            )
+        if not self.loss_chunk and self.loss_provider not in ("auto", loss_providers.OWN):
+            raise ConfigError(
+                f"loss_provider={self.loss_provider!r} computes a loss without having all logits, and loss_chunk=0 asks for all at "
+                "once: leave loss_chunk out."
             )
         if self.prefetch < 0:
             raise ConfigError(
