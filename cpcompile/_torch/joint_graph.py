@@ -73,7 +73,8 @@ class Partitioner(CustomPartitionerFn):
         if self.joint_pass is not None:
             self.joint_pass(gm.graph)
         halves = self.divide(gm, joint_inputs, **kwargs)
-        if self.halves_pass is not None:
+        # The graph of a call of a subgraph is divided before that of the whole, and comes without inputs (torch 2.11 to 2.14).
+        if self.halves_pass is not None and joint_inputs:
             self.halves_pass.function(*halves, kwargs["num_fwd_outputs"])
         return halves
 

@@ -208,6 +208,8 @@ def prepare_for_autograd(
     calls it. With `outlines`, equal layers become calls of one function.
     """
     tags = tags_of(graph.graph)
+    if config.offload != "none":
+        note_tokens(graph.graph)
     if outlines:
         outline_layers(graph)
     for node in graph.graph.nodes:
@@ -216,7 +218,6 @@ def prepare_for_autograd(
     joint_pass = _torch.JointPass(keep_results, f"{tags} {outlines}")
     if config.offload == "none":
         return joint_pass, None
-    note_tokens(graph.graph)
     return joint_pass, _torch.HalvesPass(functools.partial(move, offload=config.offload), config.offload)
 
 

@@ -87,8 +87,7 @@ class Config:
         inner_options: options of Inductor (those of `torch.compile`), such as `{"shape_padding": True}`; they go before those of
             the mode.
         outline_layers: layers that are equal are compiled once (True), as calls of one function, so that a deep model compiles
-            in little more than a shallow one, or each by itself (False). Only with `inductor`, without CUDA graphs and without
-            `offload`.
+            in little more than a shallow one, or each by itself (False). Only with `inductor` and without CUDA graphs.
         outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's
             order (`full`).
         grad_sync: `sum`: parameter gradients are added over the axis, each as soon as backward has it.
@@ -239,8 +238,7 @@ class Config:
     def outlines(self) -> bool:
         """Whether equal layers are compiled once: by Inductor, where no CUDA graph holds what a call would hide from it."""
         options = self.inductor_options
-        is_inductor = self.inner == "inductor" and not options.get("triton.cudagraphs")
-        return self.outline_layers and is_inductor and self.offload == "none"
+        return self.outline_layers and self.inner == "inductor" and not options.get("triton.cudagraphs")
 
     @property
     def told_by(self) -> str:
