@@ -57,7 +57,9 @@ def chunk_losses(gm: fx.GraphModule, *, chunk: int, may_return_logits: bool, pro
             offences.append(f"{provider} {error}.\n{where(node)}")
     if offences:
         raise ConfigError(
-            f"loss_provider={provider!r} was asked for:\n" + "\n".join(offences) + "\nloss_provider='auto' computes every loss."
+            f"loss_provider={provider!r} was asked for:\n"
+            + "\n".join(offences)
+            + "\nloss_provider='auto' computes every loss."
         )
     gm.graph.eliminate_dead_code()
     return count
@@ -148,7 +150,9 @@ def body_of_provider(
             return body
         raise UnableError(f"computes cross entropy alone: {error}") from None
     loss = CrossEntropy(device=value.device.type, dtype=value.dtype, has_bias=bias is not None, **found.terms)
-    chosen = next(name for name in loss_providers.BY_SPEED if not obstacle(name, loss)) if provider == "auto" else provider
+    chosen = (
+        next(name for name in loss_providers.BY_SPEED if not obstacle(name, loss)) if provider == "auto" else provider
+    )
     if chosen == OWN:
         return body
     if reason := obstacle(chosen, loss):

@@ -1,7 +1,7 @@
 """Stand-ins for liger-kernel and cut-cross-entropy, whose kernels need a GPU: their signatures and what they promise, in torch.
 
-As the packages do: Liger's function computes gradients in forward, of the weight only where hidden states take one, and multiplies
-them in backward; Apple's leaves small gradients out unless it is told not to.
+As the packages do: Liger's function computes gradients in forward, of the weight only where hidden states take one, and
+multiplies them in backward; Apple's leaves small gradients out unless it is told not to.
 """
 
 from __future__ import annotations

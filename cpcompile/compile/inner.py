@@ -159,9 +159,20 @@ def warn_of_kept_results() -> None:
     _log.warning(KEPT)
 
 
-def move_or_tell(forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int, *, offload: str) -> None:
+def move_and_count(
+    forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int, *, transformed: Transformed, offload: str
+) -> None:
+    """Have what blocks keep wait in host memory, and note how much does."""
+    with transformed.counting(move_to_host.__name__) as count:
+        count.places = move_to_host(forward, backward, num_outputs, offload=offload)
+
+
+def move_or_tell(
+    forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int, *, transformed: Transformed, offload: str
+) -> None:
     """Have what blocks keep wait in host memory, or say that there is none."""
-    if not move_to_host(forward, backward, num_outputs, offload=offload):
+    move_and_count(forward, backward, num_outputs, transformed=transformed, offload=offload)
+    if not transformed.changes[move_to_host.__name__]:
         warn_of_nothing_moved(offload)
 
 
@@ -200,25 +211,28 @@ def keep_overwritten(graph: fx.GraphModule) -> None:
 
 
 def prepare_for_autograd(
-    graph: fx.GraphModule, config: Config, move: Callable[..., Any] = move_to_host, *, outlines: bool = False
+    transformed: Transformed, config: Config, move: Callable[..., Any] = move_and_count, *, outlines: bool = False
 ) -> tuple[_torch.JointPass, _torch.HalvesPass | None]:
     """Return what tells the compiler of forward and backward which results are kept, and which of them in host memory.
 
-    Only inputs are left with values: those are of the whole model, and what runs here is local. `move` is `move_to_host`, or
+    Only inputs are left with values: those are of the whole model, and what runs here is local. `move` is `move_and_count`, or
     calls it. With `outlines`, equal layers become calls of one function.
     """
+    graph = transformed.graph
     tags = tags_of(graph.graph)
     if config.offload != "none":
         note_tokens(graph.graph)
     if outlines:
-        outline_layers(graph)
+        with transformed.counting(outline_layers.__name__) as count:
+            count.places = outline_layers(graph)
     for node in graph.graph.nodes:
         if node.op != "placeholder":
             node.meta.pop("val", None)
     joint_pass = _torch.JointPass(keep_results, f"{tags} {outlines}")
     if config.offload == "none":
         return joint_pass, None
-    return joint_pass, _torch.HalvesPass(functools.partial(move, offload=config.offload), config.offload)
+    moving = functools.partial(move, transformed=transformed, offload=config.offload)
+    return joint_pass, _torch.HalvesPass(moving, config.offload)
 
 
 def keep_results(graph: fx.Graph) -> None:
@@ -248,7 +262,7 @@ def compile_inner(
     num_parts = compile_parts(graph, options) if config.inner == "inductor" else 0
     if config.inner == "eager" and is_recomputed(graph.graph):
         warn_of_kept_results()
-    joint_pass, halves_pass = prepare_for_autograd(graph, config, move_or_tell, outlines=config.outlines)
+    joint_pass, halves_pass = prepare_for_autograd(transformed, config, move_or_tell, outlines=config.outlines)
     if bytes_ahead and config.inner == "inductor":
         groups = frozenset(shard.group for shard in shards)
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options

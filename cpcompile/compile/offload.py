@@ -22,6 +22,7 @@ import itertools
 import operator
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -127,15 +128,17 @@ def made_as(node: fx.Node) -> fx.Node:
 
 def body_of(call: fx.Node) -> fx.Graph:
     """Return what a call computes."""
-    return getattr(call.graph.owning_module, call.args[0].target).graph  # type: ignore[no-any-return, union-attr]
+    body: Any = call.args[0]
+    return getattr(call.graph.owning_module, body.target).graph  # type: ignore[no-any-return]
 
 
 def block_of(node: fx.Node) -> Hashable:
     """Return the block that a node is of: its number, or the call that some of it is computed again of; None for another."""
-    call = node.args[0] if node.target is operator.getitem else node
-    if call.target is not invoke_subgraph:  # type: ignore[union-attr]
-        return node.meta.get("ac_graph_id")
-    return call if any("ac_graph_id" in x.meta for x in body_of(call).nodes) else None  # type: ignore[arg-type]
+    call: Any = node.args[0] if node.target is operator.getitem else node
+    if call.target is not invoke_subgraph:
+        number: int | None = node.meta.get("ac_graph_id")
+        return number
+    return call if any("ac_graph_id" in x.meta for x in body_of(call).nodes) else None  # type: ignore[no-any-return]
 
 
 def block_that_reads(node: fx.Node) -> Hashable:
@@ -193,7 +196,9 @@ def move_away(graph: fx.Graph, kept: Sequence[_Kept]) -> dict[fx.Node, fx.Node]:
     return copies
 
 
-def wait_for(nodes: Sequence[fx.Node], copies: Mapping[fx.Node, fx.Node], where: fx.Node, behind: fx.Node | None) -> None:
+def wait_for(
+    nodes: Sequence[fx.Node], copies: Mapping[fx.Node, fx.Node], where: fx.Node, behind: fx.Node | None
+) -> None:
     """Wait for the copies of nodes when what is `behind` them has been computed."""
     for node in nodes:
         insert_call(where, cp.wait_copy.default, copies[node], node, [] if behind is None else [behind])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,8 +67,9 @@ class Transformed:
         plan: the decisions that all passes shared.
         sequences: the sequence that each token input holds.
         choice: the layout and strategies that were chosen, with their estimated costs.
-        changes: how many places each pass changed.
-        seconds: how long each pass took.
+        changes: how many places each pass changed, and behind them how many layers became calls (`outline_layers`) and how many
+            values wait in host memory (`move_to_host`).
+        seconds: how long each took.
     """
 
     original: fx.GraphModule
@@ -78,6 +80,21 @@ class Transformed:
     choice: Choice
     changes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def counting(self, name: str) -> Iterator[Count]:
+        """Note the time of what runs inside, and the places that it changed."""
+        count, start = Count(), time.perf_counter()
+        yield count
+        self.changes[name] = count.places
+        self.seconds[name] = time.perf_counter() - start
+
+
+@dataclass(slots=True)
+class Count:
+    """How many places were changed."""
+
+    places: int = 0
 
 
 @faults_of("the transformation")

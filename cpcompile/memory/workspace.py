@@ -40,7 +40,11 @@ def logits_of_a_chunk(call: Call) -> int:
     """Return the bytes of the logits of a chunk, in whose place their gradient is written."""
     hidden, weight = value_of(call["hidden"]), value_of(call["weight"])
     rows, chunk, provider = size_hint(hidden.numel() // hidden.shape[-1]), call["chunk"], body_of(call["body"]).provider
-    at_once = PROVIDERS[provider].rows_at_once(rows, *weight.shape, chunk) if provider else _longest(rows, chunk)
+    at_once = (
+        PROVIDERS[provider].rows_at_once(rows, weight.shape[0], weight.shape[1], chunk)
+        if provider
+        else _longest(rows, chunk)
+    )
     return int(at_once * weight.shape[0] * weight.element_size())
 
 

@@ -12,11 +12,12 @@ from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, group_size, is_o
 from cpcompile.errors import ConfigError
 from cpcompile.options.checking import check_types, did_you_mean
 from cpcompile.options.documents import Source
-from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime import loss_providers
+from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.kernels import NAMES
 from cpcompile.runtime.transport.choice import TRANSPORTS
 
+MEMORY = re.compile(r"fit(?::(\d+(?:\.\d+)?))?")  # the GiB, if any
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "strategy": ("auto", *STRATEGIES),
@@ -160,9 +161,8 @@ class Config:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 sends all at once."
             )
-        if self.memory and (
-            not (given := re.fullmatch(r"fit(?::(\d+(?:\.\d+)?))?", self.memory)) or (given[1] and not float(given[1]))
-        ):
+        given = MEMORY.fullmatch(self.memory)
+        if self.memory and (given is None or (given[1] and not float(given[1]))):
             raise ConfigError(
                 f"memory={self.memory!r} is not an option: 'fit' takes what the GPU has, 'fit:40' at most 40 GiB, and '' leaves "
                 "the plan as it is."
@@ -191,8 +191,8 @@ class Config:
             )
         if not self.loss_chunk and self.loss_provider not in ("auto", loss_providers.OWN):
             raise ConfigError(
-                f"loss_provider={self.loss_provider!r} computes a loss without having all logits, and loss_chunk=0 asks for all at "
-                "once: leave loss_chunk out."
+                f"loss_provider={self.loss_provider!r} computes a loss without having all logits, and loss_chunk=0 asks for all "
+                "at once: leave loss_chunk out."
             )
         if self.prefetch < 0:
             raise ConfigError(

@@ -63,7 +63,9 @@ class Body:
     @property
     def key(self) -> str:
         """What the body is known by, alike on all ranks and in every process."""
-        text = f"{self.function.code}\n{self.provider}\n{[(r.inner, str(r.dtype), r.has_gradient) for r in self.results]}"
+        text = (
+            f"{self.function.code}\n{self.provider}\n{[(r.inner, str(r.dtype), r.has_gradient) for r in self.results]}"
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -118,7 +120,8 @@ class Body:
         """Return the results, and the gradients of the first inputs that `needs` says."""
         with _torch.recording_gradients():
             leaves = [
-                None if x is None else x.detach().requires_grad_(needed) for x, needed in zip(inputs, needs, strict=True)
+                None if x is None else x.detach().requires_grad_(needed)
+                for x, needed in zip(inputs, needs, strict=True)
             ]
             results = self.function(*leaves, *rows, *others)
             smooth = [r for r, of in zip(results, self.results, strict=True) if of.has_gradient]

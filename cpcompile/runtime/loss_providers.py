@@ -1,7 +1,7 @@
 """Loss providers: functions of other packages that compute the cross entropy of a head without having all logits in memory.
 
-Each is written here against its own signature, as one function of hidden states `[T, features]`, a weight `[classes, features]`, a
-bias, labels `[T]` and weights of classes that autograd differentiates, with what it cannot compute exactly beside it.
+Each is written here against its own signature, as one function of hidden states `[T, features]`, a weight `[classes, features]`,
+a bias, labels `[T]` and weights of classes that autograd differentiates, with what it cannot compute exactly beside it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Provider:
         compute: from hidden states, weight, bias, labels and weights of classes to the loss; keywords are `chunk` and fields of
             a cross entropy.
         limits: why it cannot compute one exactly, or ''.
-        rows_at_once: of how many tokens it has logits in memory, given tokens, classes, features and the chunk that was asked for.
+        rows_at_once: of how many tokens it has logits in memory, given tokens, classes, features and the chunk.
     """
 
     compute: Callable[..., Tensor]
@@ -77,8 +77,9 @@ def torch_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, class_weights: Tensor | None, **terms: Any
 ) -> Tensor:
     """Call `torch.nn.functional.linear_cross_entropy`, with the chunks that were asked for (read in torch 2.13 and 2.14)."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=terms["chunk"])  # type: ignore[attr-defined]
-    return torch.nn.functional.linear_cross_entropy(  # type: ignore[attr-defined, no-any-return]
+    nn: Any = torch.nn  # torch 2.12 has neither
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=terms["chunk"])
+    return nn.functional.linear_cross_entropy(  # type: ignore[no-any-return]
         hidden,
         weight,
         labels,
@@ -205,7 +206,5 @@ def compute(
     **terms: Any,
 ) -> Tensor:
     """Return the loss of a provider, in a dtype."""
-    found = PROVIDERS[provider].compute(
-        hidden.contiguous(), weight, bias, labels, class_weights, **terms
-    )
+    found = PROVIDERS[provider].compute(hidden.contiguous(), weight, bias, labels, class_weights, **terms)
     return found.to(dtype)

@@ -1,8 +1,12 @@
-"""Providers of losses: exact where they can, refused with the reason where they cannot, and never more than what was asked for."""
+"""Providers of losses: exact where they can, refused with the reason where they cannot."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,12 +188,25 @@ def test_the_prediction_of_memory_knows_whose_logits_there_are(monkeypatch: pyte
         node.target = torch.ops.cpcompile.loss_chunks.default
         node.args = node.args[:-1]
         found[name] = workspace(node) // (VOCABULARY * 8)
-    # Of 22 tokens: ours are as even as chunks of 4 can be; liger has as many as have 13 / 8 times fewer logits than hidden states.
+    # Of 22 tokens; liger has a power of two of them, for logits of about the size of all hidden states.
     assert found == {"own": 4, "torch": 4, "liger": 16, "cut_cross_entropy": 0}
 
 
 def test_the_options_are_checked() -> None:
-    with pytest.raises(ConfigError, match="loss_provider='ligr' is not an option.*liger"):
+    with pytest.raises(ConfigError, match=r"loss_provider='ligr' is not an option.*liger"):
         Config(loss_provider="ligr")
     with pytest.raises(ConfigError, match="loss_chunk=0 asks for all at once"):
         Config(loss_provider="torch", loss_chunk=0)
+
+
+@needs_torch
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark = importlib.import_module("loss")
+    monkeypatch.setitem(sys.modules, "loss", benchmark)  # gone behind the test
+    size = ["--tokens", "20", "--vocabulary", "30", "--features", "8", "--chunk", "8", "--repeats", "1", "--check"]
+    out = tmp_path / "loss.json"
+    names = ["--providers", "torch", "liger"]
+    benchmark.main(["--device", "cpu", "--dtype", "float32", *size, *names, "--out", str(out)])
+    torch_row, liger_row = json.loads(out.read_text())["rows"]
+    assert max(torch_row["error_rms"]) < 1e-5 and torch_row["ms"] > 0 and "runs on cuda" in liger_row["error"]

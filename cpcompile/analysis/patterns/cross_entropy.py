@@ -136,7 +136,7 @@ def _found(call: Call, logits: Logits, rows: dict[fx.Node, torch.Tensor]) -> Fou
         "by_token": call["reduction"] == _NONE,
         "has_class_weights": weights is not None,
         "ignore_index": call["ignore_index"],
-        "label_smoothing": call["label_smoothing"] if "label_smoothing" in call else 0.0,
+        "label_smoothing": call.arguments.get("label_smoothing", 0.0),
         "softcap": logits.softcap,
         "scale": scale,
     }
