@@ -138,7 +138,7 @@ def block_of(node: fx.Node) -> Hashable:
     if call.target is not invoke_subgraph:
         number: int | None = node.meta.get("ac_graph_id")
         return number
-    return call if any("ac_graph_id" in x.meta for x in body_of(call).nodes) else None  # type: ignore[no-any-return]
+    return call if any("ac_graph_id" in x.meta for x in body_of(call).nodes) else None
 
 
 def block_that_reads(node: fx.Node) -> Hashable:
