@@ -53,21 +53,18 @@ class HalvesPass:
     function: Callable[[fx.GraphModule, fx.GraphModule, int], Any]
     key: str
 
+    def __reduce__(self) -> Any:
+        return str, (self.key,)  # pickled only to be told apart by caches
+
     @classmethod
     def of(cls, passes: Sequence[HalvesPass]) -> HalvesPass | None:
         """Return the pass that runs these in turn, None for none."""
-        return cls(_InTurn(tuple(passes)), repr([each.key for each in passes])) if passes else None
 
+        def run(forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int) -> None:
+            for each in passes:
+                each.function(forward, backward, num_outputs)
 
-@dataclass(frozen=True)
-class _InTurn:
-    """Runs passes in turn; caches of Inductor keep it."""
-
-    passes: tuple[HalvesPass, ...]
-
-    def __call__(self, forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int) -> None:
-        for each in self.passes:
-            each.function(forward, backward, num_outputs)
+        return cls(run, repr([each.key for each in passes])) if passes else None
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,8 @@ class Partitioner(CustomPartitionerFn):
         if self.joint_pass is not None:
             self.joint_pass(gm.graph)
         halves = self.divide(gm, joint_inputs, **kwargs)
-        if self.halves_pass is not None:
+        # The graph of a call of a subgraph is divided before that of the whole, and comes without inputs (torch 2.11 to 2.14).
+        if self.halves_pass is not None and joint_inputs:
             self.halves_pass.function(*halves, kwargs["num_fwd_outputs"])
         return halves
 

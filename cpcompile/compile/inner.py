@@ -124,10 +124,13 @@ def compile_parts(gm: fx.GraphModule, options: Mapping[str, Any]) -> int:
 
 
 def compile_chunked_loss(call: Call, options: Mapping[str, Any]) -> None:
+    body = body_of(call["body"])
+    if body.provider:
+        return  # its kernels are its own
     hidden, weight = call.tensor("hidden"), call.tensor("weight")
     rows = [few_rows(value_of(x)) for x in call["rows"]]
     logits = hidden.new_empty(FEW_TOKENS, weight.shape[0])
-    body_of(call["body"]).compile(logits, rows, [value_of(x) for x in call["others"]], options)
+    body.compile(logits, rows, [value_of(x) for x in call["others"]], options)
 
 
 def compile_by_rows(call: Call, options: Mapping[str, Any]) -> None:
@@ -157,9 +160,20 @@ def warn_of_kept_results() -> None:
     _log.warning(KEPT)
 
 
-def move_or_tell(forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int, *, offload: str) -> None:
+def move_and_count(
+    forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int, *, transformed: Transformed, offload: str
+) -> None:
+    """Have what blocks keep wait in host memory, and note how much does."""
+    with transformed.counting(move_to_host.__name__) as count:
+        count.places = move_to_host(forward, backward, num_outputs, offload=offload)
+
+
+def move_or_tell(
+    forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int, *, transformed: Transformed, offload: str
+) -> None:
     """Have what blocks keep wait in host memory, or say that there is none."""
-    if not move_to_host(forward, backward, num_outputs, offload=offload):
+    move_and_count(forward, backward, num_outputs, transformed=transformed, offload=offload)
+    if not transformed.changes[move_to_host.__name__]:
         warn_of_nothing_moved(offload)
 
 
@@ -198,29 +212,33 @@ def keep_overwritten(graph: fx.GraphModule) -> None:
 
 
 def prepare_for_autograd(
-    graph: fx.GraphModule,
+    transformed: Transformed,
     config: Config,
-    move: Callable[..., Any] = move_to_host,
+    move: Callable[..., Any] = move_and_count,
     *,
     outlines: bool = False,
     units: Mapping[int, str] | None = None,
 ) -> tuple[_torch.JointPass, _torch.HalvesPass | None]:
     """Return what tells the compiler of forward and backward which results are kept, and which of them in host memory.
 
-    Only inputs are left with values: those are of the whole model, and what runs here is local. `move` is `move_to_host`, or
+    Only inputs are left with values: those are of the whole model, and what runs here is local. `move` is `move_and_count`, or
     calls it. With `outlines`, equal layers become calls of one function. `units` says which inputs travel together.
     """
+    graph = transformed.graph
     tags = tags_of(graph.graph)
+    if config.offload != "none":
+        note_tokens(graph.graph)
     if outlines:
-        outline_layers(graph)
+        with transformed.counting(outline_layers.__name__) as count:
+            count.places = outline_layers(graph)
     for node in graph.graph.nodes:
         if node.op != "placeholder":
             node.meta.pop("val", None)
     joint_pass = _torch.JointPass(keep_results, f"{tags} {outlines}")
     halves_passes = []
     if config.offload != "none":
-        note_tokens(graph.graph)
-        halves_passes.append(_torch.HalvesPass(functools.partial(move, offload=config.offload), config.offload))
+        moving = functools.partial(move, transformed=transformed, offload=config.offload)
+        halves_passes.append(_torch.HalvesPass(moving, config.offload))
     if units:
         # A layer that is one call has all its gradients at once.
         join = functools.partial(join_transfers, units=units, joins_sums=outlines)
@@ -257,7 +275,9 @@ def compile_inner(
         warn_of_kept_results()
     shards = shards or {}
     units = {i: shard.unit for i, shard in shards.items()}
-    joint_pass, halves_pass = prepare_for_autograd(graph, config, move_or_tell, outlines=config.outlines, units=units)
+    joint_pass, halves_pass = prepare_for_autograd(
+        transformed, config, move_or_tell, outlines=config.outlines, units=units
+    )
     if bytes_ahead and config.inner == "inductor":
         groups = frozenset(shard.group for shard in shards.values())
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,8 +69,9 @@ class Transformed:
         plan: the decisions that all passes shared.
         sequences: the sequence that each token input holds.
         choice: the layout and strategies that were chosen, with their estimated costs.
-        changes: how many places each pass changed.
-        seconds: how long each pass took.
+        changes: how many places each pass changed, and behind them how many layers became calls (`outline_layers`) and how many
+            values wait in host memory (`move_to_host`).
+        seconds: how long each took.
     """
 
     original: fx.GraphModule
@@ -80,6 +82,21 @@ class Transformed:
     choice: Choice
     changes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def counting(self, name: str) -> Iterator[Count]:
+        """Note the time of what runs inside, and the places that it changed."""
+        count, start = Count(), time.perf_counter()
+        yield count
+        self.changes[name] = count.places
+        self.seconds[name] = time.perf_counter() - start
+
+
+@dataclass(slots=True)
+class Count:
+    """How many places were changed."""
+
+    places: int = 0
 
 
 @faults_of("the transformation")
@@ -157,7 +174,8 @@ def transform(
         shard_graph(captured, choice, plan, changes, times)
     if config.loss_chunk:
         may_defer = config.logits == "auto" and config.outputs == "local" and torch.is_grad_enabled()
-        run_pass(captured, chunk_losses, changes, times, chunk=config.loss_chunk, may_return_logits=may_defer)
+        chunks = {"chunk": config.loss_chunk, "may_return_logits": may_defer, "provider": config.loss_provider}
+        run_pass(captured, chunk_losses, changes, times, **chunks)
     if config.tile:
         run_pass(captured, tile_rows, changes, times, tile=config.tile)
     if config.memory_budget < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,19 @@ from cpcompile.capture.lowering import placeholders
 from cpcompile.choose.attention_sites import attention_nodes, rewritten_attentions
 from cpcompile.choose.kernels import chosen_kernels, sized, strategy_of
 from cpcompile.compile.inner import transform_dynamo_graph
+from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.compile.outputs import outputs_of
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import ConfigError, module_path, source_place
-from cpcompile.inspect.explanation import Collective, Explanation, GatheredValue, ShardedInput, Site, TokenLocal
+from cpcompile.inspect.explanation import (
+    Collective,
+    Explanation,
+    GatheredValue,
+    PassRun,
+    ShardedInput,
+    Site,
+    TokenLocal,
+)
 from cpcompile.inspect.graph_listing import input_name, listing, operator_name
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.operator_call import Call, is_tensor, size_hint
@@ -81,7 +91,7 @@ def explain(
     lengths = Lengths.all_of(gm)
     length = size_hint(lengths[0].value) if lengths else 0
     names = {node.name: input_name(node) for node in placeholders(gm)}
-    return Explanation(
+    found = Explanation(
         world_size=world_size,
         inner_size=inner_size,
         tokens=length,
@@ -98,8 +108,15 @@ def explain(
         estimates={f"{layout}/{name}": cost for (layout, name), cost in transformed.choice.estimates.items()},
         before=listing(transformed.original),
         after=listing(gm),
-        memory=planned.ledger(ddp) if memory else None,
     )
+    # Both change the graph, and are looked at last.
+    if config.outlines:
+        copied = copy.deepcopy(gm)
+        with transformed.counting(outline_layers.__name__) as count:
+            count.places = outline_layers(copied)
+    ledger = planned.ledger(ddp) if memory or config.offload != "none" else None
+    runs = [PassRun(name, changes, transformed.seconds[name]) for name, changes in transformed.changes.items()]
+    return replace(found, passes=tuple(runs), memory=ledger if memory else None)
 
 
 class _Planned(Exception):

@@ -91,6 +91,15 @@ class Collective:
 
 
 @dataclass(frozen=True, slots=True)
+class PassRun:
+    """A pass, or what runs behind them: how many places it changed, and how long it took."""
+
+    name: str
+    changes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """The plan of a model on `world_size` ranks. `print` it, or read its fields; `to_dict` for JSON."""
 
@@ -110,6 +119,7 @@ class Explanation:
     estimates: Mapping[str, float]
     before: str
     after: str
+    passes: tuple[PassRun, ...] = ()
     memory: Ledger | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,6 +149,7 @@ class Explanation:
             *self._gathered_lines(),
             *self._collective_lines(),
             *self._estimate_lines(),
+            *self._pass_lines(),
             *([] if self.memory is None else ["", *memory_lines(self.memory)]),
         ]
         return "\n".join(parts)
@@ -210,6 +221,11 @@ class Explanation:
         rows = [(*key.split("/"), f"{seconds * 1e3:.3g}") for key, seconds in self.estimates.items()]
         title = "estimated attention time of a step, slowest rank"
         return ["", title, *table(("layout", "strategy", "ms"), rows), *rates()]
+
+    def _pass_lines(self) -> list[str]:
+        """Return the passes that changed something."""
+        rows = [(each.name, each.changes, f"{each.seconds * 1e3:.3g}") for each in self.passes if each.changes]
+        return ["", "passes that changed the graph", *table(("pass", "places", "ms"), rows)] if rows else []
 
 
 def memory_lines(ledger: Ledger) -> list[str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cpcompile.errors import ConfigError
 from cpcompile.memory.ledger import Ledger
-from cpcompile.options.config import Config
+from cpcompile.options.config import MEMORY, Config
 from cpcompile.passes.recompute_blocks import num_again
 
 Predict = Callable[[Config], tuple[Ledger, int]]
@@ -23,7 +22,7 @@ REMEDY = (
 
 def wanted_bytes(memory: str) -> int:
     """Return the bytes of `fit:40` (GiB); 0 for `fit`, which takes what the device has."""
-    given = re.fullmatch(r"fit(?::(\d+(?:\.\d+)?))?", memory)
+    given = MEMORY.fullmatch(memory)
     assert given is not None, memory
     return int(float(given.group(1) or 0) * GIB)
 

@@ -119,7 +119,7 @@ def ledger_of(
         ]
     defer_outputs(gm)
     finish_graph(gm, summed, 0)
-    joint_pass, halves_pass = prepare_for_autograd(gm, config)
+    joint_pass, halves_pass = prepare_for_autograd(transformed, config)
     (output,) = gm.graph.find_nodes(op="output")
     num_outputs = len(output.args[0])
     forward, backward = _torch.divide(gm, values, mode, joint_pass, halves_pass, config.recompute_elementwise)

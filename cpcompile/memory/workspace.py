@@ -10,6 +10,8 @@ from cpcompile.ir.operator_call import Call, size_hint, value_of
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.workload import memory_of
 from cpcompile.runtime.by_rows import tiles
+from cpcompile.runtime.chunked_loss import body_of
+from cpcompile.runtime.loss_providers import PROVIDERS
 from cpcompile.runtime.traffic import attention_workload
 
 # The strategy of an attention, and how many copies of what it receives are held: in backward keys and their gradients.
@@ -37,8 +39,13 @@ def workspace(node: fx.Node) -> int:
 def logits_of_a_chunk(call: Call) -> int:
     """Return the bytes of the logits of a chunk, in whose place their gradient is written."""
     hidden, weight = value_of(call["hidden"]), value_of(call["weight"])
-    rows = hidden.numel() // hidden.shape[-1]
-    return int(_longest(size_hint(rows), call["chunk"]) * weight.shape[0] * weight.element_size())
+    rows, chunk, provider = size_hint(hidden.numel() // hidden.shape[-1]), call["chunk"], body_of(call["body"]).provider
+    at_once = (
+        PROVIDERS[provider].rows_at_once(rows, weight.shape[0], weight.shape[1], chunk)
+        if provider
+        else _longest(rows, chunk)
+    )
+    return int(at_once * weight.shape[0] * weight.element_size())
 
 
 def tile_of(call: Call, copies: int) -> int:

@@ -12,10 +12,12 @@ from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, group_size, is_o
 from cpcompile.errors import ConfigError
 from cpcompile.options.checking import check_types, did_you_mean
 from cpcompile.options.documents import Source
+from cpcompile.runtime import loss_providers
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.kernels import NAMES
 from cpcompile.runtime.transport.choice import TRANSPORTS
 
+MEMORY = re.compile(r"fit(?::(\d+(?:\.\d+)?))?")  # the GiB, if any
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "strategy": ("auto", *STRATEGIES),
@@ -24,6 +26,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "transport": TRANSPORTS,
     "inner": INNER_COMPILERS,
     "outputs": ("local", "full"),
+    "loss_provider": ("auto", *loss_providers.NAMES),
     "logits": ("auto", "keep"),
     "offload": ("none", "inputs", "all"),
     "grad_sync": ("sum", "mean", "none"),
@@ -74,6 +77,9 @@ class Config:
             (`memory_budget`, or activation checkpoints in the model); with `inductor` and `aot_eager`.
         loss_chunk: how many tokens' logits are in memory at once where only a loss reads them: the head, the loss and the
             gradients are computed for so many tokens after the other. 0: all at once.
+        loss_provider: what computes a cross entropy of logits that only it reads: `own`, `torch` (its `linear_cross_entropy`),
+            `liger` or `cut_cross_entropy`, or `auto` (the fastest that can: `own`). Where a named one cannot compute such a loss
+            exactly, compilation ends with its line and the reason.
         tile: how many tokens at once what is computed of each token alone, and is wider than hidden states, runs for: the inside
             of MLPs. It is computed again in backward, and only that of one tile is in memory. 0: all tokens at once.
         logits: what becomes of logits that a model returns beside such a loss, in training: `auto` makes them when they are read,
@@ -82,8 +88,7 @@ class Config:
         inner_options: options of Inductor (those of `torch.compile`), such as `{"shape_padding": True}`; they go before those of
             the mode.
         outline_layers: layers that are equal are compiled once (True), as calls of one function, so that a deep model compiles
-            in little more than a shallow one, or each by itself (False). Only with `inductor`, without CUDA graphs and without
-            `offload`.
+            in little more than a shallow one, or each by itself (False). Only with `inductor` and without CUDA graphs.
         outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's
             order (`full`).
         grad_sync: `sum`: parameter gradients are added over the axis, each as soon as backward has it.
@@ -125,6 +130,7 @@ class Config:
     memory_budget: float = 1.0
     offload: str = "none"
     loss_chunk: int = 4096
+    loss_provider: str = "auto"
     tile: int = 0
     logits: str = "auto"
     mode: str = ""
@@ -155,9 +161,8 @@ class Config:
             raise ConfigError(
                 f"heads_per_message={self.heads_per_message} is not a number of heads: 0 sends all at once."
             )
-        if self.memory and (
-            not (given := re.fullmatch(r"fit(?::(\d+(?:\.\d+)?))?", self.memory)) or (given[1] and not float(given[1]))
-        ):
+        given = MEMORY.fullmatch(self.memory)
+        if self.memory and (given is None or (given[1] and not float(given[1]))):
             raise ConfigError(
                 f"memory={self.memory!r} is not an option: 'fit' takes what the GPU has, 'fit:40' at most 40 GiB, and '' leaves "
                 "the plan as it is."
@@ -183,6 +188,11 @@ class Config:
         if self.loss_chunk < 0:
             raise ConfigError(
                 f"loss_chunk={self.loss_chunk} is not a number of tokens: 0 computes the loss of all at once."
+            )
+        if not self.loss_chunk and self.loss_provider not in ("auto", loss_providers.OWN):
+            raise ConfigError(
+                f"loss_provider={self.loss_provider!r} computes a loss without having all logits, and loss_chunk=0 asks for all "
+                "at once: leave loss_chunk out."
             )
         if self.prefetch < 0:
             raise ConfigError(
@@ -228,8 +238,7 @@ class Config:
     def outlines(self) -> bool:
         """Whether equal layers are compiled once: by Inductor, where no CUDA graph holds what a call would hide from it."""
         options = self.inductor_options
-        is_inductor = self.inner == "inductor" and not options.get("triton.cudagraphs")
-        return self.outline_layers and is_inductor and self.offload == "none"
+        return self.outline_layers and self.inner == "inductor" and not options.get("triton.cudagraphs")
 
     @property
     def told_by(self) -> str:

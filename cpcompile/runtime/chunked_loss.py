@@ -51,16 +51,21 @@ class Body:
     Attributes:
         function: from logits `[T, classes]`, tensors of `[T, ...]` and others to the results.
         results: what it returns.
+        provider: what computes it of all tokens at once, where that is not ours (`loss_providers`): its function takes hidden
+            states `[T, features]`, weight and bias in the place of logits.
     """
 
     function: fx.GraphModule
     results: tuple[Result, ...]
+    provider: str = ""
     _compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)  # by the kinds of operands
 
     @property
     def key(self) -> str:
         """What the body is known by, alike on all ranks and in every process."""
-        text = f"{self.function.code}\n{[(r.inner, str(r.dtype), r.has_gradient) for r in self.results]}"
+        text = (
+            f"{self.function.code}\n{self.provider}\n{[(r.inner, str(r.dtype), r.has_gradient) for r in self.results]}"
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -99,16 +104,34 @@ class Body:
         self, logits: Tensor, grads: Sequence[Tensor], rows: Sequence[Tensor], others: Sequence[Tensor]
     ) -> list[Tensor]:
         """Do what `step` does, not compiled."""
+        results, (grad,) = self.differentiated([logits], [True], grads, rows, others)
+        assert grad is not None
+        logits.copy_(grad)
+        return results
+
+    def differentiated(
+        self,
+        inputs: Sequence[Tensor | None],
+        needs: Sequence[bool],
+        grads: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        others: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return the results, and the gradients of the first inputs that `needs` says."""
         with _torch.recording_gradients():
-            leaf = logits.detach().requires_grad_()
-            results = self.function(leaf, *rows, *others)
+            leaves = [
+                None if x is None else x.detach().requires_grad_(needed)
+                for x, needed in zip(inputs, needs, strict=True)
+            ]
+            results = self.function(*leaves, *rows, *others)
             smooth = [r for r, of in zip(results, self.results, strict=True) if of.has_gradient]
             # Of a value that is only made alike (zeros_like) no gradient reaches the logits.
             reached = [(r, g) for r, g in zip(smooth, grads, strict=True) if r.requires_grad]
-            of_reached = [r for r, _ in reached], [leaf], [g for _, g in reached]
-            grad = torch.autograd.grad(*of_reached)[0] if reached else torch.zeros_like(leaf)
-        logits.copy_(grad)
-        return [r.detach() for r in results]
+            wanted = [x for x in leaves if x is not None and x.requires_grad]
+            of_reached = [r for r, _ in reached], wanted, [g for _, g in reached]
+            found = iter(torch.autograd.grad(*of_reached) if reached else map(torch.zeros_like, wanted))
+        of_leaves = [next(found) if x is not None and x.requires_grad else None for x in leaves]
+        return [r.detach() for r in results], of_leaves
 
 
 def kinds_of(logits: Tensor, rows: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
@@ -236,9 +259,12 @@ def loss_chunks(
     """Return the results of a body without gradients."""
     of = _BODIES[body]
     total = _Total(of, hidden)
-    for part, x, mine in _chunks(hidden, rows, chunk):
+    if of.provider:
+        total.add(of.function(hidden.reshape(-1, hidden.shape[-1]), weight, bias, *rows, *others))
+        return total.results
+    for _, x, mine in _chunks(hidden, rows, chunk):
         logits = torch.nn.functional.linear(x, weight, bias)
-        total.add(part, of.function(logits, *mine, *others))
+        total.add(of.function(logits, *mine, *others))
     return total.results
 
 
@@ -274,12 +300,18 @@ def loss_and_gradients(
     given = sums or [
         g.reshape(-1, *g.shape[hidden.dim() - 1 :]) if by else g for g, by in zip(grads, of_rows, strict=True)
     ]
+    if of.provider:
+        head = hidden.reshape(-1, hidden.shape[-1]), weight, bias
+        results, found = of.differentiated(head, [*needs, False][:3], given, rows, others)
+        total.add(results)
+        made = zip((hidden, weight, bias), found, strict=True)
+        return [*total.results, *[g.contiguous().view(x.shape) for x, g in made if x is not None and g is not None]]
     of_hidden, of_weight, *of_bias = _empty_gradients(hidden, weight, bias, needs)
     is_first = True
     for part, x, mine in _chunks(hidden, rows, chunk):
         logits = torch.nn.functional.linear(x, weight, bias)
         own = [g[part] if by else g for g, by in zip(given, of_rows, strict=True)]
-        total.add(part, of.step(compiled, logits, own, mine, others))
+        total.add(of.step(compiled, logits, own, mine, others))
         if of_hidden is not None:
             _product(logits, weight, of_hidden.view(-1, hidden.shape[-1])[part])
         if of_weight is not None:
@@ -305,7 +337,7 @@ def _(
     compiled: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    made = _empty_gradients(hidden, weight, bias, needs)
+    made = _empty_gradients(hidden, weight, bias, needs, widens=not _BODIES[body].provider)
     return [*_empty_results(_BODIES[body], hidden), *[x for x in made if x is not None]]
 
 
@@ -316,7 +348,7 @@ class _Total:
         self._body, self._lead = body, hidden.shape[:-1]
         self._parts: list[list[Tensor]] = [[] for _ in body.results]
 
-    def add(self, part: slice, results: Sequence[Tensor]) -> None:
+    def add(self, results: Sequence[Tensor]) -> None:
         """Add those of a chunk."""
         for parts, result in zip(self._parts, results, strict=True):
             parts.append(result)
@@ -333,13 +365,19 @@ class _Total:
         return found
 
 
-def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
-    """Return memory for the gradients that are needed, in float32 at least; that of the bias is 0."""
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], widens: bool = True
+) -> list[Tensor | None]:
+    """Return memory for the gradients that are needed, in float32 at least (`widens`); that of the bias is 0."""
     made = [
-        torch.empty_like(x, dtype=wide(x.dtype), memory_format=torch.contiguous_format) if needed else None
+        torch.empty_like(x, dtype=wide(x.dtype) if widens else x.dtype, memory_format=torch.contiguous_format)
+        if needed
+        else None
         for x, needed in zip((hidden, weight), needs, strict=False)
     ]
-    return made if bias is None else [*made, torch.zeros_like(bias, dtype=wide(bias.dtype)) if needs[2] else None]
+    if bias is None:
+        return made
+    return [*made, torch.zeros_like(bias, dtype=wide(bias.dtype) if widens else bias.dtype) if needs[2] else None]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, adds: bool = False) -> None:

@@ -11,6 +11,7 @@ import torch
 from cpcompile import ConfigError, explain
 from cpcompile.inspect.explanation import size, table
 from tests.graph.small_models import TinyLM, batch
+from tests.graph.test_memory import LAYERS, Stack, tokens
 
 B, S, HEADS, DIM, P = 2, 8, 2, 4, 4
 BYTES = 4  # float32
@@ -250,3 +251,11 @@ def test_nothing_is_run() -> None:
 def test_sizes_and_tables_read_well() -> None:
     assert [size(n) for n in (0, 1023, 1 << 10, 3 << 19, 5 << 40)] == ["0 B", "1023 B", "1 KiB", "1.5 MiB", "5 TiB"]
     assert table(("a", "long"), [("xyz", 1)]) == ["  a    long", "  xyz  1"]
+
+
+def test_lists_what_runs_behind_the_passes() -> None:
+    found = explain(Stack(), tokens(64), world_size=2, offload="inputs", memory_budget=0.0)
+    places = {each.name: each.changes for each in found.passes}
+    assert places["recompute_blocks"] == places["outline_layers"] == LAYERS and places["move_to_host"] == LAYERS - 1
+    assert all(each.seconds > 0 for each in found.passes) and found.memory is None
+    assert "passes that changed the graph" in str(found) and "move_to_host" in str(found)

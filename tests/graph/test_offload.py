@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
+import cpcompile
 from cpcompile import _torch
+from cpcompile.compile.inner import prepare_for_autograd
 from cpcompile.compile.offload import move_to_host
 from cpcompile.errors import ConfigError
 from cpcompile.inspect.explanation import memory_lines
 from cpcompile.memory.ledger import Ledger
 from cpcompile.options.config import Config
-from tests.graph.test_memory import LAYERS, WIDTH, held, ledger
+from tests.graph.test_memory import LAYERS, WIDTH, Block, Stack, held, tokens
 
 cp = torch.ops.cpcompile
+INVOKE = torch.ops.higher_order.invoke_subgraph
 TOKENS = 1024  # of a rank of two
 SHORT = {
     cp.to_host.default: "to",
@@ -26,11 +29,14 @@ SHORT = {
     cp.wait_copy.default: "wait",
     cp.ring_attention.default: "attention",
     cp.ring_attention_backward.default: "attention backward",
+    INVOKE: "call",
 }
 
 
 @functools.cache
-def predicted(offload: str, memory_budget: float = 0.0) -> tuple[Ledger, fx.GraphModule, fx.GraphModule]:
+def predicted(
+    offload: str, memory_budget: float = 0.0, outlines: bool = False, kind: type[Stack] = Stack
+) -> tuple[Ledger, fx.GraphModule, fx.GraphModule]:
     """Return what a step of a stack holds, with its forward and backward."""
     halves: list[fx.GraphModule] = []
     divide = _torch.divide
@@ -39,8 +45,14 @@ def predicted(offload: str, memory_budget: float = 0.0) -> tuple[Ledger, fx.Grap
         halves.extend(found := divide(*args, **kwargs))
         return found
 
-    with unittest.mock.patch.object(_torch, "divide", divided):
-        of = ledger(2048, strategy="ring", offload=offload, memory_budget=memory_budget)
+    prepare = functools.partial(prepare_for_autograd, outlines=outlines)
+    with (
+        unittest.mock.patch.object(_torch, "divide", divided),
+        unittest.mock.patch("cpcompile.memory.ledger.prepare_for_autograd", prepare),
+    ):
+        options = {"strategy": "ring", "offload": offload, "memory_budget": memory_budget}
+        of = cpcompile.explain(kind(), tokens(2048), world_size=2, memory=True, **options).memory
+    assert of is not None
     return of, *halves
 
 
@@ -54,6 +66,53 @@ def test_copies_run_beside_the_next_block() -> None:
     assert forward == ["to", "attention", "wait"] * (LAYERS - 1) + ["attention"]
     between = ["from", "wait", "attention backward"] * (LAYERS - 2)
     assert backward == ["from", "attention backward", *between, "wait", "attention backward"]
+
+
+def test_copies_run_beside_the_next_call_of_a_layer() -> None:
+    of, forward, backward = predicted("inputs", outlines=True)
+    assert order_of(forward) == ["to", "call", "wait"] * (LAYERS - 1) + ["call"]
+    between = ["from", "wait", "call"] * (LAYERS - 2)
+    assert order_of(backward) == ["from", "call", *between, "wait", "call"]
+    assert of.host == predicted("inputs")[0].host
+
+
+def test_results_of_a_call_are_copied_beside_the_next() -> None:
+    """Those of attention: its output and the log-sum-exp. They are there when the call has ended."""
+    of, forward, backward = predicted("all", outlines=True)
+    first, other = ["to", "call", "to", "to", "wait"], ["to", "call", "to", "to", "wait", "wait", "wait"]
+    assert order_of(forward) == [*first, *other * (LAYERS - 2), "call", "wait", "wait"]
+    come, wait = ["from"] * 3, ["wait"] * 3
+    assert order_of(backward) == [*come, "call", *[*come, *wait, "call"] * (LAYERS - 2), *wait, "call"]
+    assert of.host == predicted("all")[0].host
+    for node in forward.graph.find_nodes(op="call_function", target=cp.wait_copy.default):
+        assert node.args[2]
+
+
+class Halved(Block):
+    """A block of another kind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class InTurn(Stack):
+    """Blocks of two kinds in turn, so that a call holds two."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.blocks = nn.ModuleList(kind() for _ in range(LAYERS) for kind in (Block, Halved))
+
+
+def test_what_enters_a_block_inside_of_a_call() -> None:
+    _, forward, backward = predicted("inputs", outlines=True, kind=InTurn)
+    assert order_of(forward) == ["to", "call", "to", "wait", *["to", "call", "to", "wait", "wait"] * 2, "call", "wait"]
+    assert order_of(backward).count("from") == 2 * (LAYERS - 1)
+    assert not [body for half in (forward, backward) for body in half.children() if {"to", "from"} & {*order_of(body)}]
+
+
+def test_calls_that_compute_nothing_again_are_left_alone() -> None:
+    of, forward, backward = predicted("all", memory_budget=1.0, outlines=True)
+    assert of.host == 0 and {*order_of(forward), *order_of(backward)} == {"call"}
 
 
 def test_a_second_run_changes_nothing() -> None:
