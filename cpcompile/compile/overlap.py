@@ -141,8 +141,13 @@ class _Order:
         """Put the wait of a sum off, and those off long enough next, with what needs them."""
         self.held.add(wait)
         self.pending.append(self.summed[wait])
-        while sum(each.num_bytes for each in self.pending) - self.pending[0].num_bytes > self.limit:
+        while self._bytes_behind_first() > self.limit:
             self._emit(self.pending.popleft().wait)
             for i in sorted(self.held):
                 if not self.needs[i] - self.done and i not in self.summed:
                     self._emit(i)
+
+    def _bytes_behind_first(self) -> int:
+        """Return the bytes of sums that began later than the first one that is not waited for."""
+        first = self.pending[0].start
+        return sum(each.num_bytes for each in self.pending if each.start != first)

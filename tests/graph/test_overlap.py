@@ -55,6 +55,12 @@ class Program:
         self.sums.append(Transfer(start, wait, size))
         return self.add(f"cast {index}", wait)
 
+    def gradients(self, index: int, x: int, size: int = 4) -> None:
+        """Two gradients are computed, and summed and scattered by one collective."""
+        start = self.add(f"sum {index}", self.add(f"grad {index}", x))
+        for name in ("a", "b"):
+            self.sums.append(Transfer(start, self.add(f"wait {name} {index}", start), size))
+
     def order(self, limit: int) -> list[str]:
         return [self.names[i] for i in overlapped(self.needs, self.gathers, self.sums, limit)]
 
@@ -108,6 +114,18 @@ def test_a_sum_is_waited_for_behind_the_next_ones() -> None:
         "cast 1",
         "wait 2",
         "cast 2",
+    ]
+
+
+def test_sums_that_travel_together_are_waited_for_behind_the_next_ones() -> None:
+    program = Program()
+    x = program.add("x")
+    for index in range(3):
+        x = program.add(f"mm {index}", x)
+        program.gradients(index, x)
+    assert program.order(1) == [
+        *("x", "mm 0", "grad 0", "sum 0", "mm 1", "grad 1", "sum 1", "wait a 0", "wait b 0"),
+        *("mm 2", "grad 2", "sum 2", "wait a 1", "wait b 1", "wait a 2", "wait b 2"),
     ]
 
 
