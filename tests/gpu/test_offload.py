@@ -63,5 +63,5 @@ def test_gradients_stay_and_memory_goes(mesh: DeviceMesh, inner: str) -> None:
         for mine, other in zip(found[offload][0], found["none"][0], strict=True):
             # Sums of 2^15 numbers in float32, in any order, are off by 2^-24 * sqrt(2^15) = 1e-5; the layers behind add theirs.
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-3 * float(other.abs().max()))
-        # Beside blocks a step holds numbers of tokens, which differ by a tenth of a block (3 blocks of 8 MiB: 23.2 MiB on an H200).
+        # What else a step holds differs by a tenth of a block (23.2 MiB in place of 3 blocks of 8 MiB on an H200).
         assert found["none"][1] - found[offload][1] > (least - 0.5) * one
