@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
 from cpcompile.ir.insertion import insert_call, keep_source
-from cpcompile.ir.operator_call import value_of, values_of
+from cpcompile.ir.operator_call import is_view, value_of, values_of
 from cpcompile.rules.views import expression
 
 aten = torch.ops.aten
@@ -59,7 +59,7 @@ def outline(gm: fx.GraphModule, layers: Sequence[Layer], name: str, reached: Abs
 
 
 def sizes_of(layer: Layer, first: fx.Node) -> list[fx.Node]:
-    """Return nodes, of inputs or inserted before `first`, for the sizes that those in a layer depend on and that it does not read.
+    """Return nodes, of inputs or inserted before `first`, for the sizes that those in a layer depend on and it does not read.
 
     Inductor knows a size in a function only by an operand of that very size. Of its tokens a rank has `(length + 1) // 2`.
     """
@@ -131,7 +131,7 @@ def keep_results_of(call: fx.Node) -> None:
 
 
 def pass_operands_by(graph: fx.Graph) -> None:
-    """Have backward read what a call was given in the place of the same that the call returns.
+    """Have backward read what a call was given, or views of it, in the place of the same that the call returns.
 
     So parameters that FSDP shards are gathered again in backward. The graph is that of forward and backward.
     """
@@ -140,10 +140,26 @@ def pass_operands_by(graph: fx.Graph) -> None:
         operands = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
         (returned,) = body.graph.find_nodes(op="output")
         for result in list(call.users):
-            given = operands.get(returned.args[0][result.args[1]])
-            if given is not None:
-                result.replace_all_uses_with(given)
+            node = returned.args[0][result.args[1]]
+            if isinstance(node, fx.Node) and is_seen(node, operands):
+                result.replace_all_uses_with(seen_again(node, operands, result))
                 graph.erase_node(result)
+
+
+def is_seen(node: fx.Node, operands: Mapping[fx.Node, Any]) -> bool:
+    """Tell whether a node of a function is an operand or a view of operands."""
+    return node in operands or (is_view(node.target) and all(is_seen(x, operands) for x in node.all_input_nodes))
+
+
+def seen_again(node: fx.Node, operands: Mapping[fx.Node, Any], result: fx.Node) -> Any:
+    """Return the same of what the call was given; views are inserted before `result`."""
+    if node in operands:
+        return operands[node]
+    known = {x: seen_again(x, operands, result) for x in node.all_input_nodes}
+    with result.graph.inserting_before(result):
+        view = result.graph.node_copy(node, known.__getitem__)
+    view.meta = result.meta | {"val": node.meta["val"], "recompute": CheckpointPolicy.MUST_RECOMPUTE}
+    return view
 
 
 def sort_again(graph: fx.Graph) -> None:
