@@ -31,6 +31,7 @@ from cpcompile._torch.inductor import compile_by_rows, inner_compiler, known_opt
 from cpcompile._torch.joint_graph import HalvesPass, JointPass
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.overlap import OverlapPass
+from cpcompile._torch.repeated_calls import rename_sizes
 from cpcompile._torch.tracing import (
     fake_inputs,
     fake_static_input,
@@ -75,6 +76,7 @@ __all__ = [
     "option_fits",
     "options_of_mode",
     "recording_gradients",
+    "rename_sizes",
     "resolve_group",
     "run_backward",
     "shares_gpus",

@@ -250,6 +250,7 @@ def keep_results(graph: fx.Graph) -> None:
     """Say, on the graph of forward and backward, what is kept between the two."""
     tag_saved_results(graph)
     pass_operands_by(graph)
+    _torch.rename_sizes(graph)
 
 
 def compile_inner(

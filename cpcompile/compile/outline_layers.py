@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
-from cpcompile.ir.insertion import keep_source
+from cpcompile.ir.insertion import insert_call, keep_source
+from cpcompile.ir.operator_call import is_view, value_of, values_of
+from cpcompile.rules.views import expression
 
+aten = torch.ops.aten
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
 
@@ -45,11 +49,31 @@ def outline(gm: fx.GraphModule, layers: Sequence[Layer], name: str, reached: Abs
     own = [set(layer) for layer in layers]
     places = range(len(layers[0]))
     read = [i for i in places if any(read_outside(layer[i], of) for layer, of in zip(layers, own, strict=True))]
-    setattr(gm, name, subgraph_of(layers[0], read))
-    with gm.graph.inserting_before(next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))):
+    first = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
+    sizes = sizes_of(layers[0], first)
+    setattr(gm, name, subgraph_of(layers[0], [*externals_of(layers[0]), *sizes], read))
+    with gm.graph.inserting_before(first):
         body = gm.graph.get_attr(name)
     for layer in layers:
-        call_in_place_of(layer, [body, name, *externals_of(layer)], read, reached)
+        call_in_place_of(layer, [body, name, *externals_of(layer), *sizes], read, reached)
+
+
+def sizes_of(layer: Layer, first: fx.Node) -> list[fx.Node]:
+    """Return nodes, of inputs or inserted before `first`, for the sizes that those in a layer depend on and it does not read.
+
+    Inductor knows a size in a function only by an operand of that very size. Of its tokens a rank has `(length + 1) // 2`.
+    """
+    read = externals_of(layer)
+    given = [value for x in read if isinstance(value := value_of(x), torch.SymInt)]
+    missing = free_symbols([values_of(x) for x in (*read, *layer)]) - set(map(expression, given))
+    found = []
+    for node in first.graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else [value]):
+            if isinstance(size, torch.SymInt) and expression(size) in missing:
+                missing.remove(expression(size))
+                found.append(insert_call(first, aten.sym_size.int, node, dim) if size is not value else node)
+    return found
 
 
 def make_outside(layer: Layer) -> None:
@@ -64,10 +88,10 @@ def make_outside(layer: Layer) -> None:
                 user.replace_input_with(node, outside)
 
 
-def subgraph_of(layer: Layer, read: Sequence[int]) -> fx.GraphModule:
-    """Return a graph of a layer that takes what it reads of others and returns its results at the places `read`."""
+def subgraph_of(layer: Layer, operands: Sequence[fx.Node], read: Sequence[int]) -> fx.GraphModule:
+    """Return a graph of a layer that takes `operands` and returns its results at the places `read`."""
     graph = fx.Graph()
-    known = {x: graph.placeholder(f"operand_{i}") for i, x in enumerate(externals_of(layer))}
+    known = {x: graph.placeholder(f"operand_{i}") for i, x in enumerate(operands)}
     for node in layer:
         known[node] = graph.node_copy(node, known.__getitem__)
         known[node].meta.pop("val", None)  # it is of the whole model, and torch finds what is this rank's
@@ -92,7 +116,7 @@ def call_in_place_of(
         if reached and layer[i] not in reached:
             # torch takes all that a call returns for computed from what it was given.
             with graph.inserting_after(result):
-                result = graph.call_function(torch.ops.aten.detach.default, (result,))
+                result = graph.call_function(aten.detach.default, (result,))
             result.meta = dict(layer[i].meta)
         layer[i].replace_all_uses_with(result, delete_user_cb=lambda user: user not in own)
     for node in reversed(layer):
@@ -107,7 +131,7 @@ def keep_results_of(call: fx.Node) -> None:
 
 
 def pass_operands_by(graph: fx.Graph) -> None:
-    """Have backward read what a call was given in the place of the same that the call returns.
+    """Have backward read what a call was given, or views of it, in the place of the same that the call returns.
 
     So parameters that FSDP shards are gathered again in backward. The graph is that of forward and backward.
     """
@@ -116,10 +140,26 @@ def pass_operands_by(graph: fx.Graph) -> None:
         operands = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
         (returned,) = body.graph.find_nodes(op="output")
         for result in list(call.users):
-            given = operands.get(returned.args[0][result.args[1]])
-            if given is not None:
-                result.replace_all_uses_with(given)
+            node = returned.args[0][result.args[1]]
+            if isinstance(node, fx.Node) and is_seen(node, operands):
+                result.replace_all_uses_with(seen_again(node, operands, result))
                 graph.erase_node(result)
+
+
+def is_seen(node: fx.Node, operands: Mapping[fx.Node, Any]) -> bool:
+    """Tell whether a node of a function is an operand or a view of operands."""
+    return node in operands or (is_view(node.target) and all(is_seen(x, operands) for x in node.all_input_nodes))
+
+
+def seen_again(node: fx.Node, operands: Mapping[fx.Node, Any], result: fx.Node) -> Any:
+    """Return the same of what the call was given; views are inserted before `result`."""
+    if node in operands:
+        return operands[node]
+    known = {x: seen_again(x, operands, result) for x in node.all_input_nodes}
+    with result.graph.inserting_before(result):
+        view = result.graph.node_copy(node, known.__getitem__)
+    view.meta = result.meta | {"val": node.meta["val"], "recompute": CheckpointPolicy.MUST_RECOMPUTE}
+    return view
 
 
 def sort_again(graph: fx.Graph) -> None:

@@ -28,6 +28,7 @@ import cpcompile
 from cpcompile._torch import fsdp
 from cpcompile.compile.overlap import overlapped
 from cpcompile.options.config import Config
+from tests.graph.test_outline_layers import seen
 from tests.models import batch, error, errors, loss_of, make
 
 EXACT = 1e-12  # float64
@@ -188,13 +189,14 @@ def test_gathers_overlap(pool: Any, prefetch: int, num_layers: int) -> None:
         assert not most if not prefetch else min(most) > 4, most  # a block has more parameters
 
 
-def outlined(rank: Any, reshard: bool) -> tuple[dict[str, float], list[tuple[int, int]]]:
-    """Errors of training with equal layers as calls; the calls and the gathers outside of them in each graph."""
+def outlined(rank: Any, reshard: bool) -> tuple[dict[str, float], list[tuple[int, int, int]]]:
+    """Errors of training with equal layers as calls; in each graph the calls, the gathers outside of them, and returned views."""
     graphs = []
 
     def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         targets = [str(node.target) for node in gm.graph.nodes]
-        graphs.append((targets.count("invoke_subgraph"), sum("all_gather" in target for target in targets)))
+        gathers = sum("all_gather" in target for target in targets)
+        graphs.append((targets.count("invoke_subgraph"), gathers, len(seen(gm))))
         return make_boxed_func(gm)
 
     shape = {"num_layers": 5}
@@ -211,8 +213,8 @@ def test_equal_layers_gather_outside(pool: Any, reshard: bool) -> None:
     results = pool.run(2, outlined, reshard, timeout=200)
     assert_exact([found for found, _ in results])
     for _, graphs in results:
-        (forward, gathered), (backward, again) = graphs
-        assert forward == backward == 5
+        (forward, gathered, views), (backward, again, _) = graphs
+        assert forward == backward == 5 and not views, graphs
         assert gathered > 5 and bool(again) == reshard, graphs
 
 

@@ -19,7 +19,7 @@ from cpcompile._torch.repeated_calls import schemas_once
 from cpcompile.capture.lowering import capture
 from cpcompile.capture.stages import Tracing
 from cpcompile.compile.inner import keep_results
-from cpcompile.compile.outline_layers import outline_layers
+from cpcompile.compile.outline_layers import is_seen, outline_layers
 
 INVOKE = torch.ops.higher_order.invoke_subgraph
 WIDTH = 8
@@ -97,6 +97,7 @@ def trained(
         assert not any("fw" in name for name in calls(halves[1])), (
             "a layer runs once; what is computed again is inside of it"
         )
+        assert not seen(halves[0]), "backward takes views of what a layer was given again"
         return halves
 
     torch._dynamo.reset()
@@ -110,6 +111,17 @@ def trained(
 
 def calls(gm: fx.GraphModule) -> list[str]:
     return [node.args[1] for node in gm.graph.find_nodes(op="call_function", target=INVOKE)]
+
+
+def seen(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return what calls return that are operands or views of operands."""
+    found = []
+    for call in gm.graph.find_nodes(op="call_function", target=INVOKE):
+        body = getattr(gm, call.args[0].target).graph
+        operands, (output,) = dict.fromkeys(body.find_nodes(op="placeholder")), body.find_nodes(op="output")
+        returned = [(result, output.args[0][result.args[1]]) for result in call.users]
+        found += [result for result, x in returned if isinstance(x, fx.Node) and is_seen(x, operands)]
+    return found
 
 
 def shapes(layers: list[Layer], **settings: Any) -> Stack:
