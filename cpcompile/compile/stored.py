@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -70,11 +71,17 @@ def operand_of(node: fx.Node) -> fx.Node | None:
     call = node.args[0] if node.target is operator.getitem else None
     if not isinstance(call, fx.Node) or call.target is not invoke_subgraph:
         return None
-    body = getattr(node.graph.owning_module, call.args[0].target)  # type: ignore[union-attr]
+    body = body_of(call)
     (output,) = body.graph.find_nodes(op="output")
     result = output.args[0][node.args[1]]
     given = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
-    return given.get(root_of(result)) if isinstance(result, fx.Node) else None  # type: ignore[return-value]
+    return given.get(root_of(result)) if isinstance(result, fx.Node) else None
+
+
+def body_of(call: fx.Node) -> Any:
+    """Return the module that a call of a layer runs."""
+    name: Any = call.args[0]
+    return getattr(call.graph.owning_module, name.target)
 
 
 def is_wait(node: fx.Node) -> bool:

@@ -237,7 +237,7 @@ def backward_kinds(backward: fx.GraphModule, saved: Collection[fx.Node]) -> Call
 def sums_under_way(graph: fx.Graph, limit: int) -> dict[fx.Node, fx.Node]:
     """Return whole gradients whose sum is waited for later than the graph says, with the node behind which they are freed.
 
-    As `compile.overlap` orders it: of the sums under way the first is waited for once those behind it are more than `limit` bytes.
+    As `compile.overlap` orders it: the first sum under way is waited for once those behind it are more than `limit` bytes.
     """
     under_way: list[fx.Node] = []
     found = {}

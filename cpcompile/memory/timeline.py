@@ -15,8 +15,7 @@ import torch
 from torch import fx
 
 from cpcompile.compile.offload import is_in_host_memory
-from cpcompile.compile.outline_layers import invoke_subgraph
-from cpcompile.compile.stored import is_apart, readers_of, root_of
+from cpcompile.compile.stored import body_of, invoke_subgraph, is_apart, readers_of, root_of
 from cpcompile.ir.operator_call import Call, size_hint, value_of
 from cpcompile.memory.kernels import Kernel, Stored, kernels_of
 
@@ -102,7 +101,8 @@ class Timeline:
         def read(x: fx.Node, at: int) -> _Chain:
             """Return what is read of a value: it, or, as long as it is not stored, what it is computed from."""
             x = roots[x]
-            return chains[x] if x in stored and stored[x].place[0] > at else _Chain(frozenset([x]), 0) if x in stored or x not in chains else chains[x]
+            is_chain = x in chains and (x not in stored or stored[x].place[0] > at)
+            return chains[x] if is_chain else _Chain(frozenset([x]), 0)
 
         for i, node in enumerate(nodes):
             if node.op in ("placeholder", "get_attr", "output") or roots[node] is not node:
@@ -122,7 +122,7 @@ class Timeline:
         """Return what a call of a layer holds while it runs, beside its operands: it frees none of them."""
         if node.target is not invoke_subgraph:
             return []
-        graph = getattr(self.graph.owning_module, node.args[0].target).graph  # type: ignore[union-attr]
+        graph = body_of(node).graph
         if graph not in self.calls:
             inner = Timeline(graph, kind_inside, self.workspace, lambda _: False, calls=self.calls).run()
             self.calls[graph] = [Moment(m.node, {k: v for k, v in m.held.items() if k != "external"}) for m in inner]
@@ -134,7 +134,7 @@ class Timeline:
         sizes = {node: bytes_of(node) for node in values}
         kernels = kernels_of(stored, sizes)
         place = {node: i for i, kernel in enumerate(kernels) for node in kernel.members}
-        last = {node: -1 for node in given} | place
+        last = dict.fromkeys(given, -1) | place
         readers = Counter[fx.Node]()
         for i, kernel in enumerate(kernels):
             readers.update(kernel.reads)
@@ -206,7 +206,7 @@ def elements_of(node: fx.Node) -> tuple[int, ...]:
     if node.target.overloadpacket in REDUCTIONS:  # type: ignore[union-attr]
         source, dims = value_of(node.all_input_nodes[0]), Call.of(node).arguments.get("dim")
         dims = [dims] if isinstance(dims, int) else dims
-        keeps_last = bool(dims) and all(dim % source.dim() != source.dim() - 1 for dim in dims)
+        keeps_last = all(dim % source.dim() != source.dim() - 1 for dim in dims or [-1])
         return size_hint(source.numel()) * (-1 if keeps_last else 1), numel
     return (numel,)
 
