@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -10,6 +11,7 @@ from torch import fx
 from cpcompile.ir.operator_call import is_view
 
 aten = torch.ops.aten
+invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 # Operators of ATen that are no part of a generated kernel: what they read and return is stored.
 APART = frozenset(
     getattr(aten, name)
@@ -53,11 +55,33 @@ def root_of(node: fx.Node) -> fx.Node:
     """Return the node whose memory the result of a node is. One of several results has memory of its own."""
     while node.op == "call_function" and node.all_input_nodes:
         source = node.all_input_nodes[0]
+        operand = operand_of(node)
+        if operand is not None:
+            node = operand
+            continue
         is_part_of_view = node.target is operator.getitem and is_view(source.target)
         if not (is_part_of_view or is_wait(node) or is_view(node.target)):
             break
         node = source
     return node
+
+
+def operand_of(node: fx.Node) -> fx.Node | None:
+    """Return the operand of a call of a layer that one of its results is a view of; None of other nodes."""
+    call = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(call, fx.Node) or call.target is not invoke_subgraph:
+        return None
+    body = body_of(call)
+    (output,) = body.graph.find_nodes(op="output")
+    result = output.args[0][node.args[1]]
+    given = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
+    return given.get(root_of(result)) if isinstance(result, fx.Node) else None
+
+
+def body_of(call: fx.Node) -> Any:
+    """Return the module that a call of a layer runs."""
+    name: Any = call.args[0]
+    return getattr(call.graph.owning_module, name.target)
 
 
 def is_wait(node: fx.Node) -> bool:

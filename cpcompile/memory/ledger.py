@@ -119,7 +119,8 @@ def ledger_of(
         ]
     defer_outputs(gm)
     finish_graph(gm, summed, 0)
-    joint_pass, halves_pass = prepare_for_autograd(transformed, config)
+    units = {i: shard.unit for i, shard in shards.items()}
+    joint_pass, halves_pass = prepare_for_autograd(transformed, config, outlines=config.outlines, units=units)
     (output,) = gm.graph.find_nodes(op="output")
     num_outputs = len(output.args[0])
     forward, backward = _torch.divide(gm, values, mode, joint_pass, halves_pass, config.recompute_elementwise)
@@ -236,14 +237,14 @@ def backward_kinds(backward: fx.GraphModule, saved: Collection[fx.Node]) -> Call
 def sums_under_way(graph: fx.Graph, limit: int) -> dict[fx.Node, fx.Node]:
     """Return whole gradients whose sum is waited for later than the graph says, with the node behind which they are freed.
 
-    As `compile.overlap` orders it: of the sums under way the first is waited for once they are more than `limit` bytes.
+    As `compile.overlap` orders it: the first sum under way is waited for once those behind it are more than `limit` bytes.
     """
     under_way: list[fx.Node] = []
     found = {}
     for node in graph.nodes:
         if "reduce_scatter_tensor" in str(node.target):
-            under_way.append(root_of(node.all_input_nodes[0]))
-            while len(under_way) > 1 and sum(map(bytes_of, under_way)) > limit:
+            under_way += map(root_of, node.all_input_nodes)
+            while sum(map(bytes_of, under_way[1:])) > limit:
                 found[under_way.pop(0)] = node
     return found
 
