@@ -38,7 +38,7 @@ from cpcompile.ir.operator_call import Call, is_tensor, size_hint
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.placement import Sharded
 from cpcompile.ir.plan import Lengths
-from cpcompile.memory.fully_sharded import FullySharded, largest_block
+from cpcompile.memory.fully_sharded import FullySharded, in_blocks, largest_block
 from cpcompile.memory.ledger import Ledger, ledger_of
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
@@ -143,13 +143,14 @@ class Planned:
         """Return what a training step holds on a rank; `ddp`: with buckets for all gradients."""
         sums = self.transformed.plan.world_size > 1 and self.config.grad_sync == "sum"
         trained = [i for i, x in enumerate(self.inputs) if isinstance(x, torch.nn.Parameter) and x.requires_grad]
+        shards = in_blocks(self.transformed, self.shards)
         return ledger_of(
             self.transformed,
             self.inputs,
             self.config,
-            shards=self.shards,
+            shards=shards,
             summed=[i for i in trained if i not in self.shards] if sums else [],
-            bytes_ahead=self.config.prefetch * largest_block(self.transformed, self.shards),
+            bytes_ahead=self.config.prefetch * largest_block(shards),
             buckets=sum(self.inputs[i].nbytes for i in trained) if ddp else 0,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,12 +57,17 @@ class FullySharded:
         )
 
 
-def largest_block(transformed: Transformed, shards: Mapping[int, ParameterShard]) -> int:
-    """Return the bytes of the largest block of a list that is gathered at once, 0 where nothing is sharded."""
-    sizes = Counter[str]()
+def in_blocks(transformed: Transformed, shards: Mapping[int, ParameterShard]) -> dict[int, ParameterShard]:
+    """Return the shards with the block of a list that each is of: its parameters travel together."""
     nodes = placeholders(transformed.graph)
-    for i, shard in shards.items():
-        block = re.match(r".*?_modules_\d+_", nodes[i].name)
-        if block is not None and shard.world_size > 1:
-            sizes[block.group()] += shard.num_bytes
+    blocks = {i: re.match(r".*?_modules_\d+_", nodes[i].name) for i in shards}
+    return {i: replace(shard, unit=block.group() if (block := blocks[i]) else "") for i, shard in shards.items()}
+
+
+def largest_block(shards: Mapping[int, ParameterShard]) -> int:
+    """Return the bytes of the largest block that is gathered at once, 0 where nothing is sharded."""
+    sizes = Counter[str]()
+    for shard in shards.values():
+        if shard.unit and shard.world_size > 1:
+            sizes[shard.unit] += shard.num_bytes
     return max(sizes.values(), default=0)

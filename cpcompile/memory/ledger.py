@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -251,4 +252,5 @@ def sums_under_way(graph: fx.Graph, limit: int) -> dict[fx.Node, fx.Node]:
 
 def is_gathered(node: fx.Node) -> bool:
     """Tell whether a value is a parameter that was gathered."""
-    return "all_gather_into_tensor" in str(node.target)
+    made_by = node.all_input_nodes[0] if node.target is operator.getitem else node  # parameters that travel together
+    return "all_gather_into_tensor" in str(made_by.target)

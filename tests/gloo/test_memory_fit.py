@@ -16,7 +16,7 @@ import cpcompile
 from cpcompile.front.apply import parallel_forward
 from tests.graph.test_memory import WIDTH, Block, Stack, ledger, tokens
 
-LENGTH, LAYERS = 256, 2
+LENGTH, LAYERS = 512, 2
 EXACT = 1e-12  # float64, relative to the largest gradient
 
 
