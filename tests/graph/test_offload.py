@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 
 import cpcompile
 from cpcompile import _torch
-from cpcompile.compile.inner import prepare_for_autograd
 from cpcompile.compile.offload import move_to_host
 from cpcompile.errors import ConfigError
 from cpcompile.inspect.explanation import memory_lines
@@ -45,12 +44,8 @@ def predicted(
         halves.extend(found := divide(*args, **kwargs))
         return found
 
-    prepare = functools.partial(prepare_for_autograd, outlines=outlines)
-    with (
-        unittest.mock.patch.object(_torch, "divide", divided),
-        unittest.mock.patch("cpcompile.memory.ledger.prepare_for_autograd", prepare),
-    ):
-        options = {"strategy": "ring", "offload": offload, "memory_budget": memory_budget}
+    with unittest.mock.patch.object(_torch, "divide", divided):
+        options = {"strategy": "ring", "offload": offload, "memory_budget": memory_budget, "outline_layers": outlines}
         of = cpcompile.explain(kind(), tokens(2048), world_size=2, memory=True, **options).memory
     assert of is not None
     return of, *halves
