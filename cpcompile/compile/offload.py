@@ -28,14 +28,13 @@ import torch
 from torch import fx
 
 from cpcompile.capture.lowering import placeholders
-from cpcompile.compile.stored import is_apart, readers_of, root_of
+from cpcompile.compile.stored import body_of, invoke_subgraph, is_apart, readers_of, root_of
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.insertion import insert_call
 from cpcompile.ir.operator_call import is_tensor, size_hint, value_of
 from cpcompile.ir.placement import Sharded
 
 cp = torch.ops.cpcompile
-invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 _TOKENS = "cpcompile_tokens"  # of `custom`, which compilers carry along
 
 
@@ -122,14 +121,8 @@ def made_as(node: fx.Node) -> fx.Node:
     if node.target is not operator.getitem or node.args[0].target is not invoke_subgraph:  # type: ignore[union-attr]
         return node
     call, index = node.args
-    (returned,) = body_of(call).find_nodes(op="output")  # type: ignore[arg-type]
+    (returned,) = body_of(call).graph.find_nodes(op="output")  # type: ignore[arg-type]
     return returned.args[0][index]  # type: ignore[no-any-return]
-
-
-def body_of(call: fx.Node) -> fx.Graph:
-    """Return what a call computes."""
-    body: Any = call.args[0]
-    return getattr(call.graph.owning_module, body.target).graph  # type: ignore[no-any-return]
 
 
 def block_of(node: fx.Node) -> Hashable:
@@ -138,7 +131,7 @@ def block_of(node: fx.Node) -> Hashable:
     if call.target is not invoke_subgraph:
         number: int | None = node.meta.get("ac_graph_id")
         return number
-    return call if any("ac_graph_id" in x.meta for x in body_of(call).nodes) else None
+    return call if any("ac_graph_id" in x.meta for x in body_of(call).graph.nodes) else None
 
 
 def block_that_reads(node: fx.Node) -> Hashable:

@@ -20,12 +20,12 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
+from cpcompile.compile.stored import body_of, invoke_subgraph
 from cpcompile.ir.insertion import insert_call, keep_source
 from cpcompile.ir.operator_call import is_view, value_of, values_of
 from cpcompile.rules.views import expression
 
 aten = torch.ops.aten
-invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
 
 def outline_layers(gm: fx.GraphModule) -> int:
@@ -136,7 +136,7 @@ def pass_operands_by(graph: fx.Graph) -> None:
     So parameters that FSDP shards are gathered again in backward. The graph is that of forward and backward.
     """
     for call in graph.find_nodes(op="call_function", target=invoke_subgraph):
-        body = getattr(graph.owning_module, call.args[0].target)
+        body = body_of(call)
         operands = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
         (returned,) = body.graph.find_nodes(op="output")
         for result in list(call.users):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -127,18 +127,11 @@ def entry_of(found: fsdp.FsdpParameter, paths: Mapping[nn.Module, str], config: 
         raise ConfigError(
             f"the parameter {path} cannot be gathered inside the compiled step: {found.obstacle}. Call fully_shard without it."
         )
-    shard = shard_of(paths, path, parameter, found, config, axis)
+    shard = replace(shard_of(path, parameter, found, config, axis), unit=paths.get(found.unit, ""))
     return Entry(found.sites, found.unit, parameter, stand_in_for(parameter, shard), shard)
 
 
-def shard_of(
-    paths: Mapping[nn.Module, str],
-    path: str,
-    parameter: DTensor,
-    found: fsdp.FsdpParameter,
-    config: Config,
-    axis: Axis,
-) -> ParameterShard:
+def shard_of(path: str, parameter: DTensor, found: fsdp.FsdpParameter, config: Config, axis: Axis) -> ParameterShard:
     """Return how a parameter is sharded, and by what its gradients are divided.
 
     Raises:
@@ -179,7 +172,6 @@ def shard_of(
         divisor=found.divide_factor or averaged,
         stays_whole=not found.reshards,
         sums_axis=common == len(together),
-        unit=paths.get(found.unit, ""),
     )
 
 

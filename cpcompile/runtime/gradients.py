@@ -6,6 +6,7 @@ members stay where they are: one launch sums them all. Ranks run one graph, so t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ class GradientSums:
         self._unsummed: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._works: list[tuple[Work, list[Tensor]]] = []
         self._pending: dict[torch.dtype, list[Tensor]] = {}
+        self._num_pending = Counter[torch.dtype]()  # bytes
 
     def start(self, grad: Tensor, key: Tensor | None) -> Tensor:
         """Return what will be the sum of a gradient once `finish` has returned; a copy of the gradient where none is due."""
@@ -76,15 +78,18 @@ class GradientSums:
             return
         bucket = self._pending.setdefault(total.dtype, [])
         bucket.append(total)
-        if sum(x.nbytes for x in bucket) >= BUCKET_BYTES:
-            self._send(self._pending.pop(total.dtype))
+        self._num_pending[total.dtype] += total.nbytes
+        if self._num_pending[total.dtype] >= BUCKET_BYTES:
+            self._send(total.dtype)
 
-    def _send(self, bucket: list[Tensor]) -> None:
+    def _send(self, dtype: torch.dtype) -> None:
+        bucket = self._pending.pop(dtype)
+        del self._num_pending[dtype]
         self._works.append((all_reduce_together(bucket, self.group), bucket))
 
     def _wait(self) -> None:
         while self._pending:
-            self._send(self._pending.pop(next(iter(self._pending))))
+            self._send(next(iter(self._pending)))
         works, self._works = self._works, []
         for work, _ in works:
             work.wait()
