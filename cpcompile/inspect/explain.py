@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -109,12 +108,11 @@ def explain(
         before=listing(transformed.original),
         after=listing(gm),
     )
-    # Both change the graph, and are looked at last.
-    if config.outlines:
-        copied = copy.deepcopy(gm)
-        with transformed.counting(outline_layers.__name__) as count:
-            count.places = outline_layers(copied)
+    # Both change the graph, and are looked at last; the ledger is of outlined layers, and counts them.
     ledger = planned.ledger(ddp) if memory or config.offload != "none" else None
+    if ledger is None and config.outlines:
+        with transformed.counting(outline_layers.__name__) as count:
+            count.places = outline_layers(gm)
     runs = [PassRun(name, changes, transformed.seconds[name]) for name, changes in transformed.changes.items()]
     return replace(found, passes=tuple(runs), memory=ledger if memory else None)
 
