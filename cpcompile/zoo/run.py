@@ -13,11 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from cpcompile.choose.attention_sites import ATTENTION_LIKE
+from cpcompile.compile.transform import Transformed
+from cpcompile.inspect.explain import made_attentions
 from cpcompile.inspect.verification import Verification
 from cpcompile.inspect.verify import verify
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.placement import Sharded
 from cpcompile.zoo.build import build
 from cpcompile.zoo.classify import classify, own_failure
 from cpcompile.zoo.evidence import Evidence, changed_by_capture, gather_evidence
+from cpcompile.zoo.programs import PROGRAMS, Program, make_program
 from cpcompile.zoo.result import EXACT, NOT_CAPTURED, WRONG, Result, Variant
 
 # In float64 what is left after rounding; a wrong program is off by orders of magnitude more.
@@ -26,7 +32,7 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The variants of one model that share its construction: all have the same attention and input."""
+    """The variants of one model or program that share its construction: all have the same attention and input."""
 
     key: str
     variants: tuple[Variant, ...]
@@ -39,9 +45,9 @@ def run_job(job: Job, report: Callable[[Result], None]) -> None:
     torch.set_num_threads(1)
     first, start = job.variants[0], time.perf_counter()
     try:
-        model, inputs = build(job.key, first.attention, torch.float32, packed=first.packed)
+        made = program_of(job.key, first)
         device = one_of(job.device)
-        model, inputs = model.to(device), torch.utils._pytree.tree_map_only(torch.Tensor, mover(device), inputs)
+        model, inputs = made.model.to(device), torch.utils._pytree.tree_map_only(torch.Tensor, mover(device), made.inputs)
         evidence = gather_evidence(model, inputs)
     except Exception as error:
         outcome, reason, detail = own_failure(error)
@@ -56,13 +62,20 @@ def run_job(job: Job, report: Callable[[Result], None]) -> None:
         if known is not None:
             report(dataclasses.replace(known, variant=variant, seconds=0.0))
             continue
-        result = run_variant(job.key, variant, model, inputs, evidence)
+        result = run_variant(job.key, variant, model, inputs, evidence, **made.options)
         result = dataclasses.replace(result, seconds=round(time.perf_counter() - start, 2))
         start = time.perf_counter()
         uncaptured = result if result.outcome == NOT_CAPTURED else None
         if variant.strict and result.outcome == EXACT:
             exact[variant.world_size] = result
         report(result)
+
+
+def program_of(key: str, variant: Variant) -> Program:
+    """Return what a key names: a program, or a model of transformers with its inputs."""
+    if key in PROGRAMS:
+        return make_program(key)
+    return Program(*build(key, variant.attention, torch.float32, packed=variant.packed))
 
 
 def mover(device: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -133,6 +146,7 @@ def judge(key: str, variant: Variant, found: Verification, evidence: Evidence) -
         num_gradients=len(counted),
         sites=len(found.transformed.choice.strategies),
         replicated=not is_sharded(found),
+        whole=num_whole(found.transformed),
     )
 
 
@@ -145,3 +159,10 @@ def is_sharded(found: Verification) -> bool:
     """Tell whether any rank computes on its own tokens."""
     graph = found.transformed.graph.graph
     return any(node.target is torch.ops.cpcompile.shard_tokens.default for node in graph.nodes)
+
+
+def num_whole(transformed: Transformed) -> int:
+    """Return how many attentions every rank computes whole, with those that no pattern knows: a softmax of scores."""
+    unknown = [n for n in transformed.graph.graph.nodes if n.target in ATTENTION_LIKE and n.meta["val"].dim() > 2]
+    nodes = [*(made for _, made in made_attentions(transformed)), *unknown]
+    return sum(made is None or not isinstance(annotation(made).placement, Sharded) for made in nodes)
