@@ -20,7 +20,7 @@ from cpcompile.zoo.programs.parts import (
 )
 from cpcompile.zoo.programs.registry import Program, program
 
-ROWS, COLUMNS, FRAMES = 5, 7, 3  # of patches: 35 or 105 of them
+ROWS, COLUMNS, FRAMES = 5, 7, 5  # of patches: 35 or 175 of them
 PATCH = 2
 
 
