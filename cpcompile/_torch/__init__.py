@@ -37,6 +37,7 @@ from cpcompile._torch.tracing import (
     fake_static_input,
     is_only_traced,
     symbolic_operators,
+    this_compilation,
     trace_pre_dispatch,
     trial_on_fake_tensors,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "shares_gpus",
     "source_name",
     "symbolic_operators",
+    "this_compilation",
     "trace_pre_dispatch",
     "tracing_one_graph",
     "trial_on_fake_tensors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -79,11 +80,16 @@ def default_objective(output: Any) -> torch.Tensor:
 
 
 class LockstepBackend:
-    """A Dynamo backend that runs all ranks in lockstep and hands the joined outputs back to the model's own code."""
+    """A Dynamo backend that runs all ranks in lockstep and hands the joined outputs back to the model's own code.
+
+    After `aim`, the next run is of the same graph, transformed again. Why a graph cannot be transformed is raised when it runs:
+    what Dynamo traced stays.
+    """
 
     def __init__(self, config: Config, axis: Axis, is_wide: bool) -> None:
         self.config, self.axis, self.is_wide = config, axis, is_wide
         self.transformed: Transformed | None = None
+        self._make: Callable[[], Transformed] | None = None
         self.inputs: tuple[Any, ...] = ()  # of the last run, as they were before it
         self._held: list[list[torch.Tensor]] = []  # what each rank has of results and of inputs that it wrote
 
@@ -93,12 +99,26 @@ class LockstepBackend:
             refuse_dropout(captured)
         if self.is_wide:
             widen_graph(captured)
-        self.transformed = transform(captured, config=self.config, axis=self.axis, inputs=input_names(captured))
-        refuse_noise(self.transformed.graph)
+        names, compilation = input_names(captured), _torch.this_compilation()
+
+        def make() -> Transformed:
+            with compilation():
+                gm = copy.deepcopy(captured)
+                transformed = transform(gm, config=self.config, axis=self.axis, inputs=names)
+            refuse_noise(transformed.graph)
+            return transformed
+
+        self.transformed, self._make = None, make
         return self._run
 
+    def aim(self, config: Config, axis: Axis) -> None:
+        """Let the next run be that of another axis, or of options that do not matter before the passes."""
+        self.config, self.axis, self.transformed = config, axis, None
+
     def _run(self, *inputs: Any) -> tuple[Any, ...]:
-        assert self.transformed is not None
+        if self.transformed is None:
+            assert self._make is not None
+            self.transformed = self._make()
         graph = self.transformed.graph
         written = written_inputs(graph)
         placeholders = graph.graph.find_nodes(op="placeholder")
