@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cpcompile.balance.arrangement import Arrangement
 from cpcompile.balance.layout import chunk_length, num_chunks, positions
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.inspect.definitions.slices import Calls, Ranks, factors, join, split
@@ -79,6 +80,32 @@ def move(calls: Calls) -> Ranks:
     moved = whole.index_select(at.dim + 1, source.clamp(0, length - 1))
     moved = moved.masked_fill(outside.view(-1, *[1] * (whole.dim() - at.dim - 2)), c["fill"])
     return _slots(moved.flatten(at.dim, at.dim + 2), at, order)
+
+
+def rearrange(calls: Calls) -> Ranks:
+    c = calls[0]
+    source, target = (Arrangement.of(c[name], len(calls), c["layout"]) for name in ("held", "wanted"))
+    at = Sharded(c["dim"])
+    whole = factors(join([c["x"] for c in calls], at, source), at, source.length)
+    results = []
+    for rank in range(len(calls)):
+        position = target.positions(rank).to(whole.device)
+        wanted = position + c["offset"]
+        held = whole.index_select(at.dim + 1, wanted.clamp(0, source.length - 1))
+        is_known = (position >= 0) & (wanted >= 0) & (wanted < source.length)
+        shape = [-1, *[1] * (whole.dim() - at.dim - 2)]
+        # What padding slots hold is nobody's business, as long as it is finite.
+        is_filled = (position < 0) & torch.tensor(c["fills"], device=whole.device)
+        results.append(
+            held.where(is_known.view(shape), held.detach() * is_filled.view(shape)).flatten(at.dim, at.dim + 2)
+        )
+    return results
+
+
+def arranged_positions(calls: Calls) -> Ranks:
+    c = calls[0]
+    arrangement = Arrangement.of(c["arrangement"], len(calls), c["layout"])
+    return [torch.cat([arrangement.positions(rank) for rank in range(len(calls))]).to(c["like"].device)] * len(calls)
 
 
 def halo(calls: Calls) -> Ranks:
