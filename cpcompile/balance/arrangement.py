@@ -60,8 +60,15 @@ class Arrangement:
 
     def positions(self, rank: int) -> torch.Tensor:
         """Return the position of each slot of `rank`, int64 `[local_length]`; -1 in padding slots."""
+        return self._laid(self.spans[rank])
+
+    def sources(self, rank: int) -> torch.Tensor:
+        """Return the position that each slot of `rank` is filled from; padding slots repeat the last token."""
+        return self._laid(self.spans_with_padding[rank])
+
+    def _laid(self, spans: Spans) -> torch.Tensor:
         found = torch.full((self.local_length,), -1)
-        for span in self.spans[rank]:
+        for span in spans:
             found[span.slots] = torch.arange(span.position, span.end)
         return found
 

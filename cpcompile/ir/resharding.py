@@ -138,7 +138,7 @@ class Resharder:
     def _of_parts(
         self, node: fx.Node, at: Sharded, make: Callable[[fx.Node, Sharded], fx.Node], before: fx.Node
     ) -> fx.Node:
-        """Return what `make` makes of each sequence of a joined one, joined again; `node` is whole or local, as is what it takes."""
+        """Return what `make` makes of each sequence of a joined one, joined again. It takes local parts where `node` is local."""
         graph, value, lengths = self.gm.graph, value_of(node), self.lengths(at)
         is_whole, dim = not isinstance(placement_of(node), Sharded), at.dim
         outer = value.shape[dim] // (lengths.value * at.inner)

@@ -213,7 +213,7 @@ class JoinedTokens:
     # Groups.
 
     def regroup(self, node: fx.Node, call: Call) -> bool:
-        """Bring tokens in groups to the ranks, for a view that makes a dim of the groups; tells whether it changed the operand."""
+        """Bring tokens in groups to the ranks, for a view that makes a dim of these; tells whether it changed the operand."""
         if call.target not in VIEWS:
             return False
         x = call["self"]
@@ -226,8 +226,10 @@ class JoinedTokens:
         after = sympy.Integer(1)
         for size in reversed(target):
             elements = quotient(after, stride)
-            groups = quotient(length, elements) if elements is not None and elements.is_Integer else None
-            if groups is not None and elements > 1 and groups != 1:
+            groups = None
+            if elements is not None and elements.is_Integer and elements > 1:
+                groups = quotient(length, elements)
+            if elements is not None and groups is not None and groups != 1:
                 number = self._groups(call, int(elements), groups, node)
                 to = None if number is None else regrouped(at, number, int(elements))
                 if to is not None and locate_tokens(shape, target, to, Lengths.of(self.gm, to.sequence).value):
@@ -252,7 +254,9 @@ class JoinedTokens:
         changes = {}
         for name, operand in call.operands():
             at = placement_of(operand)
-            if isinstance(at, Sharded) and not self.joiner.is_plain(value_of(operand).shape[at.dim], at):
+            if not isinstance(at, Sharded) or at.reaches_outside:
+                continue
+            if not at.covers_all or not self.joiner.is_plain(value_of(operand).shape[at.dim], at):
                 changes[name] = self.joiner.plain(operand)
         if changes:
             node.args, node.kwargs = call.rebound(changes)
@@ -382,8 +386,7 @@ class JoinedTokens:
         """Return the result of an attention over slots as that of `node`, over joined or grouped tokens."""
         at = placement_of(Call.of(node)["q"])
         with self.gm.graph.inserting_before(node):
-            new = insert_copy(self.gm.graph, aten.alias.default, (attended,), node, at)
-        return new
+            return insert_copy(self.gm.graph, aten.alias.default, (attended,), node, at)
 
 
 def is_known(difference: sympy.Expr, relation: str) -> bool:

@@ -84,21 +84,18 @@ def move(calls: Calls) -> Ranks:
 
 def rearrange(calls: Calls) -> Ranks:
     c = calls[0]
-    source, target = (Arrangement.of(c[name], len(calls), c["layout"]) for name in ("held", "wanted"))
+    held, wanted = (Arrangement.of(c[name], len(calls), c["layout"]) for name in ("held", "wanted"))
     at = Sharded(c["dim"])
-    whole = factors(join([c["x"] for c in calls], at, source), at, source.length)
+    whole = factors(join([c["x"] for c in calls], at, held), at, held.length)
     results = []
     for rank in range(len(calls)):
-        position = target.positions(rank).to(whole.device)
-        wanted = position + c["offset"]
-        held = whole.index_select(at.dim + 1, wanted.clamp(0, source.length - 1))
-        is_known = (position >= 0) & (wanted >= 0) & (wanted < source.length)
+        source = wanted.sources(rank).to(whole.device) + c["offset"]
         shape = [-1, *[1] * (whole.dim() - at.dim - 2)]
-        # What padding slots hold is nobody's business, as long as it is finite.
-        is_filled = (position < 0) & torch.tensor(c["fills"], device=whole.device)
-        results.append(
-            held.where(is_known.view(shape), held.detach() * is_filled.view(shape)).flatten(at.dim, at.dim + 2)
-        )
+        is_there = ((source >= 0) & (source < held.length)).view(shape)
+        is_padding = (wanted.positions(rank) < 0).to(whole.device).view(shape)
+        found = whole.index_select(at.dim + 1, source.clamp(0, held.length - 1)) * is_there
+        # What padding slots hold counts for nothing.
+        results.append(torch.where(is_padding, found.detach() * c["fills"], found).flatten(at.dim, at.dim + 2))
     return results
 
 

@@ -82,7 +82,10 @@ rearrange_tokens.register_autograd(_rearrange_backward, setup_context=_keep_sett
 
 @torch.library.custom_op("cpcompile::arranged_positions", mutates_args=())
 def arranged_positions(like: torch.Tensor, arrangement: Sequence[int], layout: str, world_size: int) -> torch.Tensor:
-    """Return the position of each slot of all ranks, laid end to end, int64 `[P * slots]` on the device of `like`; -1: padding."""
+    """Return the positions of the slots of all ranks, laid end to end, int64 `[P * slots]` on the device of `like`.
+
+    That of padding is -1.
+    """
     arranged = Arrangement.of(arrangement, world_size, layout)
     return torch.cat([arranged.positions(rank) for rank in range(world_size)]).to(like.device)
 
