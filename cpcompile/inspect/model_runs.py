@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from cpcompile import _torch
+from cpcompile.balance.arrangement import Arrangement
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.capture.dynamo import token_length
 from cpcompile.capture.lowering import capture
@@ -20,7 +21,7 @@ from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import VerificationError, where
 from cpcompile.inspect.float64 import widen_graph
 from cpcompile.inspect.lockstep import Lockstep, whole_value, written_inputs
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import Call, size_hint
 from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
@@ -171,12 +172,21 @@ class OneDevice:
         return transform(captured, config=self.config, axis=axis, inputs=names).original
 
 
-def orders_of(transformed: Transformed, inputs: Sequence[Any], lockstep: Lockstep) -> list[TokenOrder]:
+def orders_of(transformed: Transformed, inputs: Sequence[Any], lockstep: Lockstep) -> list[TokenOrder | Arrangement]:
     """Return which tokens each rank holds of each sequence of these flat inputs, which the ranks have started to run."""
-    plan = transformed.plan
-    bounds = [None if x.bounds is None else lockstep.bounds.get(x.bounds) for x in Lengths.all_of(transformed.graph)]
-    lengths = sequence_lengths(transformed, inputs)  # of none in a graph without tokens, where no value needs an order
-    return [TokenOrder.of(n, plan.world_size, plan.layout, found) for n, found in zip(lengths, bounds, strict=False)]
+    plan, known = transformed.plan, Lengths.all_of(transformed.graph)
+    given = sequence_lengths(transformed, inputs)  # of none in a graph without tokens, where no value needs an order
+    orders: list[TokenOrder | Arrangement] = []
+    for number, lengths in enumerate(known):
+        # What a model makes of its sequences is compiled for their lengths.
+        tokens = given[number] if number < len(given) else size_hint(lengths.value)
+        if lengths.parts:
+            parts = tuple((orders[sequence].length, elements) for sequence, elements in lengths.parts)
+            orders.append(Arrangement(parts, plan.world_size, plan.layout))
+        else:
+            bounds = None if lengths.bounds is None else lockstep.bounds.get(lengths.bounds)
+            orders.append(TokenOrder.of(tokens, plan.world_size, lengths.layout or plan.layout, bounds))
+    return orders
 
 
 def sequence_lengths(transformed: Transformed, inputs: Sequence[Any]) -> list[int]:
