@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.analysis.masks.read import Reader
 from cpcompile.analysis.patterns.fills import fills_of
-from cpcompile.analysis.patterns.nodes import same_shape, value_numbers
+from cpcompile.analysis.patterns.nodes import same_shape, source, switches_mode, value_numbers
 from cpcompile.analysis.patterns.scores import PRODUCTS
 from cpcompile.ir.insertion import insert_call, replace_uses
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
@@ -59,22 +59,22 @@ class Finder:
         if node.target is not aten.div.Tensor or not is_tensor(node.args[1]):
             return None
         above, below = Call.of(node)["self"], self._summed(Call.of(node)["other"])
-        if below is None or value_of(node).dtype != value_of(below).dtype:
+        if below is None or value_of(node).dtype != value_of(below).dtype or switches_mode(below, node):
             return None
-        if self._is_same(above, below):
+        if self._is_same(above, below, node):
             return self._softmax(node, below)
-        if above.target in PRODUCTS and self._is_same(above.args[0], below):
+        if above.target in PRODUCTS and self._is_same(source(above), below, node) and not switches_mode(above, node):
             weights = self._softmax(node, below)
             return weights and insert_call(node, above.target, weights, *above.args[1:])
         return None
 
     def _softmax(self, before: fx.Node, exponentials: fx.Node) -> fx.Node | None:
         """Return the softmax of which these are the exponentials, some of them perhaps set to 0."""
-        if exponentials.target is aten.exp.default:
+        if is_exponential(exponentials):
             return insert_call(before, aten.softmax.int, exponentials.args[0], -1)
         for fill in fills_of(exponentials, self.reader):
             is_whole = same_shape(value_of(fill.inner).shape, value_of(exponentials).shape)
-            if fill.value == 0 and fill.inner.target is aten.exp.default and is_whole:
+            if fill.value == 0 and is_exponential(fill.inner) and is_whole and not switches_mode(fill.inner, before):
                 condition = fill.condition
                 if value_of(condition).dtype is not torch.bool:
                     condition = insert_call(before, aten.ne.Scalar, condition, 0)
@@ -86,6 +86,8 @@ class Finder:
     def _of_logarithm(self, node: fx.Node) -> fx.Node | None:
         """Return the softmax of which a node takes the exponential of the logarithm."""
         (logarithm,) = node.all_input_nodes
+        if switches_mode(logarithm, node):
+            return None
         if logarithm.target in _LOG_SOFTMAX:
             call = Call.of(logarithm)
             is_last = call["dim"] in (-1, value_of(node).dim() - 1)
@@ -94,7 +96,8 @@ class Finder:
         if logarithm.target is aten.sub.Tensor and is_tensor(logarithm.args[1]):
             call = Call.of(logarithm)
             of = self._reduced(call["other"], aten.logsumexp.default)
-            if of is not None and call["alpha"] == 1 and self._is_same(call["self"], of):
+            is_one_mode = of is not None and not switches_mode(call["other"], node)
+            if of is not None and is_one_mode and call["alpha"] == 1 and self._is_same(call["self"], of, node):
                 return insert_call(node, aten.softmax.int, of, -1)
         return None
 
@@ -114,5 +117,12 @@ class Finder:
         is_kept = len(shape) == value_of(of).dim() and statically_known_true(shape[-1] == 1)
         return of if dims == [value_of(of).dim() - 1] and is_kept else None
 
-    def _is_same(self, a: object, b: fx.Node) -> bool:
-        return isinstance(a, fx.Node) and (a is b or self.numbers.get(a, -1) == self.numbers.get(b, -2))
+    def _is_same(self, a: fx.Node, b: fx.Node, node: fx.Node) -> bool:
+        """Tell whether two values are one, and were computed under the mode of `node` if they were computed twice."""
+        is_one = self.numbers.get(a, -1) == self.numbers.get(b, -2)
+        return a is b or (is_one and not any(switches_mode(x, node) for x in (a, b)))
+
+
+def is_exponential(node: fx.Node) -> bool:
+    """Tell whether a node is an exponential of floating-point numbers, of which there is a softmax."""
+    return node.target is aten.exp.default and value_of(source(node)).dtype == value_of(node).dtype

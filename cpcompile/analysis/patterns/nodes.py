@@ -17,10 +17,12 @@ aten = torch.ops.aten
 
 # They read only the shape, the dtype or the device of their operands, or of those behind the first.
 _CREATIONS = {
-    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default),
-    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
+    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
+    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
 }
 _LIKE_ANOTHER = {aten.type_as.default, aten.to.other, aten.expand_as.default, aten.view_as.default}
+# A chain that crosses one of these is not computed under one mode: its gradient or its dtypes would change.
+_MODE_SWITCHES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
 
 
 def source(node: fx.Node) -> fx.Node:
@@ -137,3 +139,13 @@ def records_gradients(node: fx.Node) -> object:
             return node.args[0]
         node = node.prev
     return None
+
+
+def switches_mode(first: fx.Node, last: fx.Node) -> bool:
+    """Tell whether autocast or gradients are switched between two nodes."""
+    node = first
+    while node is not last:
+        if getattr(node.target, "__name__", "") in _MODE_SWITCHES:
+            return True
+        node = node.next
+    return False

@@ -22,6 +22,8 @@ _MULTIPLICATIONS = {aten.mul.Tensor, aten.mul.Scalar}
 _DIVISIONS = {aten.div.Tensor, aten.div.Scalar}
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
 _MAXIMA = {aten.amax.default, aten.max.dim, aten.max.default, aten.logsumexp.default}
+# Scores are a few steps from their softmax; what is further is another thing, such as a sum of many layers.
+FURTHEST = 100
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
 
 
@@ -67,7 +69,7 @@ class ScoreReader:
 
     def read(self, node: Any) -> Scores | None:
         """Return the scores that a node holds, or None."""
-        if not is_tensor(node):
+        if not is_tensor(node) or (node not in self.known and len(self.known) == FURTHEST):
             return None
         if node not in self.known:
             self.known[node] = None

@@ -8,7 +8,7 @@ from torch import fx
 from cpcompile.analysis.masks.read import Reader
 from cpcompile.analysis.patterns.attention import Attention, can_drop, is_batched
 from cpcompile.analysis.patterns.masking import read_masks, written_mask
-from cpcompile.analysis.patterns.nodes import converted, is_conversion, records_gradients, second, source
+from cpcompile.analysis.patterns.nodes import converted, is_conversion, records_gradients, second, source, switches_mode
 from cpcompile.analysis.patterns.scores import ScoreReader
 from cpcompile.analysis.patterns.sinks import of_heads, read_sinks
 from cpcompile.analysis.patterns.weights import dropout_of, read_weights
@@ -18,9 +18,6 @@ from cpcompile.ir.operator_call import Call, value_of
 aten = torch.ops.aten
 
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default}
-
-# A chain that crosses one of these is not computed under one mode: its gradient or its dtypes would change.
-_MODE_SWITCHES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
 
 
 def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Attention | None:
@@ -85,16 +82,6 @@ def are_needed(nodes: tuple[fx.Node, ...], has_dropout: bool) -> bool:
         if user.op == "output" or user.is_impure():
             return True
         waiting.extend(user.users)
-    return False
-
-
-def switches_mode(first: fx.Node, last: fx.Node) -> bool:
-    """Tell whether autocast or gradients are switched between two nodes."""
-    node = first
-    while node is not last:
-        if getattr(node.target, "__name__", "") in _MODE_SWITCHES:
-            return True
-        node = node.next
     return False
 
 
