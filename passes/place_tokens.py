@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from cpcompile.analysis.regions import place_region, regions_of
+from cpcompile.analysis.regions import place_region, regions_of, replace_inputs
 from cpcompile.errors import NoChunks, NoRule, where
 from cpcompile.ir.annotation import annotate, annotation, placement_of
+from cpcompile.ir.exchanging import Exchanger
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
 from cpcompile.ir.placement import Full, Partial, Placement, Sharded
 from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
-from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, no_rule
+from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, is_whole_dim, no_rule
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
@@ -63,6 +65,7 @@ class Placer:
         self.gm, self.plan, self.sequences = gm, plan, sequences
         self.resharder = Resharder(gm, plan)
         self.localiser = Localiser(self.resharder)
+        self.exchanger = Exchanger(self.resharder)
         self.replaced: set[fx.Node] = set()
         self.regions = {region.nodes[0]: region for region in regions_of(gm)}
 
@@ -75,6 +78,8 @@ class Placer:
             annotate(node, placement=Full(at))
         elif annotation(node).region:
             if node in self.regions:
+                for operand in self.regions[node].inputs:
+                    replace_inputs(self.regions[node], {operand: self.exchanger.to_tokens(operand)})
                 place_region(self.regions[node], self.resharder, self.localiser.localise, self.plan.strict)
         elif node.op == "call_function":
             if node.target is operator.getitem:
@@ -83,6 +88,8 @@ class Placer:
                 self._place_call(node)
             else:
                 self._require_whole(node)
+        elif node.op == "output":
+            node.args = fx.map_arg(node.args, self.exchanger.to_tokens)
 
     def _place_call(self, node: fx.Node) -> None:
         call = Call.of(node)
@@ -117,7 +124,7 @@ class Placer:
             decision = self._push(call, hints)
         except NoRule:
             return
-        if decision.lower is not None:
+        if decision.lower is not None or decision.exchanges or (decision.gathers and node.target not in HEAVY):
             return
         first = decision.results[0]
         if node.target in HEAVY and any(isinstance(p, Sharded) for p in decision.results):
@@ -129,7 +136,7 @@ class Placer:
         """Return where an operand may hold tokens, by its sizes: any dim of a whole value is right to shard."""
         name = "indices" if "indices" in call else next(name for name, _ in call.operands())
         sizes = call.shape(name)[: None if name == "indices" else -1]
-        for sequence, lengths in enumerate(Lengths.all_of(self.gm)):
+        for sequence, lengths in enumerate(Lengths.all_of(self.gm)[: self.exchanger.num_sequences]):
             dims = [dim for dim, size in enumerate(sizes) if str(size) == str(lengths.value)]
             if len(dims) == 1:
                 return {name: Sharded(dims[0], sequence=sequence)}
@@ -139,14 +146,13 @@ class Placer:
         """Place a call of sharded operands: by its rule, by its rule on aligned operands, or on whole operands."""
         try:
             self._fit_operands(node, call)
-            call = Call.of(node)
             try:
-                self._localise_call(node, call, self._push(call, sharded_operands(call)))
+                decision = self._decide(node)
             except NoRule:
-                if not self._align_operands(node, call):
+                if not self._align_operands(node, Call.of(node)):
                     raise
-                call = Call.of(node)
-                self._localise_call(node, call, self._push(call, sharded_operands(call)))
+                decision = self._decide(node)
+            self._localise_call(node, Call.of(node), decision)
         except NoChunks:
             raise
         except NoRule as error:
@@ -158,6 +164,34 @@ class Placer:
             self._replace_operands(node, call, gather)
             call = Call.of(node)
             self._place_whole(node, call, hints_of(call))
+
+    def _decide(self, node: fx.Node) -> Decision:
+        """Return what happens to a call of sharded operands, which are sharded along the dims that it needs.
+
+        Raises:
+            NoRule: no rule covers this, nor one with operands that were sharded along channels and are so by tokens again.
+        """
+        call = Call.of(node)
+        sharded = sharded_operands(call)
+        of_channels = [name for name, at in sharded.items() if self.exchanger.is_of_channels(at)]
+        try:
+            decision = self._push(call, sharded)
+            if decision.exchanges:
+                changes = {name: partial(self.exchanger.exchange, dim=dim) for name, dim in decision.exchanges.items()}
+                self._replace_operands(node, call, changes)
+                return self._decide(node)
+            if not of_channels or self._stays_along_channels(decision):
+                return decision
+        except NoRule:
+            if not of_channels:
+                raise
+        self._replace_operands(node, call, dict.fromkeys(of_channels, self.exchanger.to_tokens))
+        return self._decide(node)
+
+    def _stays_along_channels(self, decision: Decision) -> bool:
+        """Tell whether an operator on channels of this rank gives results that are sharded along these channels."""
+        results = decision.results
+        return decision.lower is None and all(self.exchanger.is_of_channels(at) and is_whole_dim(at) for at in results)
 
     def _fit_operands(self, node: fx.Node, call: Call) -> None:
         """Move operands that reach outside the sequence to where every token has a slot, if that is possible."""

@@ -156,6 +156,7 @@ def orders_of(transformed: Transformed, inputs: Sequence[Any], lockstep: Lockste
     plan = transformed.plan
     bounds = [None if x.bounds is None else lockstep.bounds.get(x.bounds) for x in Lengths.all_of(transformed.graph)]
     lengths = sequence_lengths(transformed, inputs)  # of none in a graph without tokens, where no value needs an order
+    lengths += [x.value for x in Lengths.all_of(transformed.graph)[len(lengths) :]]  # channels, whose number is known
     return [TokenOrder.of(n, plan.world_size, plan.layout, found) for n, found in zip(lengths, bounds, strict=False)]
 
 

@@ -8,6 +8,7 @@ together, so that either answer follows from the names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 from torch import fx
 
 from cpcompile.errors import NoRule, where
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import Call, size_hint
 from cpcompile.ir.placement import FULL, Partial, Placement, Sharded
 
 Names = tuple[str | None, ...]
@@ -42,6 +43,7 @@ class Decision:
         padding: the value that the padding slots of an operand must hold first, because the operator runs
             over tokens.
         gathers: the sharded operands that are gathered to be whole, as the operator's own way (keys and values).
+        exchanges: the operands that must be sharded along these dims first; what happens then is asked again.
         lower: writes other operators in place of this one; it returns the node of each result.
     """
 
@@ -50,6 +52,7 @@ class Decision:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     padding: Mapping[str, float] = field(default_factory=dict)
     gathers: frozenset[str] = frozenset()
+    exchanges: Mapping[str, int] = field(default_factory=dict)
     lower: Callable[[Lowering], Sequence[fx.Node]] | None = None
 
 
@@ -105,15 +108,15 @@ class Indices:
     Dims with one name run together. None: the operator mixes this dim, or an operand is broadcast along it. A
     name that only operands have is
     contracted: summed where `summed`, impossible to shard otherwise. `sizes` names the argument that spells
-    the sizes of the result. `gathers` is the operand that is gathered where the other one's tokens are along
-    another dim.
+    the sizes of the result. `gathers` are the operands that may be gathered where tokens of others are along
+    another dim, which they lack.
     """
 
     operands: Mapping[str, Names]
     results: tuple[Names, ...]
     summed: bool = False
     sizes: str | None = None
-    gathers: str | None = None
+    gathers: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     padding: Mapping[str, float] = field(default_factory=dict)
 
@@ -129,14 +132,12 @@ class IndexedRule:
         indices = self.indices(call)
         given = {o: p for o, p in operands.items() if o in indices.operands}
         found = {(indices.operands[o][p.dim], replace(p, dim=0)) for o, p in given.items()}
-        if len(found) > 1 and indices.gathers in given:
-            rest = {o: p for o, p in operands.items() if o != indices.gathers}
-            decision = self.push(call, rest, length)
-            is_free = decision.operands.get(indices.gathers) == FULL
-            if is_free and not isinstance(decision.results[0], Partial):
-                return replace(decision, gathers=frozenset({indices.gathers}))
         if len(found) > 1:
-            raise no_rule(call, operands, "the operands hold tokens along different dims or ranges", self.notation)
+            decision = along_one_dim(call, indices, given, self.notation)
+            if decision is None:
+                reason = "the operands hold tokens along different dims or ranges"
+                raise no_rule(call, operands, reason, self.notation)
+            return decision
         if not found:
             return Decision({}, (FULL,) * len(indices.results))
         name, at = found.pop()
@@ -169,6 +170,43 @@ def decide(call: Call, indices: Indices, name: str, at: Sharded, notation: str) 
         sizes[entry] = sizes[entry] if sizes[entry] == -1 else Local(sizes[entry], at)
         arguments[indices.sizes] = sizes
     return Decision(operands, tuple(after(call, placed(names, name, at)) for names in indices.results), arguments)
+
+
+def along_one_dim(call: Call, indices: Indices, given: Mapping[str, Sharded], notation: str) -> Decision | None:
+    """Return the decision to shard one of the dims that operands are sharded along, so that the fewest bytes travel.
+
+    Operands that lack this dim are gathered; those that have it are sharded along it first, all of them at once.
+    """
+    choices: list[tuple[int, int, Decision]] = []
+    for first, at in given.items():
+        name = indices.operands[first][at.dim]
+        if name is None:
+            return None
+        others = {o: p for o, p in given.items() if placed(indices.operands[o], name, at) != p}
+        gathered = {o for o in others if name not in indices.operands[o]}
+        exchanged = {o: indices.operands[o].index(name) for o in others if o not in gathered}
+        are_whole = all(is_whole_dim(p) and p.dim != exchanged[o] for o, p in others.items() if o in exchanged)
+        if not gathered <= {*indices.gathers} or (exchanged and not (are_whole and is_whole_dim(at))):
+            continue
+        if not any(name in names for names in indices.results):
+            continue
+        decision = decide(call, indices, name, at, notation)
+        if exchanged:
+            decision = Decision({}, (), exchanges=exchanged)
+        else:
+            decision = replace(decision, gathers=frozenset(gathered))
+        choices.append((sum(num_bytes(call.tensor(o)) for o in others), at.sequence, decision))
+    return min(choices, key=lambda choice: choice[:2])[2] if choices else None
+
+
+def is_whole_dim(at: Sharded) -> bool:
+    """Tell whether a dim may be exchanged for another one: it holds all tokens and, as far as can be told, nothing else."""
+    return at.covers_all and at.inner == 1
+
+
+def num_bytes(x: torch.Tensor) -> int:
+    """Return how many bytes a tensor has, at the lengths it was traced with."""
+    return math.prod(map(size_hint, x.shape)) * x.dtype.itemsize
 
 
 def placed(names: Names, name: str, at: Sharded) -> Placement:

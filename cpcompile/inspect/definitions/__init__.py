@@ -24,6 +24,7 @@ COLLECTIVES: dict[Any, Callable[[Calls], Ranks]] = {
     cp.scale_gradient.default: tokens.scale,
     cp.move_tokens.default: tokens.move,
     cp.halo_tokens.default: tokens.halo,
+    cp.exchange_dims.default: tokens.exchange_dims,
     cp.pick_tokens.default: tokens.pick,
     cp.put_tokens.default: tokens.put,
     cp.local_slots.default: tokens.local_slots,
