@@ -20,7 +20,7 @@ from cpcompile.errors import NoChunks, NoRule, where
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.exchanging import Exchanger
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
-from cpcompile.ir.placement import Full, Partial, Placement, Sharded
+from cpcompile.ir.placement import CHANNELS, Full, Partial, Placement, Sharded
 from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
 from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, is_whole_dim, no_rule
@@ -176,12 +176,13 @@ class Placer:
         of_channels = [name for name, at in sharded.items() if self.exchanger.is_of_channels(at)]
         try:
             decision = self._push(call, sharded)
-            if decision.exchanges:
-                changes = {name: partial(self.exchanger.exchange, dim=dim) for name, dim in decision.exchanges.items()}
-                self._replace_operands(node, call, changes)
-                return self._decide(node)
-            if not of_channels or self._stays_along_channels(decision):
-                return decision
+            if not any(at.sequence == CHANNELS and name in of_channels for name, at in decision.exchanges.items()):
+                if decision.exchanges:
+                    changes = {name: partial(self.exchanger.exchange, to=at) for name, at in decision.exchanges.items()}
+                    self._replace_operands(node, call, changes)
+                    return self._decide(node)
+                if not of_channels or self._stays_along_channels(decision):
+                    return decision
         except NoRule:
             if not of_channels:
                 raise

@@ -8,7 +8,7 @@ Channels that are sharded are one more sequence, so that rules treat them as the
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -19,7 +19,7 @@ from cpcompile.errors import NoRule, where
 from cpcompile.ir.annotation import annotation, placement_of
 from cpcompile.ir.insertion import insert_copy
 from cpcompile.ir.operator_call import value_of
-from cpcompile.ir.placement import Placement, Sharded
+from cpcompile.ir.placement import CHANNELS, Placement, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.ir.resharding import Resharder
 
@@ -27,28 +27,30 @@ cp = torch.ops.cpcompile
 
 
 class Exchanger:
-    """Inserts exchanges; a value is exchanged once for each dim."""
+    """Inserts exchanges; a value is sharded once along each dim."""
 
     def __init__(self, resharder: Resharder) -> None:
         self.resharder, self.gm = resharder, resharder.gm
         self.num_sequences = len(Lengths.all_of(self.gm))  # of tokens; those behind are channels
-        self._exchanged: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._exchanged: dict[tuple[fx.Node, Sharded], fx.Node] = {}
 
     def is_of_channels(self, at: Placement) -> bool:
         """Tell whether a value is sharded along channels."""
         return isinstance(at, Sharded) and at.sequence >= self.num_sequences
 
-    def exchange(self, node: fx.Node, dim: int) -> fx.Node:
-        """Return `node` sharded along `dim`, of which every rank has all elements now."""
-        if (node, dim) not in self._exchanged:
-            at, to = placement_of(node), Sharded(dim, sequence=self._sequence(value_of(node).shape[dim]))
-            assert isinstance(at, Sharded)
+    def exchange(self, node: fx.Node, to: Sharded) -> fx.Node:
+        """Return `node` sharded along another dim, of which every rank has all elements now."""
+        if to.sequence == CHANNELS:
+            to = replace(to, sequence=self._channels(value_of(node).shape[to.dim]))
+        if (node, to) not in self._exchanged:
+            at = placement_of(node)
+            assert isinstance(at, Sharded) and not (at.inner - 1 or to.inner - 1) and at.covers_all and to.covers_all
             plan, lengths, target = self.resharder.plan, self.resharder.lengths(at), self.resharder.lengths(to)
             axis = plan.layout, plan.world_size, plan.group, lengths.bounds, target.bounds
-            arguments = (node, at.dim, lengths.total, dim, target.total, *axis)
+            arguments = (node, at.dim, lengths.total, to.dim, target.total, *axis)
             with self.gm.graph.inserting_after(max([node, *Lengths.bounds_of(self.gm)])):
-                self._exchanged[node, dim] = insert_copy(self.gm.graph, cp.exchange_dims.default, arguments, node, to)
-        return self._exchanged[node, dim]
+                self._exchanged[node, to] = insert_copy(self.gm.graph, cp.exchange_dims.default, arguments, node, to)
+        return self._exchanged[node, to]
 
     def to_tokens(self, node: fx.Node) -> fx.Node:
         """Return a value with what is sharded along channels sharded by tokens again.
@@ -60,29 +62,27 @@ class Exchanger:
         if not isinstance(at, Sharded) or not self.is_of_channels(at):
             return node
         shape = value_of(node).shape
-        tokens = [lengths.value for lengths in Lengths.all_of(self.gm)[: self.num_sequences]]
-        dims = [d for d, size in enumerate(shape) if d != at.dim and any(is_same(size, n) for n in tokens)]
-        if not dims:
+        tokens = enumerate(Lengths.all_of(self.gm)[: self.num_sequences])
+        found = [
+            Sharded(dim, sequence=sequence)
+            for sequence, lengths in tokens
+            for dim, size in enumerate(shape)
+            if dim != at.dim and statically_known_true(size == lengths.value)
+        ]
+        if not found:
             raise NoRule(
                 f"{node.target}: its result of {list(shape)} cannot be sharded by tokens again: every rank has all that was "
                 f"computed of the tokens, for some of the {shape[at.dim]} channels, and no dim has as many elements as there "
                 f"are tokens.\n\n{where(node)}\n\n"
                 "Turn it back to tokens first (torch.fft.irfft(..., n=tokens), a slice [:tokens]), or pass strict=False to gather it."
             )
-        return self.exchange(node, dims[-1])  # the first one may be the batch
+        return self.exchange(node, next((to for to in found if to.dim), found[0]))  # the first dim may be the batch
 
-    def _sequence(self, size: Any) -> int:
-        """Return the number of the sequence of so many elements: of tokens, if there is one, or of channels."""
-        known = Lengths.all_of(self.gm)
-        for sequence, lengths in enumerate(known):
-            if is_same(lengths.value, size):
-                return sequence
-        plan = self.resharder.plan
-        slots = local_length(size, plan.world_size, plan.layout)
-        self.gm.meta["cpcompile_lengths"] = (*known, Lengths(size, size, slots))
-        return len(known)
-
-
-def is_same(size: Any, other: Any) -> bool:
-    """Tell whether two sizes are known to be equal."""
-    return statically_known_true(size == other)
+    def _channels(self, size: int) -> int:
+        """Return the number of the sequence of so many channels."""
+        known, plan = Lengths.all_of(self.gm), self.resharder.plan
+        sizes = [lengths.value for lengths in known[self.num_sequences :]]
+        if size not in sizes:
+            slots = local_length(size, plan.world_size, plan.layout)
+            self.gm.meta["cpcompile_lengths"] = (*known, Lengths(size, size, slots))
+        return self.num_sequences + [*sizes, size].index(size)

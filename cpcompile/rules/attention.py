@@ -40,6 +40,8 @@ class AttentionRule:
 
     def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
         given = {name: operands[name] for name in ("q", "k", "v") if name in operands}
+        if len(given) == 3 and len(set(given.values())) == 1 and given["q"].dim < 2:
+            return self._of_rows(call, given["q"], operands)
         if any(at.with_range(0, 0) != replace(QUERY_TOKENS, sequence=at.sequence) for at in given.values()):
             raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
         if any(at.reaches_outside for at in given.values()):
@@ -50,6 +52,20 @@ class AttentionRule:
         if not all(at.covers_all for at in given.values()):
             return self._along_a_range(call, next(iter(given.values())), operands)
         return self._along_one_sequence(call, next(iter(given.values())), given.keys(), "mask" in operands)
+
+    def _of_rows(self, call: Call, at: Sharded, operands: Mapping[str, Sharded]) -> Decision:
+        """Attend along another dim than that of the tokens, which are rows of the batch or heads: each rank has its own."""
+        if call["dropout"] or call["bounds"] is not None or call.shape("q")[1] != call.shape("k")[1]:
+            raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
+        result = replace(at, outside=None)
+        dims = {"documents": 0, "key_padding": 0, "prefix": 0, "slopes": 1, "sinks": 1}
+        terms = [name for name in ("mask", *dims) if call[name] is not None]
+        wanted: dict[str, Placement] = {**dict.fromkeys(("q", "k", "v"), at), **dict.fromkeys(terms, FULL)}
+        for name in terms:
+            own = at.dim + len(call.shape("mask")) - 4 if name == "mask" else 0 if dims[name] == at.dim else -1
+            if own >= 0 and not is_one(call.shape(name)[own]):
+                wanted[name] = replace(at, dim=own)
+        return Decision(wanted, (result,), gathers=frozenset(terms))
 
     def _along_a_range(self, call: Call, at: Sharded, operands: Mapping[str, Sharded]) -> Decision:
         """Move the tokens to the front of the sequence, and hide the slots that are left over at its end."""

@@ -902,6 +902,10 @@ def attention(target: Any, s: int) -> Iterator[Case]:
         yield call(strategy, window=3, softcap=2.0, documents=torch.arange(s).expand(B, s) // 3)
         yield call(strategy, mask=x(1, H, s, s) > 0.5, is_causal=False)
         yield call(strategy, mask=x(B, 1, 1, s) > 0.5, key_padding=torch.arange(s).expand(B, s) > 1)
+    heads, rows = ({name: x(*shape, 5, 8) for name in "qkv"} for shape in ((B, s), (s, 2)))
+    yield call("ring", **heads, mask=x(s, 5, 5) > 0.3, is_causal=False)
+    yield call("ulysses", **heads, mask=x(B, 1, 5, 5) > 0.3, documents=torch.arange(5).expand(B, 5) // 3)
+    yield call("gather", **rows, mask=x(s, 1, 1, 5) > 0.5, key_padding=torch.arange(5).expand(s, 5) > 1)
 
 
 @cases(aten.slice_scatter.default)

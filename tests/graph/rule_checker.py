@@ -112,6 +112,12 @@ class Program:
     def axis(self) -> tuple[int, int, str]:
         return self.setting.length, self.setting.world_size, self.setting.layout
 
+    @property
+    def orders(self) -> list[TokenOrder]:
+        """Which elements each rank holds, of the tokens and of channels that were exchanged for them."""
+        _, world_size, layout = self.axis
+        return [TokenOrder.of(lengths.value, world_size, layout) for lengths in Lengths.all_of(self.gm)]
+
     def run_whole(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the operator on whole tensors; operands that it writes are copied first."""
         copies = iter([x.clone() for x in inputs])
@@ -179,7 +185,7 @@ class Program:
         results = Lockstep(self.gm, self.setting.world_size).run(*leaves)
         whole = self.run_whole(whole_leaves)
         found = [
-            whole_value([rank[i] for rank in results], placement, [self.setting.order])
+            whole_value([rank[i] for rank in results], placement, self.orders)
             for i, placement in enumerate(placements)
         ]
         for value, expected in zip(found, whole, strict=False):
