@@ -176,23 +176,28 @@ class Placer:
         of_channels = [name for name, at in sharded.items() if self.exchanger.is_of_channels(at)]
         try:
             decision = self._push(call, sharded)
-            if not any(at.sequence == CHANNELS and name in of_channels for name, at in decision.exchanges.items()):
-                if decision.exchanges:
-                    changes = {name: partial(self.exchanger.exchange, to=at) for name, at in decision.exchanges.items()}
-                    self._replace_operands(node, call, changes)
-                    return self._decide(node)
-                if not of_channels or self._stays_along_channels(decision):
-                    return decision
         except NoRule:
             if not of_channels:
                 raise
-        self._replace_operands(node, call, dict.fromkeys(of_channels, self.exchanger.to_tokens))
+            decision = Decision({}, ())
+        changes = dict.fromkeys(of_channels, self.exchanger.to_tokens)
+        if decision.exchanges and not any(at.sequence == CHANNELS for at in decision.exchanges.values() if of_channels):
+            changes = {name: partial(self.exchanger.exchange, to=at) for name, at in decision.exchanges.items()}
+        elif not of_channels or self._stays_along_channels(decision):
+            return decision
+        try:
+            self._replace_operands(node, call, changes)
+        except NoRule:
+            if decision.results:
+                return decision
+            raise
         return self._decide(node)
 
     def _stays_along_channels(self, decision: Decision) -> bool:
         """Tell whether an operator on channels of this rank gives results that are sharded along these channels."""
-        results = decision.results
-        return decision.lower is None and all(self.exchanger.is_of_channels(at) and is_whole_dim(at) for at in results)
+        results, is_of_channels = decision.results, self.exchanger.is_of_channels
+        is_plain = bool(results) and decision.lower is None
+        return is_plain and all(isinstance(at, Sharded) and is_of_channels(at) and is_whole_dim(at) for at in results)
 
     def _fit_operands(self, node: fx.Node, call: Call) -> None:
         """Move operands that reach outside the sequence to where every token has a slot, if that is possible."""

@@ -77,6 +77,14 @@ def baddbmm(call: Call) -> Indices:
     return Indices(operands, (("b", "m", "n"),), gathers=("batch2",))
 
 
+@rule(aten.cdist.default, aten._cdist_forward.default)
+def distances(call: Call) -> Indices:
+    """[... m k], [... n k] -> [... m n]"""
+    batch: Names = tuple(f"d{i}" for i in range(call.result.dim() - 2))
+    first, second = (aligned(call.shape(name)[:-2], tuple(call.result.shape)[:-2]) for name in ("x1", "x2"))
+    return Indices({"x1": (*first, "m", None), "x2": (*second, "n", None)}, ((*batch, "m", "n"),), gathers=("x2",))
+
+
 @rule(aten.mv.default, aten.dot.default, aten.vdot.default, aten.inner.default, aten.outer.default, aten.ger.default)
 def of_vectors(call: Call) -> Indices:
     """[... k], [k] -> [...]; [m], [n] -> [m n]"""
