@@ -263,6 +263,8 @@ class Placer:
                 return operand
             case Sharded(), Sharded() if have.is_shift_of(wanted):
                 return self.resharder.move(operand, wanted)
+            case Sharded(), Sharded() if is_whole_dim(have) and is_whole_dim(wanted) and have.dim != wanted.dim:
+                return self.exchanger.exchange(operand, wanted)
         operands = {n: placement_of(o) for n, o in call.operands()}
         raise no_rule(call, operands, f"{name} is {have} but must be {wanted}", RULES[call.target].notation)
 

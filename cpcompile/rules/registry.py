@@ -181,7 +181,7 @@ def along_one_dim(
     Operands that lack this dim are gathered; those that have it are sharded along it first, all of them at once. Of two operands
     that hold a number for each pair of tokens, neither is gathered if there are channels that both can be sharded along.
     """
-    choices: list[tuple[int, int, Decision]] = []
+    choices: list[tuple[int, int, int, Decision]] = []
     for first, at in given.items():
         name = indices.operands[first][at.dim]
         if name is None:
@@ -198,8 +198,9 @@ def along_one_dim(
             decision = Decision({}, (), exchanges=channels or exchanged)
         else:
             decision = replace(decide(call, indices, name, at, notation), gathers=frozenset(gathered))
-        choices.append((sum(num_bytes(call.tensor(o)) for o in others), at.sequence, decision))
-    return min(choices, key=lambda choice: choice[:2])[2] if choices else None
+        place = next(names.index(name) for names in indices.results if name in names)
+        choices.append((sum(num_bytes(call.tensor(o)) for o in others), at.sequence, place, decision))
+    return min(choices, key=lambda choice: choice[:3])[3] if choices else None
 
 
 def may_exchange(to: Mapping[str, Sharded], given: Mapping[str, Sharded]) -> bool:

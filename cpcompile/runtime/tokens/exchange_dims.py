@@ -76,7 +76,7 @@ def exchange_dims_backward(
     bounds: Tensor | None = None,
     to_bounds: Tensor | None = None,
 ) -> Tensor:
-    """Return the gradient of this rank's tokens; padding slots get 0, as their gradients are."""
+    """Return the gradient of this rank's tokens; padding slots get 0."""
     order, target = (
         TokenOrder.of(length, world_size, layout, bounds),
         TokenOrder.of(to_length, world_size, layout, to_bounds),
@@ -84,8 +84,13 @@ def exchange_dims_backward(
     shape = list(grad.shape)
     shape[dim] = world_size * order.local_length
     laid = grad.new_zeros(shape).index_copy_(dim, order.inverse(grad.device), grad)
-    parts = laid.chunk(world_size, dim)
-    return torch.cat(swapped(parts, group), to).index_select(to, target.inverse(grad.device))
+    arrived = torch.cat(swapped(laid.chunk(world_size, dim), group), to)
+    slots = torch.cat([target.positions(rank, grad.device) for rank in range(world_size)]).argsort()
+    result = arrived.index_select(to, slots[:to_length])
+    # Padding slots all came from the last element.
+    padding = arrived.index_select(to, slots[to_length:])
+    result.narrow(to, to_length - 1, 1).add_(padding.sum(to, keepdim=True))
+    return result
 
 
 @exchange_dims_backward.register_fake
