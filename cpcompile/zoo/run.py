@@ -47,7 +47,10 @@ def run_job(job: Job, report: Callable[[Result], None]) -> None:
     try:
         made = program_of(job.key, first)
         device = one_of(job.device)
-        model, inputs = made.model.to(device), torch.utils._pytree.tree_map_only(torch.Tensor, mover(device), made.inputs)
+        model, inputs = (
+            made.model.to(device),
+            torch.utils._pytree.tree_map_only(torch.Tensor, mover(device), made.inputs),
+        )
         subject = Subject(model, inputs, gather_evidence(model, inputs), **made.options)
     except Exception as error:
         outcome, reason, detail = own_failure(error)

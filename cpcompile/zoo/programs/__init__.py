@@ -3,7 +3,18 @@
 A file has those of one kind; `registry.PROGRAMS` has all by key. What a program needs that is not installed makes it not available.
 """
 
-from cpcompile.zoo.programs import chunks, decoders, diffusion, images, mixers, more_keys, science, signals, streams, vision  # noqa: F401  (they register)
+from cpcompile.zoo.programs import (
+    chunks,
+    decoders,
+    diffusion,
+    images,
+    mixers,
+    more_keys,
+    science,
+    signals,
+    streams,
+    vision,
+)  # noqa: F401  (they register)
 from cpcompile.zoo.programs.making import find_programs, make_program
 from cpcompile.zoo.programs.registry import PROGRAMS, Program
 
