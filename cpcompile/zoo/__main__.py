@@ -86,9 +86,7 @@ def zoo(
         )
     for name in catalogues:
         if name not in (MODELS, *CATALOGUES):
-            raise typer.BadParameter(
-                f"{name} is none of {', '.join((MODELS, *CATALOGUES))}.", param_hint="--catalogue"
-            )
+            raise typer.BadParameter(f"{name} is none of {', '.join((MODELS, *CATALOGUES))}.", param_hint="--catalogue")
     keys = [key for text in models or [""] for key in find_programs(catalogues, text)]
     try:
         others = [text for text in models or [] if not find_programs(catalogues, text)]

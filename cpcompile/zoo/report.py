@@ -74,7 +74,14 @@ def version_of(package: str) -> str:
 def row(counts: Counts) -> list[str]:
     """Return the numbers of one row, in the order of `COLUMNS`."""
     rest = [counts[outcome] for outcome in (REFUSED, WRONG, CRASH, NOT_CAPTURED, NOT_AVAILABLE)]
-    return [str(counts.captured), str(counts[EXACT]), counts.rate, str(counts.replicated), str(counts.whole), *map(str, rest)]
+    return [
+        str(counts.captured),
+        str(counts[EXACT]),
+        counts.rate,
+        str(counts.replicated),
+        str(counts.whole),
+        *map(str, rest),
+    ]
 
 
 def show(console: Console, results: Sequence[Result]) -> None:

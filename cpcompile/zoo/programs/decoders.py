@@ -195,7 +195,9 @@ class MultipliedMask(Scores):
 
     def weigh(self, scores: Tensor) -> Tensor:
         length = scores.shape[-1]
-        mask = torch.tril(torch.ones(length, length, device=scores.device, dtype=scores.dtype)).view(1, 1, length, length)
+        mask = torch.tril(torch.ones(length, length, device=scores.device, dtype=scores.dtype)).view(
+            1, 1, length, length
+        )
         return torch.softmax(scores * mask - 1e10 * (1 - mask), dim=-1)
 
 
@@ -332,7 +334,9 @@ class RelativeShift(nn.Module):
         place = split_heads(q + self.v_bias) @ split_heads(r[None]).mT
         scores = content + self.shift(place)
         mask = torch.ones(length, length, device=x.device, dtype=torch.bool).triu(1)
-        return join_heads((scores / 2).masked_fill(mask, -1e30).softmax(-1) @ v.unflatten(-1, (HEADS, -1)).transpose(1, 2))
+        return join_heads(
+            (scores / 2).masked_fill(mask, -1e30).softmax(-1) @ v.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        )
 
     def shift(self, x: Tensor) -> Tensor:
         batch, heads, rows, columns = x.shape

@@ -1,6 +1,6 @@
 """Diffusion: the transformers of diffusers from tiny settings, wrapped as people train them.
 
-Where pipelines pack latents to tokens `[B, tokens, C]` before the model, these tokens are declared; of images and videos nothing is.
+Where pipelines pack latents to tokens `[B, tokens, C]` before the model, these are declared; of images and videos nothing is.
 """
 
 from __future__ import annotations
@@ -157,7 +157,14 @@ WIDE_HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 FLUX = {**HEADS, "in_channels": 8, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": TEXT}
 ROPE = {"axes_dims_rope": (4, 4, 4)}
 WAN = {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": TEXT, "freq_dim": 8, "ffn_dim": 32, "num_layers": 2}
-HUNYUAN = {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_refiner_layers": 1, "text_embed_dim": TEXT}
+HUNYUAN = {
+    **HEADS,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "num_refiner_layers": 1,
+    "text_embed_dim": TEXT,
+}
 SQUARE = {"original_size": torch.full((BATCH, 2), 80.0), "target_size": torch.full((BATCH, 2), 80.0)}
 CROP = {"crop_coords": torch.zeros(BATCH, 2)}
 
@@ -256,7 +263,13 @@ PIXART = {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "sample
 RECIPES: Mapping[str, Recipe] = {
     "AceStepTransformer1DModel": Recipe(
         {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-        | {"num_key_value_heads": 2, "head_dim": 8, "in_channels": 12, "audio_acoustic_hidden_dim": 4, "sliding_window": 4},
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "in_channels": 12,
+            "audio_acoustic_hidden_dim": 4,
+            "sliding_window": 4,
+        },
         ace_step,
         PACKED,
     ),
@@ -283,7 +296,12 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "AuraFlowTransformer2DModel": Recipe(
         {**HEADS, "sample_size": 12, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1}
-        | {"num_single_dit_layers": 1, "joint_attention_dim": TEXT, "caption_projection_dim": 24, "pos_embed_max_size": 144},
+        | {
+            "num_single_dit_layers": 1,
+            "joint_attention_dim": TEXT,
+            "caption_projection_dim": 24,
+            "pos_embed_max_size": 144,
+        },
         latents(image, 4),
     ),
     "BriaFiboTransformer2DModel": Recipe(
@@ -299,7 +317,14 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "ChronoEditTransformer3DModel": Recipe({**WAN, "rope_temporal_skip_len": 2}, latents(video, 4, steps)),
     "CogVideoXTransformer3DModel": Recipe(
-        {**WIDE_HEADS, "in_channels": 4, "out_channels": 4, "time_embed_dim": 8, "text_embed_dim": TEXT, "num_layers": 2}
+        {
+            **WIDE_HEADS,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": TEXT,
+            "num_layers": 2,
+        }
         | {"sample_width": 14, "sample_height": 10, "sample_frames": 4 * FRAMES - 3, "max_text_seq_length": WORDS},
         latents(lambda s, c: video(s, c).transpose(1, 2).contiguous(), 4, steps),
     ),
@@ -314,7 +339,14 @@ RECIPES: Mapping[str, Recipe] = {
         latents(image, 4, steps, **SQUARE, **CROP),
     ),
     "ConsisIDTransformer3DModel": Recipe(
-        {**WIDE_HEADS, "in_channels": 4, "out_channels": 4, "time_embed_dim": 8, "text_embed_dim": TEXT, "num_layers": 2}
+        {
+            **WIDE_HEADS,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": TEXT,
+            "num_layers": 2,
+        }
         | {"sample_width": 14, "sample_height": 10, "sample_frames": 4 * FRAMES - 3, "max_text_seq_length": WORDS},
         latents(lambda s, c: video(s, c).transpose(1, 2).contiguous(), 4, steps),
     ),
@@ -356,7 +388,13 @@ RECIPES: Mapping[str, Recipe] = {
         PACKED,
     ),
     "Flux3Transformer2DModel": Recipe(
-        {**FLUX, "attention_head_dim": 16, "cond_in_channels": 8, "timestep_channels": 8, "axes_dims_rope": (4, 4, 4, 4)},
+        {
+            **FLUX,
+            "attention_head_dim": 16,
+            "cond_in_channels": 8,
+            "timestep_channels": 8,
+            "axes_dims_rope": (4, 4, 4, 4),
+        },
         lambda s: {**flux(s), "img_ids": ids_4(ROWS * COLUMNS)[0], "txt_ids": ids_4(WORDS)[0]},
         PACKED,
     ),
@@ -459,7 +497,14 @@ RECIPES: Mapping[str, Recipe] = {
         PACKED,
     ),
     "LTXVideoTransformer3DModel": Recipe(
-        {**HEADS, "in_channels": 8, "out_channels": 8, "cross_attention_dim": 24, "num_layers": 2, "caption_channels": TEXT},
+        {
+            **HEADS,
+            "in_channels": 8,
+            "out_channels": 8,
+            "cross_attention_dim": 24,
+            "num_layers": 2,
+            "caption_channels": TEXT,
+        },
         latents(
             lambda s, c: packed(s, c, FRAMES * ROWS * COLUMNS),
             8,
@@ -495,9 +540,7 @@ RECIPES: Mapping[str, Recipe] = {
     "MochiTransformer3DModel": Recipe(
         {**HEADS, "num_layers": 2, "pooled_projection_dim": 16, "in_channels": 4, "text_embed_dim": 8}
         | {"time_embed_dim": 8, "max_sequence_length": 16},
-        latents(
-            video, 4, steps, encoder_hidden_states=lambda s: text(s, 8), encoder_attention_mask=words_mask()
-        ),
+        latents(video, 4, steps, encoder_hidden_states=lambda s: text(s, 8), encoder_attention_mask=words_mask()),
     ),
     "MotifVideoTransformer3DModel": Recipe(
         {name: value for name, value in HUNYUAN.items() if name != "num_refiner_layers"}
@@ -558,7 +601,12 @@ RECIPES: Mapping[str, Recipe] = {
     "WanAnimateTransformer3DModel": Recipe(
         {**WAN, "in_channels": 12, "latent_channels": 4, "image_dim": 6, "added_kv_proj_dim": 24, "motion_dim": 4}
         | {"motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}, "motion_encoder_size": 16, "motion_style_dim": 8}
-        | {"motion_encoder_dim": 8, "face_encoder_hidden_dim": 8, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2},
+        | {
+            "motion_encoder_dim": 8,
+            "face_encoder_hidden_dim": 8,
+            "face_encoder_num_heads": 2,
+            "inject_face_latents_blocks": 2,
+        },
         latents(
             lambda s, c: video(s, c, frames=FRAMES + 1),
             12,

@@ -49,7 +49,10 @@ class DiT(nn.Module):
         super().__init__()
         self.patchify = nn.Conv2d(4, WIDTH, PATCH, stride=PATCH)
         self.position = nn.Parameter(torch.randn(1, ROWS * COLUMNS, WIDTH), requires_grad=False)
-        self.time, self.text = nn.Sequential(nn.Linear(8, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)), nn.Linear(6, WIDTH)
+        self.time, self.text = (
+            nn.Sequential(nn.Linear(8, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)),
+            nn.Linear(6, WIDTH),
+        )
         self.blocks = nn.ModuleList(AdaptiveBlock(cross) for _ in range(2))
         self.final = nn.Linear(WIDTH, PATCH * PATCH * 4)
 
@@ -231,7 +234,12 @@ class LatteOfTokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.space, self.time, self.head = nn.Linear(16, WIDTH), Block(), Block(causal=True), nn.Linear(WIDTH, 16)
+        self.embed, self.space, self.time, self.head = (
+            nn.Linear(16, WIDTH),
+            Block(),
+            Block(causal=True),
+            nn.Linear(WIDTH, 16),
+        )
 
     def forward(self, frames: Tensor, target: Tensor) -> Tensor:
         x = self.embed(frames)
@@ -274,7 +282,11 @@ class Windows(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.blocks, self.head = nn.Linear(12, WIDTH), nn.Sequential(SwinBlock(0), SwinBlock(1)), nn.Linear(WIDTH, 10)
+        self.embed, self.blocks, self.head = (
+            nn.Linear(12, WIDTH),
+            nn.Sequential(SwinBlock(0), SwinBlock(1)),
+            nn.Linear(WIDTH, 10),
+        )
 
     def forward(self, patches: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(self.head(self.blocks(self.embed(patches)).mean(dim=1)), label)
@@ -384,7 +396,11 @@ class Flamingo(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vision, self.embed, self.head = ImageEncoder(), nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.vision, self.embed, self.head = (
+            ImageEncoder(),
+            nn.Embedding(VOCABULARY, WIDTH),
+            nn.Linear(WIDTH, VOCABULARY),
+        )
         self.cross, self.block, self.gate = Attention(), Block(causal=True), nn.Parameter(torch.randn(1))
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, labels: Tensor) -> Tensor:

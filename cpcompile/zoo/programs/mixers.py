@@ -137,7 +137,9 @@ class GatedDelta(Mixer):
         upper = torch.ones(SIZE, SIZE, dtype=torch.bool, device=q.device).triu(0)
         system = ((scaled @ k.mT) * ratio).masked_fill(upper, 0)
         inverse = torch.linalg.solve_triangular(
-            system + torch.eye(SIZE, device=q.device, dtype=q.dtype), torch.eye(SIZE, device=q.device, dtype=q.dtype), upper=False
+            system + torch.eye(SIZE, device=q.device, dtype=q.dtype),
+            torch.eye(SIZE, device=q.device, dtype=q.dtype),
+            upper=False,
         )
         new, seen = inverse @ v, inverse @ (scaled * sums.exp()[..., None])
         state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
@@ -164,7 +166,10 @@ class Hyena(nn.Module):
         super().__init__()
         self.project, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.short = nn.Conv1d(3 * WIDTH, 3 * WIDTH, 3, padding=2, groups=3 * WIDTH)
-        self.filter, self.bias = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, WIDTH)), nn.Parameter(torch.randn(WIDTH))
+        self.filter, self.bias = (
+            nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, WIDTH)),
+            nn.Parameter(torch.randn(WIDTH)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
@@ -203,8 +208,9 @@ class MinGRU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, gate = self.project(x).chunk(2, dim=-1)
-        decays, values = -F.softplus(gate), -F.softplus(-gate) + torch.where(
-            hidden >= 0, (F.relu(hidden) + 0.5).log(), -F.softplus(-hidden)
+        decays, values = (
+            -F.softplus(gate),
+            -F.softplus(-gate) + torch.where(hidden >= 0, (F.relu(hidden) + 0.5).log(), -F.softplus(-hidden)),
         )
         sums = decays.cumsum(dim=1)
         return self.out((sums + (values - sums).logcumsumexp(dim=1)).exp())
@@ -229,7 +235,9 @@ class RWKV(nn.Module):
         k, v, r = self.key(xk), self.value(xv), self.gate(xr).sigmoid()
         steps = torch.arange(x.shape[1], device=x.device)
         distance = (steps[:, None] - steps[None, :]).clamp(min=0)
-        powers = torch.exp(-F.softplus(self.decay) * distance[..., None]) * (steps[:, None] >= steps[None, :])[..., None]
+        powers = (
+            torch.exp(-F.softplus(self.decay) * distance[..., None]) * (steps[:, None] >= steps[None, :])[..., None]
+        )
         weights = k.clamp(max=30).exp()
         top = torch.einsum("ijd,bjd->bid", powers, weights * v)
         return r * top / torch.einsum("ijd,bjd->bid", powers, weights)

@@ -250,7 +250,10 @@ class RecurrentMemory(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
-        self.memory, self.blocks = nn.Parameter(torch.randn(3, WIDTH)), nn.Sequential(Block(causal=True), Block(causal=True))
+        self.memory, self.blocks = (
+            nn.Parameter(torch.randn(3, WIDTH)),
+            nn.Sequential(Block(causal=True), Block(causal=True)),
+        )
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         memory = self.memory.expand(input_ids.shape[0], -1, -1)

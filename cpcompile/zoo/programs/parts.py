@@ -36,9 +36,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         other = x if other is None else other
-        q, k, v = (
-            split_heads(part, self.heads) for part in (self.query(x), self.key(other), self.value(other))
-        )
+        q, k, v = (split_heads(part, self.heads) for part in (self.query(x), self.key(other), self.value(other)))
         return self.out(join_heads(F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal)))
 
 

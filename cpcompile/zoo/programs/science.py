@@ -76,7 +76,11 @@ class Contacts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.qk, self.head = nn.Embedding(AMINO_ACIDS, WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(HEADS, 1)
+        self.embed, self.qk, self.head = (
+            nn.Embedding(AMINO_ACIDS, WIDTH),
+            nn.Linear(WIDTH, 2 * WIDTH),
+            nn.Linear(HEADS, 1),
+        )
 
     def forward(self, residues: Tensor, contacts: Tensor) -> Tensor:
         q, k = (split_heads(t) for t in self.qk(self.embed(residues)).chunk(2, dim=-1))
@@ -184,12 +188,13 @@ def alignment_attention(s: Sampler) -> Program:
     return Program(Alignment(), {"alignment": alignment, "labels": labels}, {"token_dims": {"alignment": 2}})
 
 
-class TiedRows(Alignment):
+class TiedRows(nn.Module):
     """MSA Transformer: one softmax for all rows, of the sum of their scores."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.embed, self.norm = nn.Embedding(AMINO_ACIDS, WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.mlp, self.head = nn.Linear(WIDTH, 3 * WIDTH), MLP(), nn.Linear(WIDTH, AMINO_ACIDS)
 
     def forward(self, alignment: Tensor, labels: Tensor) -> Tensor:
         x = self.embed(alignment)
@@ -210,7 +215,11 @@ class PointAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.qkv, self.points = nn.Embedding(AMINO_ACIDS, WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 36)
+        self.embed, self.qkv, self.points = (
+            nn.Embedding(AMINO_ACIDS, WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, 36),
+        )
         self.out, self.weight = nn.Linear(WIDTH + HEADS * 4, 3), nn.Parameter(torch.randn(HEADS))
 
     def forward(self, residues: Tensor, rotations: Tensor, translations: Tensor) -> Tensor:
@@ -242,7 +251,11 @@ class Genome(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.pool = nn.Conv1d(4, WIDTH, 5, padding=2), nn.Conv1d(WIDTH, WIDTH, 1)
-        self.tower, self.blocks, self.head = nn.Conv1d(WIDTH, WIDTH, 3, padding=1), nn.Sequential(Block(), Block()), nn.Linear(WIDTH, 3)
+        self.tower, self.blocks, self.head = (
+            nn.Conv1d(WIDTH, WIDTH, 3, padding=1),
+            nn.Sequential(Block(), Block()),
+            nn.Linear(WIDTH, 3),
+        )
 
     def forward(self, bases: Tensor, counts: Tensor) -> Tensor:
         x = self.stem(bases.transpose(1, 2))
@@ -265,7 +278,11 @@ class Cells(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gene, self.value = nn.Embedding(128, WIDTH), nn.Sequential(nn.Linear(1, WIDTH), nn.ReLU())
-        self.cell, self.blocks, self.head = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Sequential(Block(), Block()), nn.Linear(WIDTH, 1)
+        self.cell, self.blocks, self.head = (
+            nn.Parameter(torch.randn(1, 1, WIDTH)),
+            nn.Sequential(Block(), Block()),
+            nn.Linear(WIDTH, 1),
+        )
 
     def forward(self, genes: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
         shown = values.masked_fill(hidden, -2.0)
@@ -316,7 +333,11 @@ class Molecule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.atom, self.means, self.project = nn.Embedding(128, WIDTH), nn.Parameter(torch.randn(6)), nn.Linear(6, HEADS)
+        self.atom, self.means, self.project = (
+            nn.Embedding(128, WIDTH),
+            nn.Parameter(torch.randn(6)),
+            nn.Linear(6, HEADS),
+        )
         self.qkv, self.head = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2)), nn.Linear(HEADS, 1)
 
     def forward(self, atoms: Tensor, coordinates: Tensor, truth: Tensor) -> Tensor:
@@ -336,7 +357,11 @@ class Molecule(nn.Module):
 
 @program("science")
 def unimol(s: Sampler) -> Program:
-    inputs = {"atoms": s.tokens(RESIDUES), "coordinates": s.normal(BATCH, RESIDUES, 3), "truth": s.normal(BATCH, RESIDUES, 3)}
+    inputs = {
+        "atoms": s.tokens(RESIDUES),
+        "coordinates": s.normal(BATCH, RESIDUES, 3),
+        "truth": s.normal(BATCH, RESIDUES, 3),
+    }
     return Program(Molecule(), inputs, {"token_dims": {"atoms": 1, "coordinates": 1}})
 
 
@@ -368,7 +393,11 @@ class SetTransformer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.induced, self.seed = nn.Linear(3, WIDTH), nn.Parameter(torch.randn(1, 4, WIDTH)), nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.embed, self.induced, self.seed = (
+            nn.Linear(3, WIDTH),
+            nn.Parameter(torch.randn(1, 4, WIDTH)),
+            nn.Parameter(torch.randn(1, 1, WIDTH)),
+        )
         self.read, self.write, self.pool, self.head = Attention(), Attention(), Attention(), nn.Linear(WIDTH, 2)
 
     def forward(self, points: Tensor, target: Tensor) -> Tensor:
@@ -389,7 +418,12 @@ class Slices(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.deal, self.block, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 5), Block(), nn.Linear(WIDTH, 1)
+        self.embed, self.deal, self.block, self.head = (
+            nn.Linear(3, WIDTH),
+            nn.Linear(WIDTH, 5),
+            Block(),
+            nn.Linear(WIDTH, 1),
+        )
 
     def forward(self, mesh: Tensor, pressure: Tensor) -> Tensor:
         x = self.embed(mesh)
@@ -432,7 +466,12 @@ class Axial(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.along_columns, self.along_rows, self.head = nn.Linear(3, WIDTH), Block(), Block(), nn.Linear(WIDTH, 3)
+        self.embed, self.along_columns, self.along_rows, self.head = (
+            nn.Linear(3, WIDTH),
+            Block(),
+            Block(),
+            nn.Linear(WIDTH, 3),
+        )
 
     def forward(self, field: Tensor, later: Tensor) -> Tensor:
         x = self.embed(field)

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpcompile.zoo.inputs import BATCH, LENGTH, Sampler
-from cpcompile.zoo.programs.parts import HEADS, MLP, VOCABULARY, WIDTH, Attention, Block, join_heads, split_heads, token_loss
+from cpcompile.zoo.programs.parts import (
+    HEADS,
+    MLP,
+    VOCABULARY,
+    WIDTH,
+    Attention,
+    Block,
+    join_heads,
+    split_heads,
+    token_loss,
+)
 from cpcompile.zoo.programs.registry import Program, program
 
 PATCH = 5
@@ -25,7 +35,10 @@ class PatchTST(nn.Module):
 
     def forward(self, past: Tensor, future: Tensor) -> Tensor:
         x = past.transpose(1, 2)
-        mean, spread = x.mean(-1, keepdim=True).detach(), (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt().detach()
+        mean, spread = (
+            x.mean(-1, keepdim=True).detach(),
+            (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt().detach(),
+        )
         x = F.pad((x - mean) / spread, (0, 2), mode="replicate").unfold(-1, PATCH, 2)
         batch, variables = x.shape[:2]
         x = self.blocks(self.embed(x).flatten(0, 1) + self.position)
@@ -141,7 +154,11 @@ class Patches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.blocks, self.head = nn.Linear(2 * PATCH, WIDTH), nn.Sequential(Block(causal=True), Block(causal=True)), nn.Linear(WIDTH, PATCH)
+        self.embed, self.blocks, self.head = (
+            nn.Linear(2 * PATCH, WIDTH),
+            nn.Sequential(Block(causal=True), Block(causal=True)),
+            nn.Linear(WIDTH, PATCH),
+        )
 
     def forward(self, series: Tensor, padding: Tensor) -> Tensor:
         x, hidden = series.unflatten(1, (-1, PATCH)), padding.unflatten(1, (-1, PATCH))
@@ -156,7 +173,9 @@ class Patches(nn.Module):
 def patched_decoder(s: Sampler) -> Program:
     padding = torch.zeros(BATCH, 7 * PATCH)
     padding[1, -8:] = 1
-    return Program(Patches(), {"series": s.normal(BATCH, 7 * PATCH).cumsum(1), "padding": padding}, {"token_dims": {"series": 1}})
+    return Program(
+        Patches(), {"series": s.normal(BATCH, 7 * PATCH).cumsum(1), "padding": padding}, {"token_dims": {"series": 1}}
+    )
 
 
 class Quantised(nn.Module):
@@ -165,7 +184,11 @@ class Quantised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("edges", torch.linspace(-3, 3, 31))
-        self.embed, self.blocks, self.head = nn.Embedding(32, WIDTH), nn.Sequential(Block(causal=True), Block(causal=True)), nn.Linear(WIDTH, 32)
+        self.embed, self.blocks, self.head = (
+            nn.Embedding(32, WIDTH),
+            nn.Sequential(Block(causal=True), Block(causal=True)),
+            nn.Linear(WIDTH, 32),
+        )
 
     def forward(self, series: Tensor) -> Tensor:
         scaled = series / series.abs().mean(dim=1, keepdim=True)
@@ -184,7 +207,11 @@ class SASRec(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.item, self.position = nn.Embedding(VOCABULARY, WIDTH, padding_idx=0), nn.Embedding(64, WIDTH)
-        self.attention, self.mlp, self.norm = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), MLP(), nn.LayerNorm(WIDTH)
+        self.attention, self.mlp, self.norm = (
+            nn.MultiheadAttention(WIDTH, HEADS, batch_first=True),
+            MLP(),
+            nn.LayerNorm(WIDTH),
+        )
 
     def forward(self, items: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         length = items.shape[1]
@@ -213,13 +240,19 @@ class BERT4Rec(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.item, self.position, self.bias = nn.Embedding(VOCABULARY, WIDTH), nn.Parameter(torch.randn(1, LENGTH, WIDTH)), nn.Parameter(torch.zeros(VOCABULARY))
+        self.item, self.position, self.bias = (
+            nn.Embedding(VOCABULARY, WIDTH),
+            nn.Parameter(torch.randn(1, LENGTH, WIDTH)),
+            nn.Parameter(torch.zeros(VOCABULARY)),
+        )
         self.block = Block()
 
     def forward(self, items: Tensor, labels: Tensor) -> Tensor:
         mask = (items > 0).unsqueeze(1).repeat(1, items.size(1), 1).unsqueeze(1)
         x = self.block(self.item(items) + self.position, None, mask)
-        return F.cross_entropy((x @ self.item.weight.T + self.bias).view(-1, VOCABULARY), labels.view(-1), ignore_index=0)
+        return F.cross_entropy(
+            (x @ self.item.weight.T + self.bias).view(-1, VOCABULARY), labels.view(-1), ignore_index=0
+        )
 
 
 @program("science")
@@ -234,7 +267,11 @@ class TargetAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.item, self.weigh, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Sequential(nn.Linear(4 * WIDTH, 8), nn.PReLU(), nn.Linear(8, 1)), nn.Linear(3 * WIDTH, 1)
+        self.item, self.weigh, self.head = (
+            nn.Embedding(VOCABULARY, WIDTH),
+            nn.Sequential(nn.Linear(4 * WIDTH, 8), nn.PReLU(), nn.Linear(8, 1)),
+            nn.Linear(3 * WIDTH, 1),
+        )
 
     def forward(self, history: Tensor, target: Tensor, clicked: Tensor) -> Tensor:
         past, item = self.item(history), self.item(target)
@@ -299,7 +336,9 @@ class HSTU(nn.Module):
 @program("science")
 def hstu(s: Sampler) -> Program:
     timestamps = (s.normal(BATCH, LENGTH).abs() * 50).cumsum(1)
-    return Program(HSTU(), {"items": s.tokens(), "timestamps": timestamps, "labels": s.labels()}, {"token_dims": {"items": 1}})
+    return Program(
+        HSTU(), {"items": s.tokens(), "timestamps": timestamps, "labels": s.labels()}, {"token_dims": {"items": 1}}
+    )
 
 
 class Wav2Vec(nn.Module):
@@ -322,7 +361,9 @@ class Wav2Vec(nn.Module):
         rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
         others = torch.cat([truth.unsqueeze(2), truth[rows, negatives]], dim=2)
         logits = F.cosine_similarity(y.unsqueeze(2), others, dim=-1) / 0.1
-        losses = F.cross_entropy(logits.flatten(0, 1), hidden.new_zeros(hidden.numel(), dtype=torch.long), reduction="none")
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), hidden.new_zeros(hidden.numel(), dtype=torch.long), reduction="none"
+        )
         return (losses * hidden.flatten()).sum() / hidden.sum()
 
 
@@ -370,7 +411,11 @@ class Conformer(nn.Module):
         super().__init__()
         self.sample, self.embed = nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Linear(16, WIDTH)
         self.first, self.last, self.attention = MLP(), MLP(), Attention()
-        self.gate, self.depthwise, self.out = nn.Conv1d(WIDTH, 2 * WIDTH, 1), nn.Conv1d(WIDTH, WIDTH, 5, padding=2, groups=WIDTH), nn.Conv1d(WIDTH, WIDTH, 1)
+        self.gate, self.depthwise, self.out = (
+            nn.Conv1d(WIDTH, 2 * WIDTH, 1),
+            nn.Conv1d(WIDTH, WIDTH, 5, padding=2, groups=WIDTH),
+            nn.Conv1d(WIDTH, WIDTH, 1),
+        )
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 12)
 
     def forward(self, mel: Tensor, lengths: Tensor, words: Tensor, word_lengths: Tensor) -> Tensor:
@@ -423,7 +468,13 @@ class Table(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cell, self.label, self.features, self.rows, self.head = nn.Linear(1, WIDTH), nn.Linear(1, WIDTH), Block(), Attention(), nn.Linear(WIDTH, 1)
+        self.cell, self.label, self.features, self.rows, self.head = (
+            nn.Linear(1, WIDTH),
+            nn.Linear(1, WIDTH),
+            Block(),
+            Attention(),
+            nn.Linear(WIDTH, 1),
+        )
 
     def forward(self, table: Tensor, labels: Tensor, known: Tensor) -> Tensor:
         y = torch.where(known, labels, labels.new_zeros(()))
@@ -449,8 +500,16 @@ class ActionChunks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.action, self.joints, self.patch, self.style = nn.Linear(3, WIDTH), nn.Linear(5, WIDTH), nn.Linear(12, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.class_token, self.queries = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Parameter(torch.randn(1, LENGTH, WIDTH))
+        self.action, self.joints, self.patch, self.style = (
+            nn.Linear(3, WIDTH),
+            nn.Linear(5, WIDTH),
+            nn.Linear(12, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
+        self.class_token, self.queries = (
+            nn.Parameter(torch.randn(1, 1, WIDTH)),
+            nn.Parameter(torch.randn(1, LENGTH, WIDTH)),
+        )
         self.coder, self.encoder, self.cross, self.head = Block(), Block(), Attention(), nn.Linear(WIDTH, 3)
 
     def forward(self, actions: Tensor, joints: Tensor, patches: Tensor) -> Tensor:
