@@ -7,6 +7,7 @@ from cpcompile.passes.choose_strategies import choose_strategies
 from cpcompile.passes.chunk_losses import chunk_losses
 from cpcompile.passes.cut_hidden_rows import cut_hidden_rows
 from cpcompile.passes.find_attention import find_attention
+from cpcompile.passes.find_softmax import find_softmax
 from cpcompile.passes.find_token_local import find_token_local
 from cpcompile.passes.finish_outputs import finish_outputs
 from cpcompile.passes.follow_documents import follow_documents
@@ -16,6 +17,7 @@ from cpcompile.passes.lift_masks import lift_masks
 from cpcompile.passes.open_flex_attention import open_flex_attention
 from cpcompile.passes.open_masked_rows import open_masked_rows
 from cpcompile.passes.open_products import open_products
+from cpcompile.passes.open_transforms import open_transforms
 from cpcompile.passes.open_varlen_attention import open_varlen_attention
 from cpcompile.passes.place_tokens import place_tokens
 from cpcompile.passes.recompute_blocks import recompute_blocks
@@ -32,8 +34,10 @@ ANALYSIS = (
     functionalise_writes,
     open_masked_rows,
     open_products,
+    open_transforms,
     open_flex_attention,
     open_varlen_attention,
+    find_softmax,
     find_attention,
     lift_masks,
     cut_hidden_rows,
@@ -71,6 +75,7 @@ __all__ = [
     "chunk_losses",
     "cut_hidden_rows",
     "find_attention",
+    "find_softmax",
     "find_token_local",
     "finish_outputs",
     "follow_documents",
@@ -80,6 +85,7 @@ __all__ = [
     "open_flex_attention",
     "open_masked_rows",
     "open_products",
+    "open_transforms",
     "open_varlen_attention",
     "place_tokens",
     "recompute_blocks",

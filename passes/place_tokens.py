@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from cpcompile.analysis.regions import place_region, regions_of
+from cpcompile.analysis.regions import place_region, regions_of, replace_inputs
 from cpcompile.errors import LengthDependent, NoChunks, NoRule, where
 from cpcompile.ir.annotation import annotate, annotation, placement_of
+from cpcompile.ir.exchanging import Exchanger
 from cpcompile.ir.joining import Joiner
 from cpcompile.ir.operator_call import Call, expression, is_tensor, value_of, values_of
-from cpcompile.ir.placement import Full, Partial, Placement, Sharded
+from cpcompile.ir.placement import CHANNELS, Full, Partial, Placement, Sharded
 from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
-from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, no_rule
+from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, is_whole_dim, no_rule
 from cpcompile.rules.joined import LOCAL_LOWERINGS, JoinedTokens
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.partial import stays_partial
@@ -66,6 +68,8 @@ class Placer:
         self.resharder = Resharder(gm, plan)
         self.localiser = Localiser(self.resharder)
         self.joined = JoinedTokens(Joiner(self.resharder), self.localiser)
+        self.exchanger = Exchanger(self.resharder)
+        self.num_given = len(Lengths.all_of(gm))  # sequences of inputs; those that come are made of them
         self.replaced: set[fx.Node] = set()
         self.regions = {region.nodes[0]: region for region in regions_of(gm)}
 
@@ -78,6 +82,8 @@ class Placer:
             annotate(node, placement=Full(at))
         elif annotation(node).region:
             if node in self.regions:
+                for operand in self.regions[node].inputs:
+                    replace_inputs(self.regions[node], {operand: self.exchanger.to_tokens(operand)})
                 place_region(self.regions[node], self.resharder, self.localiser.localise, self.plan.strict)
         elif node.op == "call_function":
             if node.target is operator.getitem:
@@ -86,6 +92,8 @@ class Placer:
                 self._place_call(node)
             else:
                 self._require_whole(node)
+        elif node.op == "output":
+            node.args = fx.map_arg(node.args, self.exchanger.to_tokens)
 
     def _place_call(self, node: fx.Node) -> None:
         call = Call.of(node)
@@ -120,7 +128,7 @@ class Placer:
             decision = self._push(call, hints)
         except NoRule:
             return
-        if decision.lower is not None:
+        if decision.lower is not None or decision.exchanges or (decision.gathers and node.target not in HEAVY):
             return
         first = decision.results[0]
         if node.target in HEAVY and any(isinstance(p, Sharded) for p in decision.results):
@@ -132,7 +140,7 @@ class Placer:
         """Return where an operand may hold tokens, by its sizes: any dim of a whole value is right to shard."""
         name = "indices" if "indices" in call else next(name for name, _ in call.operands())
         sizes = call.shape(name)[: None if name == "indices" else -1]
-        for sequence, lengths in enumerate(Lengths.all_of(self.gm)):
+        for sequence, lengths in enumerate(Lengths.all_of(self.gm)[: self.num_given]):
             dims = [dim for dim, size in enumerate(sizes) if str(size) == str(lengths.value)]
             if len(dims) == 1:
                 return {name: Sharded(dims[0], sequence=sequence)}
@@ -145,15 +153,13 @@ class Placer:
         call = Call.of(node)
         try:
             self._fit_operands(node, call)
-            call = Call.of(node)
             try:
-                self._localise_call(node, call, self._push(call, sharded_operands(call)))
+                self._localise_call(node, Call.of(node), self._decide(node))
             except NoRule:
-                if self._align_operands(node, call):
-                    call = Call.of(node)
-                    self._localise_call(node, call, self._push(call, sharded_operands(call)))
-                elif not self.joined.join(node, call):
-                    if not any(change(node, call) for change in self.joined.changes):
+                if self._align_operands(node, Call.of(node)):
+                    self._localise_call(node, Call.of(node), self._decide(node))
+                elif not self.joined.join(node, Call.of(node)):
+                    if not any(change(node, Call.of(node)) for change in self.joined.changes):
                         raise
                     self._place_call(node)
         except (NoChunks, LengthDependent):
@@ -197,6 +203,40 @@ class Placer:
     def _drop(self, node: fx.Node) -> None:
         self.replaced.add(node)
         self.gm.graph.erase_node(node)
+
+    def _decide(self, node: fx.Node) -> Decision:
+        """Return what happens to a call of sharded operands, which are sharded along the dims that it needs.
+
+        Raises:
+            NoRule: no rule covers this, nor one with operands that were sharded along channels and are so by tokens again.
+        """
+        call = Call.of(node)
+        sharded = sharded_operands(call)
+        of_channels = [name for name, at in sharded.items() if self.exchanger.is_of_channels(at)]
+        try:
+            decision = self._push(call, sharded)
+        except NoRule:
+            if not of_channels:
+                raise
+            decision = Decision({}, ())
+        changes = dict.fromkeys(of_channels, self.exchanger.to_tokens)
+        if decision.exchanges and not any(at.sequence == CHANNELS for at in decision.exchanges.values() if of_channels):
+            changes = {name: partial(self.exchanger.exchange, to=at) for name, at in decision.exchanges.items()}
+        elif not of_channels or self._stays_along_channels(decision):
+            return decision
+        try:
+            self._replace_operands(node, call, changes)
+        except NoRule:
+            if decision.results:
+                return decision
+            raise
+        return self._decide(node)
+
+    def _stays_along_channels(self, decision: Decision) -> bool:
+        """Tell whether an operator on channels of this rank gives results that are sharded along these channels."""
+        results, is_of_channels = decision.results, self.exchanger.is_of_channels
+        is_plain = bool(results) and decision.lower is None
+        return is_plain and all(isinstance(at, Sharded) and is_of_channels(at) and is_whole_dim(at) for at in results)
 
     def _fit_operands(self, node: fx.Node, call: Call) -> None:
         """Move operands that reach outside the sequence to where every token has a slot, if that is possible."""
@@ -269,6 +309,8 @@ class Placer:
                 return operand
             case Sharded(), Sharded() if have.is_shift_of(wanted):
                 return self.resharder.move(operand, wanted)
+            case Sharded(), Sharded() if is_whole_dim(have) and is_whole_dim(wanted) and have.dim != wanted.dim:
+                return self.exchanger.exchange(operand, wanted)
         operands = {n: placement_of(o) for n, o in call.operands()}
         raise no_rule(call, operands, f"{name} is {have} but must be {wanted}", RULES[call.target].notation)
 

@@ -23,6 +23,7 @@ from cpcompile.ir.insertion import insert_document_bounds, replace_uses
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
 from cpcompile.ir.plan import Lengths, Plan
+from cpcompile.rules.attention import QUERY_TOKENS
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
 cp = torch.ops.cpcompile
@@ -59,7 +60,7 @@ def is_along_one_sequence(node: fx.Node) -> bool:
             f"strategy='latent_heads' cannot compute this attention: its queries are not sharded.\n\n{where(node)}\n\n"
             "Use strategy='latent' or 'gather'."
         )
-    return isinstance(placements[1], Sharded) and placements[1].dim == 2
+    return isinstance(placements[1], Sharded) and placements[1].dim == QUERY_TOKENS.dim
 
 
 def insert_bounds(gm: fx.GraphModule, sites: list[fx.Node]) -> dict[fx.Node, fx.Node]:

@@ -47,7 +47,7 @@ class Joiner:
             NoRule: the size is not known from the inputs.
         """
         for number, lengths in enumerate(Lengths.all_of(self.gm)):
-            if not lengths.parts and not lengths.layout and str(lengths.value) == str(size):
+            if lengths.is_of_tokens and str(lengths.value) == str(size):
                 return number
         self._refuse_documents(node)
         with self._at_the_top():

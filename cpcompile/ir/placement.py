@@ -61,6 +61,10 @@ class Sharded:
         return f"Sharded({self.dim}{inner}{cut}{sequence})"
 
 
+# In place of the number of a sequence: a dim that holds no tokens, of which each rank gets a part in exchange for all tokens.
+CHANNELS = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Full:
     """Every rank holds all of it. `tokens` says where the tokens are known to be, if they are known."""

@@ -76,6 +76,7 @@ class Lengths:
             elements each of its tokens has there. See `ir.joining`.
         is_padded: whether some rank may hold padding slots; None where that follows from the number of tokens.
         layout: that of this sequence, where it is not the plan's.
+        is_of_channels: these are no tokens, but another dim that a value is sharded along for a while.
     """
 
     value: Any
@@ -85,6 +86,12 @@ class Lengths:
     parts: tuple[tuple[int, int], ...] = ()
     is_padded: bool | None = None
     layout: str = ""
+    is_of_channels: bool = False
+
+    @property
+    def is_of_tokens(self) -> bool:
+        """Whether these are tokens, dealt to the ranks as the plan says."""
+        return not (self.parts or self.layout or self.is_of_channels)
 
     def axis(self, plan: Plan) -> tuple[Any, ...]:
         """Return the last arguments of every operator that knows the layout, behind the number of tokens.

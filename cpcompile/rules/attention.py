@@ -40,33 +40,34 @@ class AttentionRule:
 
     def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
         given = {name: operands[name] for name in ("q", "k", "v") if name in operands}
+        if len(given) == 3 and len(set(given.values())) == 1 and given["q"].dim < 2:
+            return self._of_rows(call, given["q"], operands)
         if any(at.reaches_outside for at in given.values()):
             raise no_rule(call, operands, "attention reads tokens outside the sequence", self.notation)
-        places = set(given.values())
-        if len(places) == 1 and len(given) == 3 and next(iter(places)).dim == 0:
-            return self._within_rows(call, next(iter(places)))
         sizes = {str(call.shape(name)[2]) for name in ("q", "k", "v")}
         if len(sizes) > 1 or len({at.sequence for at in given.values()}) != 1:
             if "q" in given and given["q"].dim != QUERY_TOKENS.dim:
                 raise no_rule(call, operands, "queries hold the tokens along another dim than their own", self.notation)
             return self._across(call, operands)
-        if any(at.with_range(0, 0) != replace(QUERY_TOKENS, sequence=at.sequence) for at in places):
+        if any(at.with_range(0, 0) != replace(QUERY_TOKENS, sequence=at.sequence) for at in given.values()):
             raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
         if not all(at.covers_all for at in given.values()):
             return self._along_a_range(call, next(iter(given.values())), operands)
         return self._along_one_sequence(call, next(iter(given.values())), given.keys(), "mask" in operands)
 
-    def _within_rows(self, call: Call, at: Sharded) -> Decision:
-        """Each rank has whole rows of the batch, which look at themselves: nothing travels."""
-        if call["dropout"]:
-            raise no_rule(call, {"q": at}, "which weights are dropped would depend on the rank", self.notation)
-        wanted: dict[str, Placement] = {name: FULL for name, _ in call.operands()}
-        wanted |= dict.fromkeys(("q", "k", "v"), at)
-        for name in ("documents", "key_padding", "prefix", "bounds", "mask"):
-            if call[name] is not None and len(call.shape(name)) in (1, 2, 4) and not is_one(call.shape(name)[0]):
-                is_of_rows = name != "mask" or len(call.shape(name)) == 4
-                wanted[name] = at if is_of_rows else FULL
-        return Decision(wanted, (at,), gathers=frozenset({"slopes", "sinks"}))
+    def _of_rows(self, call: Call, at: Sharded, operands: Mapping[str, Sharded]) -> Decision:
+        """Attend along another dim than that of the tokens, which are rows of the batch or heads: each rank has its own."""
+        if call["dropout"] or call["bounds"] is not None or call.shape("q")[1] != call.shape("k")[1]:
+            raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
+        result = replace(at, outside=None)
+        dims = {"documents": 0, "key_padding": 0, "prefix": 0, "slopes": 1, "sinks": 1}
+        terms = [name for name in ("mask", *dims) if call[name] is not None]
+        wanted: dict[str, Placement] = {**dict.fromkeys(("q", "k", "v"), at), **dict.fromkeys(terms, FULL)}
+        for name in terms:
+            own = at.dim + len(call.shape("mask")) - 4 if name == "mask" else 0 if dims[name] == at.dim else -1
+            if own >= 0 and not is_one(call.shape(name)[own]):
+                wanted[name] = replace(at, dim=own)
+        return Decision(wanted, (result,), gathers=frozenset(terms))
 
     def _along_a_range(self, call: Call, at: Sharded, operands: Mapping[str, Sharded]) -> Decision:
         """Move the tokens to the front of the sequence, and hide the slots that are left over at its end."""

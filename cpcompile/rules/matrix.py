@@ -51,20 +51,22 @@ def matmul(call: Call) -> Indices:
         {"self": names(left, ("m", "k"), ("k",)), "other": names(right, ("k", "n"), ("k",))},
         (result,),
         summed=True,
-        gathers="other",
+        gathers=("other",),
     )
 
 
 @rule(aten.mm.default)
 def mm(call: Call) -> Indices:
     """[m k], [k n] -> [m n]"""
-    return Indices({"self": ("m", "k"), "mat2": ("k", "n")}, (("m", "n"),), summed=True, gathers="mat2")
+    return Indices({"self": ("m", "k"), "mat2": ("k", "n")}, (("m", "n"),), summed=True, gathers=("mat2",))
 
 
 @rule(aten.bmm.default)
 def bmm(call: Call) -> Indices:
     """[b m k], [b k n] -> [b m n]"""
-    return Indices({"self": ("b", "m", "k"), "mat2": ("b", "k", "n")}, (("b", "m", "n"),), summed=True, gathers="mat2")
+    return Indices(
+        {"self": ("b", "m", "k"), "mat2": ("b", "k", "n")}, (("b", "m", "n"),), summed=True, gathers=("mat2",)
+    )
 
 
 @rule(aten.baddbmm.default)
@@ -74,7 +76,15 @@ def baddbmm(call: Call) -> Indices:
     by_dim = {"d0": "b", "d1": "m", "d2": "n"}
     names: Names = tuple(name and by_dim[name] for name in added)
     operands: dict[str, Names] = {"self": names, "batch1": ("b", "m", "k"), "batch2": ("b", "k", "n")}
-    return Indices(operands, (("b", "m", "n"),), gathers="batch2")
+    return Indices(operands, (("b", "m", "n"),), gathers=("batch2",))
+
+
+@rule(aten.cdist.default, aten._cdist_forward.default)
+def distances(call: Call) -> Indices:
+    """[... m k], [... n k] -> [... m n]"""
+    batch: Names = tuple(f"d{i}" for i in range(call.result.dim() - 2))
+    first, second = (aligned(call.shape(name)[:-2], tuple(call.result.shape)[:-2]) for name in ("x1", "x2"))
+    return Indices({"x1": (*first, "m", None), "x2": (*second, "n", None)}, ((*batch, "m", "n"),), gathers=("x2",))
 
 
 @rule(aten.mv.default, aten.dot.default, aten.vdot.default, aten.inner.default, aten.outer.default, aten.ger.default)
@@ -82,9 +92,9 @@ def of_vectors(call: Call) -> Indices:
     """[... k], [k] -> [...]; [m], [n] -> [m n]"""
     (first, a), (second, b) = ((name, len(call.shape(name))) for name, _ in call.operands())
     if call.target in (aten.outer.default, aten.ger.default):
-        return Indices({first: ("m",), second: ("n",)}, (("m", "n"),), gathers=second)
+        return Indices({first: ("m",), second: ("n",)}, (("m", "n"),), gathers=(second,))
     left, right = leading(a - 1, "m"), leading(b - 1, "n")
-    return Indices({first: (*left, "k"), second: (*right, "k")}, ((*left, *right),), summed=True, gathers=second)
+    return Indices({first: (*left, "k"), second: (*right, "k")}, ((*left, *right),), summed=True, gathers=(second,))
 
 
 @rule(aten.tensordot.default)
@@ -97,7 +107,7 @@ def tensordot(call: Call) -> Indices:
         names["self"][a] = names["other"][b] = f"k{i}"
     result = [name for dims in names.values() for name in dims if name and not name.startswith("k")]
     operands: dict[str, Names] = {name: tuple(dims) for name, dims in names.items()}
-    return Indices(operands, (tuple(result),), summed=True, gathers="other")
+    return Indices(operands, (tuple(result),), summed=True, gathers=("other",))
 
 
 @rule(aten.einsum.default)
@@ -122,7 +132,7 @@ def einsum(call: Call) -> Indices:
         name: tuple(None if is_one(n) else d for d, n in zip(closed(term), call.shape(name), strict=True))
         for (name, _), term in zip(call.operands(), split, strict=True)
     }
-    return Indices(operands, (closed(result),), summed=True, gathers="tensors.1" if len(operands) == 2 else None)
+    return Indices(operands, (closed(result),), summed=True, gathers=tuple(operands)[1:])
 
 
 @rule(aten.addmm.default)

@@ -33,6 +33,10 @@ UNTAGGED = (
     aten.true_divide.Tensor,
     aten.alias.default,
     aten.clone.default,
+    aten.conj.default,
+    aten._conj.default,
+    aten.resolve_conj.default,
+    aten.resolve_neg.default,
     aten.contiguous.default,
     aten.detach.default,
     aten.dropout.default,
@@ -80,7 +84,8 @@ def pointwise(call: Call) -> Indices:
     """[...], [...] -> [...] with broadcasting"""
     shape = tuple(call.results[0].shape)
     operands = {name: aligned(call.shape(name), shape) for name, _ in call.operands()}
-    return Indices(operands, (tuple(f"d{i}" for i in range(len(shape))),) * len(call.results))
+    results = (tuple(f"d{i}" for i in range(len(shape))),) * len(call.results)
+    return Indices(operands, results, gathers=tuple(operands))
 
 
 rule(*UNTAGGED)(pointwise)

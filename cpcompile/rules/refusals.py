@@ -50,9 +50,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "nonzero.default", "argwhere.default", "masked_select.default", "bincount.default",
     ),
     MIXED: (
-        "fft_fft.default", "fft_ifft.default", "fft_rfft.default", "fft_irfft.default", "fft_fft2.default",
-        "fft_ifft2.default", "fft_rfft2.default", "fft_irfft2.default", "fft_fftn.default", "fft_ifftn.default",
-        "fft_rfftn.default", "fft_irfftn.default", "stft.default", "aminmax.default", "renorm.default", "cdist.default",
+        "stft.default", "aminmax.default", "renorm.default",
         "ctc_loss.Tensor", "ctc_loss.IntList", "cosine_embedding_loss.default", "triplet_margin_loss.default",
         "multi_margin_loss.default", "multilabel_margin_loss.default", "rot90.default",
     ),

@@ -8,16 +8,18 @@ together, so that either answer follows from the names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.errors import NoRule, where
-from cpcompile.ir.operator_call import Call
-from cpcompile.ir.placement import FULL, Partial, Placement, Sharded
+from cpcompile.ir.operator_call import Call, size_hint
+from cpcompile.ir.placement import CHANNELS, FULL, Partial, Placement, Sharded
 
 Names = tuple[str | None, ...]
 
@@ -42,6 +44,7 @@ class Decision:
         padding: the value that the padding slots of an operand must hold first, because the operator runs
             over tokens.
         gathers: the sharded operands that are gathered to be whole, as the operator's own way (keys and values).
+        exchanges: the operands that must be sharded along other dims first; what happens then is asked again.
         lower: writes other operators in place of this one; it returns the node of each result.
     """
 
@@ -50,6 +53,7 @@ class Decision:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     padding: Mapping[str, float] = field(default_factory=dict)
     gathers: frozenset[str] = frozenset()
+    exchanges: Mapping[str, Sharded] = field(default_factory=dict)
     lower: Callable[[Lowering], Sequence[fx.Node]] | None = None
 
 
@@ -105,15 +109,15 @@ class Indices:
     Dims with one name run together. None: the operator mixes this dim, or an operand is broadcast along it. A
     name that only operands have is
     contracted: summed where `summed`, impossible to shard otherwise. `sizes` names the argument that spells
-    the sizes of the result. `gathers` is the operand that is gathered where the other one's tokens are along
-    another dim.
+    the sizes of the result. `gathers` are the operands that may be gathered where tokens of others are along
+    another dim, which they lack.
     """
 
     operands: Mapping[str, Names]
     results: tuple[Names, ...]
     summed: bool = False
     sizes: str | None = None
-    gathers: str | None = None
+    gathers: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     padding: Mapping[str, float] = field(default_factory=dict)
 
@@ -129,14 +133,12 @@ class IndexedRule:
         indices = self.indices(call)
         given = {o: p for o, p in operands.items() if o in indices.operands}
         found = {(indices.operands[o][p.dim], replace(p, dim=0)) for o, p in given.items()}
-        if len(found) > 1 and indices.gathers in given:
-            rest = {o: p for o, p in operands.items() if o != indices.gathers}
-            decision = self.push(call, rest, length)
-            is_free = decision.operands.get(indices.gathers) == FULL
-            if is_free and not isinstance(decision.results[0], Partial):
-                return replace(decision, gathers=frozenset({indices.gathers}))
         if len(found) > 1:
-            raise no_rule(call, operands, "the operands hold tokens along different dims or ranges", self.notation)
+            decision = along_one_dim(call, indices, given, length, self.notation)
+            if decision is None:
+                reason = "the operands hold tokens along different dims or ranges"
+                raise no_rule(call, operands, reason, self.notation)
+            return decision
         if not found:
             return Decision({}, (FULL,) * len(indices.results))
         name, at = found.pop()
@@ -169,6 +171,68 @@ def decide(call: Call, indices: Indices, name: str, at: Sharded, notation: str) 
         sizes[entry] = sizes[entry] if sizes[entry] == -1 else Local(sizes[entry], at)
         arguments[indices.sizes] = sizes
     return Decision(operands, tuple(after(call, placed(names, name, at)) for names in indices.results), arguments)
+
+
+def along_one_dim(
+    call: Call, indices: Indices, given: Mapping[str, Sharded], length: Any, notation: str
+) -> Decision | None:
+    """Return the decision to shard one of the dims that operands are sharded along, so that the fewest bytes travel.
+
+    Operands that lack this dim are gathered; those that have it are sharded along it first, all of them at once. Of two operands
+    that hold a number for each pair of tokens, neither is gathered if there are channels that both can be sharded along.
+    """
+    choices: list[tuple[int, int, int, Decision]] = []
+    for first, at in given.items():
+        name = indices.operands[first][at.dim]
+        if name is None:
+            return None
+        if not any(name in names for names in indices.results):
+            continue
+        others = [o for o, p in given.items() if placed(indices.operands[o], name, at) != p]
+        gathered = [o for o in others if name not in indices.operands[o]]
+        exchanged = {o: replace(at, dim=indices.operands[o].index(name)) for o in others if o not in gathered}
+        if not {*gathered} <= {*indices.gathers} or not may_exchange(exchanged, given):
+            continue
+        channels = along_channels(call, indices, given) if any(holds_pairs(call, o, length) for o in gathered) else {}
+        if channels or exchanged:
+            decision = Decision({}, (), exchanges=channels or exchanged)
+        else:
+            decision = replace(decide(call, indices, name, at, notation), gathers=frozenset(gathered))
+        place = next(names.index(name) for names in indices.results if name in names)
+        choices.append((sum(num_bytes(call.tensor(o)) for o in others), at.sequence, place, decision))
+    return min(choices, key=lambda choice: choice[:3])[3] if choices else None
+
+
+def may_exchange(to: Mapping[str, Sharded], given: Mapping[str, Sharded]) -> bool:
+    """Tell whether operands can be sharded along other dims: these hold all tokens and, as far as is known, nothing else."""
+    return all(is_whole_dim(at) and is_whole_dim(given[o]) and given[o].dim != at.dim for o, at in to.items())
+
+
+def is_whole_dim(at: Sharded) -> bool:
+    """Tell whether a dim holds all tokens, and one element for each as far as that is known."""
+    return at.covers_all and at.inner == 1
+
+
+def along_channels(call: Call, indices: Indices, given: Mapping[str, Sharded]) -> dict[str, Sharded]:
+    """Return how all operands can be sharded along the longest dim that they and the result have in common; {} if there is none."""
+    common = [name for name in indices.results[0] if name and all(name in indices.operands[o] for o in given)]
+    found: list[tuple[int, dict[str, Sharded]]] = []
+    for name in common:
+        to = {o: Sharded(indices.operands[o].index(name), sequence=CHANNELS) for o in given}
+        sizes = [call.shape(o)[at.dim] for o, at in to.items()]
+        if all(isinstance(size, int) and size > 1 for size in sizes) and may_exchange(to, given):
+            found.append((sizes[0], to))
+    return max(found, key=lambda choice: choice[0])[1] if found else {}
+
+
+def holds_pairs(call: Call, name: str, length: Any) -> bool:
+    """Tell whether an operand has two dims that are as long as there are tokens."""
+    return sum(bool(statically_known_true(size == length)) for size in call.shape(name)) > 1
+
+
+def num_bytes(x: torch.Tensor) -> int:
+    """Return how many bytes a tensor has, at the lengths it was traced with."""
+    return math.prod(map(size_hint, x.shape)) * x.dtype.itemsize
 
 
 def placed(names: Names, name: str, at: Sharded) -> Placement:

@@ -17,6 +17,7 @@ from cpcompile.runtime.tokens.dropout import dropout_tokens as dropout_tokens
 from cpcompile.runtime.tokens.dropout import shared_seed as shared_seed
 from cpcompile.runtime.tokens.exchange import halo_tokens as halo_tokens
 from cpcompile.runtime.tokens.exchange import move_tokens as move_tokens
+from cpcompile.runtime.tokens.exchange_dims import exchange_dims as exchange_dims
 from cpcompile.runtime.tokens.noise import draw_noise as draw_noise
 from cpcompile.runtime.tokens.noise import noise_tokens as noise_tokens
 from cpcompile.runtime.tokens.packing import checked_packing as checked_packing

@@ -89,6 +89,12 @@ def _halo_tokens(a: Arguments) -> Traffic:
     return _exchange(a, targets, Route())
 
 
+def _exchange_dims(a: Arguments) -> Traffic:
+    target = TokenOrder.of(a["to_length"], a["world_size"], a["layout"])
+    size = (a["world_size"] - 1) * _bytes(a["x"]) // a["to_length"] * target.local_length
+    return Traffic(size, size if a["x"].is_floating_point() or a["x"].is_complex() else 0)
+
+
 def _attention(strategy: str) -> Callable[[Arguments], Traffic]:
     return lambda a: Traffic(*attention_bytes(attention_workload(a), strategy))
 
@@ -114,6 +120,7 @@ _COUNTS: dict[str, Callable[[Arguments], Traffic]] = {
     "move_tokens": _move_tokens,
     "rearrange_tokens": _rearrange_tokens,
     "halo_tokens": _halo_tokens,
+    "exchange_dims": _exchange_dims,
     "stack_ranks": _stack_ranks,
     "latent_heads_attention": _latent_heads,
     "shared_seed": lambda a: Traffic(torch.int64.itemsize, 0),

@@ -180,6 +180,29 @@ MIXING = {
         "x = torch.fft.$f",
         choices={"f": ("fft(x, dim=1).real", "fft2(x).real", "irfft(torch.fft.rfft(x, dim=1), n=x.shape[1], dim=1)")},
     ),
+    "long convolution": Element(
+        """
+        n = 2 * x.shape[1]
+        y = torch.fft.irfft(torch.fft.rfft(x.mT, n=n) * torch.fft.rfft(self.k$i[:, : x.shape[1]], n=n), n=n)
+        x = x $op y[..., : x.shape[1]].mT
+        """,
+        "self.k$i = nn.Parameter(torch.randn(8, 64) / 5)",
+        {"op": ("+", "*")},
+    ),
+    "pairs": Element(
+        "y = self.l$i(x)[:, :, None] $op x[:, None]\nx = x + $f",
+        LINEAR,
+        {
+            "op": ("+", "*", "-"),
+            "f": (
+                "y.tanh().mean(2)",
+                "y.tanh().mean(1)",
+                "(y + y.transpose(1, 2)).sigmoid().mean(2)",
+                "(y.softmax(2) * x[:, None]).sum(2)",
+                "torch.einsum('bikc,bjkc->bijc', y.tanh(), y).mean(2)",
+            ),
+        },
+    ),
     "write a token": Element(
         "x = x.clone()\nx$f",
         choices={

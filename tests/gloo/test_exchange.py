@@ -87,7 +87,19 @@ def numbers(rank: int, length: int, layout: str, world_size: int, group: str) ->
     ]
 
 
-FAMILIES = {function.__name__: function for function in (moves, halos, rearrangements, picks, numbers)}
+def exchanges(rank: int, length: int, layout: str, world_size: int, group: str) -> Calls:
+    """Channels, fewer and more than ranks, and columns of as many tokens, before and behind the tokens."""
+    calls: Calls = []
+    for other in (1, 2, 7, length):
+        for dim, to in ((1, 0), (0, 2)):
+            shape = [3, 3, 3]
+            shape[dim], shape[to] = local_length(length, world_size, layout), other
+            x = normal(*shape, seed=rank + other).requires_grad_()
+            calls.append(("exchange_dims", (x, dim, length, to, other, layout, world_size, group)))
+    return calls
+
+
+FAMILIES = {function.__name__: function for function in (moves, halos, rearrangements, picks, numbers, exchanges)}
 Found = list[tuple[torch.Tensor, list[torch.Tensor]]]
 
 
@@ -147,7 +159,11 @@ def of_dtype(rank: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     x = ops.shard_tokens(tokens(length, dtype), 0, 1, *axis)
     moved = ops.move_tokens(x, 0, 1, 1, -1, False, 1.0, *axis)
     wide = ops.halo_tokens(x, 0, 2, 0, *axis)
-    return (ops.gather_tokens(moved, 0, 1, *axis), wide, ops.stack_ranks(x, *axis[2:])[rank.rank] == x)
+    pairs = torch.stack([x, x])
+    turned = ops.exchange_dims(pairs, 1, 13, 0, 2, *axis[1:])
+    back = ops.exchange_dims(turned, 0, 2, 1, 13, *axis[1:])
+    is_own = torch.stack([ops.stack_ranks(x, *axis[2:])[rank.rank] == x, *(back == pairs)[:, : len(x)]])
+    return (ops.gather_tokens(moved, 0, 1, *axis), wide, is_own)
 
 
 def tokens(length: int, dtype: torch.dtype) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cpcompile.rules.fourier import TRANSFORMS
 from cpcompile.rules.pooling import POOLS
 from cpcompile.rules.registry import RULES
 from tests.graph.rule_checker import Case
@@ -902,6 +903,10 @@ def attention(target: Any, s: int) -> Iterator[Case]:
         yield call(strategy, window=3, softcap=2.0, documents=torch.arange(s).expand(B, s) // 3)
         yield call(strategy, mask=x(1, H, s, s) > 0.5, is_causal=False)
         yield call(strategy, mask=x(B, 1, 1, s) > 0.5, key_padding=torch.arange(s).expand(B, s) > 1)
+    heads, rows = ({name: x(*shape, 5, 8) for name in "qkv"} for shape in ((B, s), (s, 2)))
+    yield call("ring", **heads, mask=x(s, 5, 5) > 0.3, is_causal=False)
+    yield call("ulysses", **heads, mask=x(B, 1, 5, 5) > 0.3, documents=torch.arange(5).expand(B, 5) // 3)
+    yield call("gather", **rows, mask=x(s, 1, 1, 5) > 0.5, key_padding=torch.arange(5).expand(s, 5) > 1)
 
 
 @cases(aten.slice_scatter.default)
@@ -952,6 +957,33 @@ def index_add(target: Any, s: int) -> Iterator[Case]:
     if target is aten.index_add.default:
         yield Case(target, (x(B, 4, 3), 1, integers(s, high=4), x(B, s, 3)), {"alpha": 0.5})
         yield Case(target, (x(4), 0, integers(2 * s, high=4), x(2 * s)))
+
+
+@cases(*TRANSFORMS)
+def transform(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), None, 1))
+    yield Case(target, (x(B, s, D), 2 * s, -2, "ortho"))
+    yield Case(target, (x(s, 4), s, 1))
+    yield Case(target, (x(D, s, s),))
+
+
+@cases(aten.conj.default, aten._conj.default, aten.resolve_conj.default)
+def conjugate(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (torch.complex(x(B, s, D), x(B, s, D)),))
+
+
+@cases(aten.fft_fftshift.default, aten.fft_ifftshift.default)
+def shift_of_frequencies(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), [1]))
+    yield Case(target, (x(s, 4), [-1]))
+
+
+@cases(aten.cdist.default, aten._cdist_forward.default)
+def distances(target: Any, s: int) -> Iterator[Case]:
+    last = (2.0, None) if target is aten._cdist_forward.default else ()
+    yield Case(target, (x(B, s, D), x(B, 4, D), *last))
+    yield Case(target, (x(s, D), x(s, D), *last))
+    yield Case(target, (x(s, 1, 4, D), x(B, 3, D), *last))
 
 
 @cases(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)

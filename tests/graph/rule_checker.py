@@ -112,6 +112,12 @@ class Program:
     def axis(self) -> tuple[int, int, str]:
         return self.setting.length, self.setting.world_size, self.setting.layout
 
+    @property
+    def orders(self) -> list[TokenOrder]:
+        """Which elements each rank holds, of the tokens and of channels that were exchanged for them."""
+        _, world_size, layout = self.axis
+        return [TokenOrder.of(lengths.value, world_size, layout) for lengths in Lengths.all_of(self.gm)]
+
     def run_whole(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the operator on whole tensors; operands that it writes are copied first."""
         copies = iter([x.clone() for x in inputs])
@@ -179,8 +185,7 @@ class Program:
         results = Lockstep(self.gm, self.setting.world_size).run(*leaves)
         whole = self.run_whole(whole_leaves)
         found = [
-            whole_value([rank[i] for rank in results], placement, [self.setting.order])
-            for i, placement in enumerate(placements)
+            whole_value([rank[i] for rank in results], placement, self.orders) for i, placement in enumerate(placements)
         ]
         for value, expected in zip(found, whole, strict=False):
             require(value.shape == expected.shape, f"shape {list(value.shape)} is not {list(expected.shape)}")
@@ -201,12 +206,14 @@ def require(condition: bool, text: str) -> None:
 
 
 def is_close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-9, atol=1e-11, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
+    is_exact = not (a.is_floating_point() or a.is_complex())
+    return torch.equal(a, b) if is_exact else torch.allclose(a, b, rtol=1e-9, atol=1e-11, equal_nan=True)
 
 
 def gradients(results: list[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor | None] | None:
     """Return the gradients of a fixed projection of the results, or None when torch has none."""
     generator = torch.Generator().manual_seed(0)
+    results = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in results]
     terms = [
         (x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum()
         for x in results

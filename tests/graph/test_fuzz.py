@@ -65,7 +65,7 @@ MIDDLES = {name: element for group in GROUPS.values() for name, element in group
 # Refused unless hidden states may be gathered; each must leave this list when it becomes exact.
 WAITING = {"write a token", "reorder", "strided"}
 # Refused, and to stay so: statistics of the whole batch or of all tokens of the sequence at once, and what Dynamo breaks at.
-REFUSED = {"token norm", "spectrum", "recurrent"}
+REFUSED = {"token norm", "recurrent"}
 
 
 def alone(name: str, **chosen: str) -> list[Block]:

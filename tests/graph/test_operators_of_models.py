@@ -45,6 +45,7 @@ where.self zeros.default zeros_like.default
 REMOVED = (
     aten._assert_tensor_metadata.default,
     aten.detach_.default,
+    aten.fft_fftn.default,
     aten.scaled_dot_product_attention.default,
 )
 

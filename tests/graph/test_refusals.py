@@ -37,11 +37,6 @@ def refused(model: torch.nn.Module, inputs: dict[str, Any] = IDS, **options: Any
 
 ALONG_TOKENS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "no rule": (lambda x: torch.linalg.inv(x @ x.mT), "torch.linalg.inv(x @ x.mT)", "no rule for this operator"),
-    "spectrum": (
-        lambda x: torch.fft.rfft(x, dim=1).abs(),
-        "torch.fft.rfft",
-        "each of its results depends on all tokens",
-    ),
     "sort": (lambda x: x.sort(1)[0], "x.sort(1)[0]", "needs the order of all tokens by value"),
     "largest": (lambda x: x.topk(3, 1)[0], "x.topk(3, 1)[0]", "needs the order of all tokens by value"),
     "middle": (lambda x: x + x.median(), "x.median()", "needs the order of all tokens by value"),

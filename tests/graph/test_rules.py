@@ -59,7 +59,7 @@ def test_operators_that_write_and_truth_values_have_no_rule() -> None:
         (aten.linear.default, (torch.rand(2, 6), torch.rand(4, 6), torch.rand(4)), {"input": Sharded(1)}),
         (aten.cumsum.default, (torch.rand(12), 0), {"self": Sharded(0)}),
         (aten.reshape.default, (torch.rand(6, 4), [4, 6]), {"self": Sharded(0)}),
-        (aten.add.Tensor, (torch.rand(6, 6), torch.rand(6, 6)), {"self": Sharded(0), "other": Sharded(1)}),
+        (aten.add.Tensor, (torch.rand(12, 6), torch.rand(12, 6)), {"self": Sharded(0, 2), "other": Sharded(1)}),
         (aten.copy_.default, (torch.rand(2, 6), torch.rand(2, 6)), {"src": Sharded(1)}),
         (aten.slice_scatter.default, (torch.rand(2, 6), torch.rand(2, 2), 1, 0, 2), {"self": Sharded(1)}),
         (

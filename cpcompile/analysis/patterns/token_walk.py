@@ -103,7 +103,12 @@ class TokenWalk:
                 raise self.refusal(call.node, str(error).partition(".\n")[0].partition(": ")[2]) from None
             return MIXED
         is_moved = decision.lower is not None and call.target not in KEEPS_OUTSIDE
-        if is_moved or decision.gathers or not all(isinstance(x, Sharded) for x in decision.results):
+        if (
+            is_moved
+            or decision.gathers
+            or decision.exchanges
+            or not all(isinstance(x, Sharded) for x in decision.results)
+        ):
             if floating:
                 self.check_reduction(call, operands, decision)
             return MIXED
@@ -127,7 +132,7 @@ class TokenWalk:
     def check_reduction(self, call: Call, operands: dict[str, Sharded], decision: Decision) -> None:
         """Refuse what mixes tokens, but for statistics of the whole batch: a loss, a mean over all tokens."""
         is_statistic = decision.lower is None or call.target in LOSSES or is_scalar(call.result)
-        if not is_statistic or decision.gathers:
+        if not is_statistic or decision.gathers or decision.exchanges:
             raise self.refusal(call.node, "it mixes the tokens of the whole row")
         shape = call.result.shape if isinstance(call.result, torch.Tensor) else ()
         if any(shape and at.dim > 0 and str(shape[0]) == str(call.shape(name)[0]) for name, at in operands.items()):

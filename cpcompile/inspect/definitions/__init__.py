@@ -26,6 +26,7 @@ COLLECTIVES: dict[Any, Callable[[Calls], Ranks]] = {
     cp.halo_tokens.default: tokens.halo,
     cp.rearrange_tokens.default: tokens.rearrange,
     cp.arranged_positions.default: tokens.arranged_positions,
+    cp.exchange_dims.default: tokens.exchange_dims,
     cp.pick_tokens.default: tokens.pick,
     cp.put_tokens.default: tokens.put,
     cp.local_slots.default: tokens.local_slots,

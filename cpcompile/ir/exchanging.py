@@ -1,0 +1,88 @@
+"""Exchanging: the nodes that shard a value along another dim than its tokens, and along its tokens again.
+
+before  h                                      # Sharded(1), [B, S, C]
+after   h_1 = cp.exchange_dims(h, 1, S, 2, C, "zig_zag", 2, "cp")             # Sharded(2, sequence 1): all tokens of some channels
+
+Channels that are sharded are one more sequence, so that rules treat them as they treat tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from cpcompile.balance.layout import local_length
+from cpcompile.errors import NoRule, where
+from cpcompile.ir.annotation import annotation, placement_of
+from cpcompile.ir.insertion import insert_copy
+from cpcompile.ir.operator_call import value_of
+from cpcompile.ir.placement import CHANNELS, Placement, Sharded
+from cpcompile.ir.plan import Lengths
+from cpcompile.ir.resharding import Resharder
+
+cp = torch.ops.cpcompile
+
+
+class Exchanger:
+    """Inserts exchanges; a value is sharded once along each dim."""
+
+    def __init__(self, resharder: Resharder) -> None:
+        self.resharder, self.gm = resharder, resharder.gm
+        self._exchanged: dict[tuple[fx.Node, Sharded], fx.Node] = {}
+
+    def is_of_channels(self, at: Placement) -> bool:
+        """Tell whether a value is sharded along channels."""
+        return isinstance(at, Sharded) and (at.sequence == CHANNELS or Lengths.of(self.gm, at.sequence).is_of_channels)
+
+    def exchange(self, node: fx.Node, to: Sharded) -> fx.Node:
+        """Return `node` sharded along another dim, of which every rank has all elements now."""
+        if to.sequence == CHANNELS:
+            to = replace(to, sequence=self._channels(value_of(node).shape[to.dim]))
+        if (node, to) not in self._exchanged:
+            at = placement_of(node)
+            assert isinstance(at, Sharded) and not (at.inner - 1 or to.inner - 1) and at.covers_all and to.covers_all
+            plan, lengths, target = self.resharder.plan, self.resharder.lengths(at), self.resharder.lengths(to)
+            axis = plan.layout, plan.world_size, plan.group, lengths.bounds, target.bounds
+            arguments = (node, at.dim, lengths.total, to.dim, target.total, *axis)
+            with self.gm.graph.inserting_after(max([node, *Lengths.bounds_of(self.gm)])):
+                self._exchanged[node, to] = insert_copy(self.gm.graph, cp.exchange_dims.default, arguments, node, to)
+        return self._exchanged[node, to]
+
+    def to_tokens(self, node: fx.Node) -> fx.Node:
+        """Return a value with what is sharded along channels sharded by tokens again.
+
+        Raises:
+            NoRule: none of its dims has as many elements as there are tokens.
+        """
+        at = annotation(node).placement
+        if not isinstance(at, Sharded) or not self.is_of_channels(at):
+            return node
+        shape = value_of(node).shape
+        tokens = [(number, x) for number, x in enumerate(Lengths.all_of(self.gm)) if x.is_of_tokens]
+        found = [
+            Sharded(dim, sequence=sequence)
+            for sequence, lengths in tokens
+            for dim, size in enumerate(shape)
+            if dim != at.dim and statically_known_true(size == lengths.value)
+        ]
+        if not found:
+            raise NoRule(
+                f"{node.target}: its result of {list(shape)} cannot be sharded by tokens again: every rank has all that was "
+                f"computed of the tokens, for some of the {shape[at.dim]} channels, and no dim has as many elements as there "
+                f"are tokens.\n\n{where(node)}\n\n"
+                "Turn it back to tokens first (torch.fft.irfft(..., n=tokens), a slice [:tokens]), or pass strict=False to gather it."
+            )
+        return self.exchange(node, next((to for to in found if to.dim), found[0]))  # the first dim may be the batch
+
+    def _channels(self, size: int) -> int:
+        """Return the number of the sequence of so many channels."""
+        known = Lengths.all_of(self.gm)
+        for number, lengths in enumerate(known):
+            if lengths.is_of_channels and lengths.value == size:
+                return number
+        slots = local_length(size, self.resharder.plan.world_size, self.resharder.plan.layout)
+        self.gm.meta["cpcompile_lengths"] = (*known, Lengths(size, size, slots, is_of_channels=True))
+        return len(known)
