@@ -21,8 +21,12 @@ aten = torch.ops.aten
 # What the last dim takes, what the others take, and whether the last one is transformed first.
 OPENED = {
     **dict.fromkeys((aten.fft_fft2.default, aten.fft_fftn.default), (aten.fft_fft.default, aten.fft_fft.default, True)),
-    **dict.fromkeys((aten.fft_ifft2.default, aten.fft_ifftn.default), (aten.fft_ifft.default, aten.fft_ifft.default, True)),
-    **dict.fromkeys((aten.fft_rfft2.default, aten.fft_rfftn.default), (aten.fft_rfft.default, aten.fft_fft.default, True)),
+    **dict.fromkeys(
+        (aten.fft_ifft2.default, aten.fft_ifftn.default), (aten.fft_ifft.default, aten.fft_ifft.default, True)
+    ),
+    **dict.fromkeys(
+        (aten.fft_rfft2.default, aten.fft_rfftn.default), (aten.fft_rfft.default, aten.fft_fft.default, True)
+    ),
     **dict.fromkeys(
         (aten.fft_irfft2.default, aten.fft_irfftn.default), (aten.fft_irfft.default, aten.fft_ifft.default, False)
     ),
@@ -40,7 +44,10 @@ def open_transforms(gm: fx.GraphModule) -> int:
         for node in gm.graph.find_nodes(op="call_function", target=target):
             call = Call.of(node)
             dims, sizes = dims_of(call), call["s"] or [None] * len(dims_of(call))
-            steps = [*((of_others, d, n) for d, n in zip(dims[:-1], sizes, strict=False)), (of_last, dims[-1], sizes[-1])]
+            steps = [
+                *((of_others, d, n) for d, n in zip(dims[:-1], sizes, strict=False)),
+                (of_last, dims[-1], sizes[-1]),
+            ]
             x = call["self"]
             for one, dim, size in reversed(steps) if is_first else steps:
                 x = insert_call(node, one, x, None if size == -1 else size, dim, call["norm"])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.analysis.regions import place_region, regions_of, replace_inputs
+from cpcompile.analysis.regions import STARTS, Picked, Step, place_region, regions_of, replace_inputs
 from cpcompile.errors import NoChunks, NoRule, where
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.exchanging import Exchanger
@@ -25,6 +25,7 @@ from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
 from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, is_whole_dim, no_rule
 from cpcompile.rules.localisation import Localiser
+from cpcompile.rules.refusals import DECLARE
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
 
@@ -67,6 +68,7 @@ class Placer:
         self.localiser = Localiser(self.resharder)
         self.exchanger = Exchanger(self.resharder)
         self.replaced: set[fx.Node] = set()
+        self.picked: dict[fx.Node, Step] = {}  # operators on rows that masks pick
         self.regions = {region.nodes[0]: region for region in regions_of(gm)}
 
     def place(self, node: fx.Node) -> None:
@@ -76,6 +78,8 @@ class Placer:
         if node.op == "placeholder" and node.name in self.sequences:
             at = Sharded(self.plan.token_dims[node.name], sequence=self.sequences[node.name])
             annotate(node, placement=Full(at))
+        elif node in self.picked:
+            self._place_picked(node, self.picked[node])
         elif annotation(node).region:
             if node in self.regions:
                 for operand in self.regions[node].inputs:
@@ -145,6 +149,9 @@ class Placer:
     def _place_sharded(self, node: fx.Node, call: Call) -> None:
         """Place a call of sharded operands: by its rule, by its rule on aligned operands, or on whole operands."""
         try:
+            if node.target in STARTS:
+                self._pick_rows(node, call)
+                return
             self._fit_operands(node, call)
             try:
                 decision = self._decide(node)
@@ -192,6 +199,38 @@ class Placer:
                 return decision
             raise
         return self._decide(node)
+
+    def _pick_rows(self, node: fx.Node, call: Call) -> None:
+        """Let each rank pick rows of its own tokens.
+
+        Raises:
+            NoRule: what is computed from them is not known to be computed row by row.
+        """
+        (at,) = sharded_operands(call).values()
+        try:
+            if at.reaches_outside or self.exchanger.is_of_channels(at):
+                raise NoRule("the mask is one of other than tokens")
+            self.picked |= Picked(node, at, self.picked).steps
+        except NoRule as error:
+            reason = str(error).partition(".\n")[0]
+            raise NoRule(
+                f"{call.target}: the rows that it picks cannot be those of this rank's tokens: {reason}.\n\n{where(node)}\n\n"
+                f"{DECLARE}"
+            ) from None
+        annotate(node, placement=whole_placement(node), origin="")
+
+    def _place_picked(self, node: fx.Node, step: Step) -> None:
+        """Let an operator compute the rows that this rank picked, or put them back."""
+        if step.wanted:
+            call = Call.of(node)
+            changes = {name: operand for name, operand in call.operands() if name in step.wanted}
+            changes |= {n: self.resharder.reduce(o) for n, o in changes.items() if placement_of(o) == Partial()}
+            wanted = {n: self._as_wanted(call, n, o, step.wanted[n], False) for n, o in changes.items()}
+            node.args, node.kwargs = call.rebound(wanted)
+        is_whole = isinstance(step.result, Full)
+        annotate(node, placement=whole_placement(node) if is_whole else step.result)
+        if is_whole:
+            annotate(node, origin="")  # ranks have other rows
 
     def _stays_along_channels(self, decision: Decision) -> bool:
         """Tell whether an operator on channels of this rank gives results that are sharded along these channels."""

@@ -64,7 +64,9 @@ def mm(call: Call) -> Indices:
 @rule(aten.bmm.default)
 def bmm(call: Call) -> Indices:
     """[b m k], [b k n] -> [b m n]"""
-    return Indices({"self": ("b", "m", "k"), "mat2": ("b", "k", "n")}, (("b", "m", "n"),), summed=True, gathers=("mat2",))
+    return Indices(
+        {"self": ("b", "m", "k"), "mat2": ("b", "k", "n")}, (("b", "m", "n"),), summed=True, gathers=("mat2",)
+    )
 
 
 @rule(aten.baddbmm.default)

@@ -185,8 +185,7 @@ class Program:
         results = Lockstep(self.gm, self.setting.world_size).run(*leaves)
         whole = self.run_whole(whole_leaves)
         found = [
-            whole_value([rank[i] for rank in results], placement, self.orders)
-            for i, placement in enumerate(placements)
+            whole_value([rank[i] for rank in results], placement, self.orders) for i, placement in enumerate(placements)
         ]
         for value, expected in zip(found, whole, strict=False):
             require(value.shape == expected.shape, f"shape {list(value.shape)} is not {list(expected.shape)}")

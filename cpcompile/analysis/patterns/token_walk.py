@@ -103,7 +103,12 @@ class TokenWalk:
                 raise self.refusal(call.node, str(error).partition(".\n")[0].partition(": ")[2]) from None
             return MIXED
         is_moved = decision.lower is not None and call.target not in KEEPS_OUTSIDE
-        if is_moved or decision.gathers or decision.exchanges or not all(isinstance(x, Sharded) for x in decision.results):
+        if (
+            is_moved
+            or decision.gathers
+            or decision.exchanges
+            or not all(isinstance(x, Sharded) for x in decision.results)
+        ):
             if floating:
                 self.check_reduction(call, operands, decision)
             return MIXED

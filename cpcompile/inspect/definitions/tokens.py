@@ -103,7 +103,9 @@ def halo(calls: Calls) -> Ranks:
 def exchange_dims(calls: Calls) -> Ranks:
     c = calls[0]
     whole = join([c["x"] for c in calls], Sharded(c["dim"]), TokenOrder.of_call(c))
-    return split(whole, Sharded(c["to"]), TokenOrder.of(c["to_length"], c["world_size"], c["layout"], c.get("to_bounds")))
+    return split(
+        whole, Sharded(c["to"]), TokenOrder.of(c["to_length"], c["world_size"], c["layout"], c.get("to_bounds"))
+    )
 
 
 def pick(calls: Calls) -> Ranks:

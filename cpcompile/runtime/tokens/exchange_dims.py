@@ -55,9 +55,7 @@ def exchange_dims(
 
 
 @exchange_dims.register_fake
-def _(
-    x: Tensor, dim: int, length: int, to: int, to_length: int, layout: str, world_size: int, *rest: Any
-) -> Tensor:
+def _(x: Tensor, dim: int, length: int, to: int, to_length: int, layout: str, world_size: int, *rest: Any) -> Tensor:
     shape = list(x.shape)
     shape[dim], shape[to] = length, local_length(to_length, world_size, layout)
     return x.new_empty(shape)
@@ -94,9 +92,7 @@ def exchange_dims_backward(
 
 
 @exchange_dims_backward.register_fake
-def _(
-    grad: Tensor, dim: int, length: int, to: int, to_length: int, layout: str, world_size: int, *rest: Any
-) -> Tensor:
+def _(grad: Tensor, dim: int, length: int, to: int, to_length: int, layout: str, world_size: int, *rest: Any) -> Tensor:
     shape = list(grad.shape)
     shape[dim], shape[to] = local_length(length, world_size, layout), to_length
     return grad.new_empty(shape)
