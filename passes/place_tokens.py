@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from cpcompile.analysis.regions import STARTS, Picked, Step, place_region, regions_of, replace_inputs
+from cpcompile.analysis.patterns.nodes import value_numbers
+from cpcompile.analysis.regions import STARTS, Picked, Step, is_picked_by_mask, place_region, regions_of, replace_inputs
 from cpcompile.errors import NoChunks, NoRule, where
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.exchanging import Exchanger
@@ -25,9 +26,9 @@ from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
 from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, is_whole_dim, no_rule
 from cpcompile.rules.localisation import Localiser
-from cpcompile.rules.refusals import DECLARE
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
+from cpcompile.rules.refusals import DECLARE
 
 aten = torch.ops.aten
 
@@ -70,6 +71,11 @@ class Placer:
         self.replaced: set[fx.Node] = set()
         self.picked: dict[fx.Node, Step] = {}  # operators on rows that masks pick
         self.regions = {region.nodes[0]: region for region in regions_of(gm)}
+
+    @cached_property
+    def _numbers(self) -> dict[fx.Node, int]:
+        """The same number for nodes of the same value."""
+        return value_numbers(self.gm.graph)
 
     def place(self, node: fx.Node) -> None:
         """Give `node` its placement; localise what it needs."""
@@ -149,7 +155,7 @@ class Placer:
     def _place_sharded(self, node: fx.Node, call: Call) -> None:
         """Place a call of sharded operands: by its rule, by its rule on aligned operands, or on whole operands."""
         try:
-            if node.target in STARTS:
+            if node.target in STARTS or is_picked_by_mask(call, next(iter(sharded_operands(call).values()))):
                 self._pick_rows(node, call)
                 return
             self._fit_operands(node, call)
@@ -206,18 +212,25 @@ class Placer:
         Raises:
             NoRule: what is computed from them is not known to be computed row by row.
         """
-        (at,) = sharded_operands(call).values()
+        sharded = sharded_operands(call)
+        at = next(iter(sharded.values()))
         try:
-            if at.reaches_outside or self.exchanger.is_of_channels(at):
-                raise NoRule("the mask is one of other than tokens")
-            self.picked |= Picked(node, at, self.picked).steps
+            if at.reaches_outside or self.exchanger.is_of_channels(at) or {*sharded.values()} != {at}:
+                raise NoRule("the mask is one of other than these tokens")
+            is_by_mask = node.target not in STARTS
+            picked = Picked.of_mask(node, at, self._numbers) if is_by_mask else Picked.of_places(node, at)
+            steps = picked.steps
+            shared = [step for step in steps if step in self.picked and is_tensor(step)]
+            if shared:
+                raise NoRule(f"{shared[0].target} reads them together with rows that another mask picks")
         except NoRule as error:
             reason = str(error).partition(".\n")[0]
             raise NoRule(
                 f"{call.target}: the rows that it picks cannot be those of this rank's tokens: {reason}.\n\n{where(node)}\n\n"
                 f"{DECLARE}"
             ) from None
-        annotate(node, placement=whole_placement(node), origin="")
+        self.picked |= steps
+        self._place_picked(node, steps[node])
 
     def _place_picked(self, node: fx.Node, step: Step) -> None:
         """Let an operator compute the rows that this rank picked, or put them back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +15,10 @@ from cpcompile.ir.placement import FULL, Sharded
 from cpcompile.rules import dims, reduction  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
 from cpcompile.rules.ranges import picked
-from cpcompile.rules.registry import Decision, Lowering, no_rule
+from cpcompile.rules.registry import Decision, Lowering
 from cpcompile.rules.views import expression
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
-
-PICKED_BY_MASK = (
-    "it picks the tokens where a mask is true, and what is computed of them is not known to be computed row by row; keep all "
-    "tokens and multiply by the mask, or, in a module that computes each token from that token alone (experts), declare it: "
-    "token_local=['model.layers.*.mlp'], or @cpcompile.token_local above its class"
-)
 
 
 @along_tokens(aten.roll.default)
@@ -46,6 +41,20 @@ def roll(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision |
         return [moved(writer, x, at, -shift, wrap=True)]
 
     return Decision({"self": at}, (at,), lower=lower)
+
+
+@along_tokens(aten.repeat_interleave.self_int)
+def repeat_interleave(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each token is repeated where it is, and they are counted together as one"""
+    at = operands["self"]
+    if (
+        call["dim"] is None
+        or at.dim != call.dim("dim", "self")
+        or not isinstance(call["repeats"], int)
+        or not at.covers_all
+    ):
+        return None
+    return Decision({"self": at}, (replace(at, inner=at.inner * call["repeats"]),), {"output_size": None})
 
 
 @along_tokens(aten.flip.default)
@@ -125,9 +134,7 @@ def index(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
     given = [d for d, node in enumerate(call["indices"]) if node is not None]
     names = [f"indices.{d}" for d in given]
     are_numbers = all(call.tensor(name).dtype not in (torch.bool, torch.uint8) for name in names)
-    if not are_numbers:
-        raise no_rule(call, operands, PICKED_BY_MASK)
-    if at.dim not in given or not all(is_short(call, name, length) for name in names):
+    if at.dim not in given or not are_numbers or not all(is_short(call, name, length) for name in names):
         return None
     is_run = given == list(range(given[0], given[0] + len(given)))
     num_behind = len(call.shape("self")) - (given[-1] + 1 if is_run else len(given))

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.analysis.patterns.masked_rows import ASSERTS
+from cpcompile.analysis.patterns.masked_rows import ASSERTS, mask_of
+from cpcompile.analysis.token_rows import follow
 from cpcompile.errors import NoRule
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
@@ -51,28 +52,50 @@ class Picked:
     """All that is computed from the rows that one mask picks.
 
     Attributes:
-        steps: the operators that compute it, after the first one.
+        steps: the operators that compute it.
     """
 
-    def __init__(self, start: fx.Node, at: Sharded, taken: Container[fx.Node]) -> None:
-        """Follow the places where a mask is true, of which each rank holds the tokens of `at`.
+    def __init__(self, starts: Mapping[fx.Node, Any], at: Sharded, masks: Container[fx.Node] = ()) -> None:
+        """Follow what nodes give: where a mask is true, of which each rank holds the tokens of `at`, or rows that it picks.
 
-        `taken` are operators on rows that other masks pick.
+        `masks` are the nodes that hold it, where it picks rows itself.
 
         Raises:
             NoRule: a value of this rank's rows or places is read in a way that is not known to be one by rows.
         """
-        self.at, self.steps = at, dict[fx.Node, Step]()
-        self._kinds: dict[fx.Node, Any] = {start: self._places(start)}
-        for node in start.graph.nodes:
-            if node not in self._kinds and not self._kinds.keys().isdisjoint(node.all_input_nodes):
-                if annotation(node).region or (node in taken and is_tensor(node)):
-                    raise NoRule(f"{node.target} reads them together with others")
-                self.steps[node] = self._step(node)
+        self.at, self._masks, self.steps = at, masks, dict[fx.Node, Step]()
+        self._kinds = dict(starts)
+        follow(starts, self._leads_on)
 
-    def _places(self, start: fx.Node) -> Any:
+    @classmethod
+    def of_places(cls, start: fx.Node, at: Sharded) -> Picked:
+        """Return what is computed of the places that `where` or `nonzero` gives."""
         is_table = start.target is aten.nonzero.default
-        return Places(None) if is_table else [Places(dim) for dim in range(len(value_of(start)))]
+        return cls({start: Places(None) if is_table else [Places(d) for d in range(len(value_of(start)))]}, at)
+
+    @classmethod
+    def of_mask(cls, start: fx.Node, at: Sharded, numbers: Mapping[fx.Node, int]) -> Picked:
+        """Return what is computed of the rows that the mask of `start` picks, by it and by others that pick by the same mask.
+
+        Nodes of one number in `numbers` have the same value.
+        """
+        mask = mask_of(start)
+        assert mask is not None
+        masks = {mask, *(node for node, number in numbers.items() if number == numbers.get(mask, -1))}
+        users = (user for mask in masks for user in mask.users if user.target is aten.index.Tensor)
+        return cls({user: Sharded(0) for user in users if mask_of(user) in masks}, at, masks)
+
+    def _leads_on(self, node: fx.Node) -> bool:
+        """Take a node, and tell whether it gives rows, places, or how many there are."""
+        if annotation(node).region:
+            raise NoRule(f"{node.target} reads them in a part that is declared")
+        if node not in self._kinds:
+            self.steps[node] = self._step(node)
+        elif self._masks:
+            self.steps[node] = Step({"self": self.at, "indices.0": self.at})
+        else:
+            self.steps[node] = Step()
+        return node in self._kinds
 
     def _step(self, node: fx.Node) -> Step:
         """Take a node that reads rows, places, or how many there are."""
@@ -107,7 +130,11 @@ class Picked:
             is_squeeze = call.target in (aten.squeeze.dim, aten.squeeze.default) and call.shape("self")[1] == 1
             if is_squeeze and call.result.dim() == 1:
                 return Places(0)
-        elif isinstance(place, Places) and call.target in _OF_ROWS and str(call.result.shape[0]) == str(call.shape("self")[0]):
+        elif (
+            isinstance(place, Places)
+            and call.target in _OF_ROWS
+            and str(call.result.shape[0]) == str(call.shape("self")[0])
+        ):
             return place
         raise NoRule(f"{call.target} computes with places, which are others for each rank")
 
@@ -119,13 +146,20 @@ class Picked:
 
     def _put_back(self, call: Call, kinds: Mapping[str, Any]) -> Step:
         """Put or add rows to what is from elsewhere."""
-        places = self._indexed(call, kinds)
-        held = self._held(places)
+        if self._masks:
+            if call.target is not aten.index_put.default or mask_of(call.node) not in self._masks:  # type: ignore[operator]
+                raise NoRule(f"{call.target} puts them elsewhere than in the places of their tokens")
+            places, held = {0: 0}, self.at
+        else:
+            places = self._indexed(call, kinds)
+            held = self._held(places)
         rows = next((n for n in ("source", "src", "values") if n in kinds), "values")
         is_of_rows = kinds.get(rows) == Sharded(min(places)) or (rows == "values" and call.tensor("values").dim() == 0)
         if not isinstance(held, Sharded) or not is_of_rows:
             raise NoRule(f"{call.target} puts them elsewhere than in the places of their tokens")
-        return Step({"self": held, **({} if kinds[rows] else {rows: FULL})}, held)
+        others: dict[str, Placement] = {} if kinds[rows] else {rows: FULL}
+        mask: dict[str, Placement] = {"indices.0": self.at} if self._masks else {}
+        return Step({"self": held, **others, **mask}, held)
 
     def _indexed(self, call: Call, kinds: Mapping[str, Any]) -> dict[int, int]:
         """Return which dims are indexed by the places along which dims of the mask: vectors for dims that follow each other."""
@@ -162,3 +196,9 @@ class Picked:
             raise NoRule(f"{call.target} mixes them")
         self._kinds[call.node] = decision.results if call.is_tuple else decision.results[0]
         return Step(others)
+
+
+def is_picked_by_mask(call: Call, at: Sharded) -> bool:
+    """Tell whether a call picks the rows of a mask over the tokens of `at`."""
+    mask = mask_of(call.node) if call.target is aten.index.Tensor else None
+    return mask is not None and at.dim < value_of(mask).dim()
