@@ -238,7 +238,7 @@ class Placer:
             call = Call.of(node)
             changes = {name: operand for name, operand in call.operands() if name in step.wanted}
             changes |= {n: self.resharder.reduce(o) for n, o in changes.items() if placement_of(o) == Partial()}
-            wanted = {n: self._as_wanted(call, n, o, step.wanted[n], False) for n, o in changes.items()}
+            wanted = {n: self._as_wanted(call, n, o, step.wanted[n], not self.plan.strict) for n, o in changes.items()}
             node.args, node.kwargs = call.rebound(wanted)
         is_whole = isinstance(step.result, Full)
         annotate(node, placement=whole_placement(node) if is_whole else step.result)

@@ -55,7 +55,7 @@ class Picked:
         steps: the operators that compute it.
     """
 
-    def __init__(self, starts: Mapping[fx.Node, Any], at: Sharded, masks: Container[fx.Node] = ()) -> None:
+    def __init__(self, starts: Mapping[fx.Node, Any], at: Sharded, masks: Container[fx.Node | None] = ()) -> None:
         """Follow what nodes give: where a mask is true, of which each rank holds the tokens of `at`, or rows that it picks.
 
         `masks` are the nodes that hold it, where it picks rows itself.
@@ -146,19 +146,15 @@ class Picked:
 
     def _put_back(self, call: Call, kinds: Mapping[str, Any]) -> Step:
         """Put or add rows to what is from elsewhere."""
-        if self._masks:
-            if call.target is not aten.index_put.default or mask_of(call.node) not in self._masks:  # type: ignore[operator]
-                raise NoRule(f"{call.target} puts them elsewhere than in the places of their tokens")
-            places, held = {0: 0}, self.at
-        else:
-            places = self._indexed(call, kinds)
-            held = self._held(places)
+        is_by_mask = call.target is aten.index_put.default and mask_of(call.node) in self._masks
+        places = {0: 0} if is_by_mask else self._indexed(call, kinds)
+        held = self.at if is_by_mask else self._held(places)
         rows = next((n for n in ("source", "src", "values") if n in kinds), "values")
         is_of_rows = kinds.get(rows) == Sharded(min(places)) or (rows == "values" and call.tensor("values").dim() == 0)
         if not isinstance(held, Sharded) or not is_of_rows:
             raise NoRule(f"{call.target} puts them elsewhere than in the places of their tokens")
         others: dict[str, Placement] = {} if kinds[rows] else {rows: FULL}
-        mask: dict[str, Placement] = {"indices.0": self.at} if self._masks else {}
+        mask: dict[str, Placement] = {"indices.0": self.at} if is_by_mask else {}
         return Step({"self": held, **others, **mask}, held)
 
     def _indexed(self, call: Call, kinds: Mapping[str, Any]) -> dict[int, int]:
