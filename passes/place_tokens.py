@@ -201,6 +201,13 @@ class Placer:
             for old in [*node.users, node]:
                 self._drop(old)
             return True
+        made = self.joined.scattered(node, call)
+        if made:
+            node.replace_all_uses_with(made[-1])
+            self._drop(node)
+            for new in made:
+                self.place(new)
+            return True
         cut = self.joined.cut(node, call)
         if cut is not None:
             node.replace_all_uses_with(cut)

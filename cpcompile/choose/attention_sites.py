@@ -8,6 +8,7 @@ from torch import fx
 from cpcompile import runtime  # noqa: F401  (registers the operators)
 from cpcompile.choose.attention import AttentionSite
 from cpcompile.choose.kernels import sized
+from cpcompile.errors import LengthDependent, where
 from cpcompile.ir.operator_call import Call, size_hint
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
@@ -35,9 +36,19 @@ def rewritten_attentions(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def tokens_of_attention(gm: fx.GraphModule) -> int:
-    """Return how many tokens most attentions have among themselves, 0 where there is none or the number is symbolic."""
-    sizes = [Call.of(node).shape("q")[2] for node in attention_nodes(gm) if attends_to_itself(node)]
+    """Return how many tokens most attentions have among themselves, 0 where there is none.
+
+    Raises:
+        LengthDependent: the number is symbolic.
+    """
+    nodes = [node for node in attention_nodes(gm) if attends_to_itself(node)]
+    sizes = [Call.of(node).shape("q")[2] for node in nodes]
     numbers = [size for size in sizes if isinstance(size, int) and size > 1]
+    if sizes and not numbers and any(not isinstance(size, int) for size in sizes):
+        raise LengthDependent(
+            f"the model makes its tokens itself, and their number {sizes[0]} depends on its inputs.\n\n{where(nodes[0])}\n\n"
+            "Name the input that holds them: token_dims={'name': dim}."
+        )
     return max(numbers, key=numbers.count, default=0)
 
 

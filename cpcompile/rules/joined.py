@@ -52,8 +52,8 @@ SPLITS = {
     aten.tensor_split.sections,
     aten.unbind.int,
 }
-# What models begin with that leaves fewer tokens.
-STEMS = {*CONVOLUTIONS, *POOLS, aten.unfold.default}
+# What models begin with that leaves fewer tokens, or more.
+STEMS = {*CONVOLUTIONS, *POOLS, aten.unfold.default, aten.pad.default, aten.constant_pad_nd.default, *JOINS}
 # Operators whose rules write others that do not ask how the tokens are dealt to the ranks.
 LOCAL_LOWERINGS = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
@@ -187,6 +187,34 @@ class JoinedTokens:
         annotate(piece, origin=(annotation(node).origin or node.name) if is_all else "")
         return piece
 
+    def scattered(self, node: fx.Node, call: Call) -> list[fx.Node]:
+        """Return what takes the place of tokens written over a part of joined ones: slices and their join, not placed yet."""
+        if call.target is not aten.slice_scatter.default or call["step"] != 1:
+            return []
+        x, at = call["self"], placement_of(call["self"])
+        dim = call.dim("dim", "self")
+        size = call.shape("self")[dim]
+        if not isinstance(at, Sharded) or at.dim != dim or self.joiner.is_plain(size, at):
+            return []
+        (start, stop), source = bounds_of_scatter(call), call["src"]
+        graph, made = self.gm.graph, []
+        with graph.inserting_before(node):
+            for first, last in ((sympy.Integer(0), start), (stop, expression(size))):
+                count = sympy.expand(last - first)
+                if count == 0:
+                    continue
+                ends = [self._size(as_size(edge, size), x) for edge in (first, last)]
+                piece = insert_copy(graph, aten.slice.Tensor, (x, dim, *ends), node)
+                shape = list(value_of(x).shape)
+                shape[dim] = as_size(count, size)
+                piece.meta["val"] = value_of(x).new_empty(shape)
+                annotate(piece, origin="")
+                made.append((first, piece))
+            parts = [piece for first, piece in made if first == 0]
+            parts += [source, *(piece for first, piece in made if first != 0)]
+            joined = insert_copy(graph, aten.cat.default, (parts, dim), node)
+        return [*(piece for _, piece in made), joined]
+
     # Joins.
 
     def join(self, node: fx.Node, call: Call) -> bool:
@@ -262,11 +290,11 @@ class JoinedTokens:
     def stem(self, node: fx.Node, call: Call, hints: Mapping[str, Sharded]) -> Mapping[str, Sharded]:
         """Return where an operand of a whole call holds tokens, in groups for one that reads them so.
 
-        What reads the tokens otherwise (an overlapping stride, a pool) leaves other tokens, which its whole result holds.
+        What makes other tokens of them (an overlapping stride, a pool, a token before the first) is whole, and holds these.
         """
-        if call.target not in STEMS or len(hints) != 1:
+        if call.target not in STEMS:
             return hints
-        ((name, at),) = hints.items()
+        name, at = next(iter(hints.items()))
         size = call.shape(name)[at.dim]
         if at.dim >= call.results[0].dim() or not at.covers_all or not self.joiner.is_plain(size, at):
             return hints
@@ -438,6 +466,26 @@ class JoinedTokens:
         at = placement_of(Call.of(node)["q"])
         with self.gm.graph.inserting_before(node):
             return insert_copy(self.gm.graph, aten.alias.default, (attended,), node, at)
+
+
+def bounds_of_scatter(call: Call) -> tuple[sympy.Expr, sympy.Expr]:
+    """Return the first place that a `slice_scatter` of step 1 writes, and the place behind the last."""
+    dim, start = call.dim("dim", "self"), call["start"]
+    size = expression(call.shape("self")[dim])
+    start = start.meta["val"] if isinstance(start, fx.Node) else (start or 0)
+    first = sympy.expand(expression(start) + (size if isinstance(start, int) and start < 0 else 0))
+    return first, sympy.expand(first + expression(call.shape("src")[dim]))
+
+
+def as_size(place: sympy.Expr, like: Any) -> Any:
+    """Return a place as a size: a number, or an expression of the symbols of `like`."""
+    if place.is_Integer:
+        return int(place)
+    return (
+        like + int(rest)
+        if (rest := sympy.expand(place - expression(like))).is_Integer
+        else like.node.shape_env.create_symintnode(place, hint=None)
+    )
 
 
 def is_known(difference: sympy.Expr, relation: str) -> bool:

@@ -14,7 +14,7 @@ from torch import fx
 
 from cpcompile.ir.operator_call import Call, expression
 from cpcompile.ir.placement import FULL, Placement, Sharded
-from cpcompile.rules import dims  # noqa: F401  (the rules that are extended here)
+from cpcompile.rules import dims, scatter  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
 from cpcompile.rules.registry import Decision, Lowering, no_rule, register
 from cpcompile.rules.views import quotient
@@ -230,6 +230,34 @@ def pad(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | 
         return [writer.insert(aten.alias.default, writer.call["self"])]
 
     return Decision({"self": at}, (result,), padding={"self": value} if takes_slots else {}, lower=lower)
+
+
+@along_tokens(aten.slice_scatter.default)
+def slice_scatter(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each rank writes those of its own tokens that are in the range"""
+    at, dim = operands.get("self"), call.dim("dim", "self")
+    if at is None or at.dim != dim or call["step"] != 1 or at.reaches_outside:
+        return None
+    if not holds_tokens_only(call, "self", at, length):
+        return None
+    size, given = expression(call.shape("self")[dim]), call["start"]
+    given = given.meta["val"] if isinstance(given, fx.Node) else (given or 0)
+    start = sympy.expand(expression(given) + (size if isinstance(given, int) and given < 0 else 0))
+    rest = sympy.expand(size - start - expression(call.shape("src")[dim]))
+    if not (start.is_Integer and rest.is_Integer):
+        return None
+    source = at.with_range(at.front + int(start), at.back + int(rest))
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        x = writer.call["self"]
+        position = writer.insert(cp.positions.default, x, writer.length, *writer.axis)
+        is_behind = writer.insert(aten.ge.Scalar, position, source.front)
+        is_before = writer.insert(aten.lt.Scalar, position, before_end(writer, source.back))
+        is_inside = writer.insert(aten.logical_and.default, is_behind, is_before)
+        is_inside = writer.insert(aten.view.default, is_inside, [-1, *[1] * (call.result.dim() - dim - 1)])
+        return [writer.insert(aten.where.self, is_inside, writer.call["src"], x)]
+
+    return Decision({"self": at, "src": source}, (at,), lower=lower)
 
 
 @along_tokens(aten.repeat.default)
