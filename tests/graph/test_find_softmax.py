@@ -35,13 +35,10 @@ FORMS: dict[str, Form] = {
 }
 
 
-def with_constants(x: Tensor, *, above: bool, below: bool) -> Tensor:
-    """Return what a softmax would be, without its whole gradient."""
-    with torch.set_grad_enabled(not above):
-        e = x.exp()
-    with torch.set_grad_enabled(not below):
-        total = (e if above and below else x.exp()).sum(-1, keepdim=True)
-    return e / total
+def constants(x: Tensor) -> Tensor:
+    """Return exponentials without their gradient."""
+    with torch.no_grad():
+        return x.exp()
 
 
 OTHERS: dict[str, Form] = {
@@ -56,9 +53,9 @@ OTHERS: dict[str, Form] = {
     "log_softmax over rows": lambda x: x.log_softmax(-2).exp(),
     "logsumexp over rows": lambda x: torch.exp(x - x.logsumexp(-2, True)),
     "logsumexp of others": lambda x: torch.exp(x - (2 * x).logsumexp(-1, True)),
-    "over a constant sum": lambda x: with_constants(x, above=False, below=True),
-    "of constants over a sum": lambda x: with_constants(x, above=True, below=False),
-    "of constants": lambda x: with_constants(x, above=True, below=True),
+    "over a constant sum": lambda x: x.exp() / constants(x).sum(-1, True),
+    "of constants over a sum": lambda x: constants(x) / x.exp().sum(-1, True),
+    "of constants": lambda x: (e := constants(x)) / e.sum(-1, True),
     "over a detached sum": lambda x: (e := x.exp()) / e.sum(-1, True).detach(),
     "over the weights": lambda x: x @ (e := x.exp()) / e.sum(-1, True),
 }
