@@ -35,12 +35,10 @@ FORMS: dict[str, Form] = {
 }
 
 
-def with_a_constant_sum(x: Tensor) -> Tensor:
-    """Return what a softmax would be, without its whole gradient."""
-    e = x.exp()
+def constants(x: Tensor) -> Tensor:
+    """Return exponentials without their gradient."""
     with torch.no_grad():
-        total = x.exp().sum(-1, keepdim=True)
-    return e / total
+        return x.exp()
 
 
 OTHERS: dict[str, Form] = {
@@ -55,7 +53,9 @@ OTHERS: dict[str, Form] = {
     "log_softmax over rows": lambda x: x.log_softmax(-2).exp(),
     "logsumexp over rows": lambda x: torch.exp(x - x.logsumexp(-2, True)),
     "logsumexp of others": lambda x: torch.exp(x - (2 * x).logsumexp(-1, True)),
-    "over a constant sum": with_a_constant_sum,
+    "over a constant sum": lambda x: x.exp() / constants(x).sum(-1, True),
+    "of constants over a sum": lambda x: constants(x) / x.exp().sum(-1, True),
+    "of constants": lambda x: (e := constants(x)) / e.sum(-1, True),
     "over a detached sum": lambda x: (e := x.exp()) / e.sum(-1, True).detach(),
     "over the weights": lambda x: x @ (e := x.exp()) / e.sum(-1, True),
 }

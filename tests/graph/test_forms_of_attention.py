@@ -90,6 +90,13 @@ def by_index(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+def window_over_fewer_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend to the last two of a few keys: late queries see none."""
+    places = torch.arange(q.shape[2])
+    seen = places[:, None] - places[:3] < 2
+    return scores_of(q, k[:, :, :3]).masked_fill(~seen, -1e9).softmax(-1) @ v[:, :, :3]
+
+
 def of_undefined(w: Tensor, v: Tensor) -> Tensor:
     return w.masked_fill(w.isnan(), 0) @ v
 
@@ -147,6 +154,12 @@ FORMS: dict[str, tuple[str, Form]] = {
         ),
     ),
     "log of tril": ("causal", lambda q, k, v: (scores_of(q, k) + tril(q).log()).softmax(-1) @ v),
+    "added, of the type of the scores": (
+        "causal",
+        lambda q, k, v: (
+            ((x := scores_of(q, k)) + torch.zeros_like(x).type_as(v).masked_fill(hidden(q), -math.inf)).softmax(-1) @ v
+        ),
+    ),
     "in place": ("causal", in_place),
     "by index": ("causal", by_index),
     "masked, then scaled": ("causal", lambda q, k, v: ((q @ k.mT).masked_fill(hidden(q), LEAST) * 0.5).softmax(-1) @ v),
@@ -179,6 +192,7 @@ FORMS: dict[str, tuple[str, Form]] = {
         "dense",
         lambda q, k, v: scores_of(q, k).masked_fill(without_first(q), -1e9).softmax(-1) @ v,
     ),
+    "a window over fewer keys": ("dense", window_over_fewer_keys),
     # As in models.
     "Meta's Llama": ("causal", meta),
     "MPT": ("causal, ALiBi", mpt),
@@ -227,6 +241,12 @@ def test_a_form_is_one_operator(name: str) -> None:
     assert ([analysis(gm) for analysis in ANALYSIS], str(gm.graph)) == ([0] * len(ANALYSIS), text)
 
 
+def chunked_product(q: Tensor, v: Tensor) -> Tensor:
+    """Return a product that depends on its operands through an operator with several results only."""
+    first, second = torch.cat([q, v], -1).chunk(2, -1)
+    return first @ second.mT
+
+
 def two_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = masked(q, k).softmax(-1)
     return weights @ v + weights @ k
@@ -262,9 +282,9 @@ OTHERS: dict[str, Form] = {
     "filled with numbers of empty rows, and added": lambda q, k, v: (
         scores_of(q, k).masked_fill(without_first(q), -1e9).add(torch.arange(q.shape[2]) / 7).softmax(-1) @ v
     ),
-    "a trained bias of chunks": lambda q, k, v: (
-        (masked(q, k) + torch.cat([q, v], -1).chunk(2, -1)[0] @ v.mT).softmax(-1) @ v
-    ),
+    "filled with ones": lambda q, k, v: masked(q, k).softmax(-1).masked_fill(hidden(q), 1) @ v,
+    "a trained bias of chunks": lambda q, k, v: (masked(q, k) + chunked_product(q, v)).softmax(-1) @ v,
+    "a trained bias of a type": lambda q, k, v: (masked(q, k) + (v @ v.mT).type_as(q)).softmax(-1) @ v,
     "two products": two_products,
     "weights with a gradient": regularised,
 }
@@ -300,6 +320,12 @@ def test_weights_without_a_gradient_are_computed_beside_the_attention(form: Call
 
 def test_weights_that_are_returned_are_computed_once() -> None:
     assert words(analysed(lambda q, k, v: (w := masked(q, k).softmax(-1), w @ v))) == []
+
+
+def test_dropped_weights_that_are_returned_are_dropped_once() -> None:
+    assert words(analysed(lambda q, k, v: (w := F.dropout(masked(q, k).softmax(-1), 0.5), w @ v))) == []
+    assert words(analysed(lambda q, k, v: ((w := F.dropout(masked(q, k).softmax(-1), 0.5)).detach(), w @ v))) == []
+    assert words(analysed(lambda q, k, v: F.dropout(masked(q, k).softmax(-1), 0.5) @ v)) == ["causal"]
 
 
 class Empty(Attending):
