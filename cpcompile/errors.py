@@ -45,6 +45,10 @@ class NoRule(CPError):
     """An operator whose operands cannot stay sharded."""
 
 
+class LengthDependent(NoRule):
+    """No one graph for all lengths can stay sharded; one for the length of a batch may."""
+
+
 class CannotFollow(ConfigError):
     """A layout cannot follow the documents that attentions see."""
 

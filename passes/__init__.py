@@ -7,6 +7,7 @@ from cpcompile.passes.choose_strategies import choose_strategies
 from cpcompile.passes.chunk_losses import chunk_losses
 from cpcompile.passes.cut_hidden_rows import cut_hidden_rows
 from cpcompile.passes.find_attention import find_attention
+from cpcompile.passes.find_softmax import find_softmax
 from cpcompile.passes.find_token_local import find_token_local
 from cpcompile.passes.finish_outputs import finish_outputs
 from cpcompile.passes.follow_documents import follow_documents
@@ -36,6 +37,7 @@ ANALYSIS = (
     open_transforms,
     open_flex_attention,
     open_varlen_attention,
+    find_softmax,
     find_attention,
     lift_masks,
     cut_hidden_rows,
@@ -73,6 +75,7 @@ __all__ = [
     "chunk_losses",
     "cut_hidden_rows",
     "find_attention",
+    "find_softmax",
     "find_token_local",
     "finish_outputs",
     "follow_documents",

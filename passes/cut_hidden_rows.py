@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from cpcompile.analysis.patterns.masking import ABSORBING
 from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.insertion import insert_call
 from cpcompile.ir.operator_call import Call, value_of
@@ -32,17 +31,17 @@ def cut_hidden_rows(gm: fx.GraphModule) -> int:
     count = 0
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.attention.default):
         call = Call.of(node)
-        if annotation(node).is_filled and call["mask"] is not None:
-            node.args, node.kwargs = call.rebound({"q": without_hidden_rows(call)})
-            annotate(node, is_filled=False)
+        if annotation(node).fill and call["mask"] is not None:
+            node.args, node.kwargs = call.rebound({"q": without_hidden_rows(call, annotation(node).fill)})
+            annotate(node, fill=0.0)
             count += 1
     return count
 
 
-def without_hidden_rows(call: Call) -> fx.Node:
-    """Return the queries, zeros where every key is hidden."""
+def without_hidden_rows(call: Call, fill: float) -> fx.Node:
+    """Return the queries, zeros where every key is hidden by the number `fill`."""
     mask = call["mask"]
-    sees = insert_call(call.node, aten.gt.Scalar, mask, ABSORBING / 2)
+    sees = insert_call(call.node, aten.gt.Scalar, mask, fill / 2)
     sees_any = insert_call(call.node, aten.any.dim, sees, -1, True)
     zero = insert_call(call.node, aten.new_zeros.default, call["q"], [])
     assert value_of(mask).dtype.is_floating_point

@@ -17,6 +17,7 @@ from cpcompile.analysis.masks.read import Reader
 from cpcompile.analysis.patterns.attention import Attention, num_heads
 from cpcompile.analysis.patterns.formula import written_out
 from cpcompile.analysis.patterns.fused import is_one_operator, read_fused
+from cpcompile.analysis.patterns.nodes import erase_unused
 from cpcompile.analysis.patterns.repeated_heads import unrepeated
 from cpcompile.analysis.patterns.written_out import read_written_out
 from cpcompile.ir.annotation import annotate
@@ -61,7 +62,7 @@ def write_operator(found: Attention) -> None:
     settings = (found.scale, found.is_causal, 0, found.softcap)
     terms = {name: term for name, term in (("dropout", found.dropout), ("sinks", found.sinks)) if term}
     new = insert_call(end, torch.ops.cpcompile.attention.default, *operands, None, None, *settings, **terms)
-    annotate(new, is_filled=found.is_filled)
+    annotate(new, fill=found.fill)
     if value_of(end).dim() == 3:
         new = insert_call(end, aten.squeeze.dim, new, 1)
     replace_by(found, new)
@@ -70,9 +71,7 @@ def write_operator(found: Attention) -> None:
 def replace_by(found: Attention, new: fx.Node) -> None:
     """Put a node in the place of an attention."""
     replace_uses(found.nodes[-1], new)
-    # Dropout and operators in place are not dead code to fx, even when nothing uses them.
-    for node in reversed(found.nodes):
-        node.graph.erase_node(node)
+    erase_unused(found.nodes)
 
 
 def with_rows(before: fx.Node, mask: fx.Node | None) -> fx.Node | None:

@@ -17,14 +17,16 @@ from torch import fx
 
 from cpcompile.analysis.patterns.nodes import value_numbers
 from cpcompile.analysis.regions import STARTS, Picked, Step, is_picked_by_mask, place_region, regions_of, replace_inputs
-from cpcompile.errors import NoChunks, NoRule, where
+from cpcompile.errors import LengthDependent, NoChunks, NoRule, where
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.exchanging import Exchanger
-from cpcompile.ir.operator_call import Call, is_tensor, value_of
+from cpcompile.ir.joining import Joiner
+from cpcompile.ir.operator_call import Call, expression, is_tensor, value_of, values_of
 from cpcompile.ir.placement import CHANNELS, Full, Partial, Placement, Sharded
 from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
 from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, is_whole_dim, no_rule
+from cpcompile.rules.joined import LOCAL_LOWERINGS, JoinedTokens
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
@@ -67,7 +69,9 @@ class Placer:
         self.gm, self.plan, self.sequences = gm, plan, sequences
         self.resharder = Resharder(gm, plan)
         self.localiser = Localiser(self.resharder)
+        self.joined = JoinedTokens(Joiner(self.resharder), self.localiser)
         self.exchanger = Exchanger(self.resharder)
+        self.num_given = len(Lengths.all_of(gm))  # sequences of inputs; those that come are made of them
         self.replaced: set[fx.Node] = set()
         self.picked: dict[fx.Node, Step] = {}  # operators on rows that masks pick
         self.regions = {region.nodes[0]: region for region in regions_of(gm)}
@@ -146,29 +150,36 @@ class Placer:
         """Return where an operand may hold tokens, by its sizes: any dim of a whole value is right to shard."""
         name = "indices" if "indices" in call else next(name for name, _ in call.operands())
         sizes = call.shape(name)[: None if name == "indices" else -1]
-        for sequence, lengths in enumerate(Lengths.all_of(self.gm)[: self.exchanger.num_sequences]):
+        for sequence, lengths in enumerate(Lengths.all_of(self.gm)[: self.num_given]):
             dims = [dim for dim, size in enumerate(sizes) if str(size) == str(lengths.value)]
             if len(dims) == 1:
                 return {name: Sharded(dims[0], sequence=sequence)}
         return {}
 
     def _place_sharded(self, node: fx.Node, call: Call) -> None:
-        """Place a call of sharded operands: by its rule, by its rule on aligned operands, or on whole operands."""
+        """Place a call of sharded operands: by its rule, by its rule on other operands, or on whole operands."""
+        if self._place_by_parts(node, call):
+            return
+        call = Call.of(node)
         try:
             if node.target in STARTS or is_picked_by_mask(call, next(iter(sharded_operands(call).values()))):
                 self._pick_rows(node, call)
                 return
             self._fit_operands(node, call)
             try:
-                decision = self._decide(node)
+                self._localise_call(node, Call.of(node), self._decide(node))
             except NoRule:
-                if not self._align_operands(node, Call.of(node)):
-                    raise
-                decision = self._decide(node)
-            self._localise_call(node, Call.of(node), decision)
-        except NoChunks:
+                if self._align_operands(node, Call.of(node)):
+                    self._localise_call(node, Call.of(node), self._decide(node))
+                elif not self.joined.join(node, Call.of(node)):
+                    if not any(change(node, Call.of(node)) for change in self.joined.changes):
+                        raise
+                    self._place_call(node)
+        except (NoChunks, LengthDependent):
             raise
         except NoRule as error:
+            if depends_on_length(node):
+                raise LengthDependent(str(error)) from None
             if self.plan.strict:
                 raise
             call = Call.of(node)
@@ -177,6 +188,34 @@ class Placer:
             self._replace_operands(node, call, gather)
             call = Call.of(node)
             self._place_whole(node, call, hints_of(call))
+
+    def _place_by_parts(self, node: fx.Node, call: Call) -> bool:
+        """Place a call that joined tokens have an answer to by themselves; tells whether this is one."""
+        pieces = self.joined.pieces(node, call)
+        for piece in pieces:
+            self.place(piece)
+        if pieces:
+            for old in [*node.users, node]:
+                self._drop(old)
+            return True
+        cut = self.joined.cut(node, call)
+        if cut is not None:
+            node.replace_all_uses_with(cut)
+            self._drop(node)
+            if not isinstance(placement_of(cut), Sharded):
+                self.place(cut)
+            return True
+        attended = self.joined.attend(node, call) if node.target is torch.ops.cpcompile.attention.default else None
+        if attended is not None:
+            result = self.joined.back(node, attended)
+            node.replace_all_uses_with(result)
+            self._drop(node)
+            self._place_sharded(attended, Call.of(attended))
+        return attended is not None
+
+    def _drop(self, node: fx.Node) -> None:
+        self.replaced.add(node)
+        self.gm.graph.erase_node(node)
 
     def _decide(self, node: fx.Node) -> Decision:
         """Return what happens to a call of sharded operands, which are sharded along the dims that it needs.
@@ -281,7 +320,14 @@ class Placer:
             node.args, node.kwargs = call.rebound(new)
 
     def _push(self, call: Call, sharded: Mapping[str, Sharded]) -> Decision:
-        return push(call, sharded, lambda at: self.resharder.lengths(at).value)
+        decision = push(call, sharded, lambda at: self.resharder.lengths(at).value)
+        if (
+            decision.lower is not None
+            and call.target not in LOCAL_LOWERINGS
+            and any(map(self.joined.is_joined, sharded.values()))
+        ):
+            raise no_rule(call, sharded, "the operator needs the tokens as one sequence")
+        return decision
 
     def _localise_call(self, node: fx.Node, call: Call, decision: Decision) -> None:
         """Make `node` run on local tokens as decided."""
@@ -375,6 +421,13 @@ class Placer:
                     f"no rule for {node.target} on an operand that is {placement}.\n\n{where(node)}\n\n"
                     "Move it out of the model, or pass strict=False to gather its operands."
                 )
+
+
+def depends_on_length(node: fx.Node) -> bool:
+    """Tell whether a size of a call is a quotient of lengths, which some lengths divide."""
+    values = [value for each in (node, *node.all_input_nodes) for value in values_of(each)]
+    sizes = [expression(size) for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    return any(not size.is_polynomial(*size.free_symbols) for size in sizes)
 
 
 def sharded_operands(call: Call) -> dict[str, Sharded]:

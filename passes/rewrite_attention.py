@@ -8,6 +8,7 @@ after   bounds = cp.document_bounds(documents)                                  
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan)
     refuse_unable(node, strategy, plan)
     lengths = Lengths.of(gm, at.sequence)
     terms, _ = call.rebound({"kernel_name": plan.kernel, "bounds": bounds or lengths.bounds})
-    axis = axis_arguments(OPERATORS[strategy], plan, lengths.total)
+    axis = axis_arguments(OPERATORS[strategy], replace(plan, layout=lengths.layout or plan.layout), lengths.total)
     with gm.graph.inserting_before(node):
         collective = gm.graph.call_function(OPERATORS[strategy], terms, axis)
         out = gm.graph.call_function(operator.getitem, (collective, 0))

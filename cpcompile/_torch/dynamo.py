@@ -32,6 +32,14 @@ def source_name(node: fx.Node) -> str:
     return str(name() if callable(name) else name)  # a method until torch 2.12, an attribute since
 
 
+def forget_dynamic(x: torch.Tensor) -> None:
+    """Take back what `torch._dynamo.maybe_mark_dynamic` said of a tensor. Checked on torch 2.11 to 2.14."""
+    known = vars(x)
+    known.pop("_dynamo_weak_dynamic_indices", None)
+    if not {"_dynamo_dynamic_indices", "_dynamo_static_indices"} & known.keys():
+        known.pop("_has_dynamo_dim_marking", None)
+
+
 def dynamo_break_reason(gm: fx.GraphModule) -> Any | None:
     """Return why Dynamo ended the graph before the end of the function (with `.reason`, `.user_stack`), or None."""
     reason = getattr(gm, "compile_subgraph_reason", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ import torch._dynamo
 import torch.fx.traceback
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import TracingContext, detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -45,6 +46,11 @@ def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any
         return mode.from_tensor(value, static_shapes=symbols is None, symbolic_context=symbols, source=source)
 
     return mode, [fake(value) for value in example_inputs]
+
+
+def this_compilation() -> Callable[[], AbstractContextManager[Any]]:
+    """Return what makes the compilation under way, if any, the one under way again, once it has ended."""
+    return functools.partial(tracing, TracingContext.try_get())
 
 
 def fake_static_input(value: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import sys
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from cpcompile.capture.definitions import Definitions
 from cpcompile.capture.dynamo_errors import clear_errors
 from cpcompile.capture.stages import Tracing
 from cpcompile.capture.token_inputs import KNOWN, token_dim
-from cpcompile.errors import ConfigError, InputError
+from cpcompile.errors import ConfigError, InputError, LengthDependent
 from cpcompile.options.config import Config
 
 
@@ -100,10 +101,14 @@ def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: boo
 
 
 def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], config: Config) -> Callable[..., Any]:
-    """Return `function` compiled as one graph by `backend`; errors come out as ours, with the user's line."""
+    """Return `function` compiled as one graph by `backend`; errors come out as ours, with the user's line.
+
+    Where one graph for all lengths is refused, and one for each length may not be, it is compiled so, which a warning says.
+    """
     whole = with_own_code(reading(function, config.told_by) if config.told_by else function)
     model = getattr(function, "__self__", None)
     definitions, tracing = Definitions(model), Tracing()
+    is_dynamic = config.dynamic
 
     def compiled_now() -> Callable[..., Any]:
         def remembering(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -113,12 +118,33 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], con
             return result
 
         # Not dynamic=True, which would make every size a symbol: `token_length` marks those that may change.
-        return torch.compile(whole, backend=remembering, fullgraph=True, dynamic=None if config.dynamic else False)
+        return torch.compile(whole, backend=remembering, fullgraph=True, dynamic=None if is_dynamic else False)
 
     compiled = compiled_now()
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal compiled, is_dynamic
+        try:
+            return called(*args, **kwargs)
+        except LengthDependent as error:
+            if not is_dynamic:
+                raise
+            is_dynamic, reason = False, str(error).partition("\n\nCompute this")[0]
+            compiled = compiled_now()
+            result = called(*args, **kwargs)
+        warnings.warn(
+            f"one graph for all lengths cannot be sharded, so that each length is compiled by itself: {reason}\n\n"
+            "Keep to a few lengths (pad batches to them), or pass dynamic=False to say so.",
+            stacklevel=2,
+        )
+        return result
+
+    def called(*args: Any, **kwargs: Any) -> Any:
         nonlocal compiled
+        if not is_dynamic:
+            for x in kwargs.values():
+                if isinstance(x, torch.Tensor):
+                    _torch.forget_dynamic(x)
         install_recorders(model, kwargs)
         if definitions.have_changed():
             compiled = compiled_now()  # of another backend, so that Dynamo finds nothing compiled before

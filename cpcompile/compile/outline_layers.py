@@ -22,8 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
 from cpcompile.compile.stored import body_of, invoke_subgraph
 from cpcompile.ir.insertion import insert_call, keep_source
-from cpcompile.ir.operator_call import is_view, value_of, values_of
-from cpcompile.rules.views import expression
+from cpcompile.ir.operator_call import expression, is_view, value_of, values_of
 
 aten = torch.ops.aten
 

@@ -193,22 +193,19 @@ def planned_step(
 
 def local_arguments(node: fx.Node, transformed: Transformed) -> dict[str, Any]:
     """Return the arguments of a call with meta tensors in the shapes that a rank holds."""
-    plan = transformed.plan
 
-    def local(argument: Any) -> Any:
-        if not isinstance(argument, fx.Node):
-            return argument
+    def local(argument: fx.Node) -> Any:
         value, placement = argument.meta["val"], annotation(argument).placement
         if not isinstance(value, torch.Tensor):
             return size_hint(value)
         shape = [size_hint(n) for n in value.shape]
         if isinstance(placement, Sharded) and not annotation(argument).is_local:
-            length = size_hint(Lengths.of(transformed.graph, placement.sequence).value)
-            slots = local_length(length, plan.world_size, plan.layout)
-            shape[placement.dim] = shape[placement.dim] // placement.count(length) * slots
+            lengths = Lengths.of(transformed.graph, placement.sequence)
+            slots = lengths.local if isinstance(lengths.local, int) else size_hint(lengths.local.meta["val"])
+            shape[placement.dim] = shape[placement.dim] // placement.count(size_hint(lengths.value)) * slots
         return torch.empty(shape, dtype=value.dtype, device="meta")
 
-    return {name: local(argument) for name, argument in Call.of(node).arguments.items()}
+    return {name: fx.map_arg(argument, local) for name, argument in Call.of(node).arguments.items()}
 
 
 def traffic_of(node: fx.Node, transformed: Transformed) -> Traffic:

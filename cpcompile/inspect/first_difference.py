@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cpcompile.balance.arrangement import Arrangement
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.capture.writes.aliases import hidden_writes, written_arguments
 from cpcompile.compile.transform import Transformed
@@ -49,7 +50,7 @@ def first_difference(
             values[n.name] = kept(result)
             return result
 
-    lockstep, orders = Lockstep(transformed.graph, world_size), list[TokenOrder]()
+    lockstep, orders = Lockstep(transformed.graph, world_size), list[TokenOrder | Arrangement]()
     with torch.no_grad(), seeded(model), filled_memory():
         Recorder(transformed.original).run(*map(kept, inputs))
     with torch.no_grad(), seeded(model), filled_memory():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cpcompile.balance.arrangement import Arrangement
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.capture.writes.aliases import hidden_writes, written_arguments
 from cpcompile.inspect.definitions import COLLECTIVES
@@ -107,7 +108,7 @@ def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:
     return {node for node in gm.graph.find_nodes(op="placeholder") if node in places}
 
 
-def whole_value(values: Ranks, placement: Placement, orders: Sequence[TokenOrder]) -> Any:
+def whole_value(values: Ranks, placement: Placement, orders: Sequence[TokenOrder | Arrangement]) -> Any:
     """Return the value that the ranks hold together; `orders` of all sequences, which only a sharded value needs."""
     match placement:
         case Sharded():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import fx
 
 from cpcompile import _torch
+from cpcompile.balance.arrangement import Arrangement
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.capture.dynamo import token_length
 from cpcompile.capture.lowering import capture
@@ -19,7 +21,7 @@ from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import VerificationError, where
 from cpcompile.inspect.float64 import widen_graph
 from cpcompile.inspect.lockstep import Lockstep, whole_value, written_inputs
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import Call, size_hint
 from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
@@ -79,11 +81,16 @@ def default_objective(output: Any) -> torch.Tensor:
 
 
 class LockstepBackend:
-    """A Dynamo backend that runs all ranks in lockstep and hands the joined outputs back to the model's own code."""
+    """A Dynamo backend that runs all ranks in lockstep and hands the joined outputs back to the model's own code.
+
+    After `aim`, the next run is of the same graph, transformed again. Why a graph cannot be transformed is raised when it runs:
+    what Dynamo traced stays.
+    """
 
     def __init__(self, config: Config, axis: Axis, is_wide: bool) -> None:
         self.config, self.axis, self.is_wide = config, axis, is_wide
         self.transformed: Transformed | None = None
+        self._make: Callable[[], Transformed] | None = None
         self.inputs: tuple[Any, ...] = ()  # of the last run, as they were before it
         self._held: list[list[torch.Tensor]] = []  # what each rank has of results and of inputs that it wrote
 
@@ -93,12 +100,26 @@ class LockstepBackend:
             refuse_dropout(captured)
         if self.is_wide:
             widen_graph(captured)
-        self.transformed = transform(captured, config=self.config, axis=self.axis, inputs=input_names(captured))
-        refuse_noise(self.transformed.graph)
+        names, compilation = input_names(captured), _torch.this_compilation()
+
+        def make() -> Transformed:
+            with compilation():
+                gm = copy.deepcopy(captured)
+                transformed = transform(gm, config=self.config, axis=self.axis, inputs=names)
+            refuse_noise(transformed.graph)
+            return transformed
+
+        self.transformed, self._make = None, make
         return self._run
 
+    def aim(self, config: Config, axis: Axis) -> None:
+        """Let the next run be that of another axis, or of options that do not matter before the passes."""
+        self.config, self.axis, self.transformed = config, axis, None
+
     def _run(self, *inputs: Any) -> tuple[Any, ...]:
-        assert self.transformed is not None
+        if self.transformed is None:
+            assert self._make is not None
+            self.transformed = self._make()
         graph = self.transformed.graph
         written = written_inputs(graph)
         placeholders = graph.graph.find_nodes(op="placeholder")
@@ -151,13 +172,21 @@ class OneDevice:
         return transform(captured, config=self.config, axis=axis, inputs=names).original
 
 
-def orders_of(transformed: Transformed, inputs: Sequence[Any], lockstep: Lockstep) -> list[TokenOrder]:
+def orders_of(transformed: Transformed, inputs: Sequence[Any], lockstep: Lockstep) -> list[TokenOrder | Arrangement]:
     """Return which tokens each rank holds of each sequence of these flat inputs, which the ranks have started to run."""
-    plan = transformed.plan
-    bounds = [None if x.bounds is None else lockstep.bounds.get(x.bounds) for x in Lengths.all_of(transformed.graph)]
-    lengths = sequence_lengths(transformed, inputs)  # of none in a graph without tokens, where no value needs an order
-    lengths += [x.value for x in Lengths.all_of(transformed.graph)[len(lengths) :]]  # channels, whose number is known
-    return [TokenOrder.of(n, plan.world_size, plan.layout, found) for n, found in zip(lengths, bounds, strict=False)]
+    plan, known = transformed.plan, Lengths.all_of(transformed.graph)
+    given = sequence_lengths(transformed, inputs)  # of none in a graph without tokens, where no value needs an order
+    orders: list[TokenOrder | Arrangement] = []
+    for number, lengths in enumerate(known):
+        # What a model makes of its sequences is compiled for their lengths.
+        tokens = given[number] if number < len(given) else size_hint(lengths.value)
+        if lengths.parts:
+            parts = tuple((orders[sequence].length, elements) for sequence, elements in lengths.parts)
+            orders.append(Arrangement(parts, plan.world_size, plan.layout))
+        else:
+            bounds = None if lengths.bounds is None else lockstep.bounds.get(lengths.bounds)
+            orders.append(TokenOrder.of(tokens, plan.world_size, lengths.layout or plan.layout, bounds))
+    return orders
 
 
 def sequence_lengths(transformed: Transformed, inputs: Sequence[Any]) -> list[int]:

@@ -94,74 +94,145 @@ def verify(
     Raises:
         CPError: the model is refused, or dropout makes any two runs differ (not with `exact_dropout=True`).
     """
-    if options.get("memory"):
-        raise ConfigError("verify runs one plan: memory_budget=... (and tile=...) is what memory='fit' chooses among.")
-    axis, config = Axis.in_process(world_size, inner_size), replace(Config.of(options), kernel="auto")
-    config.check_axis(inner_size)
-    model = uncompiled(model)
-    refuse_unrunnable(model, by_name(model.forward, inputs, beside=config.told_by), config)
-    if dtype is not None:
-        model = copy.deepcopy(model).to(dtype)
-        inputs = {
-            n: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in inputs.items()
-        }
-    objective = objective or default_objective
-    is_wide = dtype == torch.float64
-    state = State(model)
+    verifier = Verifier(model, inputs, dtype=dtype, tolerance=tolerance, objective=objective)
+    return verifier(world_size=world_size, inner_size=inner_size, **options)
 
-    def run(backend: Callable[..., Any] | None, of_ranks: Callable[[torch.Tensor], list[torch.Tensor]]) -> Outcome:
-        """Run the model as it is, or compiled; it begins as it is now, and is left so."""
-        own = own_inputs(inputs)
-        forward, given = model.forward, own
-        if backend is not None:
-            forward = compile_whole(model.forward, backend, config)
-            given = by_name(model.forward, own, beside=config.told_by)
+
+class Verifier:
+    """A model with its inputs, verified as often as called: for other ranks, or strict or not, it is not traced again.
+
+    The arguments are those of `verify`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        *,
+        dtype: torch.dtype | None = None,
+        tolerance: float | None = None,
+        objective: Callable[[Any], torch.Tensor] | None = None,
+    ) -> None:
+        self.model, self.inputs, self.dtype = uncompiled(model), inputs, dtype
+        self.tolerance, self.objective = tolerance, objective or default_objective
+        self._traced: tuple[Config, Runs, Outcome] | None = None
+
+    def __call__(self, *, world_size: int, inner_size: int = 0, **options: Any) -> Verification:
+        """Return the comparison. Raises what `verify` does."""
+        if options.get("memory"):
+            raise ConfigError(
+                "verify runs one plan: memory_budget=... (and tile=...) is what memory='fit' chooses among."
+            )
+        axis, config = Axis.in_process(world_size, inner_size), replace(Config.of(options), kernel="auto")
+        config.check_axis(inner_size)
+        runs, one = self._runs(config)
+        runs.ranks.aim(config, axis)
+        return self._compare(runs, one, runs.of_ranks(), world_size)
+
+    def _runs(self, config: Config) -> tuple[Runs, Outcome]:
+        """Return the runs of a model with these options, and what one device computes."""
+        as_traced = replace(config, strict=True)
+        if self._traced is None or self._traced[0] != as_traced:
+            refuse_unrunnable(self.model, by_name(self.model.forward, self.inputs, beside=config.told_by), config)
+            runs = Runs(self.model, self.inputs, self.dtype, self.objective, config)
+            self._traced = as_traced, runs, runs.of_one_device()
+        return self._traced[1:]
+
+    def _compare(self, runs: Runs, one: Outcome, all_ranks: Outcome, world_size: int) -> Verification:
+        ranks = runs.ranks
+        assert ranks.transformed is not None
+        reference_loss, unfit = one.loss[0], set(one.not_finite)
+        largest = max((g.norm().item() for g in one.gradients.values()), default=0.0)
+        errors = {
+            name: gradient_error(all_ranks.gradients.get(name), grad, largest)
+            for name, grad in one.gradients.items()
+            if name not in unfit
+        }
+        limit = self.tolerance if self.tolerance is not None else default_tolerance(model_dtype(runs.model))
+        changes = state_errors(one, all_ranks, runs.state, runs.inputs)
+        result = Verification(
+            world_size,
+            tuple(map(float, all_ranks.loss)),
+            float(reference_loss),
+            math.nan if LOSS in unfit else max(relative(value, reference_loss) for value in all_ranks.loss),
+            errors,
+            limit,
+            None,
+            ranks.transformed,
+            {name: error for name, error in changes.items() if name not in unfit},
+        )
+        if unfit:
+            watch = Watch(ranks.transformed.original)
+            with watch.hooks():
+                runs.of_backend(watch)
+            result = replace(result, not_finite=watch.first(reference_loss, one.not_finite))
+        if not result.is_wrong:
+            return result
+        first = first_difference(runs.model, ranks.transformed, ranks.inputs, world_size, limit)
+        return replace(result, first_difference=first)
+
+
+class Runs:
+    """Runs of one model on its inputs; it begins each as it is now, and is left so.
+
+    Attributes:
+        model: in the dtype that is asked for.
+        inputs: likewise.
+        ranks: the backend that runs all ranks.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        dtype: torch.dtype | None,
+        objective: Callable[[Any], torch.Tensor],
+        config: Config,
+    ) -> None:
+        self.config, self.objective, self.is_wide = config, objective, dtype == torch.float64
+        self.model, self.inputs = model, inputs
+        if dtype is not None:
+            self.model = copy.deepcopy(model).to(dtype)
+            self.inputs = {
+                n: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                for n, x in inputs.items()
+            }
+        self.state = State(self.model)
+        self.ranks = LockstepBackend(config, Axis.in_process(1), self.is_wide)
+        self._of_ranks = compile_whole(self.model.forward, self.ranks, config)
+
+    def of_one_device(self) -> Outcome:
+        """Return what the model computes untouched; with `documents`, as the program in which these are separated."""
+        # The graph in which documents are separated is widened itself, and Dynamo does not trace everything under the mode.
+        has_documents = bool(self.config.documents)
+        widened = Widen() if self.is_wide and not has_documents else contextlib.nullcontext()
+        # Kernels that recompute weights from a log-sum-exp lose rows in which masks of finfo.min hide every key.
+        by_definition = sdpa_kernel(SDPBackend.MATH) if self.is_wide else contextlib.nullcontext()
+        with widened, by_definition, contextlib.nullcontext() if has_documents else failing_alone():
+            return self.of_backend(OneDevice(self.config, self.is_wide) if has_documents else None)
+
+    def of_ranks(self) -> Outcome:
+        """Return what all ranks compute."""
+        return self._run(self._of_ranks, self.ranks.of_ranks)
+
+    def of_backend(self, backend: Callable[..., Any] | None) -> Outcome:
+        """Return what the model computes as it is, or compiled by `backend`."""
+        forward = self.model.forward
+        return self._run(forward if backend is None else compile_whole(forward, backend, self.config), lambda x: [x])
+
+    def _run(self, forward: Callable[..., Any], of_ranks: Callable[[torch.Tensor], list[torch.Tensor]]) -> Outcome:
+        own = own_inputs(self.inputs)
+        is_compiled = forward != self.model.forward
+        given = by_name(self.model.forward, own, beside=self.config.told_by) if is_compiled else own
         try:
-            with seeded(model):
-                loss, gradients = run_and_differentiate(model, forward, given, objective, config if backend else None)
-            changed = state.changes() | changed_inputs(own, inputs)
+            with seeded(self.model):
+                config = self.config if is_compiled else None
+                loss, gradients = run_and_differentiate(self.model, forward, given, self.objective, config)
+            changed = self.state.changes() | changed_inputs(own, self.inputs)
             left = {name: [value.detach().clone() for value in of_ranks(x)] for name, x in changed.items()}
             return Outcome(of_ranks(loss), gradients | input_gradients(own), left)
         finally:
-            state.restore()
-
-    # The graph in which documents are separated is widened itself, and Dynamo does not trace everything under the mode.
-    widened = Widen() if is_wide and not config.documents else contextlib.nullcontext()
-    # Kernels that recompute weights from a log-sum-exp lose rows in which masks of finfo.min hide every key.
-    by_definition = sdpa_kernel(SDPBackend.MATH) if is_wide else contextlib.nullcontext()
-    with widened, by_definition, contextlib.nullcontext() if config.documents else failing_alone():
-        one = run(OneDevice(config, is_wide) if config.documents else None, lambda x: [x])
-    ranks = LockstepBackend(config, axis, is_wide)
-    all_ranks = run(ranks, ranks.of_ranks)
-    assert ranks.transformed is not None
-    reference_loss, unfit = one.loss[0], set(one.not_finite)
-    largest = max((g.norm().item() for g in one.gradients.values()), default=0.0)
-    errors = {
-        name: gradient_error(all_ranks.gradients.get(name), grad, largest)
-        for name, grad in one.gradients.items()
-        if name not in unfit
-    }
-    limit = tolerance if tolerance is not None else default_tolerance(model_dtype(model))
-    result = Verification(
-        world_size,
-        tuple(map(float, all_ranks.loss)),
-        float(reference_loss),
-        math.nan if LOSS in unfit else max(relative(value, reference_loss) for value in all_ranks.loss),
-        errors,
-        limit,
-        None,
-        ranks.transformed,
-        {name: error for name, error in state_errors(one, all_ranks, state, inputs).items() if name not in unfit},
-    )
-    if unfit:
-        watch = Watch(ranks.transformed.original)
-        with watch.hooks():
-            run(watch, lambda x: [x])
-        result = replace(result, not_finite=watch.first(reference_loss, one.not_finite))
-    if not result.is_wrong:
-        return result
-    first = first_difference(model, ranks.transformed, ranks.inputs, world_size, limit)
-    return replace(result, first_difference=first)
+            self.state.restore()
 
 
 def input_gradients(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

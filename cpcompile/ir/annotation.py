@@ -25,7 +25,7 @@ class Annotation:
         region: the token-local region that the node is a part of.
         is_of_layout: these are the bounds of the documents that the layout follows.
         stays_whole: every rank needs all its tokens: of a table that positions index, of what keys are made of.
-        is_filled: the mask of this attention replaces scores in the model, in place of being added.
+        fill: what the mask of this attention puts in the place of scores in the model, in place of being added; 0 for none.
         takes_gradient: a gradient may reach this input.
         is_local: the recorded value is what one rank holds; elsewhere it is the whole.
     """
@@ -38,7 +38,7 @@ class Annotation:
     region: str = ""
     is_of_layout: bool = False
     stays_whole: bool = False
-    is_filled: bool = False
+    fill: float = 0.0
     takes_gradient: bool = False
     is_local: bool = False
 

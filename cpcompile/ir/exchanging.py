@@ -31,21 +31,28 @@ class Exchanger:
 
     def __init__(self, resharder: Resharder) -> None:
         self.resharder, self.gm = resharder, resharder.gm
-        self.num_sequences = len(Lengths.all_of(self.gm))  # of tokens; those behind are channels
         self._exchanged: dict[tuple[fx.Node, Sharded], fx.Node] = {}
 
     def is_of_channels(self, at: Placement) -> bool:
         """Tell whether a value is sharded along channels."""
-        return isinstance(at, Sharded) and at.sequence >= self.num_sequences
+        return isinstance(at, Sharded) and (at.sequence == CHANNELS or Lengths.of(self.gm, at.sequence).is_of_channels)
 
     def exchange(self, node: fx.Node, to: Sharded) -> fx.Node:
-        """Return `node` sharded along another dim, of which every rank has all elements now."""
+        """Return `node` sharded along another dim, of which every rank has all elements now.
+
+        Raises:
+            NoRule: the tokens are not dealt as those of one sequence.
+        """
         if to.sequence == CHANNELS:
             to = replace(to, sequence=self._channels(value_of(node).shape[to.dim]))
         if (node, to) not in self._exchanged:
             at = placement_of(node)
             assert isinstance(at, Sharded) and not (at.inner - 1 or to.inner - 1) and at.covers_all and to.covers_all
             plan, lengths, target = self.resharder.plan, self.resharder.lengths(at), self.resharder.lengths(to)
+            if not all(x.is_of_tokens or x.is_of_channels for x in (lengths, target)):
+                raise NoRule(
+                    f"{node.target}: its result is needed with its tokens dealt as one sequence.\n\n{where(node)}"
+                )
             axis = plan.layout, plan.world_size, plan.group, lengths.bounds, target.bounds
             arguments = (node, at.dim, lengths.total, to.dim, target.total, *axis)
             with self.gm.graph.inserting_after(max([node, *Lengths.bounds_of(self.gm)])):
@@ -62,7 +69,7 @@ class Exchanger:
         if not isinstance(at, Sharded) or not self.is_of_channels(at):
             return node
         shape = value_of(node).shape
-        tokens = enumerate(Lengths.all_of(self.gm)[: self.num_sequences])
+        tokens = [(number, x) for number, x in enumerate(Lengths.all_of(self.gm)) if x.is_of_tokens]
         found = [
             Sharded(dim, sequence=sequence)
             for sequence, lengths in tokens
@@ -81,9 +88,10 @@ class Exchanger:
 
     def _channels(self, size: int) -> int:
         """Return the number of the sequence of so many channels."""
-        known, plan = Lengths.all_of(self.gm), self.resharder.plan
-        sizes = [lengths.value for lengths in known[self.num_sequences :]]
-        if size not in sizes:
-            slots = local_length(size, plan.world_size, plan.layout)
-            self.gm.meta["cpcompile_lengths"] = (*known, Lengths(size, size, slots))
-        return self.num_sequences + [*sizes, size].index(size)
+        known = Lengths.all_of(self.gm)
+        for number, lengths in enumerate(known):
+            if lengths.is_of_channels and lengths.value == size:
+                return number
+        slots = local_length(size, self.resharder.plan.world_size, self.resharder.plan.layout)
+        self.gm.meta["cpcompile_lengths"] = (*known, Lengths(size, size, slots, is_of_channels=True))
+        return len(known)

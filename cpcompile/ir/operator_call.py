@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
@@ -42,6 +43,11 @@ def size_hint(size: Any) -> int:
     """
     hint = size.node.hint if isinstance(size, torch.SymInt) else None
     return int(size if hint is None else hint)
+
+
+def expression(size: Any) -> sympy.Expr:
+    """Return a size as an expression; symbolic sizes keep their symbol."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
 @dataclass(frozen=True, slots=True)

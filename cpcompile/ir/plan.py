@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from cpcompile.balance.layout import follows_documents, local_length, num_chunks
+from cpcompile.errors import NoRule
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.placement import Sharded
 
@@ -69,18 +70,43 @@ class Plan:
 class Lengths:
     """The number of tokens and of local slots, as values (possibly symbolic) and as graph arguments (nodes or ints).
 
-    `bounds` is the node of the documents that the layout follows, if there are any.
+    Attributes:
+        bounds: the node of the documents that the layout follows, if there are any.
+        parts: of a joined sequence, the sequences that every rank holds behind one another: the number of each, and how many
+            elements each of its tokens has there. See `ir.joining`.
+        is_padded: whether some rank may hold padding slots; None where that follows from the number of tokens.
+        layout: that of this sequence, where it is not the plan's.
+        is_of_channels: these are no tokens, but another dim that a value is sharded along for a while.
     """
 
     value: Any
     total: fx.Node | int
     local: fx.Node | int
     bounds: fx.Node | None = None
+    parts: tuple[tuple[int, int], ...] = ()
+    is_padded: bool | None = None
+    layout: str = ""
+    is_of_channels: bool = False
+
+    @property
+    def is_of_tokens(self) -> bool:
+        """Whether these are tokens, dealt to the ranks as the plan says."""
+        return not (self.parts or self.layout or self.is_of_channels)
 
     def axis(self, plan: Plan) -> tuple[Any, ...]:
-        """Return the last arguments of every operator that knows the layout, behind the number of tokens."""
-        axis = plan.layout, plan.world_size, plan.group
+        """Return the last arguments of every operator that knows the layout, behind the number of tokens.
+
+        Raises:
+            NoRule: a joined sequence is dealt to the ranks part by part.
+        """
+        if self.parts:
+            raise NoRule("the tokens of several sequences are joined, and dealt to the ranks sequence by sequence")
+        axis = self.layout or plan.layout, plan.world_size, plan.group
         return axis if self.bounds is None else (*axis, self.bounds)
+
+    def has_padding(self, plan: Plan) -> bool:
+        """Tell whether some rank may hold padding slots; a symbolic length may need them."""
+        return plan.has_padding(self.value) if self.is_padded is None else self.is_padded
 
     @classmethod
     def of(cls, gm: fx.GraphModule, sequence: int = 0) -> Lengths:
@@ -99,6 +125,12 @@ class Lengths:
     def bounds_of(cls, gm: fx.GraphModule) -> list[fx.Node]:
         """Return the nodes of the documents that the layout follows, in the order of the sequences."""
         return [lengths.bounds for lengths in cls.all_of(gm) if lengths.bounds is not None]
+
+    @classmethod
+    def nodes_of(cls, gm: fx.GraphModule) -> list[fx.Node]:
+        """Return the nodes of all lengths: what reads them comes behind."""
+        nodes = [size for lengths in cls.all_of(gm) for size in (lengths.total, lengths.local, lengths.bounds)]
+        return [node for node in nodes if isinstance(node, fx.Node)]
 
     @classmethod
     def insert(cls, gm: fx.GraphModule, plan: Plan) -> dict[str, int]:
@@ -123,17 +155,24 @@ class Lengths:
     def _insert(cls, gm: fx.GraphModule, plan: Plan, tokens: fx.Node, dim: int) -> Lengths:
         value = tokens.meta["val"].shape[dim]
         if isinstance(value, int):
-            return cls(value, value, local_length(value, plan.world_size, plan.layout))
+            return cls.of_total(gm, plan, value, value)
         last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
-        follows = follows_documents(plan.layout)
-        chunks = plan.world_size if follows else num_chunks(plan.world_size, plan.layout)
         with gm.graph.inserting_after(last):
             total = gm.graph.call_function(torch.ops.aten.sym_size.int, (tokens, dim))
+        total.meta["val"] = value
+        return cls.of_total(gm, plan, value, total)
+
+    @classmethod
+    def of_total(cls, gm: fx.GraphModule, plan: Plan, value: Any, total: fx.Node | int) -> Lengths:
+        """Return the lengths of a sequence of `value` tokens, with nodes behind `total`."""
+        slots = local_length(value, plan.world_size, plan.layout)
+        if isinstance(total, int):
+            return cls(value, total, slots)
+        follows = follows_documents(plan.layout)
+        chunks = plan.world_size if follows else num_chunks(plan.world_size, plan.layout)
         added = _after(gm, total, operator.add, (total, chunks - 1), value + (chunks - 1))
         chunk = _after(gm, added, operator.floordiv, (added, chunks), (value + (chunks - 1)) // chunks)
-        slots = local_length(value, plan.world_size, plan.layout)
         local = _after(gm, chunk, operator.mul, (chunk, chunks // plan.world_size), slots)
-        total.meta["val"] = value
         return cls(value, total, local)
 
     def localise(self, gm: fx.GraphModule, size: Any, at: Sharded, before: fx.Node) -> fx.Node | int:

@@ -6,6 +6,7 @@ after   h_1 = cp.move_tokens(h, 1, 1, 1, -1, False, 0.0, S, "zig_zag", 2, "cp")
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -57,6 +58,9 @@ class Resharder:
             if at.reaches_outside and at.outside is None:
                 raise NoRule(f"{UNKNOWN_OUTSIDE}.\n\n{where(node)}")
             lengths = self.lengths(at)
+            if lengths.parts:
+                self._gathered[node] = self._of_parts(node, at, lambda part, _: self.gather(part, reason), node.next)
+                return self._gathered[node]
             with self.gm.graph.inserting_after(node):
                 arguments = (node, at.dim, at.inner, lengths.total, *lengths.axis(self.plan))
                 whole = insert_copy(self.gm.graph, cp.gather_tokens.default, arguments, node, Full(at))
@@ -106,8 +110,12 @@ class Resharder:
     def fill_padding(self, operand: fx.Node, at: Sharded, value: float, before: fx.Node) -> fx.Node:
         """Return `operand` with `value` in the slots that hold no token of its range."""
         lengths = self.lengths(at)
-        if not self.plan.has_padding(lengths.value) and at.covers_all:
+        if not lengths.has_padding(self.plan) and at.covers_all:
             return operand
+        if lengths.parts:
+            return self._of_parts(
+                operand, at, lambda part, place: self.fill_padding(part, place, value, before), before
+            )
         with self.gm.graph.inserting_before(before):
             front, back = max(at.front, 0), max(at.back, 0)
             arguments = (operand, at.dim, at.inner, value, front, back, lengths.total, *lengths.axis(self.plan))
@@ -115,6 +123,9 @@ class Resharder:
 
     def shard(self, node: fx.Node, at: Sharded) -> fx.Node:
         """Return this rank's tokens of the whole value `node`."""
+        if self.lengths(at).parts:
+            anchor = self.first_call() if node.op == "placeholder" else max([node, *Lengths.nodes_of(self.gm)]).next
+            return self._of_parts(node, at, self.shard, anchor)
         self.num_shards += 1
         at = at.with_range(at.front, at.back)
         with self._behind(node):
@@ -124,11 +135,51 @@ class Resharder:
             arguments = (whole, at.dim, at.inner, lengths.total, *lengths.axis(self.plan))
             return insert_copy(self.gm.graph, cp.shard_tokens.default, arguments, node, at)
 
+    def _of_parts(
+        self, node: fx.Node, at: Sharded, make: Callable[[fx.Node, Sharded], fx.Node], before: fx.Node
+    ) -> fx.Node:
+        """Return what `make` makes of each sequence of a joined one, joined again. It takes local parts where `node` is local."""
+        graph, value, lengths = self.gm.graph, value_of(node), self.lengths(at)
+        is_whole, dim = not isinstance(placement_of(node), Sharded), at.dim
+        outer = value.shape[dim] // (lengths.value * at.inner)
+        pieces: list[fx.Node] = []
+        with graph.inserting_before(before):
+            x = node
+            if outer != 1:
+                x = self._hold(aten.unflatten.int, (node, dim, [outer, -1]), node, placement_of(node))
+                x.meta["val"] = torch.unflatten(value, dim, (outer, -1))
+                dim += 1
+            start: fx.Node | int = 0
+            for sequence, elements in lengths.parts:
+                part = Sharded(dim, at.inner * elements, sequence=sequence)
+                of_part = self.lengths(part)
+                count = of_part.total if is_whole else of_part.local
+                end = plus(graph, start, times(graph, count, part.inner))
+                piece = self._hold(aten.slice.Tensor, (x, dim, start, end), node, FULL if is_whole else part)
+                shape = list(x.meta["val"].shape)
+                shape[dim] = of_part.value * part.inner
+                piece.meta["val"] = value.new_empty(shape)
+                pieces.append(make(piece, part))
+                start = end
+            joined = self._hold(aten.cat.default, (pieces, dim), node, FULL)
+            if outer != 1:
+                joined = self._hold(aten.flatten.using_ints, (joined, dim - 1, dim), node, FULL)
+        is_local = isinstance(placement_of(pieces[0]), Sharded)
+        annotate(joined, placement=at if is_local else Full(at), origin=annotation(node).origin or node.name)
+        joined.meta["val"] = value
+        return joined
+
+    def _hold(self, target: Any, arguments: tuple[Any, ...], source: fx.Node, placement: Placement) -> fx.Node:
+        """Insert a call that holds a part of the value of `source`, which no value of the captured graph is."""
+        node = insert_copy(self.gm.graph, target, arguments, source, placement)
+        annotate(node, origin="")
+        return node
+
     def _behind(self, node: fx.Node) -> AbstractContextManager[Any]:
         """Return the insertion point for what reads `node`, as early as it can be."""
         if node.op == "placeholder":
-            return self.gm.graph.inserting_before(self._first_call())
-        return self.gm.graph.inserting_after(max([node, *Lengths.bounds_of(self.gm)]))
+            return self.gm.graph.inserting_before(self.first_call())
+        return self.gm.graph.inserting_after(max([node, *Lengths.nodes_of(self.gm)]))
 
     def _extend(self, node: fx.Node, at: Sharded) -> fx.Node:
         """Return `node` with the tokens that its range leaves out filled in, so that it has one element for each token."""
@@ -140,12 +191,28 @@ class Resharder:
         annotate(whole, origin="")  # no value of the captured graph has this shape
         return whole
 
-    def _first_call(self) -> fx.Node:
+    def first_call(self) -> fx.Node:
         """Return the node behind the placeholders and the lengths."""
-        nodes = [lengths.local for lengths in Lengths.all_of(self.gm) if isinstance(lengths.local, fx.Node)]
-        placeholders = [*self.gm.graph.find_nodes(op="placeholder"), *nodes, *Lengths.bounds_of(self.gm)]
-        last: fx.Node = max(placeholders).next
+        last: fx.Node = max([*self.gm.graph.find_nodes(op="placeholder"), *Lengths.nodes_of(self.gm)]).next
         return last
+
+
+def plus(graph: fx.Graph, a: fx.Node | int, b: fx.Node | int) -> fx.Node | int:
+    """Return the graph argument a + b; inserts where the graph inserts."""
+    return _combined(graph, operator.add, a, b)
+
+
+def times(graph: fx.Graph, a: fx.Node | int, b: fx.Node | int) -> fx.Node | int:
+    """Return the graph argument a * b; inserts where the graph inserts."""
+    return a if b == 1 else _combined(graph, operator.mul, a, b)
+
+
+def _combined(graph: fx.Graph, function: Any, a: fx.Node | int, b: fx.Node | int) -> fx.Node | int:
+    if isinstance(a, int) and isinstance(b, int):
+        return int(function(a, b))
+    node = graph.call_function(function, (a, b))
+    node.meta["val"] = function(*fx.map_arg((a, b), lambda x: x.meta["val"]))
+    return node
 
 
 def whole_placement(node: fx.Node) -> Placement | tuple[Placement, ...]:
@@ -162,8 +229,13 @@ class Writer:
         self._resharder = resharder
         lengths = resharder.lengths(at)
         self.length, self.local = lengths.total, lengths.local
-        self.axis = lengths.axis(resharder.plan)
-        self.has_padding = resharder.plan.has_padding(lengths.value)
+        self._lengths, self._plan = lengths, resharder.plan
+        self.has_padding = lengths.has_padding(resharder.plan)
+
+    @property
+    def axis(self) -> tuple[Any, ...]:
+        """The last arguments of every operator that knows the layout: layout, world size, group, perhaps bounds."""
+        return self._lengths.axis(self._plan)
 
     @property
     def chunks(self) -> int:

@@ -14,10 +14,9 @@ import torch
 from torch import fx
 
 from cpcompile.errors import NoRule
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import Call, expression
 from cpcompile.ir.placement import FULL, PARTIAL, Placement, Sharded
 from cpcompile.rules.registry import RULES, Decision, Lowering, Rule
-from cpcompile.rules.views import expression
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 

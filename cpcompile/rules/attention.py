@@ -42,13 +42,15 @@ class AttentionRule:
         given = {name: operands[name] for name in ("q", "k", "v") if name in operands}
         if len(given) == 3 and len(set(given.values())) == 1 and given["q"].dim < 2:
             return self._of_rows(call, given["q"], operands)
-        if any(at.with_range(0, 0) != replace(QUERY_TOKENS, sequence=at.sequence) for at in given.values()):
-            raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
         if any(at.reaches_outside for at in given.values()):
             raise no_rule(call, operands, "attention reads tokens outside the sequence", self.notation)
         sizes = {str(call.shape(name)[2]) for name in ("q", "k", "v")}
         if len(sizes) > 1 or len({at.sequence for at in given.values()}) != 1:
+            if "q" in given and given["q"].dim != QUERY_TOKENS.dim:
+                raise no_rule(call, operands, "queries hold the tokens along another dim than their own", self.notation)
             return self._across(call, operands)
+        if any(at.with_range(0, 0) != replace(QUERY_TOKENS, sequence=at.sequence) for at in given.values()):
+            raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
         if not all(at.covers_all for at in given.values()):
             return self._along_a_range(call, next(iter(given.values())), operands)
         return self._along_one_sequence(call, next(iter(given.values())), given.keys(), "mask" in operands)

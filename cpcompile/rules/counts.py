@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import Call, expression
 from cpcompile.ir.placement import FULL, PARTIAL, Sharded
 from cpcompile.rules import scatter  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along import along_tokens
 from cpcompile.rules.ranges import constant_value
 from cpcompile.rules.registry import Decision, Indices, Lowering, rule
-from cpcompile.rules.views import expression
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 

@@ -17,11 +17,11 @@ import torch
 from torch import fx
 
 from cpcompile.ir.annotation import annotate, annotation, placement_of
-from cpcompile.ir.operator_call import Call, value_of
+from cpcompile.ir.operator_call import Call, expression, value_of
 from cpcompile.ir.placement import FULL, Full, Placement, Sharded
 from cpcompile.rules.along import along_tokens
 from cpcompile.rules.registry import Decision, Indices, Lowering, rule
-from cpcompile.rules.views import expression, quotient
+from cpcompile.rules.views import quotient
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 

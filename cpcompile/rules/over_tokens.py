@@ -15,10 +15,11 @@ import torch
 from torch import fx
 
 from cpcompile.ir.annotation import annotation
+from cpcompile.ir.operator_call import expression
 from cpcompile.ir.placement import Sharded
 from cpcompile.rules.along import before_end
 from cpcompile.rules.registry import Lowering
-from cpcompile.rules.views import expression, quotient
+from cpcompile.rules.views import quotient
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 NO_TOKEN = sys.maxsize

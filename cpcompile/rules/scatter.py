@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import Call, expression
 from cpcompile.rules.dims import closed, own
 from cpcompile.rules.pointwise import aligned
 from cpcompile.rules.registry import REASONS, Indices, Names, rule
-from cpcompile.rules.views import expression
 
 aten = torch.ops.aten
 

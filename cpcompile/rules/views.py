@@ -15,16 +15,11 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import Call, expression
 from cpcompile.ir.placement import Sharded
 from cpcompile.rules.registry import Decision, Local, Lowering, no_rule, register
 
 aten = torch.ops.aten
-
-
-def expression(size: Any) -> sympy.Expr:
-    """Return a size as an expression; symbolic sizes keep their symbol."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
 def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:

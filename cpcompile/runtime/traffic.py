@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cpcompile.balance.arrangement import Arrangement
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.runtime.attention import strategies  # noqa: F401  (registers the operators)
 from cpcompile.runtime.attention.arguments import AttentionArguments
@@ -73,6 +74,15 @@ def _move_tokens(a: Arguments) -> Traffic:
     return _exchange(a, targets, route_of(a["sign"], a["offset"], a["wrap"], a["length"]))
 
 
+def _rearrange_tokens(a: Arguments) -> Traffic:
+    source, target = (Arrangement.of(a[name], a["world_size"], a["layout"]) for name in ("held", "wanted"))
+    element = _bytes(a["x"]) // source.local_length
+    route = Route(1, (a["offset"],))
+    forward = most_sent(source.spans, target.spans_with_padding if a["fills"] else target.spans, route)
+    backward = most_sent(source.spans, target.spans, route)
+    return Traffic(element * forward[0], element * backward[1] if a["x"].is_floating_point() else 0)
+
+
 def _halo_tokens(a: Arguments) -> Traffic:
     world_size, layout = a["world_size"], a["layout"]
     targets = [halo_spans(a["before"], a["after"], a["length"], rank, world_size, layout) for rank in range(world_size)]
@@ -108,6 +118,7 @@ _COUNTS: dict[str, Callable[[Arguments], Traffic]] = {
     "all_reduce": _all_reduce,
     "gather_tokens": _gather_tokens,
     "move_tokens": _move_tokens,
+    "rearrange_tokens": _rearrange_tokens,
     "halo_tokens": _halo_tokens,
     "exchange_dims": _exchange_dims,
     "stack_ranks": _stack_ranks,

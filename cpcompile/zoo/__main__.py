@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 
 from cpcompile.zoo.catalogue import Entry, find_entries
+from cpcompile.zoo.programs.making import CATALOGUES, find_programs
 from cpcompile.zoo.progress import Limits, run_and_keep
 from cpcompile.zoo.result import Variant, read
 from cpcompile.zoo.run import Job
 
+MODELS = "transformers"
 ATTENTION = ("sdpa", "eager", "flex_attention")
 app = typer.Typer(name="cpcompile.zoo", add_completion=False, pretty_exceptions_enable=False)
 
@@ -24,10 +26,16 @@ def zoo(
         list[str] | None,
         typer.Option("--models", "-m", help="An entry (causal:llama, llama) or a category; may repeat."),
     ] = None,
+    catalogue: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join((MODELS, *CATALOGUES))}: what to run; may repeat [default: {MODELS}]"),
+    ] = None,
     attention: Annotated[
         list[str] | None, typer.Option(help="sdpa, eager or flex_attention; may repeat [default: all]")
     ] = None,
-    world_size: Annotated[list[int] | None, typer.Option(min=1, help="Ranks; may repeat [default: 2 and 4]")] = None,
+    world_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Ranks; may repeat [default: 2 and 4, of programs 2, 3 and 4]")
+    ] = None,
     packed: Annotated[
         bool | None, typer.Option("--packed/--dense", help="Only packed documents, or only whole rows [default: both]")
     ] = None,
@@ -41,7 +49,7 @@ def zoo(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Where results go: this name with .jsonl (every run), .json and .md (tables) [default: zoo, or random]"
+            help="Where results go: this name with .jsonl (every run), .json and .md (tables) [default: zoo, zoo_beyond, random]"
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the results that are there, run the rest.")] = False,
@@ -56,6 +64,7 @@ def zoo(
 ) -> None:
     """Run transformers architectures as tiny random models through `cpcompile.verify`.
 
+    With --catalogue, programs beyond them: transformers of diffusers and timm, of the sciences, and as people write them.
     With --random, sizes, heads, inputs and options are drawn too; one of the same seed and index is always the same.
 
     Exit code 1: something is wrong or crashes. Ctrl-C keeps what is done; continue with --resume.
@@ -63,19 +72,27 @@ def zoo(
     # Tiny tensors: more threads only wait for each other. Before anything imports torch, so that workers have it too.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     console = Console()
-    output = output or Path("random" if random else "zoo")
+    catalogues = catalogue or [MODELS]
+    output = output or Path("random" if random else "zoo" if catalogues == [MODELS] else "zoo_beyond")
     results_path = output.with_suffix(".jsonl")
     limits = Limits(num_workers=jobs, timeout=timeout, memory=memory)
     if random:
-        if models or attention or world_size or packed is not None or strict is not None:
+        if models or catalogue or attention or world_size or packed is not None or strict is not None:
             raise typer.BadParameter("draws these itself: choose with --only.", param_hint="--random")
         from cpcompile.zoo.drawn.command import run_random
 
         raise typer.Exit(
             run_random(range(first, first + random), seed, only, results_path, console, limits, device, resume)
         )
+    for name in catalogues:
+        if name not in (MODELS, *CATALOGUES):
+            raise typer.BadParameter(f"{name} is none of {', '.join((MODELS, *CATALOGUES))}.", param_hint="--catalogue")
+    keys = [key for text in models or [""] for key in find_programs(catalogues, text)]
     try:
-        entries = find_entries(models or [])
+        others = [text for text in models or [] if not find_programs(catalogues, text)]
+        entries = find_entries(others) if MODELS in catalogues and (others or not models) else []
+        if others and MODELS not in catalogues:
+            raise KeyError(f"{others[0]}: no such program in {', '.join(catalogues)}.")
     except KeyError as error:
         raise typer.BadParameter(error.args[0], param_hint="--models") from None
     for name in attention or []:
@@ -90,6 +107,7 @@ def zoo(
         for is_packed in ((False, True) if packed is None else (packed,))
         if not is_packed or takes_packed(entry)
     ]
+    plan += [Job(key, variants_of("", False, world_size or [2, 3, 4], strict), device) for key in dict.fromkeys(keys)]
     done = {result.id for result in read(results_path)}
     missing = [rest for job in plan if (rest := without(job, done)).variants]
     if not run_and_keep(missing, results_path, console, limits):

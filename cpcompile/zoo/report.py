@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from rich.table import Table as RichTable
 
 import cpcompile
 from cpcompile.zoo.build import import_transformers
+from cpcompile.zoo.programs.making import CATALOGUES
 from cpcompile.zoo.result import CRASH, EXACT, NOT_AVAILABLE, NOT_CAPTURED, REFUSED, WRONG, Result
 from cpcompile.zoo.summary import Cell, Counts, Table, by_category, failures, reasons, tabulate
 
@@ -22,6 +24,7 @@ COLUMNS = (
     "exact",
     "of captured",
     "replicated",
+    "whole",
     "refused",
     "wrong",
     "crash",
@@ -30,22 +33,55 @@ COLUMNS = (
 )
 
 
-def versions(device: str) -> str:
+def introduction(catalogues: Sequence[str]) -> Iterator[str]:
+    """Yield the head of the page, up to how entries are built."""
+    if not catalogues:
+        yield from ("# Model zoo", "", "Written by `python -m cpcompile.zoo`; do not edit.")
+        yield "Every architecture is built from a tiny random configuration"
+        return
+    command = " ".join(["python -m cpcompile.zoo", *(f"--catalogue {name}" for name in catalogues)])
+    yield from ("# Beyond the model zoo", "", f"Written by `{command}`; do not edit.")
+    yield "Programs beyond transformers' models, as people write them: each is tiny, with random parameters,"
+
+
+def catalogues_of(results: Sequence[Result]) -> list[str]:
+    """Return the catalogues of programs that results have."""
+    return [name for name in CATALOGUES if any(result.key.startswith(f"{name}:") for result in results)]
+
+
+def versions(results: Sequence[Result], device: str) -> str:
     """Return what was run, in words."""
     hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     names = {
         "cpcompile": cpcompile.__version__,
         "torch": torch.__version__,
         "transformers": import_transformers().__version__,
-        "Python": platform.python_version(),
     }
+    used = {"diffusion": "diffusers", "vision": "timm"}
+    names |= {used[name]: version_of(used[name]) for name in catalogues_of(results) if name in used}
+    names["Python"] = platform.python_version()
     return ", ".join([hardware, *(f"{name} {version}" for name, version in names.items())])
+
+
+def version_of(package: str) -> str:
+    """Return the version of a package that may be missing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def row(counts: Counts) -> list[str]:
     """Return the numbers of one row, in the order of `COLUMNS`."""
     rest = [counts[outcome] for outcome in (REFUSED, WRONG, CRASH, NOT_CAPTURED, NOT_AVAILABLE)]
-    return [str(counts.captured), str(counts[EXACT]), counts.rate, str(counts.replicated), *map(str, rest)]
+    return [
+        str(counts.captured),
+        str(counts[EXACT]),
+        counts.rate,
+        str(counts.replicated),
+        str(counts.whole),
+        *map(str, rest),
+    ]
 
 
 def show(console: Console, results: Sequence[Result]) -> None:
@@ -67,21 +103,20 @@ def markdown(results: Sequence[Result], device: str = "cpu") -> str:
     table = tabulate(results)
     ranks = sorted({result.variant.world_size for result in results})
     lines = [
-        "# Model zoo",
-        "",
-        "Written by `python -m cpcompile.zoo`; do not edit. Every architecture is built from a tiny random configuration",
+        *introduction(catalogues_of(results)),
         "and run by `cpcompile.verify` (loss and every gradient against the untouched model) in its own process.",
         "",
-        f"{versions(device)}; ranks: {', '.join(map(str, ranks))}.",
+        f"{versions(results, device)}; ranks: {', '.join(map(str, ranks))}.",
         "An entry counts by its worst result over the numbers of ranks.",
         "",
         "- *captured*: the model runs on one device and Dynamo traces it as one graph; the next four add up to it.",
         "- *exact*: loss and every gradient agree, to 1e-10 in float64 or, where the model does not run in float64 on one",
         "  device, to 256 units in the last place of float32. *replicated*: exact, but nothing could be sharded.",
+        "  *whole*: exact, and every rank computes so many attentions whole; in the counts, entries with any.",
         "  *eval*: in evaluation mode, because in training mode the model draws random numbers.",
         "- *refused*: an error at compile time that says why. *wrong*, *crash*: defects.",
         "- *not captured*: fails on one device, or has a graph break. *not available*: transformers has no such class, or the",
-        "  class does not offer the variant.",
+        "  class does not offer the variant, or the package of the entry is not installed.",
         "",
         "## Counts",
         "",
@@ -101,7 +136,7 @@ def compact(results: Sequence[Result], device: str = "cpu") -> str:
         row = {variant: describe(cells[key]) for variant, cells in table.items() if key in cells}
         lines.append(f"    {json.dumps(key)}: {json.dumps(row)}")
     ranks = sorted({result.variant.world_size for result in results})
-    head = f'{{\n  "versions": {json.dumps(versions(device))},\n  "ranks": {ranks},\n  "entries": {{\n'
+    head = f'{{\n  "versions": {json.dumps(versions(results, device))},\n  "ranks": {ranks},\n  "entries": {{\n'
     return head + ",\n".join(lines) + "\n  }\n}\n"
 
 
@@ -111,7 +146,7 @@ def describe(cell: Cell) -> dict[str, Any]:
     values: dict[str, Any] = {"outcome": worst.outcome, "reason": worst.reason}
     if cell.outcome == EXACT:
         values |= {"dtype": worst.dtype, "error": cell.error, "gradients": worst.num_gradients, "sites": worst.sites}
-        values |= {name: True for name in ("replicated", "evaluation") if getattr(worst, name)}
+        values |= {name: getattr(worst, name) for name in ("replicated", "whole", "evaluation") if getattr(worst, name)}
     return {name: value for name, value in values.items() if value != ""}
 
 
@@ -155,6 +190,7 @@ def cell_text(cell: Cell | None, numbers: Mapping[tuple[str, str], str]) -> str:
     match cell.outcome:
         case "exact":
             note = ", replicated" if cell.worst.replicated else ""
+            note += f", {cell.worst.whole} whole" if cell.worst.whole else ""
             note += ", eval" if cell.worst.evaluation else ""
             return f"{cell.error:.0e}{' (float32)' if cell.worst.dtype == 'float32' else ''}{note}"
         case "not available":

@@ -24,7 +24,7 @@ class Variant:
     """How an entry is run.
 
     Attributes:
-        attention: transformers' name of the attention implementation.
+        attention: transformers' name of the attention implementation; '' for a program, which has its own.
         packed: positions restart with each document.
         world_size: ranks.
         strict: hidden states may not be gathered.
@@ -38,7 +38,8 @@ class Variant:
     @property
     def text(self) -> str:
         """The variant as a column says it, without the number of ranks."""
-        return f"{self.attention}, {'packed' if self.packed else 'dense'}, {'strict' if self.strict else 'not strict'}"
+        of_model = f"{self.attention}, {'packed' if self.packed else 'dense'}, " if self.attention else ""
+        return f"{of_model}{'strict' if self.strict else 'not strict'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Result:
         num_gradients: parameters whose gradient is not zero on one device.
         sites: attentions that were rewritten.
         replicated: nothing was sharded.
+        whole: attentions that every rank computes whole.
         evaluation: compared in evaluation mode, because in training mode the model draws random numbers.
         seconds: of this variant.
         drawn: the configuration in words, of one drawn at random.
@@ -73,6 +75,7 @@ class Result:
     num_gradients: int = 0
     sites: int = 0
     replicated: bool = False
+    whole: int = 0
     evaluation: bool = False
     seconds: float = 0.0
     drawn: str = ""

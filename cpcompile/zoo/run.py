@@ -13,11 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from cpcompile.choose.attention_sites import ATTENTION_LIKE
+from cpcompile.compile.transform import Transformed
+from cpcompile.inspect.explain import made_attentions
 from cpcompile.inspect.verification import Verification
-from cpcompile.inspect.verify import verify
+from cpcompile.inspect.verify import Verifier
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.placement import Sharded
 from cpcompile.zoo.build import build
 from cpcompile.zoo.classify import classify, own_failure
 from cpcompile.zoo.evidence import Evidence, changed_by_capture, gather_evidence
+from cpcompile.zoo.programs import PROGRAMS, Program, make_program
 from cpcompile.zoo.result import EXACT, NOT_CAPTURED, WRONG, Result, Variant
 
 # In float64 what is left after rounding; a wrong program is off by orders of magnitude more.
@@ -26,7 +32,7 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The variants of one model that share its construction: all have the same attention and input."""
+    """The variants of one model or program that share its construction: all have the same attention and input."""
 
     key: str
     variants: tuple[Variant, ...]
@@ -39,10 +45,13 @@ def run_job(job: Job, report: Callable[[Result], None]) -> None:
     torch.set_num_threads(1)
     first, start = job.variants[0], time.perf_counter()
     try:
-        model, inputs = build(job.key, first.attention, torch.float32, packed=first.packed)
+        made = program_of(job.key, first)
         device = one_of(job.device)
-        model, inputs = model.to(device), torch.utils._pytree.tree_map_only(torch.Tensor, mover(device), inputs)
-        evidence = gather_evidence(model, inputs)
+        model, inputs = (
+            made.model.to(device),
+            torch.utils._pytree.tree_map_only(torch.Tensor, mover(device), made.inputs),
+        )
+        subject = Subject(model, inputs, gather_evidence(model, inputs), **made.options)
     except Exception as error:
         outcome, reason, detail = own_failure(error)
         for variant in job.variants:
@@ -56,13 +65,20 @@ def run_job(job: Job, report: Callable[[Result], None]) -> None:
         if known is not None:
             report(dataclasses.replace(known, variant=variant, seconds=0.0))
             continue
-        result = run_variant(job.key, variant, model, inputs, evidence)
+        result = run_variant(job.key, variant, subject)
         result = dataclasses.replace(result, seconds=round(time.perf_counter() - start, 2))
         start = time.perf_counter()
         uncaptured = result if result.outcome == NOT_CAPTURED else None
         if variant.strict and result.outcome == EXACT:
             exact[variant.world_size] = result
         report(result)
+
+
+def program_of(key: str, variant: Variant) -> Program:
+    """Return what a key names: a program, or a model of transformers with its inputs."""
+    if key in PROGRAMS:
+        return make_program(key)
+    return Program(*build(key, variant.attention, torch.float32, packed=variant.packed))
 
 
 def mover(device: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -75,42 +91,61 @@ def one_of(device: str) -> str:
     return f"cuda:{os.getpid() % torch.cuda.device_count()}" if device == "cuda" else device
 
 
-def run_variant(
-    key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence, **options: Any
-) -> Result:
-    """Compare the transformed model with the untouched one; `options` of `verify` beside those of the variant.
+class Subject:
+    """A model with its inputs, traced once in each mode for all variants.
+
+    Attributes:
+        model: in the mode of the last comparison.
+        inputs: its keyword arguments.
+        evidence: what one device computes.
+        options: of `verify`, beside those of a variant.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence, **options: Any) -> None:
+        self.model, self.inputs, self.evidence, self.options = model, inputs, evidence, options
+        self._verifiers: dict[bool, Verifier] = {}
+
+    def verify(self, variant: Variant, training: bool) -> Verification:
+        """Compare in one mode. Raises what `verify` does."""
+        self.model.train(training)
+        if training not in self._verifiers:
+            torch._dynamo.reset()
+            is_double = self.evidence.dtype == torch.float64
+            self._verifiers[training] = Verifier(
+                self.model,
+                self.inputs,
+                dtype=torch.float64 if is_double else None,
+                tolerance=TOLERANCE if is_double else None,
+            )
+        verifier = self._verifiers[training]
+        return verifier(world_size=variant.world_size, strict=variant.strict, **self.options)
+
+
+def run_variant(key: str, variant: Variant, subject: Subject) -> Result:
+    """Compare the transformed model with the untouched one.
 
     A model that branches on random numbers while training is compared in evaluation mode.
     """
-    result = compare(key, variant, model.train(evidence.training), inputs, evidence, **options)
-    if result.outcome == NOT_CAPTURED and evidence.is_random and model.training:
-        evaluated = compare(key, variant, model.eval(), inputs, evidence, **options)
+    evidence = subject.evidence
+    result = compare(key, variant, subject, evidence.training)
+    if result.outcome == NOT_CAPTURED and evidence.is_random and evidence.training:
+        evaluated = compare(key, variant, subject, training=False)
         return result if evaluated.outcome == NOT_CAPTURED else evaluated
-    if result.outcome == WRONG and not (evidence.is_random and model.training) and changed_by_capture(model, inputs):
-        reason = "one device: the untouched model computes something else under torch.compile"
-        return dataclasses.replace(result, outcome=NOT_CAPTURED, reason=reason)
+    if result.outcome == WRONG and not (evidence.is_random and evidence.training):
+        if changed_by_capture(subject.model, subject.inputs):
+            reason = "one device: the untouched model computes something else under torch.compile"
+            return dataclasses.replace(result, outcome=NOT_CAPTURED, reason=reason)
     return result
 
 
-def compare(
-    key: str, variant: Variant, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence, **options: Any
-) -> Result:
-    """Compare in the mode that the model is in."""
-    is_double = evidence.dtype == torch.float64
-    torch._dynamo.reset()
+def compare(key: str, variant: Variant, subject: Subject, training: bool) -> Result:
+    """Compare in one mode."""
     try:
-        found = verify(
-            model,
-            inputs,
-            world_size=variant.world_size,
-            dtype=torch.float64 if is_double else None,
-            tolerance=TOLERANCE if is_double else None,
-            strict=variant.strict,
-            **options,
-        )
+        found = subject.verify(variant, training)
     except Exception as error:
-        return Result(key, variant, *classify(error), dtype=str(evidence.dtype)[6:], evaluation=not model.training)
-    return dataclasses.replace(judge(key, variant, found, evidence), evaluation=not model.training)
+        dtype = str(subject.evidence.dtype)[6:]
+        return Result(key, variant, *classify(error), dtype=dtype, evaluation=not training)
+    return dataclasses.replace(judge(key, variant, found, subject.evidence), evaluation=not training)
 
 
 def judge(key: str, variant: Variant, found: Verification, evidence: Evidence) -> Result:
@@ -133,6 +168,7 @@ def judge(key: str, variant: Variant, found: Verification, evidence: Evidence) -
         num_gradients=len(counted),
         sites=len(found.transformed.choice.strategies),
         replicated=not is_sharded(found),
+        whole=num_whole(found.transformed),
     )
 
 
@@ -145,3 +181,10 @@ def is_sharded(found: Verification) -> bool:
     """Tell whether any rank computes on its own tokens."""
     graph = found.transformed.graph.graph
     return any(node.target is torch.ops.cpcompile.shard_tokens.default for node in graph.nodes)
+
+
+def num_whole(transformed: Transformed) -> int:
+    """Return how many attentions every rank computes whole, with those that no pattern knows: a softmax of scores."""
+    unknown = [n for n in transformed.graph.graph.nodes if n.target in ATTENTION_LIKE and n.meta["val"].dim() > 2]
+    nodes = [*(made for _, made in made_attentions(transformed)), *unknown]
+    return sum(made is None or not isinstance(annotation(made).placement, Sharded) for made in nodes)

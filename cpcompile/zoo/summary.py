@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cpcompile.zoo.catalogue import CATEGORIES
+from cpcompile.zoo.programs.making import CATALOGUES
 from cpcompile.zoo.result import CAPTURED, CRASH, EXACT, NOT_AVAILABLE, NOT_CAPTURED, REFUSED, WRONG, Result
 
 # The outcome of an entry is the first of these that some number of ranks has.
@@ -54,13 +55,15 @@ class Counts:
 
     by_outcome: Mapping[str, int]
     replicated: int
+    whole: int
 
     @classmethod
     def of(cls, cells: Iterable[Cell]) -> Counts:
         """Count cells."""
         cells = list(cells)
-        replicated = sum(cell.outcome == EXACT and cell.worst.replicated for cell in cells)
-        return cls(Counter(cell.outcome for cell in cells), replicated)
+        exact = [cell.worst for cell in cells if cell.outcome == EXACT]
+        replicated, whole = sum(r.replicated for r in exact), sum(r.whole > 0 for r in exact)
+        return cls(Counter(cell.outcome for cell in cells), replicated, whole)
 
     def __getitem__(self, outcome: str) -> int:
         return self.by_outcome.get(outcome, 0)
@@ -79,7 +82,8 @@ class Counts:
 def by_category(cells: Mapping[str, Cell]) -> dict[str, Counts]:
     """Return the counts of each category, and of all."""
     groups = {
-        category: [cell for key, cell in cells.items() if key.startswith(f"{category}:")] for category in CATEGORIES
+        category: [cell for key, cell in cells.items() if key.startswith(f"{category}:")]
+        for category in (*CATEGORIES, *CATALOGUES)
     }
     return {name: Counts.of(group) for name, group in groups.items() if group} | {"all": Counts.of(cells.values())}
 

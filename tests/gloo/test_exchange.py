@@ -44,6 +44,28 @@ def halos(rank: int, length: int, layout: str, world_size: int, group: str) -> C
     return [("halo_tokens", (x, 1, *widths, *axis)) for widths in ((0, 0), (3, 0), (0, 1), (2, 2), (length + 2, 7))]
 
 
+def rearrangements(rank: int, length: int, layout: str, world_size: int, group: str) -> Calls:
+    """Sequences of other lengths beside this one, in groups and alone; and ranges of them."""
+    pairs = [
+        ([length, 1, 4, 1], [length + 4, 1], 0),
+        ([2, 3, length, 2], [2 * length + 6, 1], 0),
+        ([6 * length, 1], [length, 6], 0),
+        ([length, 2], [3, 1, 2 * length - 3, 1] if length > 1 else [2, 1], 0),
+        ([length + 3, 1], [length, 1], 2),
+        ([length, 1], [length + 3, 1], -2),
+    ]
+    calls: Calls = []
+    for seed, (held, wanted, offset) in enumerate(pairs):
+        slots = sum(local_length(n, world_size, layout) * k for n, k in zip(held[::2], held[1::2], strict=True))
+        x = normal(2, OUTER * slots, 3, seed=10 * rank + seed).permute(2, 1, 0).requires_grad_()
+        calls += [
+            ("rearrange_tokens", (x, 1, held, wanted, offset, fills, layout, world_size, group))
+            for fills in (True, False)
+        ]
+        calls.append(("arranged_positions", (x, wanted, layout, world_size)))
+    return calls
+
+
 def picks(rank: int, length: int, layout: str, world_size: int, group: str) -> Calls:
     axis = (length, layout, world_size, group)
     x = local(rank, world_size, length, layout)
@@ -77,7 +99,7 @@ def exchanges(rank: int, length: int, layout: str, world_size: int, group: str) 
     return calls
 
 
-FAMILIES = {function.__name__: function for function in (moves, halos, picks, numbers, exchanges)}
+FAMILIES = {function.__name__: function for function in (moves, halos, rearrangements, picks, numbers, exchanges)}
 Found = list[tuple[torch.Tensor, list[torch.Tensor]]]
 
 

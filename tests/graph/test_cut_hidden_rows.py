@@ -117,7 +117,7 @@ def test_it_leaves_others_alone_and_is_done_once() -> None:
     found = planned(TinyLM(), batch())
     text = str(found.analysed.graph)
     (node,) = found.analysed.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.attention.default)
-    annotate(node, is_filled=True)  # its mask was lifted
+    annotate(node, fill=-1e9)  # its mask was lifted
     assert cut_hidden_rows(found.analysed) == 0
     assert str(found.analysed.graph) == text
     cut = compared(Padded(SPELLINGS["fill"], LEAST["float32"])).transformed.analysed

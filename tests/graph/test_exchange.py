@@ -33,6 +33,8 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
     return {
         "move_tokens": (wide, 1, 3, -1, 2 * length, True, 0.0, *axis),
         "halo_tokens": (mixed, 1, 9, 1, *axis),
+        "rearrange_tokens": (mixed, 1, [5, 2, 3, 1], [13, 1], 0, True, "zig_zag", 1, ""),
+        "arranged_positions": (mixed, [3, 2, 1, 1], "zig_zag", 1),
         "pick_tokens": (mixed, 1, 2, 3, *axis),
         "put_tokens": (mixed, values, 1, 5, *axis),
         "local_slots": (torch.tensor([[0, -1], [3, 6]], dtype=torch.int32), *axis),

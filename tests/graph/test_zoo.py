@@ -43,7 +43,7 @@ from cpcompile.zoo.result import (
     append,
     read,
 )
-from cpcompile.zoo.run import Job, run_job, run_variant
+from cpcompile.zoo.run import Job, Subject, run_job, run_variant
 from cpcompile.zoo.sizes import tiny_settings
 from cpcompile.zoo.summary import Counts, reasons, tabulate
 
@@ -163,10 +163,10 @@ class TestClassification:
     def test_a_wrong_rule_is_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
         inputs = {"input_ids": torch.arange(14).view(2, 7) % 8}
         model = Flip()
-        evidence = gather_evidence(model, inputs)
-        assert run_variant("flip", STRICT, model, inputs, evidence).outcome == EXACT
+        subject = Subject(model, inputs, gather_evidence(model, inputs))
+        assert run_variant("flip", STRICT, subject).outcome == EXACT
         monkeypatch.setitem(RULES, aten.flip.default, RULES[aten.relu.default])
-        result = run_variant("flip", STRICT, model, inputs, evidence)
+        result = run_variant("flip", STRICT, subject)
         assert (result.outcome, result.reason) == (WRONG, "first difference at flip")
 
     def test_no_rule_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ class TestClassification:
         evidence = gather_evidence(model, inputs)
         assert evidence.training
         assert evidence.is_random
-        result = run_variant("layerdrop", STRICT, model, inputs, evidence)
+        result = run_variant("layerdrop", STRICT, Subject(model, inputs, evidence))
         assert (result.outcome, result.evaluation) == (EXACT, True)
 
     def test_reasons_of_one_cause_are_equal(self) -> None:

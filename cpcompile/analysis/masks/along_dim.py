@@ -15,12 +15,19 @@ from cpcompile.ir.operator_call import Call, value_of
 
 aten = torch.ops.aten
 
+# They join along this dim, vectors along their only one: `vstack` gives those another.
+STACKS = {aten.hstack.default: 1, aten.vstack.default: 0}
 
-@reads(aten.cat.default)
+
+@reads(aten.cat.default, aten.hstack.default, aten.vstack.default)
 def cat(reader: Reader, call: Call) -> Expression:
-    result = result_of(call)
-    dim = call["dim"] % result.dim()
-    return joined([(reader.operand(t), value_of(t).shape[dim]) for t in call["tensors"]], dim, result.dtype)
+    result, tensors = result_of(call), call["tensors"]
+    if any(value_of(t).dim() != result.dim() for t in tensors):
+        raise Unreadable
+    dim = STACKS.get(call.target, call.arguments.get("dim")) if result.dim() > 1 else 0
+    assert dim is not None
+    dim %= result.dim()
+    return joined([(reader.operand(t), value_of(t).shape[dim]) for t in tensors], dim, result.dtype)
 
 
 def joined(pieces: Sequence[tuple[Expression, Any]], dim: int, dtype: torch.dtype) -> Expression:

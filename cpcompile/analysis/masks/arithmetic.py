@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -92,6 +93,19 @@ def neg(reader: Reader, call: Call) -> Expression:
     if is_index(result_of(call)) and result_of(call).dtype not in INDEX_DTYPES:
         raise Unreadable
     return map_leaves(leaf, as_value(reader.operand(call["self"])))
+
+
+@reads(aten.log.default)
+def logarithm(reader: Reader, call: Call) -> Expression:
+    """The logarithm of numbers that are known: of zeros and ones those that hide and show."""
+    dtype = result_of(call).dtype
+
+    def leaf(value: Value) -> Value:
+        if not isinstance(value, Number) or value.value < 0:
+            raise Unreadable
+        return rounded(math.log(value.value) if value.value else -math.inf, dtype)
+
+    return map_leaves(leaf, as_value(convert(reader.operand(call["self"]), dtype)))
 
 
 @reads(aten.abs.default)

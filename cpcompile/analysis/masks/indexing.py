@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -104,19 +105,22 @@ def flip(reader: Reader, call: Call) -> Expression:
 @reads(aten.slice.Tensor)
 def slice_(reader: Reader, call: Call) -> Expression:
     dim = call.dim("dim", "self")
-    start = from_front(reader, call["start"] or 0, call.shape("self")[dim])
+    start = first_index(reader, call, dim)
     return substitute(reader.operand(call["self"]), {dim: start + coordinate(dim) * call["step"]})
 
 
-def from_front(reader: Reader, index: Any, size: Any) -> Affine:
+def first_index(reader: Reader, call: Call, dim: int) -> Affine:
     """Return the start of a slice, counted from the front."""
+    index, size = call["start"] or 0, call.shape("self")[dim]
     if isinstance(index, int) and isinstance(size, int):
         return Affine(index if index >= 0 else max(index + size, 0))
     start = number_of(reader, index)
     value = value_of(index) if isinstance(index, fx.Node) else index
-    if not is_natural(start) and not statically_known_true(value >= 0):
-        raise Unreadable
-    return start
+    if is_natural(start) or statically_known_true(value >= 0):
+        return start
+    if call["step"] == 1 and call["end"] in (None, sys.maxsize):
+        return size_of(size) - size_of(result_of(call).shape[dim])
+    raise Unreadable
 
 
 @reads(aten.select.int)

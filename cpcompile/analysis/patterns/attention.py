@@ -16,7 +16,8 @@ from cpcompile.ir.operator_call import value_of
 class Attention:
     """One attention as found: what it computes, and the nodes that compute it, in their order.
 
-    `is_filled`: its mask, which the operator adds, replaces scores in the model; only a row that sees no key tells the two apart.
+    `fill`: the number that its mask, which the operator adds, puts in the place of scores in the model; only a row that sees no
+    key tells the two apart. 0 for a mask that is added.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -29,7 +30,7 @@ class Attention:
     softcap: float = 0.0
     dropout: float = 0.0
     sinks: fx.Node | None = None
-    is_filled: bool = False
+    fill: float = 0.0
 
 
 def is_batched(q: Any, k: Any, v: Any) -> bool:

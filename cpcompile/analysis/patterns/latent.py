@@ -10,9 +10,10 @@ those.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 import networkx  # type: ignore[import-untyped]
 import torch
@@ -49,15 +50,15 @@ class Latent:
     numbers: Expansion
 
 
-def find_latent(attention: fx.Node, token_inputs: Collection[str] = ()) -> Latent | None:
+def find_latent(attention: fx.Node, token_dims: Mapping[str, int] = MappingProxyType({})) -> Latent | None:
     """Return the latent of an attention, or None where nothing narrower than its keys and values determines them.
 
-    `token_inputs` are the placeholders that hold tokens; without any, the model makes its tokens itself.
+    `token_dims` has the placeholders that hold tokens, and the dim of these; without any, the model makes its tokens itself.
     """
     call = Call.of(attention)
-    if str(call.shape("q")[2]) != str(call.shape("k")[2]):
+    if str(call.shape("q")[2]) != str(call.shape("k")[2]) or not attends_to_tokens(attention, token_dims):
         return None
-    walk = LatentWalk(attention, token_inputs)
+    walk = LatentWalk(attention, token_dims)
     if call["q"] not in walk.sharded:
         return None
     keys = list(dict.fromkeys((call["k"], call["v"])))
@@ -73,6 +74,13 @@ def find_latent(attention: fx.Node, token_inputs: Collection[str] = ()) -> Laten
         messages=len(narrow),
     )
     return Latent(narrow, expansion, numbers)
+
+
+def attends_to_tokens(attention: fx.Node, token_dims: Mapping[str, int]) -> bool:
+    """Tell whether the rows of an attention are the tokens of an input: not those of several joined, or of one frame of many."""
+    given = [node for node in attention.graph.find_nodes(op="placeholder") if node.name in token_dims]
+    lengths = {str(value_of(node).shape[token_dims[node.name]]) for node in given}
+    return not lengths or str(Call.of(attention).shape("k")[2]) in lengths
 
 
 class LatentWalk:

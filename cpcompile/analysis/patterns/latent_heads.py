@@ -7,7 +7,7 @@ weight, a rank needs its own rows of it; where a dim holds none, as that of a ro
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -83,9 +83,9 @@ def operands_of(node: fx.Node, decision: Decision) -> dict[fx.Node, Full | Shard
     return found
 
 
-def expansion_of(attention: fx.Node, token_inputs: Collection[str]) -> Expansion | None:
+def expansion_of(attention: fx.Node, token_dims: Mapping[str, int]) -> Expansion | None:
     """Return what the cost of an attention's latent depends on, if it has one."""
-    latent = find_latent(attention, token_inputs)
+    latent = find_latent(attention, token_dims)
     if latent is None:
         return None
     return replace(latent.numbers, by_heads=plan_heads(attention, latent) is not None)

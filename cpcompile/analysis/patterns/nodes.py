@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,18 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.analysis.masks.operands import CONVERSIONS
 from cpcompile.ir.insertion import insert_call
-from cpcompile.ir.operator_call import is_tensor, value_of
+from cpcompile.ir.operator_call import value_of
 
 aten = torch.ops.aten
+
+# They read only the shape, the dtype or the device of their operands, or of those behind the first.
+_CREATIONS = {
+    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
+    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
+}
+_LIKE_ANOTHER = {aten.type_as.default, aten.to.other, aten.expand_as.default, aten.view_as.default}
+# A chain that crosses one of these is not computed under one mode: its gradient or its dtypes would change.
+_MODE_SWITCHES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
 
 
 def source(node: fx.Node) -> fx.Node:
@@ -50,20 +60,21 @@ def may_need_gradient(mask: fx.Node) -> bool:
     waiting = [mask]
     while waiting:
         node = waiting.pop()
-        if (
-            node in seen
-            or not is_tensor(node)
-            or not value_of(node).dtype.is_floating_point
-            or node.target is aten.detach.default
-        ):
+        if node in seen or not may_be_differentiable(value_of(node)) or node.target is aten.detach.default:
             continue
         seen.add(node)
         if node.op == "placeholder":
             example = getattr(node.meta.get("grapharg"), "example", None)
             if not isinstance(example, torch.Tensor) or example.requires_grad:
                 return True
-        waiting.extend(node.all_input_nodes)
+        if node.target not in _CREATIONS:
+            waiting.extend(node.all_input_nodes[: 1 if node.target in _LIKE_ANOTHER else None])
     return False
+
+
+def may_be_differentiable(value: Any) -> bool:
+    """Tell whether gradients can go through a value: floating-point numbers, or the results of an operator with several."""
+    return isinstance(value, tuple | list) or (isinstance(value, torch.Tensor) and value.dtype.is_floating_point)
 
 
 def is_used(node: fx.Node) -> bool:
@@ -71,7 +82,7 @@ def is_used(node: fx.Node) -> bool:
     waiting, seen = [node], {node}
     while waiting:
         user = waiting.pop()
-        if user.op == "output" or user.is_impure():
+        if user is not node and (user.op == "output" or user.is_impure()):
             return True
         waiting += [n for n in user.users if n not in seen]
         seen.update(user.users)
@@ -83,6 +94,16 @@ def erase_with_users(node: fx.Node) -> None:
     for user in list(node.users):
         erase_with_users(user)
     node.graph.erase_node(node)
+
+
+def erase_unused(nodes: Sequence[fx.Node]) -> None:
+    """Erase nodes, in their order, that nothing needs any more, and all that depends on them.
+
+    Dropout and operators in place are not dead code to fx, even when nothing uses them.
+    """
+    for node in reversed(nodes):
+        if not is_used(node):
+            erase_with_users(node)
 
 
 def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -109,3 +130,22 @@ def is_function(target: torch._ops.OpOverload) -> bool:
     """Tell whether an operator computes the same whenever it is called on the same, and does nothing else."""
     is_random = torch.Tag.nondeterministic_seeded in target.tags
     return not (is_random or target._schema.is_mutable)
+
+
+def records_gradients(node: fx.Node) -> object:
+    """Return what gradients were last set to before a node, None where they never are."""
+    while node.op != "root":
+        if getattr(node.target, "__name__", "") == "_set_grad_enabled":
+            return node.args[0]
+        node = node.prev
+    return None
+
+
+def switches_mode(first: fx.Node, last: fx.Node) -> bool:
+    """Tell whether autocast or gradients are switched between two nodes."""
+    node = first
+    while node is not last:
+        if getattr(node.target, "__name__", "") in _MODE_SWITCHES:
+            return True
+        node = node.next
+    return False

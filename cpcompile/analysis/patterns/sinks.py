@@ -6,16 +6,16 @@ weights = aten.slice(aten.softmax(scores - max(scores), -1), -1, 0, -1)
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from cpcompile.analysis.patterns.nodes import is_conversion, source
+from cpcompile.analysis.patterns.nodes import is_conversion, records_gradients, source
+from cpcompile.analysis.patterns.scores import maximum_of_rows
 from cpcompile.ir.insertion import insert_call
-from cpcompile.ir.operator_call import Call, value_of
+from cpcompile.ir.operator_call import Call, is_tensor, value_of
 
 aten = torch.ops.aten
 
@@ -33,12 +33,13 @@ class SinkColumn:
 
 def read_sinks(logits: fx.Node) -> SinkColumn | None:
     """Read what goes into a softmax as scores and sinks; taking the largest from each row changes no weight."""
-    after: tuple[fx.Node, ...] = ()
-    while is_conversion(logits) and len(logits.users) == 1:
-        logits, after = source(logits), (logits, *after)
-    joined, shift = unshifted(logits)
-    if joined.target is not aten.cat.default or len(joined.users) != (2 if shift else 1):
+    nodes = [logits]
+    while is_conversion(nodes[0]):
+        nodes.insert(0, source(nodes[0]))
+    joined = unshifted(nodes[0])
+    if joined.target is not aten.cat.default:
         return None
+    nodes = nodes if joined is nodes[0] else [joined, *nodes]
     call, rank = Call.of(joined), value_of(joined).dim()
     if call["dim"] not in (-1, rank - 1) or len(call["tensors"]) != 2 or rank != 4:
         return None
@@ -47,42 +48,16 @@ def read_sinks(logits: fx.Node) -> SinkColumn | None:
     # Repeated where gradients are off, sinks have none.
     if column is None or records_gradients(repeated) != records_gradients(joined):
         return None
-    return SinkColumn(scores, column, (joined, *shift, *after))
+    return SinkColumn(scores, column, tuple(nodes))
 
 
-def records_gradients(node: fx.Node) -> object:
-    """Return what gradients were last set to before a node, None where they never are."""
-    while node.op != "root":
-        if getattr(node.target, "__name__", "") == "_set_grad_enabled":
-            return node.args[0]
-        node = node.prev
-    return None
-
-
-def unshifted(logits: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """Return (x, the nodes that subtract) for `x - max(x, -1)`, or the logits and none."""
-    if logits.target is not aten.sub.Tensor or len(logits.users) != 1:
-        return logits, ()
+def unshifted(logits: fx.Node) -> fx.Node:
+    """Return x of `x - max(x, -1)`, or the logits."""
+    if logits.target is not aten.sub.Tensor:
+        return logits
     call = Call.of(logits)
-    largest: fx.Node = call["other"]
-    nodes: tuple[fx.Node, ...] = (logits,)
-    while isinstance(largest, fx.Node) and largest is not call["self"]:
-        # The places of the largest, which nothing reads.
-        unused = [user for user in largest.users if user.target is operator.getitem and not user.users]
-        if len(largest.users) != 1 + len(unused):
-            break
-        is_max = largest.target in (aten.max.dim, aten.amax.default)
-        is_passed_on = largest.target in (aten.detach.default, operator.getitem)
-        if not is_max and not is_passed_on:
-            break
-        nodes = (largest, *unused, *nodes)
-        if is_max:
-            maximum = Call.of(largest)
-            is_of_rows = maximum["dim"] in (-1, 3, [-1], [3]) and maximum["keepdim"]
-            is_last = maximum["self"] is call["self"] and is_of_rows and call["alpha"] == 1
-            return (call["self"], nodes) if is_last else (logits, ())
-        largest = source(largest)
-    return logits, ()
+    is_shift = is_tensor(call["other"]) and call["alpha"] == 1 and maximum_of_rows(call["other"]) is call["self"]
+    return source(logits) if is_shift else logits
 
 
 def without_rows(column: fx.Node) -> fx.Node | None:

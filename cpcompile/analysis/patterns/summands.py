@@ -9,9 +9,10 @@ from torch import fx
 
 from cpcompile.analysis.masks.bias import Bias, BiasReader, read_bias
 from cpcompile.analysis.masks.expression import TRUE, Boolean
-from cpcompile.analysis.masks.read import Reader, constant
+from cpcompile.analysis.masks.read import Reader
 from cpcompile.analysis.masks.recognise import hides, predicate
 from cpcompile.analysis.masks.simplify import as_boolean, both, negated, shifted
+from cpcompile.analysis.patterns.fills import fills_of
 from cpcompile.analysis.patterns.nodes import converted, is_conversion, source
 from cpcompile.ir.insertion import insert_call
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
@@ -19,8 +20,6 @@ from cpcompile.ir.operator_call import Call, is_tensor, value_of
 aten = torch.ops.aten
 
 _EXPANSIONS = {aten.expand.default, aten.expand_as.default}
-_FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
-_SELECTIONS = {aten.where.self, aten.where.ScalarOther}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +52,24 @@ def read_summands(mask: fx.Node, reader: Reader, biases: BiasReader) -> Summands
         return None
     if mask.target in _EXPANSIONS or is_conversion(mask):
         return read_summands(source(mask), reader, biases)
-    call = Call.of(mask) if isinstance(mask.target, torch._ops.OpOverload) else None
-    if call is None:
-        return None
-    if mask.target is aten.add.Tensor and call["alpha"] == 1 and is_tensor(call["other"]):
+    if mask.target is aten.add.Tensor:
+        call = Call.of(mask)
+        if call["alpha"] != 1 or not is_tensor(call["other"]):
+            return None
         first = read_summands(call["self"], reader, biases)
         return first and first.plus(read_summands(call["other"], reader, biases))
-    return read_filled(call, reader, biases)
+    return read_filled(mask, reader, biases)
 
 
-def read_filled(call: Call, reader: Reader, biases: BiasReader) -> Summands | None:
+def read_filled(mask: fx.Node, reader: Reader, biases: BiasReader) -> Summands | None:
     """Return the summands of a mask that is filled with a number that hides, where a condition says so."""
-    if call.node.target in _FILLS:
-        inner, condition, value, is_hidden = call["self"], call["mask"], call["value"], True
-    elif call.node.target in _SELECTIONS:
-        inner, condition, value, is_hidden = call["self"], call["condition"], call["other"], False
-    else:
-        return None
-    fill, where = constant(reader, value), reader.read(condition)
-    if fill is None or where is None or not hides(fill, value_of(call.node).dtype):
-        return None
-    where = as_boolean(shifted(where, 4 - value_of(condition).dim()))
-    rest = Summands(negated(where) if is_hidden else where, fill == float("-inf"))
-    return rest.plus(read_summands(inner, reader, biases))
+    for fill in fills_of(mask, reader):
+        where = reader.read(fill.condition)
+        if where is not None and hides(fill.value, value_of(mask).dtype):
+            where = as_boolean(shifted(where, 4 - value_of(fill.condition).dim()))
+            rest = Summands(negated(where) if fill.where else where, fill.value == float("-inf"))
+            return rest.plus(read_summands(fill.inner, reader, biases))
+    return None
 
 
 def slopes_of(call: Call, bias: Bias) -> fx.Node:

@@ -14,10 +14,9 @@ from torch import fx
 from cpcompile.analysis.patterns.boundaries import size_of
 from cpcompile.ir.annotation import annotate
 from cpcompile.ir.insertion import insert_call, keep_source
-from cpcompile.ir.operator_call import Call, is_tensor, value_of
+from cpcompile.ir.operator_call import Call, expression, is_tensor, value_of
 from cpcompile.ir.placement import Sharded
 from cpcompile.rules import RULES
-from cpcompile.rules.views import expression
 
 aten = torch.ops.aten
 

@@ -18,11 +18,11 @@ from cpcompile.analysis.regions.probe import chosen_numbers, readings, renumbere
 from cpcompile.analysis.regions.rows import locate_rows
 from cpcompile.errors import NoRule, where
 from cpcompile.ir.annotation import annotate, annotation, placement_of
-from cpcompile.ir.operator_call import Call, is_tensor, value_of
+from cpcompile.ir.operator_call import Call, expression, is_tensor, value_of
 from cpcompile.ir.placement import FULL, Full, Partial, Placement, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.ir.resharding import Resharder, whole_placement
-from cpcompile.rules.views import expression, quotient
+from cpcompile.rules.views import quotient
 
 cp = torch.ops.cpcompile
 Localise = Callable[[fx.Node, Sharded], fx.Node]

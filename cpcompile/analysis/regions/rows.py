@@ -8,8 +8,9 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 
+from cpcompile.ir.operator_call import expression
 from cpcompile.ir.placement import Sharded
-from cpcompile.rules.views import expression, quotient
+from cpcompile.rules.views import quotient
 
 
 def locate_rows(shape: Sequence[Any], target: Sequence[Any], at: Sharded, length: Any) -> Sharded | None:

@@ -24,6 +24,8 @@ COLLECTIVES: dict[Any, Callable[[Calls], Ranks]] = {
     cp.scale_gradient.default: tokens.scale,
     cp.move_tokens.default: tokens.move,
     cp.halo_tokens.default: tokens.halo,
+    cp.rearrange_tokens.default: tokens.rearrange,
+    cp.arranged_positions.default: tokens.arranged_positions,
     cp.exchange_dims.default: tokens.exchange_dims,
     cp.pick_tokens.default: tokens.pick,
     cp.put_tokens.default: tokens.put,

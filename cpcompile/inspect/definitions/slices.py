@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cpcompile.balance.arrangement import Arrangement
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.ir.placement import Sharded
 
@@ -21,7 +22,7 @@ def factors(x: torch.Tensor, at: Sharded, tokens: int) -> torch.Tensor:
     return x.reshape(*x.shape[: at.dim], *sizes, *x.shape[at.dim + 1 :])
 
 
-def join(values: Sequence[torch.Tensor], at: Sharded, order: TokenOrder) -> torch.Tensor:
+def join(values: Sequence[torch.Tensor], at: Sharded, order: TokenOrder | Arrangement) -> torch.Tensor:
     """Return the tokens of the range that the ranks hold, in the user's order; 0 where it is not known what is outside."""
     parts = [factors(v, at, order.local_length) for v in values]
     slots = order.inverse(values[0].device)[max(at.front, 0) : order.length - max(at.back, 0)]

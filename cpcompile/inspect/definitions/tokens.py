@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cpcompile.balance.arrangement import Arrangement
 from cpcompile.balance.layout import chunk_length, num_chunks, positions
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.inspect.definitions.slices import Calls, Ranks, factors, join, split
@@ -79,6 +80,29 @@ def move(calls: Calls) -> Ranks:
     moved = whole.index_select(at.dim + 1, source.clamp(0, length - 1))
     moved = moved.masked_fill(outside.view(-1, *[1] * (whole.dim() - at.dim - 2)), c["fill"])
     return _slots(moved.flatten(at.dim, at.dim + 2), at, order)
+
+
+def rearrange(calls: Calls) -> Ranks:
+    c = calls[0]
+    held, wanted = (Arrangement.of(c[name], len(calls), c["layout"]) for name in ("held", "wanted"))
+    at = Sharded(c["dim"])
+    whole = factors(join([c["x"] for c in calls], at, held), at, held.length)
+    results = []
+    for rank in range(len(calls)):
+        source = wanted.sources(rank).to(whole.device) + c["offset"]
+        shape = [-1, *[1] * (whole.dim() - at.dim - 2)]
+        is_there = ((source >= 0) & (source < held.length)).view(shape)
+        is_padding = (wanted.positions(rank) < 0).to(whole.device).view(shape)
+        found = whole.index_select(at.dim + 1, source.clamp(0, held.length - 1)) * is_there
+        # What padding slots hold counts for nothing.
+        results.append(torch.where(is_padding, found.detach() * c["fills"], found).flatten(at.dim, at.dim + 2))
+    return results
+
+
+def arranged_positions(calls: Calls) -> Ranks:
+    c = calls[0]
+    arrangement = Arrangement.of(c["arrangement"], len(calls), c["layout"])
+    return [torch.cat([arrangement.positions(rank) for rank in range(len(calls))]).to(c["like"].device)] * len(calls)
 
 
 def halo(calls: Calls) -> Ranks:

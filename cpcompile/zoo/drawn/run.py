@@ -19,7 +19,7 @@ from cpcompile.zoo.drawn.heads import class_name, num_labels
 from cpcompile.zoo.drawn.settings import shared_settings
 from cpcompile.zoo.evidence import Evidence, Unsound, gather_evidence
 from cpcompile.zoo.result import Result
-from cpcompile.zoo.run import Job, run_variant
+from cpcompile.zoo.run import Job, Subject, run_variant
 from cpcompile.zoo.sizes import SHARED, field_names
 
 
@@ -45,7 +45,8 @@ def run_drawn(job: Job, report: Callable[[Result], None]) -> None:
         outcome, reason, detail = own_failure(error)
         report(Result(drawn.key, drawn.variant, outcome, reason, detail, drawn=drawn.text))
         return
-    result = run_variant(drawn.key, drawn.variant, model, inputs, evidence, **without_strict(drawn.options))
+    subject = Subject(model, inputs, evidence, **without_strict(drawn.options))
+    result = run_variant(drawn.key, drawn.variant, subject)
     seconds = round(time.perf_counter() - start, 2)
     report(dataclasses.replace(result, seconds=seconds, drawn=taken.text))
 
