@@ -26,6 +26,7 @@ from cpcompile.ir.placement import CHANNELS, Full, Partial, Placement, Sharded
 from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
 from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, is_whole_dim, no_rule
+from cpcompile.rules.convolution import CONVOLUTIONS
 from cpcompile.rules.joined import LOCAL_LOWERINGS, JoinedTokens
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.partial import stays_partial
@@ -36,6 +37,7 @@ aten = torch.ops.aten
 
 # The first operators that are worth sharding: whole index arithmetic before them is cheap.
 HEAVY = {
+    *CONVOLUTIONS,
     aten.embedding.default,
     aten.linear.default,
     aten.matmul.default,
@@ -103,7 +105,7 @@ class Placer:
             else:
                 self._require_whole(node)
         elif node.op == "output":
-            node.args = fx.map_arg(node.args, self.exchanger.to_tokens)
+            node.args = fx.map_arg(node.args, lambda value: self.joined.output(self.exchanger.to_tokens(value)))
 
     def _place_call(self, node: fx.Node) -> None:
         call = Call.of(node)
@@ -132,6 +134,7 @@ class Placer:
             return
         if not hints and (node.target is aten.embedding.default or (self.plan.num_tokens and node.target in HEAVY)):
             hints = self._hint_by_size(call)
+        hints = self.joined.stem(node, call, hints) if hints else hints
         if not hints or node.target not in RULES:
             return
         try:

@@ -131,10 +131,10 @@ def run_variant(key: str, variant: Variant, subject: Subject) -> Result:
     if result.outcome == NOT_CAPTURED and evidence.is_random and evidence.training:
         evaluated = compare(key, variant, subject, training=False)
         return result if evaluated.outcome == NOT_CAPTURED else evaluated
-    if result.outcome == WRONG and not (evidence.is_random and evidence.training):
-        if changed_by_capture(subject.model, subject.inputs):
-            reason = "one device: the untouched model computes something else under torch.compile"
-            return dataclasses.replace(result, outcome=NOT_CAPTURED, reason=reason)
+    is_repeatable = not (evidence.is_random and evidence.training)
+    if result.outcome == WRONG and is_repeatable and changed_by_capture(subject.model, subject.inputs):
+        reason = "one device: the untouched model computes something else under torch.compile"
+        return dataclasses.replace(result, outcome=NOT_CAPTURED, reason=reason)
     return result
 
 

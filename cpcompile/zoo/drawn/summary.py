@@ -26,7 +26,7 @@ def markdown(results: Sequence[Result], device: str = "cpu") -> str:
         "Written by `python -m cpcompile.zoo --random N`; do not edit. Architecture, head, sizes, inputs, strategy, layout",
         "and ranks are drawn; loss and every gradient are compared with the untouched model in float64.",
         "",
-        f"{versions(device)}.",
+        f"{versions(results, device)}.",
         "",
         *counts(results),
     ]

@@ -89,7 +89,7 @@ class LookBack(nn.Module):
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
+        length = x.shape[1]
         q, k, v = (split_heads(t).unflatten(2, (length // SIZE, SIZE)) for t in self.qkv(x).chunk(3, dim=-1))
         k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :-1], t], dim=3) for t in (k, v))
         steps = torch.arange(length, device=x.device).view(length // SIZE, SIZE)

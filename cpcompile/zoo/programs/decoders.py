@@ -57,7 +57,7 @@ class NanoGPTAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
-            att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
+            att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))  # type: ignore[index]
             y = F.softmax(att, dim=-1) @ v
         return self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
 
@@ -164,8 +164,8 @@ class BiasTable(nn.Module):
         q, k, v = (split_heads(t) for t in self.Wqkv(x).chunk(3, dim=2))
         weight = q.matmul(k.transpose(-1, -2)) / math.sqrt(q.size(-1))
         s_q, s_k = q.size(2), k.size(2)
-        bias = self.attn_bias[:, :, max(0, self.attn_bias.size(2) - s_q) :, max(0, self.attn_bias.size(3) - s_k) :]
-        weight = weight + bias
+        bias: Tensor = self.attn_bias  # type: ignore[assignment]
+        weight = weight + bias[:, :, max(0, bias.size(2) - s_q) :, max(0, bias.size(3) - s_k) :]
         s = max(s_q, s_k)
         causal_mask = weight.new_ones(s, s, dtype=torch.bool).tril().logical_not()[-s_q:, -s_k:]
         weight = weight.masked_fill(causal_mask.view(1, 1, s_q, s_k), torch.finfo(q.dtype).min)

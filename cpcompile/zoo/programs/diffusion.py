@@ -1,6 +1,6 @@
 """Diffusion: the transformers of diffusers from tiny settings, wrapped as people train them.
 
-Where pipelines pack latents to tokens `[B, tokens, C]` before the model, these tokens are declared; of images and videos nothing is.
+Where pipelines pack latents to tokens `[B, tokens, C]` before the model, these are declared; of images and videos nothing is.
 """
 
 from __future__ import annotations

@@ -188,12 +188,13 @@ def alignment_attention(s: Sampler) -> Program:
     return Program(Alignment(), {"alignment": alignment, "labels": labels}, {"token_dims": {"alignment": 2}})
 
 
-class TiedRows(Alignment):
+class TiedRows(nn.Module):
     """MSA Transformer: one softmax for all rows, of the sum of their scores."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.embed, self.norm = nn.Embedding(AMINO_ACIDS, WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.mlp, self.head = nn.Linear(WIDTH, 3 * WIDTH), MLP(), nn.Linear(WIDTH, AMINO_ACIDS)
 
     def forward(self, alignment: Tensor, labels: Tensor) -> Tensor:
         x = self.embed(alignment)

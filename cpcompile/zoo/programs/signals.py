@@ -192,7 +192,7 @@ class Quantised(nn.Module):
 
     def forward(self, series: Tensor) -> Tensor:
         scaled = series / series.abs().mean(dim=1, keepdim=True)
-        bins = torch.bucketize(scaled, self.edges)
+        bins = torch.bucketize(scaled, self.edges)  # type: ignore[arg-type]
         return token_loss(self.head(self.blocks(self.embed(bins)))[:, :-1], bins[:, 1:])
 
 
@@ -387,7 +387,7 @@ class Whisper(nn.Module):
 
     def forward(self, mel: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
         x = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).permute(0, 2, 1)
-        memory = self.encoder(x + self.position)
+        memory = self.encoder(x + self.position)  # type: ignore[operator]
         y = self.decoder(self.embed(tokens) + self.places.weight[: tokens.shape[-1]])
         return token_loss((y + self.cross(y, memory)) @ self.embed.weight.T, labels)
 

@@ -74,7 +74,7 @@ class SeveralTokens(Language):
         self.extra = nn.ModuleList(MLP() for _ in range(3))
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        x, loss = self.hidden(input_ids), 0.0
+        x, loss = self.hidden(input_ids), input_ids.new_zeros((), dtype=self.embed.weight.dtype)
         for ahead, extra in enumerate(self.extra, start=1):
             logits = self.head(extra(x)[:, :-ahead])
             loss = loss + token_loss(logits, input_ids[:, ahead:]) / len(self.extra)
@@ -149,7 +149,7 @@ class Codebooks(nn.Module):
         x = self.blocks(x)
         logits = torch.stack([head(x) for head in self.heads], dim=1)
         losses = [token_loss(logits[:, k], codes[:, k, 1:]) for k in range(3)]
-        return sum(losses) / 3
+        return torch.stack(losses).mean()
 
 
 @program("handwritten")
@@ -178,7 +178,7 @@ class DepthTransformer(Codebooks):
         before = torch.cat([torch.zeros_like(frames[:, :1]), frames[:, :-1]], dim=1)
         inside = torch.cat([before[:, :, None], parts[:, :, :-1]], dim=2).reshape(batch * length, books, WIDTH)
         y = self.depth(inside).view(batch, length, books, WIDTH)
-        return sum(token_loss(head(y[:, :, k]), codes[:, k]) for k, head in enumerate(self.heads)) / 3
+        return torch.stack([token_loss(head(y[:, :, k]), codes[:, k]) for k, head in enumerate(self.heads)]).mean()
 
 
 @program("handwritten")
