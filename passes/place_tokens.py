@@ -27,11 +27,13 @@ from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
 from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, is_whole_dim, no_rule
 from cpcompile.rules.convolution import CONVOLUTIONS
+from cpcompile.rules.fourier import for_channels
 from cpcompile.rules.joined import LOCAL_LOWERINGS, JoinedTokens
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
 from cpcompile.rules.refusals import DECLARE
+from cpcompile.rules.scan import SCANS
 
 aten = torch.ops.aten
 
@@ -178,7 +180,10 @@ class Placer:
                     if not any(change(node, Call.of(node)) for change in self.joined.changes):
                         raise
                     self._place_call(node)
-        except (NoChunks, LengthDependent):
+        except NoChunks:
+            if not self._scan_channels(node, Call.of(node)):
+                raise
+        except LengthDependent:
             raise
         except NoRule as error:
             if depends_on_length(node):
@@ -191,6 +196,18 @@ class Placer:
             self._replace_operands(node, call, gather)
             call = Call.of(node)
             self._place_whole(node, call, hints_of(call))
+
+    def _scan_channels(self, node: fx.Node, call: Call) -> bool:
+        """Place a scan of tokens that are not in equal chunks: a rank scans all tokens of some channels; tells whether it can."""
+        sharded = sharded_operands(call)
+        length = self.resharder.lengths(next(iter(sharded.values()))).value
+        decision = for_channels(call, sharded, length) if node.target in SCANS else None
+        if decision is None:
+            return False
+        changes = {name: partial(self.exchanger.exchange, to=at) for name, at in decision.exchanges.items()}
+        self._replace_operands(node, call, changes)
+        self._localise_call(node, Call.of(node), self._decide(node))
+        return True
 
     def _place_by_parts(self, node: fx.Node, call: Call) -> bool:
         """Place a call that joined tokens have an answer to by themselves; tells whether this is one."""

@@ -38,13 +38,21 @@ class Exchanger:
         return isinstance(at, Sharded) and (at.sequence == CHANNELS or Lengths.of(self.gm, at.sequence).is_of_channels)
 
     def exchange(self, node: fx.Node, to: Sharded) -> fx.Node:
-        """Return `node` sharded along another dim, of which every rank has all elements now."""
+        """Return `node` sharded along another dim, of which every rank has all elements now.
+
+        Raises:
+            NoRule: the tokens are not dealt as those of one sequence.
+        """
         if to.sequence == CHANNELS:
             to = replace(to, sequence=self._channels(value_of(node).shape[to.dim]))
         if (node, to) not in self._exchanged:
             at = placement_of(node)
             assert isinstance(at, Sharded) and not (at.inner - 1 or to.inner - 1) and at.covers_all and to.covers_all
             plan, lengths, target = self.resharder.plan, self.resharder.lengths(at), self.resharder.lengths(to)
+            if not all(x.is_of_tokens or x.is_of_channels for x in (lengths, target)):
+                raise NoRule(
+                    f"{node.target}: its result is needed with its tokens dealt as one sequence.\n\n{where(node)}"
+                )
             axis = plan.layout, plan.world_size, plan.group, lengths.bounds, target.bounds
             arguments = (node, at.dim, lengths.total, to.dim, target.total, *axis)
             with self.gm.graph.inserting_after(max([node, *Lengths.bounds_of(self.gm)])):

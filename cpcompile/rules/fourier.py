@@ -42,7 +42,7 @@ def shift(call: Call) -> Indices:
 
 
 @along_tokens(*TRANSFORMS)
-def along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+def for_channels(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
     """each rank gets all tokens of some channels for its tokens of the others"""
     at, shape = operands["self"], call.shape("self")
     sizes = {d: size for d, size in enumerate(shape) if d != at.dim and isinstance(size, int) and size > 1}

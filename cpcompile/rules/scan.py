@@ -27,6 +27,7 @@ COMBINE = {
     aten.cumprod.default: aten.mul.Tensor,
     aten.logcumsumexp.default: aten.logaddexp.default,
 }
+SCANS = {*COMBINE, aten.cummax.default, aten.cummin.default}
 
 
 def neutral(target: torch._ops.OpOverload, dtype: torch.dtype) -> float | int:

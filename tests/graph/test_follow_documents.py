@@ -108,6 +108,24 @@ def test_chunks_are_refused_with_the_line() -> None:
         cpcompile.explain(Convolving(), packed_batch("off_edges", 1), world_size=2, balancer="balanced")
 
 
+class Scanning(PackedLM):
+    """A scan and a transform along the tokens behind, which need no chunks."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        result = super().forward(input_ids, labels, position_ids)
+        logits = result["logits"].cumsum(1).tanh() * torch.fft.fft(result["logits"], dim=1).real
+        return {"loss": result["loss"] + logits.mean()}
+
+
+def test_scans_and_transforms_follow_documents_by_channels() -> None:
+    options = {"balancer": "balanced", "strategy": "ring", "dtype": torch.float64, "tolerance": 1e-12}
+    found = cpcompile.verify(Scanning(), packed_batch("off_edges", 2), world_size=3, **options)
+    found.raise_if_wrong()
+    exchanges = found.transformed.graph.graph.find_nodes(op="call_function", target=cp.exchange_dims.default)
+    (bounds,) = found.transformed.graph.graph.find_nodes(op="call_function", target=cp.document_bounds.default)
+    assert exchanges and all(bounds in node.all_input_nodes for node in exchanges)
+
+
 class TwoKinds(PackedLM):
     """A second attention that sees other documents."""
 

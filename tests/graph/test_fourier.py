@@ -93,6 +93,12 @@ def of_the_spectrum(m: Mixed, x: Tensor) -> Tensor:
     return torch.fft.rfft(x, dim=1).abs()
 
 
+def scanned(m: Mixed, x: Tensor) -> Tensor:
+    """Chunks are scanned; a layout that follows documents has none, so that channels are."""
+    decay = -F.softplus(m.gate(x)).cumsum(1)
+    return m.out((decay + (x - decay).logcumsumexp(1)).exp() + x.cummax(1).values)
+
+
 FUNCTIONS = [
     fnet,
     fnet_in_one,
@@ -111,7 +117,9 @@ def ids(length: int) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(16, (2, length), generator=torch.Generator().manual_seed(length))}
 
 
-@pytest.mark.parametrize(("function", "at"), [(f, i % 4) for i, f in enumerate(FUNCTIONS)] + [(hyena, 3), (fnet, 3)])
+@pytest.mark.parametrize(
+    ("function", "at"), [(f, i % 4) for i, f in enumerate(FUNCTIONS)] + [(hyena, 3), (fnet, 3), (scanned, 3)]
+)
 def test_exact(function: Function, at: int) -> None:
     world_size, layout, length, dynamic = SETTINGS[at]
     model = Mixed(function).double()

@@ -193,3 +193,18 @@ def test_what_has_fewer_bytes_is_gathered(function: Function) -> None:
     """Of rows with channels and columns without, the columns travel, whichever comes first."""
     (value,) = cpcompile.explain(Paired(function).double(), ids(19), world_size=2).gathered
     assert value.nbytes == 2 * 19 * 8
+
+
+class Joined(Paired):
+    """Words behind words of another sequence."""
+
+    def forward(self, input_ids: Tensor, other_ids: Tensor) -> Tensor:  # type: ignore[override]
+        words, others = (self.embedding(given).tanh() for given in (input_ids, other_ids))
+        return self.function(self, torch.cat([words, self.left(others)], 1)).pow(2).sum()
+
+
+@pytest.mark.parametrize("function", [symmetric, triangle_of_rows, lambda m, x: m.out(torch.fft.fft(x, dim=1).real)])
+def test_joined_sequences_are_dealt_as_one_where_dims_are_exchanged(function: Function) -> None:
+    inputs = {"input_ids": ids(9)["input_ids"], "other_ids": ids(6)["input_ids"]}
+    options = {"world_size": 2, "token_dims": {"input_ids": 1, "other_ids": 1}, "dtype": torch.float64}
+    cpcompile.verify(Joined(function).double(), inputs, tolerance=1e-11, **options).raise_if_wrong()  # type: ignore[arg-type]
