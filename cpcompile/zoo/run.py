@@ -22,7 +22,7 @@ from cpcompile.ir.annotation import annotation
 from cpcompile.ir.placement import Sharded
 from cpcompile.zoo.build import build
 from cpcompile.zoo.classify import classify, own_failure
-from cpcompile.zoo.evidence import Evidence, changed_by_capture, gather_evidence
+from cpcompile.zoo.evidence import Evidence, changed_by_capture, gather_evidence, in_dtype
 from cpcompile.zoo.programs import PROGRAMS, Program, make_program
 from cpcompile.zoo.result import EXACT, NOT_CAPTURED, WRONG, Result, Variant
 
@@ -102,7 +102,8 @@ class Subject:
     """
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence, **options: Any) -> None:
-        self.model, self.inputs, self.evidence, self.options = model, inputs, evidence, options
+        self.model, self.inputs = model, in_dtype(inputs, evidence.dtype)
+        self.evidence, self.options = evidence, options
         self._verifiers: dict[bool, Verifier] = {}
 
     def verify(self, variant: Variant, training: bool) -> Verification:
