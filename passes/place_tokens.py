@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from cpcompile.analysis.regions import place_region, regions_of, replace_inputs
+from cpcompile.analysis.patterns.nodes import value_numbers
+from cpcompile.analysis.regions import STARTS, Picked, Step, is_picked_by_mask, place_region, regions_of, replace_inputs
 from cpcompile.errors import LengthDependent, NoChunks, NoRule, where
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.exchanging import Exchanger
@@ -25,15 +26,18 @@ from cpcompile.ir.placement import CHANNELS, Full, Partial, Placement, Sharded
 from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
 from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, is_whole_dim, no_rule
+from cpcompile.rules.convolution import CONVOLUTIONS
 from cpcompile.rules.joined import LOCAL_LOWERINGS, JoinedTokens
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
+from cpcompile.rules.refusals import DECLARE
 
 aten = torch.ops.aten
 
 # The first operators that are worth sharding: whole index arithmetic before them is cheap.
 HEAVY = {
+    *CONVOLUTIONS,
     aten.embedding.default,
     aten.linear.default,
     aten.matmul.default,
@@ -71,7 +75,13 @@ class Placer:
         self.exchanger = Exchanger(self.resharder)
         self.num_given = len(Lengths.all_of(gm))  # sequences of inputs; those that come are made of them
         self.replaced: set[fx.Node] = set()
+        self.picked: dict[fx.Node, Step] = {}  # operators on rows that masks pick
         self.regions = {region.nodes[0]: region for region in regions_of(gm)}
+
+    @cached_property
+    def _numbers(self) -> dict[fx.Node, int]:
+        """The same number for nodes of the same value."""
+        return value_numbers(self.gm.graph)
 
     def place(self, node: fx.Node) -> None:
         """Give `node` its placement; localise what it needs."""
@@ -80,6 +90,8 @@ class Placer:
         if node.op == "placeholder" and node.name in self.sequences:
             at = Sharded(self.plan.token_dims[node.name], sequence=self.sequences[node.name])
             annotate(node, placement=Full(at))
+        elif node in self.picked:
+            self._place_picked(node, self.picked[node])
         elif annotation(node).region:
             if node in self.regions:
                 for operand in self.regions[node].inputs:
@@ -122,6 +134,7 @@ class Placer:
             return
         if not hints and (node.target is aten.embedding.default or (self.plan.num_tokens and node.target in HEAVY)):
             hints = self._hint_by_size(call)
+        hints = self.joined.stem(node, call, hints) if hints else hints
         if not hints or node.target not in RULES:
             return
         try:
@@ -152,6 +165,9 @@ class Placer:
             return
         call = Call.of(node)
         try:
+            if node.target in STARTS or is_picked_by_mask(call, next(iter(sharded_operands(call).values()))):
+                self._pick_rows(node, call)
+                return
             self._fit_operands(node, call)
             try:
                 self._localise_call(node, Call.of(node), self._decide(node))
@@ -231,6 +247,45 @@ class Placer:
                 return decision
             raise
         return self._decide(node)
+
+    def _pick_rows(self, node: fx.Node, call: Call) -> None:
+        """Let each rank pick rows of its own tokens.
+
+        Raises:
+            NoRule: what is computed from them is not known to be computed row by row.
+        """
+        sharded = sharded_operands(call)
+        at = next(iter(sharded.values()))
+        try:
+            if at.reaches_outside or self.exchanger.is_of_channels(at) or {*sharded.values()} != {at}:
+                raise NoRule("the mask is one of other than these tokens")
+            is_by_mask = node.target not in STARTS
+            picked = Picked.of_mask(node, at, self._numbers) if is_by_mask else Picked.of_places(node, at)
+            steps = picked.steps
+            shared = [step for step in steps if step in self.picked and is_tensor(step)]
+            if shared:
+                raise NoRule(f"{shared[0].target} reads them together with rows that another mask picks")
+        except NoRule as error:
+            reason = str(error).partition(".\n")[0]
+            raise NoRule(
+                f"{call.target}: the rows that it picks cannot be those of this rank's tokens: {reason}.\n\n{where(node)}\n\n"
+                f"{DECLARE}"
+            ) from None
+        self.picked |= steps
+        self._place_picked(node, steps[node])
+
+    def _place_picked(self, node: fx.Node, step: Step) -> None:
+        """Let an operator compute the rows that this rank picked, or put them back."""
+        if step.wanted:
+            call = Call.of(node)
+            changes = {name: operand for name, operand in call.operands() if name in step.wanted}
+            changes |= {n: self.resharder.reduce(o) for n, o in changes.items() if placement_of(o) == Partial()}
+            wanted = {n: self._as_wanted(call, n, o, step.wanted[n], not self.plan.strict) for n, o in changes.items()}
+            node.args, node.kwargs = call.rebound(wanted)
+        is_whole = isinstance(step.result, Full)
+        annotate(node, placement=whole_placement(node) if is_whole else step.result)
+        if is_whole:
+            annotate(node, origin="")  # ranks have other rows
 
     def _stays_along_channels(self, decision: Decision) -> bool:
         """Tell whether an operator on channels of this rank gives results that are sharded along these channels."""

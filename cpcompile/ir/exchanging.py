@@ -1,7 +1,7 @@
 """Exchanging: the nodes that shard a value along another dim than its tokens, and along its tokens again.
 
 before  h                                      # Sharded(1), [B, S, C]
-after   h_1 = cp.exchange_dims(h, 1, S, 2, C, "zig_zag", 2, "cp")             # Sharded(2, sequence 1): all tokens of some channels
+after   h_1 = cp.exchange_dims(h, 1, S, 2, C, "zig_zag", 2, "cp")         # Sharded(2, sequence 1): all tokens of some channels
 
 Channels that are sharded are one more sequence, so that rules treat them as they treat tokens.
 """
@@ -73,7 +73,8 @@ class Exchanger:
                 f"{node.target}: its result of {list(shape)} cannot be sharded by tokens again: every rank has all that was "
                 f"computed of the tokens, for some of the {shape[at.dim]} channels, and no dim has as many elements as there "
                 f"are tokens.\n\n{where(node)}\n\n"
-                "Turn it back to tokens first (torch.fft.irfft(..., n=tokens), a slice [:tokens]), or pass strict=False to gather it."
+                "Turn it back to tokens first (torch.fft.irfft(..., n=tokens), a slice [:tokens]), or pass strict=False to "
+                "gather it."
             )
         return self.exchange(node, next((to for to in found if to.dim), found[0]))  # the first dim may be the batch
 

@@ -91,7 +91,7 @@ def along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
     is_even = all(before == behind for j, (before, behind) in enumerate(pads) if j != i)
     if (at.reaches_outside and at.outside != 0.0) or not is_even:
         return None
-    result = range_of_result(call, at, reach, pads[i])
+    result = range_of_windows(call, at, reach, pads[i])
     before = result.front + pads[i][0] - at.front
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
@@ -105,7 +105,7 @@ def along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
     return Decision(wanted, (result,), padding={"input": 0.0}, lower=lower)
 
 
-def range_of_result(call: Call, at: Sharded, reach: int, pads: tuple[int, int]) -> Sharded:
+def range_of_windows(call: Call, at: Sharded, reach: int, pads: tuple[int, int]) -> Sharded:
     """Return the range of the result: of what is cut off, the users' next slice or else a causal convolution decides.
 
     Result t may have any slot from that of the first token that it reads to that of the last.

@@ -9,12 +9,14 @@ Order is what costs: an operator that needs it gets the tokens as one sequence, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.errors import NoRule
 from cpcompile.ir.annotation import annotate, annotation, placement_of
@@ -24,6 +26,8 @@ from cpcompile.ir.operator_call import Call, expression, value_of
 from cpcompile.ir.placement import FULL, Full, Placement, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.ir.resharding import plus, times
+from cpcompile.rules.convolution import CONVOLUTIONS
+from cpcompile.rules.groups import POOLS, stride_along
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.pointwise import is_one
 from cpcompile.rules.ranges import bounds
@@ -47,6 +51,8 @@ SPLITS = {
     aten.tensor_split.sections,
     aten.unbind.int,
 }
+# What models begin with that leaves fewer tokens.
+STEMS = {*CONVOLUTIONS, *POOLS, aten.unfold.default}
 # Operators whose rules write others that do not ask how the tokens are dealt to the ranks.
 LOCAL_LOWERINGS = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
@@ -57,7 +63,7 @@ class JoinedTokens:
     def __init__(self, joiner: Joiner, localiser: Localiser) -> None:
         self.joiner, self.localiser, self.gm = joiner, localiser, joiner.gm
         # What lets a rule apply, the cheapest first; each edits the operands of a call, and tells whether it did.
-        self.changes = (self.align, self.regroup, self.straighten)
+        self.changes = (self.align, self.regroup, self.group, self.straighten)
 
     def is_joined(self, at: Placement) -> bool:
         """Tell whether a value has the tokens of several sequences behind one another."""
@@ -237,6 +243,41 @@ class JoinedTokens:
                     return True
             after *= expression(size)
         return False
+
+    def group(self, node: fx.Node, call: Call) -> bool:
+        """Bring tokens in groups to the ranks, for an operator that reads them group by group; tells whether it did."""
+        name = next((n for n in ("self", "input") if n in call), "")
+        at = placement_of(call[name]) if name and isinstance(call[name], fx.Node) else None
+        stride = stride_along(call, at.dim) if isinstance(at, Sharded) else None
+        if not isinstance(at, Sharded) or stride is None or stride == 1 or at.inner == stride or not at.covers_all:
+            return False
+        size = expression(call.shape(name)[at.dim])
+        if not size.is_Integer or size % stride or not self.joiner.is_plain(int(size), at):
+            return False
+        to = regrouped(at, self.joiner.sequence(int(size) // stride, node), stride)
+        node.args, node.kwargs = call.rebound({name: self.joiner.rearranged(call[name], to)})
+        return True
+
+    def stem(self, node: fx.Node, call: Call, hints: Mapping[str, Sharded]) -> Mapping[str, Sharded]:
+        """Return where an operand of a whole call holds tokens, in groups for one that reads them so.
+
+        What reads the tokens otherwise (an overlapping stride, a pool) leaves other tokens, which its whole result is said to hold.
+        """
+        if call.target not in STEMS or len(hints) != 1:
+            return hints
+        ((name, at),) = hints.items()
+        size = call.shape(name)[at.dim]
+        if at.dim >= call.results[0].dim() or not at.covers_all or not self.joiner.is_plain(size, at):
+            return hints
+        left = call.results[0].shape[at.dim]
+        if str(left) == str(size):
+            return hints
+        to = Sharded(at.dim, sequence=self.joiner.sequence(left, node))
+        stride = stride_along(call, at.dim)
+        if stride is not None and statically_known_true(left * stride == size):
+            return {name: replace(to, inner=stride)}
+        annotate(node, placement=(Full(to),) * len(call.results) if call.is_tuple else Full(to))
+        return {}
 
     def _groups(self, call: Call, elements: int, groups: sympy.Expr, node: fx.Node) -> int | None:
         """Return the sequence of the groups: their number is a size of the result, or a factor of one."""

@@ -22,7 +22,8 @@ ORDER = (
 )
 COUNT = (
     "the size of its result depends on the values of all tokens, so that no rank knows its part; keep all tokens and "
-    "multiply by a mask (torch.where), or do it before the model"
+    "multiply by a mask (torch.where), do it before the model, or, in a module that computes each token from that token alone "
+    "(experts), declare it: token_local=['model.layers.*.mlp']"
 )
 MIXED = "each of its results depends on all tokens; do it before the model, or on the gathered values (strict=False)"
 RANDOM = (
@@ -38,6 +39,12 @@ COLLECTIVE = (
     "token from that token alone (experts on other ranks) may hold it if it is declared: token_local=['model.layers.*.mlp']"
 )
 LABELS = "its second result counts the labels of one rank only; call torch.nn.functional.nll_loss"
+
+DECLARE = (
+    "If a module or function around it computes each token from that token alone, as experts do, declare it:\n\n"
+    "    @cpcompile.token_local\n    class MyExperts(nn.Module): ...\n\n"
+    "or name it in the options, token_local=['model.layers.*.mlp']."
+)
 
 REFUSED: dict[str, tuple[str, ...]] = {
     ORDER: (

@@ -214,7 +214,7 @@ def is_whole_dim(at: Sharded) -> bool:
 
 
 def along_channels(call: Call, indices: Indices, given: Mapping[str, Sharded]) -> dict[str, Sharded]:
-    """Return how all operands can be sharded along the longest dim that they and the result have in common; {} if there is none."""
+    """Return how all operands can be sharded along the longest dim that they and the result share; {} if there is none."""
     common = [name for name in indices.results[0] if name and all(name in indices.operands[o] for o in given)]
     found: list[tuple[int, dict[str, Sharded]]] = []
     for name in common:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +40,20 @@ def roll(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision |
         return [moved(writer, x, at, -shift, wrap=True)]
 
     return Decision({"self": at}, (at,), lower=lower)
+
+
+@along_tokens(aten.repeat_interleave.self_int)
+def repeat_interleave(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each token is repeated where it is, and they are counted together as one"""
+    at = operands["self"]
+    if (
+        call["dim"] is None
+        or at.dim != call.dim("dim", "self")
+        or not isinstance(call["repeats"], int)
+        or not at.covers_all
+    ):
+        return None
+    return Decision({"self": at}, (replace(at, inner=at.inner * call["repeats"]),), {"output_size": None})
 
 
 @along_tokens(aten.flip.default)

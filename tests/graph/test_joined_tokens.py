@@ -208,6 +208,36 @@ class Windows(nn.Module):
         return (self.head(h) - target).pow(2).mean()
 
 
+class Stem(nn.Module):
+    """A strided convolution and a pool leave a token of 4; each is repeated at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv1d(4, WIDTH, 2, stride=2), Block(), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        h = F.avg_pool1d(self.stem(x.mT), 2).mT
+        h = self.block(h).repeat_interleave(4, 1)
+        return (self.head(h) - target).pow(2).mean()
+
+
+class Overlapping(nn.Module):
+    """Patches of 5 tokens, one at every second (PatchTST), and the last 3 tokens of each (a window by unfold)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.patch, self.block = nn.Linear(4, WIDTH), nn.Linear(5 * WIDTH, WIDTH), Block()
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        h = self.embed(x)
+        recent = F.pad(h, (0, 0, 2, 0)).unfold(1, 3, 1)
+        h = h + recent.max(-1).values * recent.mean(-1)
+        return (
+            self.head(self.block(self.patch(h.unfold(1, 5, 2).flatten(2)))).pow(2).mean() + (h - target.mean()).mean()
+        )
+
+
 def floats(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
@@ -240,6 +270,8 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor
     "inner": (Inner, lambda: {"x": floats(2, 9, 5, 4), "target": floats(2, 9, 5, 4)}, X),
     "inner, causal": (lambda: Inner(True), lambda: {"x": floats(2, 9, 5, 4), "target": floats(2, 9, 5, 4)}, X),
     "patches": (Patches, lambda: ids(21, 19), {}),
+    "stem": (Stem, lambda: {"x": floats(2, 36, 4), "target": floats(2, 36, 4)}, X),
+    "overlapping": (Overlapping, lambda: {"x": floats(2, 26, 4), "target": floats(2, 26, 4)}, X),
     "windows": (Windows, lambda: {"x": floats(2, 54, 4), "target": floats(2, 54, 4)}, X),
 }
 

@@ -251,6 +251,13 @@ OPERATORS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "ids in thirds": ("documents", lambda i: same_rows((i == 3).cumsum(1) * 2 + i // 3)),
     "ids of two makes": ("dense", lambda i: rows(i + 1)[0] - rows(2 * i)[1] == 0),
     "a sum of ids": ("dense", lambda i: rows(i)[0] + rows(i)[1] == 2),
+    "hstack": ("causal", lambda i: torch.hstack([(K() <= Q())[:, :3], (K() + 3 <= Q())[:, : S - 3]])),
+    "hstack with nothing": ("causal", lambda i: torch.hstack([torch.zeros(S, 0), torch.full((S, S), LEAST).triu(1)])),
+    "hstack of another order": ("dense", lambda i: torch.hstack([(K() <= Q())[:, 3:], (K() <= Q())[:, :3]])),
+    "vstack": ("causal", lambda i: torch.vstack([(K() <= Q())[:2], (K() <= Q() + 2)[: S - 2]])),
+    "vstack of vectors": ("dense", lambda i: torch.vstack([K() <= row for row in range(S)])),
+    "logarithm": ("causal", lambda i: torch.ones(S, S).tril().log()),
+    "logarithm of twos": ("dense", lambda i: (2 * torch.ones(S, S)).tril().log()),
     "multiples of ids": ("documents", lambda i: 3 * rows(i)[0] == 3 * rows(i)[1]),
 }
 

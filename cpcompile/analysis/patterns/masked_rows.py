@@ -121,6 +121,9 @@ class Rows:
             return len(given) == len(shapes) and all(same_shape(shape, shapes[0]) for shape in shapes)
         if call.target in SAME:
             return same_shape(call.result.shape, call.shape("self"))
+        if call.target is aten.unsqueeze.default:  # counted from the end, or of a mask of one dim
+            dim, rank = int(call["dim"]), call.result.dim()
+            return dim % rank != 0 and (dim < 0 or value_of(self.mask).dim() == 1)
         if call.target not in BY_ROW or first not in given:
             return False
         rank = call.result.dim()

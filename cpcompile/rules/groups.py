@@ -1,0 +1,108 @@
+"""Operators on groups of tokens: windows, strided convolutions and pools, and tokens that are repeated.
+
+A rank that holds whole groups of `stride` tokens (`Sharded(inner=stride)`) computes what reads no other group by itself;
+`rules.joined` brings the groups to the ranks. Each result is then one token of the sequence of the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from cpcompile.ir.operator_call import Call
+from cpcompile.ir.placement import FULL, Placement, Sharded
+from cpcompile.rules import dims, pooling  # noqa: F401  (the rules that are extended here)
+from cpcompile.rules.along import along_tokens, holds_tokens_only
+from cpcompile.rules.convolution import CONVOLUTIONS, paddings, range_of_windows, reaches, spatial
+from cpcompile.rules.registry import Decision, Lowering
+
+aten, cp = torch.ops.aten, torch.ops.cpcompile
+
+POOLS = {
+    aten.avg_pool1d.default: 1,
+    aten.avg_pool2d.default: 2,
+    aten.avg_pool3d.default: 3,
+    aten.max_pool1d.default: 1,
+    aten.max_pool2d.default: 2,
+    aten.max_pool3d.default: 3,
+}
+
+
+def stride_along(call: Call, dim: int) -> int | None:
+    """Return the stride of an operator along a dim if each result reads one group of as many elements, else None."""
+    if call.target is aten.unfold.default:
+        return int(call["step"]) if dim == call.dim("dimension", "self") else None
+    if call.target in CONVOLUTIONS:
+        i = dim - (len(call.shape("input")) - len(paddings(call)))
+        if i < 0 or paddings(call)[i] != (0, 0) or call.arguments.get("transposed"):
+            return None
+        stride = int(spatial(call, "stride")[i])
+        return stride if reaches(call)[i] < stride else None
+    if call.target in POOLS:
+        rank = POOLS[call.target]
+        i = dim - (len(call.shape("self")) - rank)
+
+        def entry(name: str) -> int:
+            given = call[name] if isinstance(call[name], list | tuple) else [call[name]]
+            return int(given[i if len(given) == rank else 0])
+
+        if i < 0 or entry("padding") or call["ceil_mode"] or ("dilation" in call and entry("dilation") != 1):
+            return None
+        stride = entry("stride") if call["stride"] else entry("kernel_size")
+        return stride if entry("kernel_size") <= stride else None
+    return None
+
+
+@along_tokens(*CONVOLUTIONS, *POOLS)
+def strided(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each rank has whole groups of tokens, and a result for each"""
+    name = "input" if "input" in call else "self"
+    at = operands.get(name)
+    if at is None or len(operands) > 1 or at.inner == 1 or stride_along(call, at.dim) != at.inner or not at.covers_all:
+        return None
+    others: dict[str, Placement] = {other: FULL for other, _ in call.operands() if other != name}
+    return Decision({name: at, **others}, (replace(at, inner=1),) * len(call.results))
+
+
+@along_tokens(aten.unfold.default)
+def windows(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each chunk is extended by the tokens that its windows read"""
+    at, size, step = operands["self"], int(call["size"]), int(call["step"])
+    if at.dim != call.dim("dimension", "self") or at.inner != step:
+        return None
+    if step == 1 and (not holds_tokens_only(call, "self", at, length) or at.outside not in (None, 0.0)):
+        return None
+    reach = -(-size // step) - 1
+    if step > 1:
+        if not at.covers_all:
+            return None
+        result, before = replace(at, inner=1, back=reach), 0
+    else:
+        result = range_of_windows(call, at, reach, (0, 0))
+        before = result.front - at.front
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        x, dim, chunks = writer.call["self"], at.dim, writer.chunks
+        x = writer.insert(aten.unflatten.int, x, dim, [-1, step])
+        x = writer.insert(cp.halo_tokens.default, x, dim, before, reach - before, writer.length, *writer.axis)
+        x = writer.insert(aten.unflatten.int, x, dim, [chunks, -1])
+        x = writer.insert(aten.flatten.using_ints, x, dim + 1, dim + 2)
+        x = writer.insert(aten.unfold.default, x, dim + 1, size, step)
+        return [writer.insert(aten.flatten.using_ints, x, dim, dim + 1)]
+
+    return Decision({"self": at}, (result,), padding={"self": 0.0}, lower=lower)
+
+
+@along_tokens(aten.repeat_interleave.self_int)
+def repeat_interleave(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each rank repeats its own tokens: the copies are an inner factor of the dim"""
+    at = operands["self"]
+    if call["dim"] is None or call.dim("dim", "self") != at.dim or not at.covers_all:
+        return None
+    if not isinstance(call["repeats"], int):
+        return None
+    return Decision({"self": at}, (replace(at, inner=at.inner * call["repeats"]),), {"output_size": None})
