@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpcompile.choose.attention_sites import ATTENTION_LIKE
+from cpcompile.choose.attention_sites import ATTENTION_LIKE, rewritten_attentions
 from cpcompile.compile.transform import Transformed
-from cpcompile.inspect.explain import made_attentions
 from cpcompile.inspect.verification import Verification
 from cpcompile.inspect.verify import Verifier
 from cpcompile.ir.annotation import annotation
@@ -186,6 +185,6 @@ def is_sharded(found: Verification) -> bool:
 
 def num_whole(transformed: Transformed) -> int:
     """Return how many attentions every rank computes whole, with those that no pattern knows: a softmax of scores."""
-    unknown = [n for n in transformed.graph.graph.nodes if n.target in ATTENTION_LIKE and n.meta["val"].dim() > 2]
-    nodes = [*(made for _, made in made_attentions(transformed)), *unknown]
-    return sum(made is None or not isinstance(annotation(made).placement, Sharded) for made in nodes)
+    gm = transformed.graph
+    unknown = [node for node in gm.graph.nodes if node.target in ATTENTION_LIKE and node.meta["val"].dim() > 2]
+    return sum(not isinstance(annotation(node).placement, Sharded) for node in rewritten_attentions(gm) + unknown)
