@@ -4,9 +4,10 @@ before  out = aten.scaled_dot_product_attention(q, repeat(k), repeat(v), mask, s
         out = aten.matmul(aten.softmax(aten.matmul(q, repeat(k)^T) * 0.25 + mask, -1), repeat(v))
 after   out = cpcompile.attention(q, k, v, mask, None, None, 0.25, False, 0, 0.0)
 
-Written out, it is read by what it means: softmax ignores the largest score that is taken from a row, `scores * m - 1e10 * (1 - m)`
-is a fill, weights that are set to 0 where scores are hidden say what an empty row is. Weights that are used otherwise too are computed
-anyway, and stay; without a gradient (a detached copy that is returned, a statistic) they are computed beside the operator.
+Written out, it is read by what it means: softmax ignores the largest score that is taken from a row, and
+`scores * m - 1e10 * (1 - m)` is a fill; weights that are set to 0 where scores are hidden say what an empty row is. Weights that
+are used otherwise too are computed anyway, and stay; without a gradient (a detached copy that is returned, a statistic) they are
+computed beside the operator.
 
 What the operator cannot say stays written out, or is: a trained bias, the dropout of one device, dims beyond `[B, H, S, D]`.
 """

@@ -105,7 +105,7 @@ class Placer:
             else:
                 self._require_whole(node)
         elif node.op == "output":
-            node.args = fx.map_arg(node.args, self.exchanger.to_tokens)
+            node.args = fx.map_arg(node.args, lambda value: self.joined.output(self.exchanger.to_tokens(value)))
 
     def _place_call(self, node: fx.Node) -> None:
         call = Call.of(node)

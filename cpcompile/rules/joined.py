@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from cpcompile.balance.layout import follows_documents
 from cpcompile.errors import NoRule
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.insertion import insert_copy, keep_source
@@ -261,7 +262,7 @@ class JoinedTokens:
     def stem(self, node: fx.Node, call: Call, hints: Mapping[str, Sharded]) -> Mapping[str, Sharded]:
         """Return where an operand of a whole call holds tokens, in groups for one that reads them so.
 
-        What reads the tokens otherwise (an overlapping stride, a pool) leaves other tokens, which its whole result is said to hold.
+        What reads the tokens otherwise (an overlapping stride, a pool) leaves other tokens, which its whole result holds.
         """
         if call.target not in STEMS or len(hints) != 1:
             return hints
@@ -321,6 +322,15 @@ class JoinedTokens:
         }
         node.args, node.kwargs = call.rebound(changes)
         return True
+
+    def output(self, node: fx.Node) -> fx.Node:
+        """Return what a rank gives back for a value: its part of one sequence, as `unshard` and `shard` know it."""
+        at = annotation(node).placement
+        if self.joiner.plan.outputs == "full" or not isinstance(at, Sharded) or not at.covers_all:
+            return node
+        outer = self.joiner.outer_of(value_of(node).shape[at.dim], at)
+        is_grouped = at.inner != 1 and outer == 1 and not follows_documents(self.joiner.plan.layout)
+        return self.joiner.plain(node) if self.is_joined(at) or is_grouped else node
 
     # Attention.
 

@@ -42,13 +42,13 @@ ALONG_TOKENS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "middle": (lambda x: x + x.median(), "x.median()", "needs the order of all tokens by value"),
     "drawn": (lambda x: x + torch.empty_like(x).exponential_(), "exponential_()", "draw them before the model"),
     "stride": (
-        lambda x: F.conv1d(x.mT, x.new_ones(8, 8, 2), stride=2).mT,
+        lambda x: F.conv1d(x.mT, x.new_ones(8, 8, 3), stride=2).mT,
         "stride=2",
         "a stride of 2 along the tokens",
     ),
     "pool": (
-        lambda x: F.avg_pool1d(x.mT, 2).mT,
-        "F.avg_pool1d(x.mT, 2)",
+        lambda x: F.avg_pool1d(x.mT, 3, 2).mT,
+        "F.avg_pool1d(x.mT, 3, 2)",
         "a pool along the tokens leaves fewer tokens",
     ),
     "norm": (lambda x: F.instance_norm(x.mT).mT, "F.instance_norm(x.mT)", "mean and variance run over the tokens"),
