@@ -91,6 +91,7 @@ class LockstepBackend:
         self.config, self.axis, self.is_wide = config, axis, is_wide
         self.transformed: Transformed | None = None
         self._make: Callable[[], Transformed] | None = None
+        self._traced_with: Sequence[Any] = ()
         self.inputs: tuple[Any, ...] = ()  # of the last run, as they were before it
         self._held: list[list[torch.Tensor]] = []  # what each rank has of results and of inputs that it wrote
 
@@ -101,6 +102,7 @@ class LockstepBackend:
         if self.is_wide:
             widen_graph(captured)
         names, compilation = input_names(captured), _torch.this_compilation()
+        self._traced_with = example_inputs  # what the graph knows of them ends with them
 
         def make() -> Transformed:
             with compilation():

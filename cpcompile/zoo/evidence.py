@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from cpcompile.inspect.float64 import Widen
 from cpcompile.inspect.model_runs import default_objective, run_and_differentiate
@@ -92,9 +93,19 @@ def agree(first: Run, second: Run) -> bool:
 def run(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> Run:
     """Return the objective and the gradients of the model in `dtype`, which it keeps."""
     model.to(dtype)
-    given = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
+    given = in_dtype(inputs, dtype)
     with Widen() if dtype == torch.float64 else contextlib.nullcontext():
         return run_and_differentiate(model, model.forward, given, default_objective)
+
+
+def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the inputs with their floating-point tensors, those in lists and the like too, in `dtype`."""
+
+    def converted(x: torch.Tensor) -> torch.Tensor:
+        return x.to(dtype) if x.is_floating_point() else x
+
+    found: dict[str, Any] = tree_map_only(torch.Tensor, converted, dict(inputs))
+    return found
 
 
 def changed_by_capture(model: nn.Module, inputs: Mapping[str, Any]) -> bool:

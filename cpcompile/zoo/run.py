@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpcompile.choose.attention_sites import ATTENTION_LIKE
+from cpcompile.choose.attention_sites import ATTENTION_LIKE, rewritten_attentions
 from cpcompile.compile.transform import Transformed
-from cpcompile.inspect.explain import made_attentions
 from cpcompile.inspect.verification import Verification
 from cpcompile.inspect.verify import Verifier
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.placement import Sharded
 from cpcompile.zoo.build import build
 from cpcompile.zoo.classify import classify, own_failure
-from cpcompile.zoo.evidence import Evidence, changed_by_capture, gather_evidence
+from cpcompile.zoo.evidence import Evidence, changed_by_capture, gather_evidence, in_dtype
 from cpcompile.zoo.programs import PROGRAMS, Program, make_program
 from cpcompile.zoo.result import EXACT, NOT_CAPTURED, WRONG, Result, Variant
 
@@ -102,7 +101,8 @@ class Subject:
     """
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any], evidence: Evidence, **options: Any) -> None:
-        self.model, self.inputs, self.evidence, self.options = model, inputs, evidence, options
+        self.model, self.inputs = model, in_dtype(inputs, evidence.dtype)
+        self.evidence, self.options = evidence, options
         self._verifiers: dict[bool, Verifier] = {}
 
     def verify(self, variant: Variant, training: bool) -> Verification:
@@ -185,6 +185,6 @@ def is_sharded(found: Verification) -> bool:
 
 def num_whole(transformed: Transformed) -> int:
     """Return how many attentions every rank computes whole, with those that no pattern knows: a softmax of scores."""
-    unknown = [n for n in transformed.graph.graph.nodes if n.target in ATTENTION_LIKE and n.meta["val"].dim() > 2]
-    nodes = [*(made for _, made in made_attentions(transformed)), *unknown]
-    return sum(made is None or not isinstance(annotation(made).placement, Sharded) for made in nodes)
+    gm = transformed.graph
+    unknown = [node for node in gm.graph.nodes if node.target in ATTENTION_LIKE and node.meta["val"].dim() > 2]
+    return sum(not isinstance(annotation(node).placement, Sharded) for node in rewritten_attentions(gm) + unknown)

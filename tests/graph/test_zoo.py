@@ -309,7 +309,7 @@ class TestReport:
 
     def test_page(self) -> None:
         page = markdown(FOUND)
-        assert "| sdpa, dense, strict | all | 4 | 2 | 50% | 1 | 2 | 0 | 0 | 0 | 1 |" in page
+        assert "| sdpa, dense, strict | all | 4 | 2 | 50% | 1 | 0 | 2 | 0 | 0 | 0 | 1 |" in page
         assert "- **R1** (2) `aten.topk.default: no`\n  t, u" in page
         assert "| causal:a | 2e-14 |" in page
         assert "| causal:b | 3e-07 (float32), replicated |" in page
