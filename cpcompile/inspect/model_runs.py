@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from cpcompile.inspect.float64 import widen_graph
 from cpcompile.inspect.lockstep import Lockstep, whole_value, written_inputs
 from cpcompile.ir.operator_call import Call, size_hint
 from cpcompile.ir.placement import Full, Sharded
-from cpcompile.ir.plan import Lengths
+from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 from cpcompile.passes.finish_outputs import output_placements
@@ -176,18 +177,29 @@ class OneDevice:
 
 def orders_of(transformed: Transformed, inputs: Sequence[Any], lockstep: Lockstep) -> list[TokenOrder | Arrangement]:
     """Return which tokens each rank holds of each sequence of these flat inputs, which the ranks have started to run."""
-    plan, known = transformed.plan, Lengths.all_of(transformed.graph)
     given = sequence_lengths(transformed, inputs)  # of none in a graph without tokens, where no value needs an order
+    return token_orders(transformed.graph, transformed.plan, given, lockstep.bounds)
+
+
+def token_orders(
+    gm: fx.GraphModule,
+    plan: Plan,
+    given: Sequence[int] = (),
+    bounds: Mapping[fx.Node, torch.Tensor] = MappingProxyType({}),
+) -> list[TokenOrder | Arrangement]:
+    """Return which tokens each rank holds of each sequence of a graph; `given` are the lengths of the first ones.
+
+    What a model makes of its sequences is as long as it was when it was compiled.
+    """
     orders: list[TokenOrder | Arrangement] = []
-    for number, lengths in enumerate(known):
-        # What a model makes of its sequences is compiled for their lengths.
+    for number, lengths in enumerate(Lengths.all_of(gm)):
         tokens = given[number] if number < len(given) else size_hint(lengths.value)
         if lengths.parts:
             parts = tuple((orders[sequence].length, elements) for sequence, elements in lengths.parts)
             orders.append(Arrangement(parts, plan.world_size, plan.layout))
         else:
-            bounds = None if lengths.bounds is None else lockstep.bounds.get(lengths.bounds)
-            orders.append(TokenOrder.of(tokens, plan.world_size, lengths.layout or plan.layout, bounds))
+            found = None if lengths.bounds is None else bounds.get(lengths.bounds)
+            orders.append(TokenOrder.of(tokens, plan.world_size, lengths.layout or plan.layout, found))
     return orders
 
 

@@ -15,10 +15,12 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cpcompile.balance.arrangement import Arrangement
 from cpcompile.balance.layout import local_length
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.errors import NoRule
 from cpcompile.inspect.lockstep import Lockstep, whole_value
+from cpcompile.inspect.model_runs import token_orders
 from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
@@ -113,10 +115,9 @@ class Program:
         return self.setting.length, self.setting.world_size, self.setting.layout
 
     @property
-    def orders(self) -> list[TokenOrder]:
-        """Which elements each rank holds, of the tokens and of channels that were exchanged for them."""
-        _, world_size, layout = self.axis
-        return [TokenOrder.of(lengths.value, world_size, layout) for lengths in Lengths.all_of(self.gm)]
+    def orders(self) -> list[TokenOrder | Arrangement]:
+        """Which elements each rank holds, of the tokens and of what they were exchanged for."""
+        return token_orders(self.gm, Plan(self.setting.world_size, "", self.setting.layout, {}))
 
     def run_whole(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the operator on whole tensors; operands that it writes are copied first."""

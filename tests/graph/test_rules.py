@@ -57,11 +57,8 @@ def test_operators_that_write_and_truth_values_have_no_rule() -> None:
         (aten.repeat_interleave.self_int, (torch.rand(2, 6), 2), {"self": Sharded(1)}),
         (aten.feature_dropout.default, (torch.rand(2, 3, 6), 0.5, True), {"input": Sharded(2)}),
         (aten.linear.default, (torch.rand(2, 6), torch.rand(4, 6), torch.rand(4)), {"input": Sharded(1)}),
-        (aten.cumsum.default, (torch.rand(12), 0), {"self": Sharded(0)}),
         (aten.reshape.default, (torch.rand(6, 4), [4, 6]), {"self": Sharded(0)}),
-        (aten.add.Tensor, (torch.rand(12, 6), torch.rand(12, 6)), {"self": Sharded(0, 2), "other": Sharded(1)}),
         (aten.copy_.default, (torch.rand(2, 6), torch.rand(2, 6)), {"src": Sharded(1)}),
-        (aten.slice_scatter.default, (torch.rand(2, 6), torch.rand(2, 2), 1, 0, 2), {"self": Sharded(1)}),
         (
             aten.cross_entropy_loss.default,
             (torch.rand(6, 5), torch.rand(6, 5), None, 1, -100, 0.1),
@@ -72,6 +69,34 @@ def test_operators_that_write_and_truth_values_have_no_rule() -> None:
 )
 def test_what_would_be_wrong_is_refused(target: Any, args: tuple[Any, ...], sharded: dict[str, Sharded]) -> None:
     assert not check_push(Case(target, args), Setting(6, 2, "zig_zag"), sharded)
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "sharded"),
+    [
+        (aten.cumsum.default, (torch.rand(12).double(), 0), {"self": Sharded(0)}),
+        (aten.add.Tensor, (torch.rand(12, 6), torch.rand(12, 6)), {"self": Sharded(0, 2), "other": Sharded(1)}),
+        (aten.add.Tensor, (torch.rand(12, 6), torch.rand(12, 6)), {"self": Sharded(0, 2), "other": Sharded(0)}),
+        (aten.slice_scatter.default, (torch.rand(2, 6), torch.rand(2, 2), 1, 0, 2), {"self": Sharded(1)}),
+        (aten.view.default, (torch.rand(6, 4), [3, 8]), {"self": Sharded(0)}),
+        (aten.cat.default, ([torch.rand(2, 6), torch.rand(2, 5)], 1), {"tensors.0": Sharded(1)}),
+        (aten.unfold.default, (torch.rand(2, 6), 1, 3, 3), {"self": Sharded(1)}),
+        (aten.unfold.default, (torch.rand(2, 6), 1, 3, 2), {"self": Sharded(1)}),
+        (aten.avg_pool1d.default, (torch.rand(2, 3, 6).double(), [2]), {"self": Sharded(2)}),
+        (
+            aten.conv1d.default,
+            (torch.rand(2, 3, 6).double(), torch.rand(4, 3, 2).double(), None, [2]),
+            {"input": Sharded(2)},
+        ),
+        (aten.repeat_interleave.self_int, (torch.rand(2, 6), 2, 1), {"self": Sharded(1)}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, torch._ops.OpOverload) else "",
+)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_tokens_are_rearranged(
+    target: Any, args: tuple[Any, ...], sharded: dict[str, Sharded], world_size: int
+) -> None:
+    assert check_push(Case(target, args), Setting(6, world_size, "zig_zag"), sharded)
 
 
 @dataclass(frozen=True, slots=True)
