@@ -134,7 +134,8 @@ class Placer:
         annotate(node, placement=whole_placement(node))
         if annotation(node).stays_whole:
             return
-        if not hints and (node.target is aten.embedding.default or (self.plan.num_tokens and node.target in HEAVY)):
+        by_size = HEAVY if self.plan.num_tokens or not self.plan.strict else {aten.embedding.default}
+        if not hints and node.target in by_size:
             hints = self._hint_by_size(call)
         hints = self.joined.stem(node, call, hints) if hints else hints
         if not hints or node.target not in RULES:

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from cpcompile.errors import source_place
-from cpcompile.ir.operator_call import is_tensor, size_hint
+from cpcompile.ir.operator_call import expression, is_tensor, size_hint
 from cpcompile.ir.placement import Sharded
+from cpcompile.ir.plan import Lengths
 from cpcompile.passes.finish_outputs import output_placements
 
 cp = torch.ops.cpcompile
@@ -25,12 +26,15 @@ class Output:
         shape: of the whole.
         dim: the dim of this rank's tokens; None where every rank returns all of it.
         line: the user's line.
+        more_tokens: how many tokens more than the first input its sequence has: joined, cut or grouped ones are another one.
+            None where that depends on the length.
     """
 
     value: str
     shape: tuple[int, ...]
     dim: int | None
     line: str
+    more_tokens: int | None = 0
 
     @property
     def held(self) -> str:
@@ -51,6 +55,10 @@ def outputs_of(gm: fx.GraphModule) -> tuple[Output, ...]:
         source, shape = node, tuple(size_hint(n) for n in node.meta["val"].shape)
         while source.target in _FINISHING:
             source = source.args[0]
-        dim = placement.dim if isinstance(placement, Sharded) else None
-        found.append(Output(source.name, shape, dim, source_place(source)))
+        if isinstance(placement, Sharded):
+            more = expression(Lengths.of(gm, placement.sequence).value) - expression(Lengths.of(gm).value)
+            more_tokens = int(more) if more.is_Integer else None
+            found.append(Output(source.name, shape, placement.dim, source_place(source), more_tokens))
+        else:
+            found.append(Output(source.name, shape, None, source_place(source)))
     return tuple(found)

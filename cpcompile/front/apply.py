@@ -281,10 +281,10 @@ def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, lengt
         tensor: this rank's tokens, as the model returned them.
         model: the context-parallel model, or a wrapper that holds it (DDP, PEFT, a Lightning module).
         dim: the dim of the tokens.
-        length: tokens of the whole sequence; by default those of the last call.
+        length: tokens of the whole sequence; by default those of the last call, or of the output that `tensor` can only be.
     """
     forward, at = _called(model), dim % tensor.dim()
-    whole = length if length is not None else forward.length
+    whole = length if length is not None else output_length(forward, tensor, at)
     expected = local_length(whole, forward.axis.world_size, forward.layout)
     if tensor.shape[at] != expected:
         raise ConfigError(
@@ -294,6 +294,23 @@ def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, lengt
     share = torch.ops.cpcompile.scale_gradient(tensor, 1 / forward.axis.world_size)
     out: torch.Tensor = torch.ops.cpcompile.gather_tokens(share, at, 1, *axis_arguments(forward, whole))
     return out
+
+
+def output_length(forward: ParallelForward, tensor: torch.Tensor, at: int) -> int:
+    """Return how many tokens the whole of a local output has: those of the last call, or more where sequences were joined.
+
+    Raises:
+        ConfigError: outputs of several lengths have this shape.
+    """
+    more = {output.more_tokens for output in forward.last.outputs if output.dim == at}
+    lengths = {forward.length, *(forward.length + n for n in more if n is not None)}
+    fitting = [n for n in lengths if local_length(n, forward.axis.world_size, forward.layout) == tensor.shape[at]]
+    if len(fitting) > 1:
+        raise ConfigError(
+            f"dim {at} has {tensor.shape[at]} token slots, a rank's part of {' and of '.join(map(str, sorted(fitting)))} tokens: "
+            "the model returns both, so pass length=."
+        )
+    return fitting[0] if fitting else forward.length
 
 
 def shard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, padding: float | None = None) -> torch.Tensor:

@@ -40,7 +40,7 @@ class AttentionRule:
 
     def push(self, call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision:
         given = {name: operands[name] for name in ("q", "k", "v") if name in operands}
-        if len(given) == 3 and len(set(given.values())) == 1 and given["q"].dim < 2:
+        if "q" in given and len(set(given.values())) == 1 and given["q"].dim < 2:
             return self._of_rows(call, given["q"], operands)
         if any(at.reaches_outside for at in given.values()):
             raise no_rule(call, operands, "attention reads tokens outside the sequence", self.notation)

@@ -222,9 +222,8 @@ class JoinedTokens:
         if call.target not in JOINS:
             return False
         dim = int(call["dim"]) % call.result.dim()
-        operands = {
-            name: operand for name, operand in call.operands() if call.result.dim() == 1 or call.shape(name) != (0,)
-        }
+        # What has no element is left where it is: torch joins an empty vector with anything.
+        operands = {n: x for n, x in call.operands() if len(call.shape(n)) > dim and str(call.shape(n)[dim]) != "0"}
         placements = {name: placement_of(operand) for name, operand in operands.items()}
         if any(isinstance(at, Sharded) and at.dim != dim for at in placements.values()):
             return False
@@ -356,8 +355,8 @@ class JoinedTokens:
         at = annotation(node).placement
         if self.joiner.plan.outputs == "full" or not isinstance(at, Sharded) or not at.covers_all:
             return node
-        outer = self.joiner.outer_of(value_of(node).shape[at.dim], at)
-        is_grouped = at.inner != 1 and outer == 1 and not follows_documents(self.joiner.plan.layout)
+        is_one = self.joiner.outer_of(value_of(node).shape[at.dim], at) == 1
+        is_grouped = at.inner != 1 and is_one and not follows_documents(self.joiner.plan.layout)
         return self.joiner.plain(node) if self.is_joined(at) or is_grouped else node
 
     # Attention.
@@ -371,6 +370,7 @@ class JoinedTokens:
             name: at for name in ("q", "k", "v") if isinstance(at := placement_of(call[name]), Sharded) and at.dim == 2
         }
         sizes = {str(call.shape(name)[2]) for name in ("q", "k", "v")}
+        self._gather_keys_of_rows(node, call)
         if "q" not in given or len(sizes) > 1:
             return None
         size, at = call.shape("q")[2], given["q"]
@@ -385,6 +385,17 @@ class JoinedTokens:
             self.straighten(node, call)
             return None
         return self._attend_slots(node, call, at, size)
+
+    def _gather_keys_of_rows(self, node: fx.Node, call: Call) -> None:
+        """Make keys whole that are sharded in another way than queries whose tokens are rows of the batch, or heads."""
+        at = placement_of(call["q"])
+        if not isinstance(at, Sharded) or at.dim >= 2:
+            return
+        keys = {name: call[name] for name in ("k", "v") if placement_of(call[name]) not in (at, FULL)}
+        keys = {name: x for name, x in keys.items() if isinstance(placement_of(x), Sharded)}
+        if keys:
+            reason = "keys and values of queries that are sharded by rows"
+            node.args, node.kwargs = call.rebound({n: self.joiner.resharder.gather(x, reason) for n, x in keys.items()})
 
     def _attend_slots(self, node: fx.Node, call: Call, at: Sharded, size: Any) -> fx.Node:
         joined = self.joiner.in_slots(size, at, node)

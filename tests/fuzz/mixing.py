@@ -189,6 +189,72 @@ MIXING = {
         "self.k$i = nn.Parameter(torch.randn(8, 64) / 5)",
         {"op": ("+", "*")},
     ),
+    "joined": Element(
+        """
+        y = torch.cat($parts, 1)
+        $mix
+        x = x + $cut
+        """,
+        "self.p$i = nn.Parameter(torch.randn(1, 3, 8))\nself.a$i = nn.MultiheadAttention(8, 2, batch_first=True)",
+        {
+            "parts": (
+                "[self.p$i.expand(x.shape[0], -1, -1), x]",
+                "[self.p$i.expand(x.shape[0], -1, -1), x, self.p$i[:, :1].expand(x.shape[0], -1, -1)]",
+                "[x, self.p$i.expand(x.shape[0], -1, -1), x.flip(1)]",
+                "[memory, x]",
+            ),
+            "mix": (
+                "y = y + self.a$i(y, y, y, need_weights=False)[0]",
+                "y = y.sigmoid()",
+                "z = y[:, None]\ny = y + F.scaled_dot_product_attention(z, z, z, is_causal=True)[:, 0]",
+                "y = y.cumsum(1)",
+                "y = y - y.mean(1, keepdim=True)",
+                "y = y + y.roll(1, 1)",
+                "y = y + self.a$i(x, y, y, need_weights=False)[0].mean(1, keepdim=True)",
+            ),
+            "cut": (
+                "y[:, -x.shape[1] :]",
+                "y[:, : x.shape[1]]",
+                "y.split([y.shape[1] - x.shape[1], x.shape[1]], 1)[1]",
+                "y[:, :1]",
+                "y[:, 2][:, None]",
+                "y.narrow(1, 1, x.shape[1])",
+            ),
+        },
+    ),
+    "streams": Element(
+        """
+        y = torch.stack([x, self.l$i(x)], 2).flatten(1, 2)
+        $mix
+        x = x + y.unflatten(1, (x.shape[1], 2))$f
+        """,
+        LINEAR,
+        {
+            "mix": (
+                "z = y[:, None]\ny = F.scaled_dot_product_attention(z, z, z, is_causal=$causal)[:, 0]",
+                "y = y.tanh().cumsum(1) / y.shape[1]",
+                "y = y + y.roll(-1, 1)",
+            ),
+            "causal": ("True", "False"),
+            "f": ("[:, :, 0]", ".sum(2)", "[:, :, -1]"),
+        },
+    ),
+    "groups": Element(
+        """
+        y = torch.cat([x, self.l$i(x)], 1).reshape(x.shape[0], x.shape[1], 16)
+        x = x + (y$f)[..., :8]
+        """,
+        LINEAR,
+        {"f": (".tanh()", ".cumsum(1) / 9", ".softmax(1)", ".unflatten(-1, (2, 8)).mean(2)")},
+    ),
+    "repeated": Element(
+        "x = x + x.repeat_interleave(2, 1)$f",
+        choices={"f": (".unfold(1, 2, 2).mean(-1)", ".unflatten(1, (-1, 2)).sum(2)", "[:, : x.shape[1]]")},
+    ),
+    "windows": Element(
+        "x = x + F.pad(x, (0, 0, $k, 0)).unfold(1, $k + 1, 1)$f",
+        choices={"k": ("2", "1", "4"), "f": (".mean(-1)", ".amax(-1)", "[..., 0]")},
+    ),
     "pairs": Element(
         "y = self.l$i(x)[:, :, None] $op x[:, None]\nx = x + $f",
         LINEAR,

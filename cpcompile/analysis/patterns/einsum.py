@@ -40,6 +40,8 @@ class Product:
         if result and result[-1] not in of_b:
             a, b, of_a, of_b = b, a, of_b, of_a  # the last letter is a column
         product = cls(a, b, of_a, of_b, result)
+        if not product.batches and len(product.columns) > 1 and len(product.rows) < 2:
+            product = cls(b, a, of_b, of_a, result)  # a matrix comes second, so that no dims are merged
         return product if product.is_plain else None
 
     @property
