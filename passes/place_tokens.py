@@ -28,7 +28,7 @@ from cpcompile.ir.resharding import Resharder, Writer, whole_placement
 from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, is_whole_dim, no_rule
 from cpcompile.rules.convolution import CONVOLUTIONS
 from cpcompile.rules.fourier import for_channels
-from cpcompile.rules.joined import LOCAL_LOWERINGS, JoinedTokens
+from cpcompile.rules.joined import JoinedTokens
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
@@ -349,11 +349,7 @@ class Placer:
 
     def _push(self, call: Call, sharded: Mapping[str, Sharded]) -> Decision:
         decision = push(call, sharded, lambda at: self.resharder.lengths(at).value)
-        if (
-            decision.lower is not None
-            and call.target not in LOCAL_LOWERINGS
-            and any(map(self.joined.is_joined, sharded.values()))
-        ):
+        if any(map(self.joined.is_joined, sharded.values())) and not self.joined.takes(call, decision):
             raise no_rule(call, sharded, "the operator needs the tokens as one sequence")
         return decision
 

@@ -105,7 +105,7 @@ def lower(gm: fx.GraphModule, node: fx.Node, bounds: fx.Node | None, plan: Plan)
         out = gm.graph.call_function(operator.getitem, (collective, 0))
     for new in (collective, out):
         new.meta = dict(node.meta)
-        annotate(new, origin="", site=node.name)
+        annotate(new, origin="", site=known.site or node.name)
     replace_uses(node, out)
     gm.graph.erase_node(node)
 

@@ -26,6 +26,7 @@ from cpcompile.ir.insertion import insert_copy, replace_uses
 from cpcompile.ir.operator_call import Call, size_hint
 from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Lengths, Plan
+from cpcompile.ir.resharding import times
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
@@ -204,6 +205,10 @@ class Rewriter:
         if not isinstance(at, Sharded):
             return -1, 1, 0, 0, 1, self.plan.layout, self.plan.world_size, self.plan.group
         lengths = Lengths.of(self.gm, at.sequence)
+        if lengths.parts:  # by the slots of all ranks, laid end to end: joined tokens have no common order
+            assert not self.plan.exact_dropout, "what one device draws is drawn for one sequence"
+            slots = times(self.gm.graph, lengths.local, self.plan.world_size)
+            return at.dim, at.inner, 0, 0, slots, "contiguous", self.plan.world_size, self.plan.group
         return at.dim, at.inner, at.front, at.back, lengths.total, *lengths.axis(self.plan)
 
     def _emit(self, node: fx.Node, target: Any, *arguments: Any) -> fx.Node:

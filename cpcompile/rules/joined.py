@@ -32,6 +32,7 @@ from cpcompile.rules.groups import POOLS, stride_along
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.pointwise import is_one
 from cpcompile.rules.ranges import bounds
+from cpcompile.rules.registry import Decision
 from cpcompile.rules.views import locate_tokens, quotient
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
@@ -69,6 +70,13 @@ class JoinedTokens:
     def is_joined(self, at: Placement) -> bool:
         """Tell whether a value has the tokens of several sequences behind one another."""
         return isinstance(at, Sharded) and bool(Lengths.of(self.gm, at.sequence).parts)
+
+    def takes(self, call: Call, decision: Decision) -> bool:
+        """Tell whether a decision is right for joined tokens, whose order and ranges no rank knows by arithmetic."""
+        is_local = decision.lower is None or call.target in LOCAL_LOWERINGS
+        draws = torch.Tag.nondeterministic_seeded in call.target.tags and self.joiner.plan.exact_dropout
+        are_whole = all(at.covers_all for at in decision.results if isinstance(at, Sharded) and self.is_joined(at))
+        return is_local and are_whole and not draws
 
     # Cuts: a part of what was joined is there already.
 
@@ -466,7 +474,7 @@ class JoinedTokens:
         args, kwargs = call.rebound(changes)
         new = insert(call.target, *args, value=of_size(value_of(node), 2))
         new.kwargs = kwargs
-        annotate(new, strategy=annotation(node).strategy)
+        annotate(new, strategy=annotation(node).strategy, site=node.name)
         return new
 
     def _whole(self, x: fx.Node) -> fx.Node:

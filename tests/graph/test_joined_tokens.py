@@ -292,3 +292,30 @@ def test_exact(name: str, world_size: int, layout: str) -> None:
     model = make().double()
     found = cpcompile.verify(model, inputs(), world_size=world_size, dtype=torch.float64, balancer=layout, **options)
     found.raise_if_wrong()
+
+
+def test_lengths_that_views_divide_are_compiled_one_by_one() -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"each length is compiled by itself(.|\n)*x.reshape\(batch, length // 3"):
+        found = cpcompile.verify(Patches().double(), ids(12, 19), world_size=2, dtype=torch.float64)
+    found.raise_if_wrong()
+
+
+class Dropped(SoftPrompt):
+    """Joined tokens of which some features are dropped."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = F.dropout(torch.cat([self.prompt.expand(input_ids.shape[0], -1, -1), self.embed(input_ids)], 1), 0.5)
+        logits = self.head(self.blocks[0](x)[:, self.prompt.shape[0] :])
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_dropout_of_joined_tokens_draws_what_one_device_draws() -> None:
+    torch.manual_seed(0)
+    found = cpcompile.verify(Dropped().double(), ids(11, 17), world_size=2, dtype=torch.float64, exact_dropout=True)
+    found.raise_if_wrong()
+
+
+def test_dropout_of_joined_tokens_drops_half() -> None:
+    plan = cpcompile.explain(Dropped(is_causal=False), ids(11, 17), world_size=2)
+    assert "cp.dropout_tokens" in plan.after
