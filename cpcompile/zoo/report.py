@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 
 import cpcompile
 from cpcompile.zoo.build import import_transformers
+from cpcompile.zoo.programs import find_programs
 from cpcompile.zoo.programs.making import CATALOGUES
 from cpcompile.zoo.result import CRASH, EXACT, NOT_AVAILABLE, NOT_CAPTURED, REFUSED, WRONG, Result
 from cpcompile.zoo.summary import Cell, Counts, Table, by_category, failures, reasons, tabulate
@@ -47,6 +48,13 @@ def introduction(catalogues: Sequence[str]) -> Iterator[str]:
 def catalogues_of(results: Sequence[Result]) -> list[str]:
     """Return the catalogues of programs that results have."""
     return [name for name in CATALOGUES if any(result.key.startswith(f"{name}:") for result in results)]
+
+
+def coverage(results: Sequence[Result]) -> str:
+    """Return how many programs of the catalogues have results, where not all have; else ''."""
+    expected = set(find_programs(catalogues_of(results)))
+    found = expected & {result.key for result in results}
+    return f" Only {len(found)} of {len(expected)} programs were run." if len(found) < len(expected) else ""
 
 
 def versions(results: Sequence[Result], device: str) -> str:
@@ -107,7 +115,7 @@ def markdown(results: Sequence[Result], device: str = "cpu") -> str:
         "and run by `cpcompile.verify` (loss and every gradient against the untouched model) in its own process.",
         "",
         f"{versions(results, device)}; ranks: {', '.join(map(str, ranks))}.",
-        "An entry counts by its worst result over the numbers of ranks.",
+        f"An entry counts by its worst result over the numbers of ranks.{coverage(results)}",
         "",
         "- *captured*: the model runs on one device and Dynamo traces it as one graph; the next four add up to it.",
         "- *exact*: loss and every gradient agree, to 1e-10 in float64 or, where the model does not run in float64 on one",

@@ -137,6 +137,7 @@ class TestReport:
         assert page.startswith("# Beyond the model zoo\n\nWritten by `python -m cpcompile.zoo --catalogue vision")
         assert "| not strict | all | 1 | 1 | 100% | 0 | 1 | 0 | 0 | 0 | 0 | 0 |" in page
         assert "| handwritten:a | 2e-14, 2 whole | R1 |" in page
+        assert f"Only 0 of {len(find_programs(['vision', 'handwritten']))} programs were run." in page
         assert '"whole": 2' in compact(FOUND)
 
     def test_command(self, tmp_path: Path) -> None:
