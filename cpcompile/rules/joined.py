@@ -31,7 +31,7 @@ from cpcompile.rules.convolution import CONVOLUTIONS
 from cpcompile.rules.groups import POOLS, stride_along
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.pointwise import is_one
-from cpcompile.rules.ranges import bounds
+from cpcompile.rules.ranges import bounds, place_of
 from cpcompile.rules.registry import Decision
 from cpcompile.rules.views import locate_tokens, quotient
 
@@ -158,9 +158,7 @@ class JoinedTokens:
         size = expression(call.shape("self")[dim])
         if call.target is aten.slice.Tensor:
             return bounds(call) if call["step"] == 1 else None
-        given = call["index" if call.target is aten.select.int else "start"]
-        given = given.meta["val"] if isinstance(given, fx.Node) else given
-        start = sympy.expand(expression(given) + (size if isinstance(given, int) and given < 0 else 0))
+        start = place_of(call["index" if call.target is aten.select.int else "start"], size)
         count = 1 if call.target is aten.select.int else expression(call.result.shape[dim])
         return start, sympy.expand(start + count)
 
@@ -489,10 +487,8 @@ class JoinedTokens:
 
 def bounds_of_scatter(call: Call) -> tuple[sympy.Expr, sympy.Expr]:
     """Return the first place that a `slice_scatter` of step 1 writes, and the place behind the last."""
-    dim, start = call.dim("dim", "self"), call["start"]
-    size = expression(call.shape("self")[dim])
-    start = start.meta["val"] if isinstance(start, fx.Node) else (start or 0)
-    first = sympy.expand(expression(start) + (size if isinstance(start, int) and start < 0 else 0))
+    dim = call.dim("dim", "self")
+    first = place_of(call["start"], expression(call.shape("self")[dim]))
     return first, sympy.expand(first + expression(call.shape("src")[dim]))
 
 

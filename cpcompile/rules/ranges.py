@@ -61,11 +61,17 @@ def bounds(call: Call) -> tuple[sympy.Expr, sympy.Expr]:
     size, count = expression(call.shape("self")[dim]), expression(call.result.shape[dim])
     if size == count:
         return sympy.Integer(0), size
-    start = argument.meta["val"] if isinstance(argument, torch.fx.Node) else (argument or 0)
-    first = sympy.expand(expression(start) + (size if isinstance(start, int) and start < 0 else 0))
+    first = place_of(argument, size)
     if first.is_Integer:
         first = max(first, sympy.Integer(0))
     return first, sympy.expand(first + count)
+
+
+def place_of(argument: Any, size: sympy.Expr) -> sympy.Expr:
+    """Return the place that an argument names along a dim of this size: a negative one is counted from the end."""
+    value = argument.meta["val"] if isinstance(argument, fx.Node) else (argument or 0)
+    place = expression(value)
+    return sympy.expand(place + size if place.is_negative else place)
 
 
 def sliced_off(call: Call) -> tuple[int, int] | None:
@@ -240,9 +246,8 @@ def slice_scatter(call: Call, operands: Mapping[str, Sharded], length: Any) -> D
         return None
     if not holds_tokens_only(call, "self", at, length):
         return None
-    size, given = expression(call.shape("self")[dim]), call["start"]
-    given = given.meta["val"] if isinstance(given, fx.Node) else (given or 0)
-    start = sympy.expand(expression(given) + (size if isinstance(given, int) and given < 0 else 0))
+    size = expression(call.shape("self")[dim])
+    start = place_of(call["start"], size)
     rest = sympy.expand(size - start - expression(call.shape("src")[dim]))
     if not (start.is_Integer and rest.is_Integer):
         return None

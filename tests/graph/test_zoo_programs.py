@@ -119,9 +119,15 @@ class TestRun:
         assert [(r.variant, r.outcome) for r in found] == list(zip(variants, [REFUSED] * 2 + [EXACT] * 2, strict=True))
         assert len(traces) == 1
 
-    def test_attentions_of_every_rank_are_counted(self, traces: list[Any]) -> None:
+    def test_what_was_gathered_is_sharded_again(self, traces: list[Any]) -> None:
         (result,) = results("handwritten:sines", variant(strict=False))
-        assert (result.outcome, result.whole, result.replicated) == (EXACT, 1, False)
+        assert (result.outcome, result.whole, result.replicated) == (EXACT, 0, False)
+
+    def test_attentions_of_every_rank_are_counted(self) -> None:
+        """Every rank has the few tokens that the middle blocks choose of all."""
+        (result,) = results("handwritten:mixture_of_depths", variant(strict=False))
+        assert (result.outcome, result.replicated) == (EXACT, False)
+        assert result.whole > 0
 
 
 FOUND = [
