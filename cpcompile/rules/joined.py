@@ -345,9 +345,9 @@ class JoinedTokens:
         if len(kinds) < 2 or len(sizes) > 1:
             return False
 
-        def cost(at: Sharded) -> tuple[bool, bool, int, int]:
-            is_joined = self.is_joined(at)
-            return not at.covers_all, is_joined, at.inner, at.sequence
+        def cost(at: Sharded) -> tuple[Any, ...]:
+            # To the last field, so that all ranks choose the same.
+            return not at.covers_all, self.is_joined(at), at.inner, at.sequence, at.front, at.back
 
         to = min(kinds, key=cost)
         changes = {
@@ -381,7 +381,7 @@ class JoinedTokens:
             return None
         size, at = call.shape("q")[2], given["q"]
         if all(self.joiner.is_plain(size, each) for each in given.values()):
-            if len({(each.sequence, each.front, each.back) for each in given.values()}) < 2:
+            if len({each.sequence for each in given.values()}) < 2:
                 return None
             self.align(node, call)
             return None
