@@ -174,6 +174,8 @@ class Placer:
             self._fit_operands(node, call)
             try:
                 self._localise_call(node, Call.of(node), self._decide(node))
+            except NoChunks:
+                raise
             except NoRule:
                 if self._align_operands(node, Call.of(node)):
                     self._localise_call(node, Call.of(node), self._decide(node))
