@@ -58,6 +58,8 @@ def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
     placer = Placer(gm, plan, Lengths.insert(gm, plan))
     for node in list(gm.graph.nodes):
         placer.place(node)
+    if not placer.resharder.num_shards and placer.joined.unknown is not None:
+        raise placer.joined.unknown
     return placer.resharder.num_shards
 
 

@@ -19,7 +19,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.balance.layout import follows_documents
-from cpcompile.errors import NoRule
+from cpcompile.errors import LengthDependent, NoChunks, NoRule
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.insertion import insert_copy, keep_source
 from cpcompile.ir.joining import Joiner, Parts, regrouped
@@ -64,6 +64,7 @@ class JoinedTokens:
 
     def __init__(self, joiner: Joiner, localiser: Localiser) -> None:
         self.joiner, self.localiser, self.gm = joiner, localiser, joiner.gm
+        self.unknown: LengthDependent | None = None  # why a stem is not one of tokens, for all lengths
         # What lets a rule apply, the cheapest first; each edits the operands of a call, and tells whether it did.
         self.changes = (self.align, self.regroup, self.group, self.straighten)
 
@@ -306,7 +307,13 @@ class JoinedTokens:
         left = call.results[0].shape[at.dim]
         if str(left) == str(size):
             return hints
-        to = Sharded(at.dim, sequence=self.joiner.sequence(left, node))
+        try:
+            to = Sharded(at.dim, sequence=self.joiner.sequence(left, node))
+        except NoChunks:
+            return hints
+        except LengthDependent as error:
+            self.unknown = self.unknown or error
+            return hints
         stride = stride_along(call, at.dim)
         if stride is not None and statically_known_true(left * stride == size):
             return {name: replace(to, inner=stride)}
