@@ -110,7 +110,7 @@ class Joiner:
 
     def plain(self, node: fx.Node) -> fx.Node:
         """Return a sharded value whose dim is dealt to the ranks as one sequence, in its order."""
-        at, size = placement_of(node), None
+        at = placement_of(node)
         assert isinstance(at, Sharded)
         size = value_of(node).shape[at.dim]
         return self.rearranged(node, Sharded(at.dim, sequence=self.sequence(size, node)))
@@ -172,7 +172,7 @@ class Joiner:
                 return call(operator.add, lengths.total, int(difference))
             if ratio.is_Integer:
                 return call(operator.mul, lengths.total, int(ratio))
-            if ratio.is_Rational or str(wanted).startswith(f"(({known}//"):
+            if ratio.is_Rational:
                 return call(operator.floordiv, lengths.total, int(1 / ratio))
         for placeholder in graph.find_nodes(op="placeholder"):
             value = value_of(placeholder)

@@ -39,11 +39,11 @@ aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 JOINS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
 VIEWS = {
-    aten.view.default: "size",
-    aten._unsafe_view.default: "size",
-    aten.reshape.default: "shape",
-    aten.unflatten.int: "sizes",
-    aten.flatten.using_ints: None,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unflatten.int,
+    aten.flatten.using_ints,
 }
 CUTS = {aten.slice.Tensor, aten.narrow.default, aten.select.int}
 SPLITS = {
@@ -51,7 +51,6 @@ SPLITS = {
     aten.split_with_sizes.default,
     aten.chunk.default,
     aten.tensor_split.sections,
-    aten.unbind.int,
 }
 # What models begin with that leaves fewer tokens, or more.
 STEMS = {*CONVOLUTIONS, *POOLS, aten.unfold.default, aten.pad.default, aten.constant_pad_nd.default, *JOINS}
@@ -86,7 +85,7 @@ class JoinedTokens:
         if call.target not in SPLITS or not self.is_joined(at := placement_of(call["self"])):
             return []
         assert isinstance(at, Sharded)
-        if at.dim != call.dim("dim", "self") or call.target is aten.unbind.int or not at.covers_all or at.inner != 1:
+        if at.dim != call.dim("dim", "self") or not at.covers_all or at.inner != 1:
             return []
         new, start = {}, 0
         for index, part in enumerate(call.results):
@@ -97,7 +96,7 @@ class JoinedTokens:
         for item in list(node.users):
             first, last, part = new[item.args[1]]  # type: ignore[index]
             with self.gm.graph.inserting_before(item):
-                ends = [self._size(size, call["self"]) for size in (first, last)]
+                ends = [self._size(size) for size in (first, last)]
                 piece = insert_copy(self.gm.graph, aten.slice.Tensor, (call["self"], at.dim, *ends), item)
             piece.meta["val"] = part
             annotate(piece, origin=annotation(item).origin or item.name)
@@ -105,7 +104,7 @@ class JoinedTokens:
             pieces.append(piece)
         return pieces
 
-    def _size(self, size: Any, like: fx.Node) -> fx.Node | int:
+    def _size(self, size: Any) -> fx.Node | int:
         """Return the graph argument for a size that is a sum of lengths; inserts where the graph inserts."""
         if isinstance(size, int):
             return size
@@ -131,13 +130,13 @@ class JoinedTokens:
         edges = [sympy.Integer(0)]
         for sequence, elements in parts:
             edges.append(sympy.expand(edges[-1] + expression(Lengths.of(self.gm, sequence).value) * elements))
-        first = max((i for i, edge in enumerate(edges[:-1]) if is_known(start - edge, ">=")), default=0)
-        last = min((i for i, edge in enumerate(edges) if i > first and is_known(edge - stop, ">=")), default=len(parts))
+        first = max((i for i, edge in enumerate(edges[:-1]) if is_known(start - edge)), default=0)
+        last = min((i for i, edge in enumerate(edges) if i > first and is_known(edge - stop)), default=len(parts))
         if last - first == len(parts):
             return None
         piece = self._parts(node, x, at.dim, parts, first, last)
         if call.target is aten.select.int:
-            changes = {"index": self._moved_back(call["index"], start, edges[first])}
+            changes = {"index": self._moved_back(start, edges[first])}
         elif sympy.expand(start - edges[first]) == 0 and sympy.expand(stop - edges[last]) == 0:
             return piece
         else:
@@ -163,7 +162,7 @@ class JoinedTokens:
         count = 1 if call.target is aten.select.int else expression(call.result.shape[dim])
         return start, sympy.expand(start + count)
 
-    def _moved_back(self, index: Any, start: sympy.Expr, edge: sympy.Expr) -> Any:
+    def _moved_back(self, start: sympy.Expr, edge: sympy.Expr) -> int:
         rest = sympy.expand(start - edge)
         if not rest.is_Integer:
             raise NoRule("a token is read whose place in its sequence is not known")
@@ -210,7 +209,7 @@ class JoinedTokens:
                 count = sympy.expand(last - first)
                 if count == 0:
                     continue
-                ends = [self._size(as_size(edge, size), x) for edge in (first, last)]
+                ends = [self._size(as_size(edge, size)) for edge in (first, last)]
                 piece = insert_copy(graph, aten.slice.Tensor, (x, dim, *ends), node)
                 shape = list(value_of(x).shape)
                 shape[dim] = as_size(count, size)
@@ -510,9 +509,8 @@ def as_size(place: sympy.Expr, like: Any) -> Any:
     )
 
 
-def is_known(difference: sympy.Expr, relation: str) -> bool:
+def is_known(difference: sympy.Expr) -> bool:
     """Tell whether a difference of places is known to be at least 0; lengths are positive."""
-    assert relation == ">="
     found = sympy.expand(difference)
     if found.is_Integer:
         return bool(found >= 0)
