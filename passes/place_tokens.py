@@ -58,8 +58,8 @@ def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
     placer = Placer(gm, plan, Lengths.insert(gm, plan))
     for node in list(gm.graph.nodes):
         placer.place(node)
-    if not placer.resharder.num_shards and placer.joined.unknown is not None:
-        raise placer.joined.unknown
+    if not placer.resharder.num_shards and placer.joined.regrouper.unknown is not None:
+        raise placer.joined.regrouper.unknown
     return placer.resharder.num_shards
 
 
@@ -139,7 +139,7 @@ class Placer:
         by_size = HEAVY if self.plan.num_tokens or not self.plan.strict else {aten.embedding.default}
         if not hints and node.target in by_size:
             hints = self._hint_by_size(call)
-        hints = self.joined.stem(node, call, hints) if hints else hints
+        hints = self.joined.regrouper.stem(node, call, hints) if hints else hints
         if not hints or node.target not in RULES:
             return
         try:
@@ -166,7 +166,11 @@ class Placer:
 
     def _place_sharded(self, node: fx.Node, call: Call) -> None:
         """Place a call of sharded operands: by its rule, by its rule on other operands, or on whole operands."""
-        if self._place_by_parts(node, call):
+        made = self.joined.replace(node, call)
+        if made is not None:
+            self._drop([*node.users, node])  # items of what is split
+            for new in made:
+                self.place(new)
             return
         call = Call.of(node)
         try:
@@ -213,41 +217,6 @@ class Placer:
         self._replace_operands(node, call, changes)
         self._localise_call(node, Call.of(node), self._decide(node))
         return True
-
-    def _place_by_parts(self, node: fx.Node, call: Call) -> bool:
-        """Place a call that joined tokens have an answer to by themselves; tells whether this is one."""
-        pieces = self.joined.pieces(node, call)
-        for piece in pieces:
-            self.place(piece)
-        if pieces:
-            for old in [*node.users, node]:
-                self._drop(old)
-            return True
-        made = self.joined.scattered(node, call)
-        if made:
-            node.replace_all_uses_with(made[-1])
-            self._drop(node)
-            for new in made:
-                self.place(new)
-            return True
-        cut = self.joined.cut(node, call)
-        if cut is not None:
-            node.replace_all_uses_with(cut)
-            self._drop(node)
-            if not isinstance(placement_of(cut), Sharded):
-                self.place(cut)
-            return True
-        attended = self.joined.attend(node, call) if node.target is torch.ops.cpcompile.attention.default else None
-        if attended is not None:
-            result = self.joined.back(node, attended)
-            node.replace_all_uses_with(result)
-            self._drop(node)
-            self._place_sharded(attended, Call.of(attended))
-        return attended is not None
-
-    def _drop(self, node: fx.Node) -> None:
-        self.replaced.add(node)
-        self.gm.graph.erase_node(node)
 
     def _decide(self, node: fx.Node) -> Decision:
         """Return what happens to a call of sharded operands, which are sharded along the dims that it needs.
@@ -405,10 +374,13 @@ class Placer:
             new.meta["val"] = old.meta["val"]
             annotate(new, placement=placement, origin=annotation(old).origin or old.name, is_local=False)
             old.replace_all_uses_with(new)
-        for old in {*by_item.values(), node}:
-            self.replaced.add(old)
-        for old in [*(item for item in by_item.values() if item is not node), node]:
-            self.gm.graph.erase_node(old)
+        self._drop([*(item for item in by_item.values() if item is not node), node])
+
+    def _drop(self, nodes: Sequence[fx.Node]) -> None:
+        """Take calls out of the graph that nobody reads, users first."""
+        self.replaced.update(nodes)
+        for node in nodes:
+            self.gm.graph.erase_node(node)
 
     def _place_size(self, node: fx.Node, call: Call) -> None:
         """Keep sizes those of the whole: what needs a local size asks for it."""

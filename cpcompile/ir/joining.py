@@ -24,12 +24,10 @@ from cpcompile.ir.annotation import placement_of
 from cpcompile.ir.insertion import insert_copy
 from cpcompile.ir.operator_call import expression, value_of
 from cpcompile.ir.placement import Sharded
-from cpcompile.ir.plan import Lengths
-from cpcompile.ir.resharding import UNKNOWN_OUTSIDE, Resharder, plus, times
+from cpcompile.ir.plan import Lengths, Parts
+from cpcompile.ir.resharding import UNKNOWN_OUTSIDE, Resharder, edges, times
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
-
-Parts = tuple[tuple[int, int], ...]  # the number of a sequence, and how many elements each of its tokens has
 
 
 class Joiner:
@@ -52,7 +50,7 @@ class Joiner:
         self._refuse_documents(node)
         with self._at_the_top():
             total = size if isinstance(size, int) else self._derived(size, node)
-        return self._add(Lengths.of_total(self.gm, self.plan, size, total))
+            return Lengths.of_total(self.gm, self.plan, size, total).add(self.gm)
 
     def joined(self, parts: Parts, node: fx.Node) -> int:
         """Return the number of the sequence that has `parts` behind one another; one part by itself is that sequence."""
@@ -63,15 +61,11 @@ class Joiner:
             if lengths.parts == parts and not lengths.layout:
                 return number
         of = [(Lengths.of(self.gm, sequence), elements) for sequence, elements in parts]
-        graph, value = self.gm.graph, sum(lengths.value * elements for lengths, elements in of)
-        total: fx.Node | int = 0
-        local: fx.Node | int = 0
+        value = sum(lengths.value * elements for lengths, elements in of)
         with self._at_the_top():
-            for lengths, elements in of:
-                total = plus(graph, total, times(graph, lengths.total, elements))
-                local = plus(graph, local, times(graph, lengths.local, elements))
+            total, local = (edges(self.gm, parts, is_local=is_local)[-1] for is_local in (False, True))
         is_padded = any(lengths.has_padding(self.plan) for lengths, _ in of)
-        return self._add(Lengths(value, total, local, parts=parts, is_padded=is_padded))
+        return Lengths(value, total, local, parts=parts, is_padded=is_padded).add(self.gm)
 
     def slots(self, joined: int) -> int:
         """Return the number of the sequence that the slots of all ranks are, laid end to end, padding included."""
@@ -82,7 +76,7 @@ class Joiner:
         for number, lengths in enumerate(Lengths.all_of(self.gm)):
             if lengths.layout == "contiguous" and str(lengths.value) == str(value):
                 return number
-        return self._add(Lengths(value, total, of.local, is_padded=False, layout="contiguous"))
+        return Lengths(value, total, of.local, is_padded=False, layout="contiguous").add(self.gm)
 
     def parts_of(self, at: Sharded) -> Parts:
         """Return what one period of the dim of a placement is made of."""
@@ -144,11 +138,6 @@ class Joiner:
         """Return the arrangement of a placement as operators spell it."""
         pairs = [(Lengths.of(self.gm, sequence).total, elements) for sequence, elements in self.parts_of(at) * outer]
         return [argument for pair in pairs for argument in pair]
-
-    def _add(self, lengths: Lengths) -> int:
-        known = Lengths.all_of(self.gm)
-        self.gm.meta["cpcompile_lengths"] = (*known, lengths)
-        return len(known)
 
     def _at_the_top(self) -> Any:
         return self.gm.graph.inserting_before(self.resharder.first_call())
