@@ -5,9 +5,11 @@
 
 Wan 14B on 81 frames of 720p (75600 tokens), Flux on an image of 2048 by 2048 (16384 tokens and 512 of text). A step is the
 forward, the mean-square loss and the backward, and with `--inference` the forward alone; its time is that of the slowest rank,
-the median over steps. `limit` is the compiled model on one device, divided by the ranks. Errors are relative to the whole model in
-float32, on the small inputs of the case: root mean square of the difference over that of the reference, of the output and of all
-gradients together. diffusers leaves each rank the gradients of its own tokens; they are summed here as a trainer would.
+the median over steps. `limit` is the compiled model on one device, divided by the ranks.
+
+Errors are relative to the whole model in float32, on the small inputs of the case: root mean square of the difference over that
+of the reference, of the output and of all gradients together. diffusers leaves each rank the gradients of its own tokens; they
+are summed here as a trainer would.
 """
 
 from __future__ import annotations
