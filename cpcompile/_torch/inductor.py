@@ -12,7 +12,7 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from cpcompile._torch.joint_graph import HalvesPass, JointPass, Partitioner, in_inductor
 from cpcompile._torch.repeated_calls import schemas_once
@@ -83,18 +83,24 @@ def compile_by_rows(
 
     Args:
         function: of tensors to tensors; it may write to operands.
-        operands: their values are not read.
+        operands: their values are not read. Inductor chooses kernels for as many rows as these have: of few it would divide
+            the sums along each row.
         by_row: of each operand.
         options: of Inductor.
     """
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes: list[Any] = []
-    for i, (x, varies) in enumerate(zip(operands, by_row, strict=True)):
-        sizes = [DimDynamic.DUCK if varies and dim == 0 else DimDynamic.STATIC for dim in range(x.dim())]
-        real = torch.empty(tuple(map(int, x.shape)), dtype=x.dtype, device=x.device)
-        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        fakes.append(mode.from_tensor(real, symbolic_context=context, source=ConstantSource(f"operand{i}")))
+    environment, source = ShapeEnv(), ConstantSource("rows")
+    mode = FakeTensorMode(shape_env=environment)
+    hint = next(int(x.shape[0]) for x, varies in zip(operands, by_row, strict=True) if varies)
+    rows = environment.create_symintnode(
+        environment.create_symbol(hint, source, DimDynamic.DYNAMIC), hint=hint, source=source
+    )
     with mode:
+        fakes = [
+            torch.empty(
+                (rows, *map(int, x.shape[1:])) if varies else tuple(map(int, x.shape)), dtype=x.dtype, device=x.device
+            )
+            for x, varies in zip(operands, by_row, strict=True)
+        ]
         traced = make_fx(lambda *each: function(*each))(*fakes)
     with torch._inductor.config.patch(dict(options)):
         compiled: Callable[..., Any] = torch._inductor.standalone_compile(traced, fakes)

@@ -77,7 +77,7 @@ class Body:
     def compile(
         self, logits: Tensor, rows: Sequence[Tensor], others: Sequence[Tensor], options: Mapping[str, Any]
     ) -> None:
-        """Have Inductor compile `step` for any number of tokens, given operands of a few."""
+        """Have Inductor compile `step` for any number of tokens, given operands of a chunk."""
         kinds = kinds_of(logits, rows, others)
         if kinds not in self._compiled:
             smooth = [r for r in self.results if r.has_gradient]
