@@ -95,7 +95,7 @@ def compile_by_rows(
         environment.create_symbol(hint, source, DimDynamic.DYNAMIC), hint=hint, source=source
     )
     with mode:
-        fakes = [
+        fakes: list[Any] = [
             torch.empty(
                 (rows, *map(int, x.shape[1:])) if varies else tuple(map(int, x.shape)), dtype=x.dtype, device=x.device
             )
