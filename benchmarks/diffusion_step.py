@@ -168,9 +168,13 @@ def main() -> None:
         if time.time() > deadline:
             print(f"left out for lack of time: {system}", flush=True)
             continue
-        torch.multiprocessing.start_processes(
-            run, args=(options, system, free_port()), nprocs=options.ranks, start_method="spawn"
-        )
+        for name in options.cases:
+            try:
+                torch.multiprocessing.start_processes(
+                    run, args=(options, system, name, free_port()), nprocs=options.ranks, start_method="spawn"
+                )
+            except torch.multiprocessing.ProcessExitedException as error:
+                print(f"{name}, {system}: {error}", flush=True)
 
 
 def free_port() -> int:
@@ -179,8 +183,8 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def run(rank: int, options: argparse.Namespace, system: str, port: int) -> None:
-    """Measure one system in processes of its own, and add its rows to the file."""
+def run(rank: int, options: argparse.Namespace, system: str, name: str, port: int) -> None:
+    """Measure one system in processes of its own, and add its row to the file."""
     is_cuda = options.device == "cuda"
     if is_cuda:
         torch.cuda.set_device(rank)
@@ -188,24 +192,18 @@ def run(rank: int, options: argparse.Namespace, system: str, port: int) -> None:
         "nccl" if is_cuda else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=options.ranks
     )
     mesh = dist.init_device_mesh(options.device, (options.ranks,), mesh_dim_names=("cp",))
-    rows = []
-    for name in options.cases:
-        try:
-            row = measure(options, mesh, system, CASES[name])
-        except Exception as error:
-            if rank == 0:
-                traceback.print_exc()
-            row = {"error": f"{type(error).__name__}: {error}"[:500]}
-        rows.append({"case": name, "system": system, "ranks": options.ranks, **row})
-        torch._dynamo.reset()
-        if is_cuda:
-            torch.cuda.empty_cache()
+    try:
+        row = measure(options, mesh, system, CASES[name])
+    except Exception as error:
         if rank == 0:
-            print(json.dumps(rows[-1]), flush=True)
-            known = json.loads(options.out.read_text())
-            known["rows"].append(rows[-1])
-            options.out.write_text(json.dumps(known, indent=1) + "\n")
-    dist.barrier()
+            traceback.print_exc()
+        row = {"error": f"{type(error).__name__}: {error}"[:500]}
+    if rank == 0:
+        row = {"case": name, "system": system, "ranks": options.ranks, **row}
+        print(json.dumps(row), flush=True)
+        known = json.loads(options.out.read_text())
+        known["rows"].append(row)
+        options.out.write_text(json.dumps(known, indent=1) + "\n")
     os._exit(0)  # threads of a system that failed may not end
 
 

@@ -12,7 +12,8 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from cpcompile._torch.joint_graph import HalvesPass, JointPass, Partitioner, in_inductor
 from cpcompile._torch.repeated_calls import schemas_once
@@ -79,7 +80,7 @@ def compile_by_rows(
     by_row: Sequence[bool],
     options: Mapping[str, Any],
 ) -> Callable[..., Any]:
-    """Return a function compiled by Inductor for any first size of the operands that `by_row` says, the same of all.
+    """Return a function compiled by Inductor for operands of fewer rows as well: those that `by_row` says, all of as many.
 
     Args:
         function: of tensors to tensors; it may write to operands.
@@ -91,9 +92,9 @@ def compile_by_rows(
     environment, source = ShapeEnv(), ConstantSource("rows")
     mode = FakeTensorMode(shape_env=environment)
     hint = next(int(x.shape[0]) for x, varies in zip(operands, by_row, strict=True) if varies)
-    rows = environment.create_symintnode(
-        environment.create_symbol(hint, source, DimDynamic.DYNAMIC), hint=hint, source=source
-    )
+    at_most = StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(0, hint))  # few enough for indices of 32 bits
+    symbol = environment.create_symbol(hint, source, DimDynamic.DYNAMIC, at_most)
+    rows = environment.create_symintnode(symbol, hint=hint, source=source)
     with mode:
         fakes: list[Any] = [
             torch.empty(
