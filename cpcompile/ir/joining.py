@@ -99,6 +99,10 @@ class Joiner:
         """Tell whether a dim of this size has one element for each token of one sequence, in its order."""
         return at.inner == 1 and not Lengths.of(self.gm, at.sequence).parts and self.outer_of(size, at) == 1
 
+    def can_rearrange(self, at: Sharded) -> bool:
+        """Tell whether what a placement holds outside the sequence, if anything, is what a rearrangement writes there: zeros."""
+        return not at.reaches_outside or at.outside == 0.0
+
     def in_slots(self, size: Any, at: Sharded, node: fx.Node) -> Sharded:
         """Return the placement of a dim of this size as one joined sequence, which the ranks hold as they do now."""
         outer = self.outer_of(size, at)
@@ -121,7 +125,7 @@ class Joiner:
         assert isinstance(at, Sharded) and at.dim == to.dim
         if at == to:
             return node
-        if at.reaches_outside or to.reaches_outside:
+        if to.reaches_outside or not self.can_rearrange(at):
             raise NoRule(f"{UNKNOWN_OUTSIDE}.\n\n{where(node)}")
         if (node, to) not in self._rearranged:
             self._refuse_documents(node)

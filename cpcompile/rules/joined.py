@@ -258,9 +258,9 @@ class JoinedTokens:
             return False
         x = call["self"]
         at, shape, target = placement_of(x), call.shape("self"), tuple(call.result.shape)
-        if not isinstance(at, Sharded) or self.is_joined(at) or not at.covers_all:
+        if not isinstance(at, Sharded) or self.is_joined(at) or not self.joiner.can_rearrange(at):
             return False
-        length, stride = expression(Lengths.of(self.gm, at.sequence).value), expression(at.inner)
+        length, stride = expression(at.count(Lengths.of(self.gm, at.sequence).value)), expression(at.inner)
         for size in shape[at.dim + 1 :]:
             stride *= expression(size)
         after = sympy.Integer(1)
@@ -271,7 +271,7 @@ class JoinedTokens:
                 groups = quotient(length, elements)
             if elements is not None and groups is not None and groups != 1:
                 number = self._groups(call, int(elements), groups, node)
-                to = None if number is None else regrouped(at, number, int(elements))
+                to = None if number is None else regrouped(at.with_range(0, 0), number, int(elements))
                 if to is not None and locate_tokens(shape, target, to, Lengths.of(self.gm, to.sequence).value):
                     node.args, node.kwargs = call.rebound({"self": self.joiner.rearranged(x, to)})
                     return True
@@ -335,7 +335,7 @@ class JoinedTokens:
         changes = {}
         for name, operand in call.operands():
             at = placement_of(operand)
-            if not isinstance(at, Sharded) or at.reaches_outside:
+            if not isinstance(at, Sharded) or not self.joiner.can_rearrange(at):
                 continue
             if not at.covers_all or not self.joiner.is_plain(value_of(operand).shape[at.dim], at):
                 changes[name] = self.joiner.plain(operand)
