@@ -30,6 +30,7 @@ from cpcompile.rules.convolution import CONVOLUTIONS
 from cpcompile.rules.fourier import for_channels
 from cpcompile.rules.joined import JoinedTokens
 from cpcompile.rules.localisation import Localiser
+from cpcompile.rules.loops import READS_A_FEW, is_loop, placement_in_loop, reads_of
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
 from cpcompile.rules.refusals import DECLARE
@@ -168,7 +169,11 @@ class Placer:
         """Place a call of sharded operands: by its rule, by its rule on other operands, or on whole operands."""
         if self._place_by_parts(node, call):
             return
+        self._enter_loop(Call.of(node))
         call = Call.of(node)
+        if not sharded_operands(call):
+            self._place_whole(node, call, hints_of(call))
+            return
         try:
             if node.target in STARTS or is_picked_by_mask(call, next(iter(sharded_operands(call).values()))):
                 self._pick_rows(node, call)
@@ -201,6 +206,26 @@ class Placer:
             self._replace_operands(node, call, gather)
             call = Call.of(node)
             self._place_whole(node, call, hints_of(call))
+
+    def _enter_loop(self, call: Call) -> None:
+        """Let what reads the tokens of a value one by one read all of them, of some channels or of all, as the loop wants it."""
+        if call.target not in READS_A_FEW or not isinstance(at := placement_of(call["self"]), Sharded):
+            return
+        x = call["self"]
+        if self.exchanger.is_of_channels(at) or call.dim("dim", "self") != at.dim:
+            return
+        if not is_loop(x, at, self.resharder.lengths(at).value):
+            return
+        wanted = placement_in_loop(x, at, self.exchanger.is_of_channels)
+        if wanted is None:
+            return
+        reads = reads_of(x, at.dim)
+        if isinstance(wanted, Sharded):
+            new = self.exchanger.exchange(x, wanted)
+        else:
+            new = self.resharder.gather(x, "a loop over the tokens reads it beside channels that it does not have")
+        for read in reads:
+            read.replace_input_with(x, new)
 
     def _scan_channels(self, node: fx.Node, call: Call) -> bool:
         """Place a scan of tokens that are not in equal chunks: a rank scans all tokens of some channels; tells whether it can."""
