@@ -74,7 +74,10 @@ class Exchanger:
             Sharded(dim, sequence=sequence)
             for sequence, lengths in tokens
             for dim, size in enumerate(shape)
-            if dim != at.dim and statically_known_true(size == lengths.value)
+            if dim != at.dim
+            and at.inner == 1
+            and shape[at.dim] == self.resharder.lengths(at).value
+            and statically_known_true(size == lengths.value)
         ]
         if not found:
             raise NoRule(
