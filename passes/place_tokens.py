@@ -232,6 +232,8 @@ class Placer:
         wanted = channels_of(call, sharded_operands(call))
         if not wanted:
             return False
+        for name, at in sharded_operands(call).items():
+            self.joined.number_results(node, call, call.shape(name), at.dim)
         changes = {name: partial(self.exchanger.exchange, to=at) for name, at in wanted.items()}
         self._replace_operands(node, call, changes)
         self._localise_call(node, Call.of(node), self._decide(node))

@@ -45,7 +45,11 @@ def entries_of(last: fx.Node) -> list[fx.Node] | None:
     while node.target is aten.select_scatter.default and isinstance(size, int) and len(entries) < size:
         call = Call.of(node)
         index = call["index"]
-        if call.dim("dim", "self") != dim or not isinstance(index, int) or value_of(call["src"]).dtype != value_of(last).dtype:
+        if (
+            call.dim("dim", "self") != dim
+            or not isinstance(index, int)
+            or value_of(call["src"]).dtype != value_of(last).dtype
+        ):
             return None
         entries.setdefault(index % size, call["src"])
         node = call["self"]

@@ -9,6 +9,7 @@ Order is what costs: an operator that needs it gets the tokens as one sequence, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.balance.layout import follows_documents
-from cpcompile.errors import LengthDependent, NoChunks, NoRule
+from cpcompile.errors import LengthDependent, NoChunks, NoRule, where
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.insertion import insert_copy, keep_source
 from cpcompile.ir.joining import Joiner, Parts, regrouped
@@ -27,8 +28,8 @@ from cpcompile.ir.operator_call import Call, expression, value_of
 from cpcompile.ir.placement import FULL, Full, Placement, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.ir.resharding import plus, times
-from cpcompile.rules.convolution import CONVOLUTIONS
-from cpcompile.rules.groups import POOLS, stride_along
+from cpcompile.rules.convolution import BY_RANK, CONVOLUTIONS, paddings, spatial
+from cpcompile.rules.groups import POOLS, overlap_along, stride_along
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.pointwise import is_one
 from cpcompile.rules.ranges import bounds, place_of
@@ -65,7 +66,7 @@ class JoinedTokens:
         self.joiner, self.localiser, self.gm = joiner, localiser, joiner.gm
         self.unknown: LengthDependent | None = None  # why a stem is not one of tokens, for all lengths
         # What lets a rule apply, the cheapest first; each edits the operands of a call, and tells whether it did.
-        self.changes = (self.align, self.regroup, self.group, self.straighten)
+        self.changes = (self.align, self.regroup, self.group, self.pad_groups, self.straighten)
 
     def is_joined(self, at: Placement) -> bool:
         """Tell whether a value has the tokens of several sequences behind one another."""
@@ -292,6 +293,45 @@ class JoinedTokens:
         node.args, node.kwargs = call.rebound({name: self.joiner.rearranged(call[name], to)})
         return True
 
+    def pad_groups(self, node: fx.Node, call: Call) -> bool:
+        """Bring tokens in groups to the ranks, for a convolution whose windows overlap; tells whether it did.
+
+        The convolution's own zeros are tokens then, and so are those that make the last group whole.
+        """
+        at = placement_of(call["input"]) if call.target in CONVOLUTIONS else None
+        if not isinstance(at, Sharded) or overlap_along(call, at.dim) is None or at.inner != 1:
+            return False
+        x, shape, rank = call["input"], call.shape("input"), len(paddings(call))
+        i, size = at.dim - (len(shape) - rank), expression(shape[at.dim])
+        is_padded_only = at.front <= 0 and at.back <= 0 and self.joiner.can_rearrange(at)
+        if not is_padded_only or size != expression(at.count(Lengths.of(self.gm, at.sequence).value)):
+            return False
+        if not size.is_Integer:
+            raise LengthDependent(f"{call.target}: a stride along tokens needs their number.\n\n{where(node)}")
+        (front, behind), stride = paddings(call)[i], int(spatial(call, "stride")[i])
+        groups = -(-(front + int(size) + behind) // stride)
+        back = groups * stride - front - int(size)
+        with self.gm.graph.inserting_before(node):
+            padded = insert_copy(
+                self.gm.graph, aten.alias.default, (x,), x, at.with_range(at.front - front, at.back - back, 0.0)
+            )
+        annotate(padded, origin="")  # no value of the captured graph has this shape
+        padded.meta["val"] = value_of(x).new_empty((*shape[: at.dim], groups * stride, *shape[at.dim + 1 :]))
+        to = Sharded(at.dim, stride, sequence=self.joiner.sequence(groups, node))
+        others = [(0, 0) if j == i else each for j, each in enumerate(paddings(call))]
+        node.target = BY_RANK[rank]
+        node.args = (
+            self.joiner.rearranged(padded, to),
+            call["weight"],
+            call["bias"],
+            spatial(call, "stride"),
+            [before for before, _ in others],
+            spatial(call, "dilation"),
+            call["groups"],
+        )
+        node.kwargs = {}
+        return True
+
     def stem(self, node: fx.Node, call: Call, hints: Mapping[str, Sharded]) -> Mapping[str, Sharded]:
         """Return where an operand of a whole call holds tokens, in groups for one that reads them so.
 
@@ -318,6 +358,14 @@ class JoinedTokens:
             return {name: replace(to, inner=stride)}
         annotate(node, placement=(Full(to),) * len(call.results) if call.is_tuple else Full(to))
         return {}
+
+    def number_results(self, node: fx.Node, call: Call, shape: tuple[Any, ...], dim: int) -> None:
+        """Make what an operator leaves of the tokens along a dim, or makes of them, a sequence, as far as its length is known."""
+        for result in call.results:
+            size = result.shape[dim] if result.dim() == len(shape) else shape[dim]
+            if str(size) != str(shape[dim]) and size != 1:
+                with contextlib.suppress(NoChunks, LengthDependent):
+                    self.joiner.sequence(size, node)
 
     def _groups(self, call: Call, elements: int, groups: sympy.Expr, node: fx.Node) -> int | None:
         """Return the sequence of the groups: their number is a size of the result, or a factor of one."""

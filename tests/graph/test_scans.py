@@ -80,7 +80,11 @@ class GatedDelta(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.gates, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 2 * HEADS), nn.Linear(WIDTH, WIDTH)
+        self.qkv, self.gates, self.out = (
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, 2 * HEADS),
+            nn.Linear(WIDTH, WIDTH),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -110,6 +114,45 @@ class GatedDelta(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+class Frames(nn.Module):
+    """A stem of strided convolutions that overlap, on embedded tokens, then attention-free mixing of the frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        self.stem = nn.ModuleList(
+            [nn.Conv1d(WIDTH, WIDTH, 3, stride=2), nn.Conv1d(WIDTH, WIDTH, 3, stride=2, padding=1)]
+        )
+        self.last = nn.Conv1d(WIDTH, WIDTH, 5, stride=3, dilation=2, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x).transpose(1, 2)
+        for layer in self.stem:
+            h = F.gelu(layer(h))
+        h = h + h.cumsum(-1)
+        return self.out(self.last(h).transpose(1, 2)).pow(2).mean()
+
+
+class Pools(nn.Module):
+    """Pools whose windows overlap, every second token, sorted channels, and norms over all tokens of a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        self.norm = nn.InstanceNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.embed(x).transpose(1, 2)).transpose(1, 2)
+        h = h + h.sort(dim=1).values
+        short = F.max_pool1d(h.transpose(1, 2), 3, 2, 1).transpose(1, 2)
+        short = self.out(short)
+        return self.out(h).pow(2).mean() + short.pow(2).mean() + self.out(h[:, 1::2]).exp().mean()
+
+
+def floats(*shape: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(shape, dtype=torch.float64)}
+
+
 def text(length: int) -> dict[str, Tensor]:
     tokens = torch.randint(0, 17, (2, length))
     return {"input_ids": tokens, "labels": tokens}
@@ -117,7 +160,11 @@ def text(length: int) -> dict[str, Tensor]:
 
 Case = tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], dict[str, Any]]
 
+X = {"token_dims": {"x": 1}}
+
 PROGRAMS: dict[str, Case] = {
+    "frames": (Frames, lambda: floats(2, 41, 4), X),
+    "pools": (Pools, lambda: floats(2, 23, 4), X),
     "state space": (lambda: Model(StateSpace()), lambda: text(22), {}),
     "gated delta": (lambda: Model(GatedDelta()), lambda: text(22), {}),
     "gated delta, many chunks": (lambda: Model(GatedDelta()), lambda: text(75), {}),
