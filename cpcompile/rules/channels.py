@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from cpcompile.ir.operator_call import Call
-from cpcompile.ir.placement import CHANNELS, Sharded
+from cpcompile.ir.placement import Sharded
 from cpcompile.rules.along import ExtendedRule
 from cpcompile.rules.dims import closed, own
 from cpcompile.rules.ranges import SliceRule
@@ -14,6 +16,8 @@ from cpcompile.rules.registry import RULES, IndexedRule, Indices, along_channels
 
 def channels_of(call: Call, operands: Mapping[str, Sharded]) -> Mapping[str, Sharded]:
     """Return how all sharded operands can be sharded along one dim that the operator does not mix; {} if there is none."""
+    if torch.Tag.nondeterministic_seeded in call.target.tags:
+        return {}  # a rank would draw other numbers
     base = RULES.get(call.target)
     while isinstance(base, ExtendedRule):
         base = base.base

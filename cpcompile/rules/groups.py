@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import Call, expression
 from cpcompile.ir.placement import FULL, Placement, Sharded
 from cpcompile.rules import dims, pooling  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along import along_tokens, holds_tokens_only
@@ -84,7 +85,7 @@ def overlapping(call: Call, operands: Mapping[str, Sharded], length: Any) -> Dec
     i = at.dim - (len(call.shape("input")) - rank)
     others = [before if j != i else 0 for j, (before, _) in enumerate(paddings(call))]
     is_even = all(before == behind for j, (before, behind) in enumerate(paddings(call)) if j != i)
-    if reach is None or at.inner != spatial(call, "stride")[i] or paddings(call)[i] != (0, 0) or not is_even:
+    if not reach or at.inner != spatial(call, "stride")[i] or paddings(call)[i] != (0, 0) or not is_even:
         return None
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
@@ -95,8 +96,13 @@ def overlapping(call: Call, operands: Mapping[str, Sharded], length: Any) -> Dec
         return [by_chunk(writer, x, dim, others, chunks)]
 
     wanted = {name: at if name == "input" else FULL for name, _ in call.operands()}
-    back = int(length - call.result.shape[at.dim])
-    return Decision(wanted, (replace(at, inner=1, back=back),), lower=lower)
+    return Decision(wanted, (result_of_groups(call, at, length),), lower=lower)
+
+
+def result_of_groups(call: Call, at: Sharded, length: Any) -> Sharded:
+    """Return the placement of a result for each group; the last groups may have none."""
+    back = sympy.expand(expression(length) - expression(call.results[0].shape[at.dim]))
+    return replace(at, inner=1, back=int(back))
 
 
 @along_tokens(*CONVOLUTIONS, *POOLS)
@@ -107,7 +113,7 @@ def strided(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decisio
     if at is None or len(operands) > 1 or at.inner == 1 or stride_along(call, at.dim) != at.inner or not at.covers_all:
         return None
     others: dict[str, Placement] = {other: FULL for other, _ in call.operands() if other != name}
-    return Decision({name: at, **others}, (replace(at, inner=1),) * len(call.results))
+    return Decision({name: at, **others}, (result_of_groups(call, at, length),) * len(call.results))
 
 
 @along_tokens(aten.unfold.default)
