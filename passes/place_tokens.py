@@ -191,7 +191,9 @@ class Placer:
                     elif not self._run_by_channels(node, Call.of(node)):
                         raise
         except NoChunks:
-            if not self._run_by_channels(node, Call.of(node)):
+            if self.joined.chunk(node, Call.of(node)):
+                self._place_call(node)
+            else:
                 raise
         except LengthDependent:
             raise

@@ -51,7 +51,8 @@ class Exchanger:
             plan, lengths, target = self.resharder.plan, self.resharder.lengths(at), self.resharder.lengths(to)
             if not all(x.is_of_tokens or x.is_of_channels for x in (lengths, target)):
                 raise NoRule(
-                    f"{node.target}: its result is needed with its tokens dealt as one sequence.\n\n{where(node)}"
+                    f"{node.target}: its result is needed with its tokens dealt as one sequence, by the layout {plan.layout}."
+                    f"\n\n{where(node)}\n\nUse balancer='zig_zag' or 'contiguous'."
                 )
             axis = plan.layout, plan.world_size, plan.group, lengths.bounds, target.bounds
             arguments = (node, at.dim, lengths.total, to.dim, target.total, *axis)

@@ -391,6 +391,14 @@ class JoinedTokens:
             node.args, node.kwargs = call.rebound(changes)
         return bool(changes)
 
+    def chunk(self, node: fx.Node, call: Call) -> bool:
+        """Deal operands to the ranks in equal chunks where the layout follows documents; tells whether there were any."""
+        sharded = {name: (x, at) for name, x in call.operands() if isinstance(at := placement_of(x), Sharded)}
+        changes = {n: self.joiner.rearranged(x, self.joiner.in_chunks(at)) for n, (x, at) in sharded.items()}
+        changes = {name: x for name, x in changes.items() if x is not call[name]}
+        node.args, node.kwargs = call.rebound(changes)
+        return bool(changes)
+
     def align(self, node: fx.Node, call: Call) -> bool:
         """Bring operands that hold as many tokens in different sequences to one of these; tells whether there were any."""
         sharded = {n: (o, p) for n, o in call.operands() if isinstance(p := placement_of(o), Sharded)}
@@ -415,6 +423,8 @@ class JoinedTokens:
         at = annotation(node).placement
         if self.joiner.plan.outputs == "full" or not isinstance(at, Sharded) or not at.covers_all:
             return node
+        if self.joiner.in_order(at) != at:
+            return self.joiner.rearranged(node, self.joiner.in_order(at))
         is_one = self.joiner.outer_of(value_of(node).shape[at.dim], at) == 1
         is_grouped = at.inner != 1 and is_one and not follows_documents(self.joiner.plan.layout)
         return self.joiner.plain(node) if self.is_joined(at) or is_grouped else node

@@ -149,6 +149,34 @@ class Pools(nn.Module):
         return self.out(h).pow(2).mean() + short.pow(2).mean() + self.out(h[:, 1::2]).exp().mean()
 
 
+class Packed(nn.Module):
+    """Convolutions, a scan and chunks between attentions that keep documents apart; the layout follows these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Embedding(17, WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.conv, self.space = nn.Conv1d(WIDTH, WIDTH, 3, padding=2), StateSpace()
+        self.frames, self.head = nn.Conv1d(WIDTH, WIDTH, 3, stride=2), nn.Linear(WIDTH, 17)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, documents: Tensor) -> Tensor:
+        x, length = self.embed(input_ids), input_ids.shape[1]
+        mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+        for _ in range(2):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            x = x + F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+            x = x + F.silu(self.conv(x.mT)[..., :length]).mT
+        x = x + self.space(x)
+        loss = F.cross_entropy(self.head(x)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return loss + self.frames(x.mT).pow(2).mean()
+
+
+def packed(length: int) -> dict[str, Tensor]:
+    starts = torch.tensor([[0, 5, 6, 17], [0, 11, 12, 19]])
+    documents = (torch.arange(length)[None, :, None] >= starts[:, None]).sum(-1)
+    tokens = text(length)
+    return {**tokens, "labels": tokens["labels"].clone(), "documents": documents}
+
+
 def floats(*shape: int) -> dict[str, Tensor]:
     return {"x": torch.randn(shape, dtype=torch.float64)}
 
@@ -163,6 +191,7 @@ Case = tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], dict[str,
 X = {"token_dims": {"x": 1}}
 
 PROGRAMS: dict[str, Case] = {
+    "packed": (Packed, lambda: packed(23), {"token_dims": {"input_ids": 1, "labels": 1, "documents": 1}}),
     "frames": (Frames, lambda: floats(2, 41, 4), X),
     "pools": (Pools, lambda: floats(2, 23, 4), X),
     "state space": (lambda: Model(StateSpace()), lambda: text(22), {}),
