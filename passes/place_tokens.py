@@ -34,6 +34,7 @@ from cpcompile.rules.loops import READS_A_FEW, is_loop, placement_in_loop, reads
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
 from cpcompile.rules.refusals import DECLARE
+from cpcompile.rules.scan import SCANS
 
 aten = torch.ops.aten
 
@@ -191,10 +192,11 @@ class Placer:
                     elif not self._run_by_channels(node, Call.of(node)):
                         raise
         except NoChunks:
-            if self.joined.chunk(node, Call.of(node)):
-                self._place_call(node)
-            else:
+            if node.target in SCANS and self._run_by_channels(node, Call.of(node)):
+                return
+            if not self.joined.chunk(node, Call.of(node)):
                 raise
+            self._place_call(node)
         except LengthDependent:
             raise
         except NoRule as error:

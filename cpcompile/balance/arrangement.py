@@ -37,9 +37,7 @@ class Arrangement:
     documents: Segments | None = None
 
     @classmethod
-    def of(
-        cls, flat: Sequence[int], world_size: int, layout: str, bounds: torch.Tensor | None = None
-    ) -> Arrangement:
+    def of(cls, flat: Sequence[int], world_size: int, layout: str, bounds: torch.Tensor | None = None) -> Arrangement:
         """Return the arrangement that operators spell as `[tokens, elements, tokens, elements, ...]`."""
         parts = tuple(zip(flat[::2], flat[1::2], strict=True))
         follows = bounds is not None and follows_documents(layout)

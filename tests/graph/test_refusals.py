@@ -44,7 +44,11 @@ def row(x: Tensor) -> Tensor:
 ALONG_TOKENS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "no rule": (lambda x: torch.linalg.inv(x @ x.mT), "torch.linalg.inv(x @ x.mT)", "no rule for this operator"),
     "sort": (lambda x: row(x).sort(1)[0], "row(x).sort(1)[0]", "needs the order of all tokens by value"),
-    "largest": (lambda x: x + row(x).topk(3, 1)[0].sum(), "row(x).topk(3, 1)[0]", "needs the order of all tokens by value"),
+    "largest": (
+        lambda x: x + row(x).topk(3, 1)[0].sum(),
+        "row(x).topk(3, 1)[0]",
+        "needs the order of all tokens by value",
+    ),
     "middle": (lambda x: x + x.median(), "x.median()", "needs the order of all tokens by value"),
     "drawn": (lambda x: x + torch.empty_like(x).exponential_(), "exponential_()", "draw them before the model"),
     "pool": (
