@@ -30,7 +30,7 @@ from cpcompile.choose.kernels import likely_kernel, refuse_unable_kernel
 from cpcompile.compile.saved_results import keep_attention, keeps_result
 from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
 from cpcompile.ir.annotation import annotate, annotation
-from cpcompile.ir.operator_call import is_tensor
+from cpcompile.ir.operator_call import Call, is_tensor
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.placement import Sharded
 from cpcompile.ir.plan import Plan, sequences_of
@@ -166,9 +166,12 @@ def transform(
     )
     try:
         shard_graph(captured, choice, plan, changes, times)
+        is_followed = config.balancer != "auto" or not deals_in_chunks(captured)
     except (CannotFollow, NoChunks):
+        is_followed = False
         if config.balancer != "auto":
             raise
+    if not is_followed:
         choice = choose(sites, config.strategy, config.balancer, ranks, follow=False)
         captured, plan = copy.deepcopy(analysed), replace(plan, layout=choice.layout)
         shard_graph(captured, choice, plan, changes, times)
@@ -192,6 +195,12 @@ def transform(
         refuse_unable_kernel(rewritten_attentions(captured), config.kernel)
     check_legal(captured, config.strict)
     return Transformed(original, analysed, captured, plan, sequences_of(captured, plan), choice, changes, times)
+
+
+def deals_in_chunks(gm: fx.GraphModule) -> bool:
+    """Tell whether tokens travel because the layout follows documents and an operator needs equal chunks."""
+    rearranged = gm.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.rearrange_tokens.default)
+    return any(Call.of(node)["wanted_layout"] for node in rearranged)
 
 
 def with_recomputation(gm: fx.GraphModule, sites: Sequence[AttentionSite], config: Config) -> list[AttentionSite]:

@@ -29,6 +29,9 @@ from cpcompile.ir.resharding import UNKNOWN_OUTSIDE, Resharder, edges, times
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
+# How tokens are dealt that need equal chunks, or are of a sequence without documents, where the layout follows documents.
+CHUNKED = "contiguous"
+
 
 class Joiner:
     """Numbers the sequences that a model makes of those that it is given, and moves values between them."""
@@ -40,17 +43,40 @@ class Joiner:
     def sequence(self, size: Any, node: fx.Node) -> int:
         """Return the number of the sequence of `size` tokens, which `node` needs.
 
+        It is dealt contiguously where the layout follows documents, which only the sequences of the inputs have.
+
         Raises:
-            NoChunks: the layout follows documents, which only the sequences of the inputs have.
             NoRule: the size is not known from the inputs.
         """
         for number, lengths in enumerate(Lengths.all_of(self.gm)):
-            if lengths.is_of_tokens and str(lengths.value) == str(size):
+            if (lengths.is_of_tokens or self._is_in_chunks(lengths)) and str(lengths.value) == str(size):
                 return number
-        self._refuse_documents(node)
         with self._at_the_top():
             total = size if isinstance(size, int) else self._derived(size, node)
-            return Lengths.of_total(self.gm, self.plan, size, total).add(self.gm)
+            lengths = Lengths.of_total(self.gm, self.plan, size, total)
+        return (replace(lengths, layout=CHUNKED) if follows_documents(self.plan.layout) else lengths).add(self.gm)
+
+    def in_chunks(self, at: Sharded) -> Sharded:
+        """Return the placement of the same tokens in equal chunks, where the layout of their sequence follows documents."""
+        of = Lengths.of(self.gm, at.sequence)
+        if not (of.is_of_tokens and follows_documents(self.plan.layout)):
+            return at
+        for number, lengths in enumerate(Lengths.all_of(self.gm)):
+            if self._is_in_chunks(lengths) and str(lengths.value) == str(of.value):
+                return replace(at, sequence=number)
+        return replace(at, sequence=replace(of, layout=CHUNKED, bounds=None).add(self.gm))
+
+    def in_order(self, at: Sharded) -> Sharded:
+        """Return the placement of the same tokens as the layout deals those of inputs."""
+        of = Lengths.of(self.gm, at.sequence)
+        if self._is_in_chunks(of):
+            for number, lengths in enumerate(Lengths.all_of(self.gm)):
+                if lengths.is_of_tokens and str(lengths.value) == str(of.value):
+                    return replace(at, sequence=number)
+        return at
+
+    def _is_in_chunks(self, lengths: Lengths) -> bool:
+        return lengths.layout == CHUNKED and follows_documents(self.plan.layout)
 
     def joined(self, parts: Parts, node: fx.Node) -> int:
         """Return the number of the sequence that has `parts` behind one another; one part by itself is that sequence."""
@@ -93,6 +119,10 @@ class Joiner:
         """Tell whether a dim of this size has one element for each token of one sequence, in its order."""
         return at.inner == 1 and not Lengths.of(self.gm, at.sequence).parts and self.outer_of(size, at) == 1
 
+    def can_rearrange(self, at: Sharded) -> bool:
+        """Tell whether what a placement holds outside the sequence, if anything, is what a rearrangement writes there: zeros."""
+        return not at.reaches_outside or at.outside == 0.0
+
     def in_slots(self, size: Any, at: Sharded, node: fx.Node) -> Sharded:
         """Return the placement of a dim of this size as one joined sequence, which the ranks hold as they do now."""
         outer = self.outer_of(size, at)
@@ -115,10 +145,10 @@ class Joiner:
         assert isinstance(at, Sharded) and at.dim == to.dim
         if at == to:
             return node
-        if at.reaches_outside or to.reaches_outside:
+        is_same_range = replace(at, sequence=to.sequence) == to
+        if not is_same_range and (to.reaches_outside or not self.can_rearrange(at)):
             raise NoRule(f"{UNKNOWN_OUTSIDE}.\n\n{where(node)}")
         if (node, to) not in self._rearranged:
-            self._refuse_documents(node)
             size = value_of(node).shape[at.dim]
             outers = [self.outer_of(size, place) for place in (at, to)]
             times_each = (1, 1) if str(outers[0]) == str(outers[1]) else tuple(outers)
@@ -126,8 +156,15 @@ class Joiner:
                 raise LengthDependent(f"a dim of {size} holds an unknown number of sequences.\n\n{where(node)}")
             offset = at.front * at.inner - to.front * to.inner
             places = [self.spelled(place, n) for place, n in zip((at, to), times_each, strict=True)]
-            with self.gm.graph.inserting_before(node.next):
-                axis = self.plan.layout, self.plan.world_size, self.plan.group
+            of, target = (Lengths.of(self.gm, place.sequence) for place in (at, to))
+            if any(x.bounds is not None for x in (of, target)) and any(len(place) > 2 for place in places):
+                self._refuse_documents(node)
+            layouts = of.layout or self.plan.layout, target.layout or self.plan.layout
+            bounds = of.bounds or target.bounds
+            axis = (layouts[0], self.plan.world_size, self.plan.group)
+            if bounds is not None or layouts[0] != layouts[1]:
+                axis = (*axis, layouts[1], bounds)
+            with self.gm.graph.inserting_before(max([node, *Lengths.bounds_of(self.gm)]).next):
                 arguments = (node, at.dim, *places, offset, True, *axis)
                 self._rearranged[node, to] = insert_copy(
                     self.gm.graph, cp.rearrange_tokens.default, arguments, node, to

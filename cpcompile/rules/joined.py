@@ -49,7 +49,8 @@ class JoinedTokens:
             cp.attention.default: attention.attend,
         }
         # What lets a rule apply, the cheapest first; each edits the operands of a call, and tells whether it did.
-        self.changes = (self.align, self.regrouper.regroup, self.regrouper.group, self.straighten)
+        regrouper = self.regrouper
+        self.changes = (self.align, regrouper.regroup, regrouper.group, regrouper.pad_groups, self.straighten)
 
     def is_joined(self, at: Placement) -> bool:
         """Tell whether a value has the tokens of several sequences behind one another."""
@@ -102,12 +103,20 @@ class JoinedTokens:
         changes = {}
         for name, operand in call.operands():
             at = placement_of(operand)
-            if not isinstance(at, Sharded) or at.reaches_outside:
+            if not isinstance(at, Sharded) or not self.joiner.can_rearrange(at):
                 continue
             if not at.covers_all or not self.joiner.is_plain(value_of(operand).shape[at.dim], at):
                 changes[name] = self.joiner.plain(operand)
         if changes:
             node.args, node.kwargs = call.rebound(changes)
+        return bool(changes)
+
+    def chunk(self, node: fx.Node, call: Call) -> bool:
+        """Deal operands to the ranks in equal chunks where the layout follows documents; tells whether there were any."""
+        sharded = {name: (x, at) for name, x in call.operands() if isinstance(at := placement_of(x), Sharded)}
+        changes = {n: self.joiner.rearranged(x, self.joiner.in_chunks(at)) for n, (x, at) in sharded.items()}
+        changes = {name: x for name, x in changes.items() if x is not call[name]}
+        node.args, node.kwargs = call.rebound(changes)
         return bool(changes)
 
     def align(self, node: fx.Node, call: Call) -> bool:
@@ -134,6 +143,8 @@ class JoinedTokens:
         at = annotation(node).placement
         if self.joiner.plan.outputs == "full" or not isinstance(at, Sharded) or not at.covers_all:
             return node
+        if self.joiner.in_order(at) != at:
+            return self.joiner.rearranged(node, self.joiner.in_order(at))
         is_one = self.joiner.outer_of(value_of(node).shape[at.dim], at) == 1
         is_grouped = at.inner != 1 and is_one and not follows_documents(self.joiner.plan.layout)
         return self.joiner.plain(node) if self.is_joined(at) or is_grouped else node

@@ -6,6 +6,7 @@ after   x_1 = cp.rearrange_tokens(x, ...); p = aten.view(x_1, [B, S // 4, 4, D])
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -14,14 +15,15 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from cpcompile.errors import LengthDependent, NoChunks
+from cpcompile.errors import LengthDependent, NoChunks, where
 from cpcompile.ir.annotation import annotate, placement_of
+from cpcompile.ir.insertion import insert_copy
 from cpcompile.ir.joining import Joiner, regrouped
-from cpcompile.ir.operator_call import Call, expression
+from cpcompile.ir.operator_call import Call, expression, value_of
 from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Lengths
-from cpcompile.rules.convolution import CONVOLUTIONS
-from cpcompile.rules.groups import POOLS, stride_along
+from cpcompile.rules.convolution import BY_RANK, CONVOLUTIONS, paddings, spatial
+from cpcompile.rules.groups import POOLS, overlap_along, stride_along
 from cpcompile.rules.views import locate_tokens, quotient
 
 aten = torch.ops.aten
@@ -51,9 +53,9 @@ class Regrouper:
             return False
         x = call["self"]
         at, shape, target = placement_of(x), call.shape("self"), tuple(call.result.shape)
-        if not isinstance(at, Sharded) or Lengths.of(self.gm, at.sequence).parts or not at.covers_all:
+        if not isinstance(at, Sharded) or Lengths.of(self.gm, at.sequence).parts or not self.joiner.can_rearrange(at):
             return False
-        length, stride = expression(Lengths.of(self.gm, at.sequence).value), expression(at.inner)
+        length, stride = expression(at.count(Lengths.of(self.gm, at.sequence).value)), expression(at.inner)
         for size in shape[at.dim + 1 :]:
             stride *= expression(size)
         after = sympy.Integer(1)
@@ -64,7 +66,7 @@ class Regrouper:
                 groups = quotient(length, elements)
             if elements is not None and groups is not None and groups != 1:
                 number = self._groups(call, int(elements), groups, node)
-                to = None if number is None else regrouped(at, number, int(elements))
+                to = None if number is None else regrouped(at.with_range(0, 0), number, int(elements))
                 if to is not None and locate_tokens(shape, target, to, Lengths.of(self.gm, to.sequence).value):
                     node.args, node.kwargs = call.rebound({"self": self.joiner.rearranged(x, to)})
                     return True
@@ -83,6 +85,45 @@ class Regrouper:
             return False
         to = regrouped(at, self.joiner.sequence(int(size) // stride, node), stride)
         node.args, node.kwargs = call.rebound({name: self.joiner.rearranged(call[name], to)})
+        return True
+
+    def pad_groups(self, node: fx.Node, call: Call) -> bool:
+        """Bring tokens in groups to the ranks, for a convolution whose windows overlap; tells whether it did.
+
+        The convolution's own zeros are tokens then, and so are those that make the last group whole.
+        """
+        at = placement_of(call["input"]) if call.target in CONVOLUTIONS else None
+        if not isinstance(at, Sharded) or overlap_along(call, at.dim) is None or at.inner != 1:
+            return False
+        x, shape, rank = call["input"], call.shape("input"), len(paddings(call))
+        i, size = at.dim - (len(shape) - rank), expression(shape[at.dim])
+        is_padded_only = at.front <= 0 and at.back <= 0 and self.joiner.can_rearrange(at)
+        if not is_padded_only or size != expression(at.count(Lengths.of(self.gm, at.sequence).value)):
+            return False
+        if not size.is_Integer:
+            raise LengthDependent(f"{call.target}: a stride along tokens needs their number.\n\n{where(node)}")
+        (front, behind), stride = paddings(call)[i], int(spatial(call, "stride")[i])
+        groups = -(-(front + int(size) + behind) // stride)
+        back = groups * stride - front - int(size)
+        with self.gm.graph.inserting_before(node):
+            padded = insert_copy(
+                self.gm.graph, aten.alias.default, (x,), x, at.with_range(at.front - front, at.back - back, 0.0)
+            )
+        annotate(padded, origin="")  # no value of the captured graph has this shape
+        padded.meta["val"] = value_of(x).new_empty((*shape[: at.dim], groups * stride, *shape[at.dim + 1 :]))
+        to = Sharded(at.dim, stride, sequence=self.joiner.sequence(groups, node))
+        others = [(0, 0) if j == i else each for j, each in enumerate(paddings(call))]
+        node.target = BY_RANK[rank]
+        node.args = (
+            self.joiner.rearranged(padded, to),
+            call["weight"],
+            call["bias"],
+            spatial(call, "stride"),
+            [before for before, _ in others],
+            spatial(call, "dilation"),
+            call["groups"],
+        )
+        node.kwargs = {}
         return True
 
     def stem(self, node: fx.Node, call: Call, hints: Mapping[str, Sharded]) -> Mapping[str, Sharded]:
@@ -111,6 +152,14 @@ class Regrouper:
             return {name: replace(to, inner=stride)}
         annotate(node, placement=(Full(to),) * len(call.results) if call.is_tuple else Full(to))
         return {}
+
+    def number_results(self, node: fx.Node, call: Call, shape: tuple[Any, ...], dim: int) -> None:
+        """Make what an operator leaves of the tokens along a dim, or makes of them, a sequence, as far as its length is known."""
+        for result in call.results:
+            size = result.shape[dim] if result.dim() == len(shape) else shape[dim]
+            if str(size) != str(shape[dim]) and size != 1:
+                with contextlib.suppress(NoChunks, LengthDependent):
+                    self.joiner.sequence(size, node)
 
     def _groups(self, call: Call, elements: int, groups: sympy.Expr, node: fx.Node) -> int | None:
         """Return the sequence of the groups: their number is a size of the result, or a factor of one."""
