@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dis
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.symbolic_convert import InliningInstructionTranslator, InstructionTranslator
+from torch._dynamo.variables import ConstantVariable, TensorVariable
 from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -22,6 +25,37 @@ _FACTORIES = {
     aten.zeros.default,
 }
 _MOST = 1 << 16  # elements of a tensor whose values are worth keeping
+
+
+def _deciding(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what Dynamo does at a branch, with a number in place of a tensor that has a value."""
+
+    def decide(tx: Any, instruction: Any) -> Any:
+        value = tx.stack[-1]
+        node = value.as_proxy().node if isinstance(value, TensorVariable) else None
+        known = None if node is None else known_value(node)
+        if known is not None and known.numel() == 1:
+            tx.stack[-1] = ConstantVariable.create(known.item())
+        return handler(tx, instruction)
+
+    return decide
+
+
+@contextlib.contextmanager
+def _known_branches() -> Iterator[None]:
+    """Let Dynamo take the branch that a known value says."""
+    tables = [cls.dispatch_table for cls in (InstructionTranslator, InliningInstructionTranslator)]  # type: ignore[attr-defined]
+    codes = [code for name, code in dis.opmap.items() if "JUMP" in name and "IF" in name and "NONE" not in name]
+    before = [[table[code] for code in codes] for table in tables]
+    for table in tables:
+        for code in codes:
+            table[code] = _deciding(table[code])
+    try:
+        yield
+    finally:
+        for table, handlers in zip(tables, before, strict=True):
+            for code, handler in zip(codes, handlers, strict=True):
+                table[code] = handler
 
 
 @contextlib.contextmanager
@@ -47,7 +81,8 @@ def known_values(most: int = _MOST) -> Iterator[None]:
     before, fake_tensor.CONSTANT_NUMEL_LIMIT = fake_tensor.CONSTANT_NUMEL_LIMIT, most
     FakeTensorMode.dispatch = keeping  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with _known_branches():
+            yield
     finally:
         fake_tensor.CONSTANT_NUMEL_LIMIT = before
         FakeTensorMode.dispatch = dispatch  # type: ignore[method-assign]
