@@ -79,10 +79,10 @@ def by_names(forward: Callable[..., Any], constants: Sequence[Constant]) -> Call
     """
     inner = getattr(forward, "__func__", None)
     if not isinstance(inner, types.FunctionType):
-        return lambda **named: forward(**named, **{each.name: each.tensor() for each in constants})
+        return lambda **kwargs: forward(**kwargs, **{each.name: each.tensor() for each in constants})
 
-    def call(self: Any, **named: Any) -> Any:
-        return inner(self, **named, **{each.name: each.tensor() for each in constants})
+    def call(self: Any, **kwargs: Any) -> Any:
+        return inner(self, **kwargs, **{each.name: each.tensor() for each in constants})
 
     return types.MethodType(call, forward.__self__)  # type: ignore[attr-defined]
 

@@ -187,6 +187,77 @@ def llava_onevision(t: Any) -> Any:
     )
 
 
+def mllama(t: Any) -> Any:
+    """Words attend to pictures, which are no part of the sequence."""
+    text = t.MllamaTextConfig(**TEXT, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, cross_attention_layers=[1])
+    vision = t.MllamaVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_global_layers=1,
+        attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        max_num_tiles=2,
+        intermediate_layers_indices=[0],
+        vision_output_dim=32,
+        supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+    )
+    return t.MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
+
+
+def beside_words(sampler: Sampler) -> dict[str, Any]:
+    """Two pictures a row of up to two tiles; of a row, words see those that came before them, and one has no second picture."""
+    starts = torch.tensor([[3, 50], [5, 20]])
+    sees = torch.arange(LENGTH)[None, :, None] >= starts[:, None]
+    tiles = torch.tensor([[[1, 1], [0, 0]], [[1, 0], [1, 1]]])
+    return {
+        "input_ids": sampler.tokens(),
+        "labels": sampler.labels(),
+        "pixel_values": sampler.normal(BATCH, 2, 2, 3, 8, 8),
+        "aspect_ratio_ids": torch.tensor([[2, 0], [1, 3]]),
+        "aspect_ratio_mask": tiles,
+        "cross_attention_mask": sees[..., None] * tiles[:, None],
+    }
+
+
+def aya_vision(t: Any) -> Any:
+    return t.AyaVisionConfig(
+        text_config=t.Cohere2Config(**TEXT, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+        vision_config=t.SiglipVisionConfig(**{**VIT, "image_size": 16}),
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+    )
+
+
+def llama4(t: Any) -> Any:
+    text = t.Llama4TextConfig(
+        **TEXT, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=8, interleave_moe_layer_step=2
+    )
+    vision = {**VIT, "image_size": 16, "intermediate_size": 64, "vision_output_dim": 16}
+    vision |= {"projector_input_dim": 16, "projector_output_dim": 16}
+    return t.Llama4Config(text_config=text, vision_config=vision, image_token_index=IMAGE)
+
+
+def mistral3(t: Any) -> Any:
+    return t.Mistral3Config(
+        text_config=t.MistralConfig(**TEXT),
+        vision_config=t.PixtralVisionConfig(**{**VIT, "image_size": 24}),
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+    )
+
+
+def ragged(sampler: Sampler) -> dict[str, Any]:
+    """Pictures of several sizes, each padded to the largest."""
+    sizes = ((16, 24), (24, 16), (16, 16))
+    return {
+        **words(sampler, ((16,), (7, 26)), [h * w // 64 for h, w in sizes]),
+        "pixel_values": sampler.normal(3, 3, 24, 24),
+        "image_sizes": torch.tensor(sizes),
+    }
+
+
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 QWEN_VISION: Mapping[str, Any] = {
     "depth": 2,
@@ -222,6 +293,13 @@ def qwen3_vl(t: Any) -> Any:
     return t.Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN)
 
 
+def glm4v(t: Any) -> Any:
+    text = {**TEXT, "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}
+    vision = {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "image_size": 16}
+    tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": START, "image_end_token_id": END}
+    return t.Glm4vConfig(text_config=text, vision_config=vision, **tokens)
+
+
 GRIDS = ((1, 4, 6), (1, 6, 4), (1, 4, 4))  # of patches: 6, 6 and 4 tokens
 
 
@@ -246,6 +324,11 @@ MODELS: Mapping[str, tuple[Config, Inputs]] = {
     "SmolVLMForConditionalGeneration": (smolvlm, padded_pictures),
     "LlavaNextForConditionalGeneration": (llava_next, tiles),
     "LlavaOnevisionForConditionalGeneration": (llava_onevision, tiles),
+    "MllamaForConditionalGeneration": (mllama, beside_words),
+    "AyaVisionForConditionalGeneration": (aya_vision, small),
+    "Llama4ForConditionalGeneration": (llama4, small),
+    "Mistral3ForConditionalGeneration": (mistral3, ragged),
+    "Glm4vForConditionalGeneration": (glm4v, grids),
     "Qwen2VLForConditionalGeneration": (qwen2_vl, grids),
     "Qwen2_5_VLForConditionalGeneration": (qwen2_5_vl, grids),
     "Qwen3VLForConditionalGeneration": (qwen3_vl, grids),
