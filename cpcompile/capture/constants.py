@@ -5,6 +5,7 @@ Each combination of their values is compiled by itself.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from torch import fx
 
 from cpcompile import _torch
 from cpcompile.errors import InputError
-from cpcompile.options.checking import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +35,18 @@ def constants_of(inputs: Mapping[str, Any], names: Sequence[str]) -> tuple[Const
     """Return the inputs of these names that are given, as values that can be compared.
 
     Raises:
-        InputError: one of them is no tensor of integers.
+        InputError: one of them is no tensor of integers with values.
     """
     found = []
     for name in names:
         x = inputs.get(name)
         if x is None:
             continue
-        if not isinstance(x, torch.Tensor) or x.is_floating_point() or x.is_complex():
-            kind = f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
+        if not isinstance(x, torch.Tensor) or x.is_floating_point() or x.is_complex() or x.is_meta:
+            is_tensor = isinstance(x, torch.Tensor)
+            kind = f"a tensor of {x.dtype} on {x.device}" if is_tensor else f"a {type(x).__name__}"
             raise InputError(
-                f"constants names {name!r}, which is {kind}: only the values of integers decide sizes."
-                f"{did_you_mean(name, [other for other in inputs if other != name])}"
+                f"constants names {name!r}, which is {kind}: only values of integers, on a device that has them, decide sizes."
             )
         found.append(Constant(name, nested(x.tolist()), x.dtype, x.device))
     return tuple(found)
@@ -64,6 +64,10 @@ def fold_known(gm: fx.GraphModule) -> int:
     """
     calls = [node for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
     known = {node: value for node in calls if (value := _torch.known_value(node)) is not None}
+    for node in reversed(calls):
+        if node.target in ("item", operator.getitem) and not node.users:  # the number is in the program
+            gm.graph.erase_node(node)
+            known.pop(node, None)
     count = 0
     for node, value in known.items():
         if all(user in known for user in node.users):

@@ -22,6 +22,7 @@ from cpcompile.capture.dynamo_errors import clear_errors
 from cpcompile.capture.stages import Tracing
 from cpcompile.capture.token_inputs import KNOWN, token_dim
 from cpcompile.errors import ConfigError, InputError, LengthDependent
+from cpcompile.options.checking import did_you_mean
 from cpcompile.options.config import Config
 
 
@@ -123,6 +124,13 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], con
 
     Where one graph for all lengths is refused, and one for each length may not be, it is compiled so, which a warning says.
     """
+    signature = inspect.signature(function)
+    for name in config.constants:
+        if not takes(signature, name):
+            raise ConfigError(
+                f"constants names {name!r}, which the model does not take: its inputs are {', '.join(signature.parameters)}."
+                f"{did_you_mean(name, signature.parameters)}"
+            )
     told = reading(function, config.told_by) if config.told_by else function
     model = getattr(function, "__self__", None)
     definitions, tracing = Definitions(model), Tracing()
