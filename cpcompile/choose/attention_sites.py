@@ -9,7 +9,7 @@ from cpcompile import runtime  # noqa: F401  (registers the operators)
 from cpcompile.choose.attention import AttentionSite
 from cpcompile.choose.kernels import sized
 from cpcompile.errors import LengthDependent, where
-from cpcompile.ir.operator_call import Call, size_hint
+from cpcompile.ir.operator_call import Call, size_estimate
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
@@ -64,12 +64,12 @@ def attention_site(node: fx.Node, kernel: str = "cudnn") -> AttentionSite:
     q, k, v = (call.tensor(name) for name in "qkv")
     mask = call["mask"]
     return AttentionSite(
-        batch=size_hint(q.shape[0]),
-        heads=size_hint(q.shape[1]),
-        kv_heads=size_hint(k.shape[1]),
-        tokens=size_hint(q.shape[2]),
-        head_dim=size_hint(q.shape[3]),
-        value_dim=size_hint(v.shape[3]),
+        batch=size_estimate(q.shape[0]),
+        heads=size_estimate(q.shape[1]),
+        kv_heads=size_estimate(k.shape[1]),
+        tokens=size_estimate(q.shape[2]),
+        head_dim=size_estimate(q.shape[3]),
+        value_dim=size_estimate(v.shape[3]),
         bytes_per_element=q.element_size(),
         device=q.device.type,
         is_causal=bool(call["is_causal"]),
