@@ -104,8 +104,10 @@ def expression_of(tensor: torch.Tensor, wide: list[int]) -> Expression | None:
     """Return a tensor that has one or two `wide` dims as an expression over its coordinates, or None."""
     flat = tensor.reshape([tensor.shape[dim] for dim in wide])
     if flat.dim() == 1:
-        steps = progression(flat, wide[0])
-        return of_runs(flat, coordinate(wide[0])) if steps is None else steps
+        if flat.dtype is torch.bool:
+            return of_runs(flat, coordinate(wide[0]))
+        are_places = flat.dtype is torch.int64 and torch.equal(flat, torch.arange(len(flat), device=flat.device))
+        return coordinate(wide[0]) if are_places else None
     row, column = (coordinate(dim) for dim in wide)
     if torch.equal(flat[1:, 1:], flat[:-1, :-1]):
         along = torch.cat([flat[:, 0].flip(0), flat[0, 1:]])
@@ -113,15 +115,6 @@ def expression_of(tensor: torch.Tensor, wide: list[int]) -> Expression | None:
     if torch.equal(flat, flat[:1].expand_as(flat)):
         return of_runs(flat[0], column)
     return of_runs(flat[:, 0], row) if torch.equal(flat, flat[:, :1].expand_as(flat)) else None
-
-
-def progression(vector: torch.Tensor, dim: int) -> Affine | None:
-    """Return a vector of integers that grow by the same from each to the next, such as places."""
-    if vector.dtype not in (torch.int64, torch.int32):
-        return None
-    first, step = int(vector[0]), int(vector[1] - vector[0])
-    steps = torch.arange(len(vector), device=vector.device) * step + first
-    return Affine(first) + coordinate(dim) * step if torch.equal(vector.long(), steps) else None
 
 
 def of_runs(vector: torch.Tensor, index: Affine) -> Expression | None:

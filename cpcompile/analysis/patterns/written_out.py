@@ -24,9 +24,9 @@ def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Atte
     """Read `dropout(softmax(cap(q @ k^T * scale) + masks)) @ v`, from its softmax."""
     if node.target not in _SOFTMAX or Call.of(node)["dim"] not in (-1, value_of(node).dim() - 1):
         return None
-    with_sinks = read_sinks(source(node))
+    with_sinks = read_sinks(source(node), reader)
     scores = ScoreReader(reader).read(source(node) if with_sinks is None else with_sinks.scores)
-    weights = read_weights(node, reader, has_sinks=with_sinks is not None)
+    weights = read_weights(node, reader, with_sinks)
     if scores is None or weights is None or switches_mode(scores.product, weights.product):
         return None
     end = weights.product
@@ -60,9 +60,14 @@ def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Atte
         scale=scores.scale,
         softcap=scores.softcap,
         dropout=dropout,
-        sinks=None if with_sinks is None else of_heads(end, with_sinks.column, q_shape[1]),
+        sinks=None if with_sinks is None else of_heads(end, with_sinks.column, num_heads_of(q_shape), q),
         fill=masks.fill,
     )
+
+
+def num_heads_of(shape: torch.Size) -> int:
+    """Return the heads of operands `[B, H, S, D]`, or of `[B, S, D]`, which have one."""
+    return shape[1] if len(shape) == 4 else 1
 
 
 def are_needed(nodes: tuple[fx.Node, ...], has_dropout: bool) -> bool:
