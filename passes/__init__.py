@@ -17,6 +17,7 @@ from cpcompile.passes.lift_masks import lift_masks
 from cpcompile.passes.open_flex_attention import open_flex_attention
 from cpcompile.passes.open_masked_rows import open_masked_rows
 from cpcompile.passes.open_products import open_products
+from cpcompile.passes.open_skewed_rows import open_skewed_rows
 from cpcompile.passes.open_transforms import open_transforms
 from cpcompile.passes.open_varlen_attention import open_varlen_attention
 from cpcompile.passes.place_tokens import place_tokens
@@ -37,6 +38,7 @@ ANALYSIS = (
     open_masked_rows,
     open_products,
     open_transforms,
+    open_skewed_rows,
     open_flex_attention,
     open_varlen_attention,
     find_softmax,
@@ -87,6 +89,7 @@ __all__ = [
     "open_flex_attention",
     "open_masked_rows",
     "open_products",
+    "open_skewed_rows",
     "open_transforms",
     "open_varlen_attention",
     "place_tokens",

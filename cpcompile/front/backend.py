@@ -26,6 +26,7 @@ from cpcompile.front.deferred_logits import DeferredLogits
 from cpcompile.front.gradient_sums import GradientSync
 from cpcompile.front.graph_inputs import GraphInputs
 from cpcompile.front.graph_text import GraphText
+from cpcompile.front.held_buffers import HeldBuffers
 from cpcompile.front.last_call import CallReader, LastCall
 from cpcompile.front.memory_plan import planned
 from cpcompile.front.sharded_parameters import Entry, LocalShards, ShardedParameters, local_rows
@@ -156,6 +157,7 @@ class Compiled:
             gm, example_inputs, config=config, axis=axis, shards=shards
         )
         self._agreement, self._inputs = agreement, inputs
+        self._held = HeldBuffers(self.transformed.graph)
         self._drawing = drawing_devices(self.transformed.graph)
         fsdp_groups = {group for shard in shards.values() for group in (shard.group, shard.replica_group)}
         self._text = GraphText.of(self.transformed.graph, axis, fsdp_groups)
@@ -189,6 +191,7 @@ class Compiled:
         )
 
     def __call__(self, *inputs: Any) -> Any:
+        self._held.check(inputs)
         told = self._inputs.read(inputs) if self._inputs is not None else None
         self._agreement.before_running(self._text, self._drawing, told)
         given = self._with_local_rows(inputs)
