@@ -15,6 +15,7 @@ from torch import nn
 
 from cpcompile.choose.attention_sites import ATTENTION_LIKE, rewritten_attentions
 from cpcompile.compile.transform import Transformed
+from cpcompile.errors import InputError
 from cpcompile.inspect.verification import Verification
 from cpcompile.inspect.verify import Verifier
 from cpcompile.ir.annotation import annotation
@@ -120,6 +121,12 @@ class Subject:
         verifier = self._verifiers[training]
         return verifier(world_size=variant.world_size, strict=variant.strict, **self.options)
 
+    def narrow(self) -> None:
+        """Compare in float32 from now on."""
+        self.evidence = gather_evidence(self.model, self.inputs, torch.float32)
+        self.inputs = in_dtype(self.inputs, torch.float32)
+        self._verifiers.clear()
+
 
 def run_variant(key: str, variant: Variant, subject: Subject) -> Result:
     """Compare the transformed model with the untouched one.
@@ -143,6 +150,10 @@ def compare(key: str, variant: Variant, subject: Subject, training: bool) -> Res
     try:
         found = subject.verify(variant, training)
     except Exception as error:
+        if isinstance(error, InputError) and subject.evidence.dtype == torch.float64:
+            # It names float32 where traced operators take no narrower dtype than their operands.
+            subject.narrow()
+            return compare(key, variant, subject, training)
         dtype = str(subject.evidence.dtype)[6:]
         return Result(key, variant, *classify(error), dtype=dtype, evaluation=not training)
     return dataclasses.replace(judge(key, variant, found, subject.evidence), evaluation=not training)
