@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -9,7 +11,9 @@ from cpcompile import runtime  # noqa: F401  (registers the operators)
 from cpcompile.choose.attention import AttentionSite
 from cpcompile.choose.kernels import sized
 from cpcompile.errors import LengthDependent, where
-from cpcompile.ir.operator_call import Call, size_hint
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.operator_call import Call, size_hint, values_of
+from cpcompile.ir.placement import Sharded
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
@@ -25,6 +29,11 @@ ATTENTION_LIKE = {
 REWRITTEN = {cp.attention.default, *(getattr(cp, f"{name}_attention").default for name in STRATEGIES)}
 
 
+# What each token goes through by itself before it attends: it has one row for each.
+PRODUCTS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
+JOINS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
+
+
 def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the attentions of the graph, in order."""
     return list(gm.graph.find_nodes(op="call_function", target=cp.attention.default))
@@ -38,11 +47,13 @@ def rewritten_attentions(gm: fx.GraphModule) -> list[fx.Node]:
 def tokens_of_attention(gm: fx.GraphModule) -> int:
     """Return how many tokens most attentions have among themselves, 0 where there is none.
 
+    Of tokens that are joined only where they attend (heads of a text and of an image), those of the longest sequence count.
+
     Raises:
         LengthDependent: the number is symbolic.
     """
     nodes = [node for node in attention_nodes(gm) if attends_to_itself(node)]
-    sizes = [Call.of(node).shape("q")[2] for node in nodes]
+    sizes = [longest_part(Call.of(node)["q"], Call.of(node).shape("q")[2]) for node in nodes]
     numbers = [size for size in sizes if isinstance(size, int) and size > 1]
     if sizes and not numbers and any(not isinstance(size, int) for size in sizes):
         raise LengthDependent(
@@ -50,6 +61,32 @@ def tokens_of_attention(gm: fx.GraphModule) -> int:
             "Name the input that holds them: token_dims={'name': dim}."
         )
     return max(numbers, key=numbers.count, default=0)
+
+
+def longest_part(q: fx.Node, size: Any) -> Any:
+    """Return how many tokens the queries of `size` tokens have that products read: of joined ones, those of the longest part."""
+    joined: list[Any] = []
+    seen, todo = set(), [q]
+    while todo:
+        node = todo.pop()
+        if node in seen or not any(str(n) == str(size) for x in values_of(node) for n in getattr(x, "shape", ())):
+            continue
+        seen.add(node)
+        if node.target in PRODUCTS:
+            return size
+        if node.target in JOINS and not joined:
+            call = Call.of(node)
+            dim = call.dim("dim", "tensors.0")
+            if str(call.result.shape[dim]) == str(size):
+                joined = [call.shape(name)[dim] for name, _ in call.operands()]
+        todo += node.all_input_nodes
+    return max((part for part in joined if isinstance(part, int)), default=size)
+
+
+def whole_attentions(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the attentions that every rank computes whole, with those that no pattern knows: a softmax of scores."""
+    unknown = [node for node in gm.graph.nodes if node.target in ATTENTION_LIKE and node.meta["val"].dim() > 2]
+    return [x for x in rewritten_attentions(gm) + unknown if not isinstance(annotation(x).placement, Sharded)]
 
 
 def attends_to_itself(node: fx.Node) -> bool:

@@ -24,6 +24,7 @@ from cpcompile.choose.attention_sites import (
     attention_site,
     rewritten_attentions,
     tokens_of_attention,
+    whole_attentions,
 )
 from cpcompile.choose.choice import Choice, choose
 from cpcompile.choose.kernels import likely_kernel, refuse_unable_kernel
@@ -32,7 +33,6 @@ from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
 from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.operator_call import is_tensor
 from cpcompile.ir.parameter_shard import ParameterShard
-from cpcompile.ir.placement import Sharded
 from cpcompile.ir.plan import Plan, sequences_of
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
@@ -262,11 +262,7 @@ def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
 
 def warn_of_whole_attentions(gm: fx.GraphModule) -> None:
     """Say, once, which attentions every rank computes whole: `strict=False` allows it, and nothing is gained by the ranks."""
-    whole = [
-        node
-        for node in gm.graph.find_nodes(op="call_function", target=cp.attention.default)
-        if not isinstance(annotation(node).placement, Sharded)
-    ]
+    whole = whole_attentions(gm)
     if whole:
         lines = "\n".join(where(node) for node in whole)
         warnings.warn(
