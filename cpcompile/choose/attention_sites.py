@@ -45,14 +45,14 @@ def rewritten_attentions(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def tokens_of_attention(gm: fx.GraphModule) -> int:
-    """Return how many tokens most attentions have among themselves, 0 where there is none.
+    """Return how many tokens most attentions have among themselves, or else as queries; 0 where there is no attention.
 
     Of tokens that are joined only where they attend (heads of a text and of an image), those of the longest sequence count.
 
     Raises:
         LengthDependent: the number is symbolic.
     """
-    nodes = [node for node in attention_nodes(gm) if attends_to_itself(node)]
+    nodes = [node for node in attention_nodes(gm) if attends_to_itself(node)] or attention_nodes(gm)
     sizes = [longest_part(Call.of(node)["q"], Call.of(node).shape("q")[2]) for node in nodes]
     numbers = [size for size in sizes if isinstance(size, int) and size > 1]
     if sizes and not numbers and any(not isinstance(size, int) for size in sizes):

@@ -804,7 +804,6 @@ RECIPES: Mapping[str, Recipe] = {
     "TransformerTemporalModel": Recipe(
         {**HEADS, "in_channels": 4, "num_layers": 2, "norm_num_groups": 2},
         lambda s: {"hidden_states": s.normal(BATCH * 13, 4, 3, 5), "num_frames": 13},
-        {"hidden_states": 0},
     ),
     "WanAnimate2Transformer3DModel": Recipe(
         {"text_len": 12, "in_dim": 6, "dim": 24, "ffn_dim": 32, "freq_dim": 8, "text_dim": TEXT, "out_dim": 4}
