@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from cpcompile.choose.attention import AttentionSite
 from cpcompile.choose.kernels import sized
 from cpcompile.errors import LengthDependent, where
 from cpcompile.ir.annotation import annotation
-from cpcompile.ir.operator_call import Call, size_hint, values_of
+from cpcompile.ir.operator_call import Call, size_hint, value_of, values_of
 from cpcompile.ir.placement import Sharded
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
@@ -33,6 +34,8 @@ REWRITTEN = {cp.attention.default, *(getattr(cp, f"{name}_attention").default fo
 PRODUCTS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
 JOINS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
 
+MOST_NUMBERS = 3  # of tokens that are tried
+
 
 def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the attentions of the graph, in order."""
@@ -42,6 +45,28 @@ def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 def rewritten_attentions(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the attentions of a rewritten graph, in order: collectives, and those that exchange nothing."""
     return [node for node in gm.graph.nodes if node.target in REWRITTEN]
+
+
+def numbers_of_tokens(gm: fx.GraphModule, inputs: Container[str]) -> list[int]:
+    """Return how many tokens a model may have that makes them itself, the likeliest first.
+
+    Those of its attentions, and then the rows that products read one by one: an attention may be of a form that is not known, or
+    of windows, and a mixer has none.
+
+    Raises:
+        LengthDependent: the number of those of its attentions is symbolic.
+    """
+    found = [tokens_of_attention(gm), *sorted(rows_of_products(gm, inputs), reverse=True)]
+    return list(dict.fromkeys(number for number in found if number))[:MOST_NUMBERS]
+
+
+def rows_of_products(gm: fx.GraphModule, inputs: Container[str]) -> set[int]:
+    """Return how many rows products with a weight read of each sample, where that is the size of no input of the model."""
+    values = [x.meta.get("val") for x in gm.graph.find_nodes(op="placeholder") if x.name in inputs]
+    given = {str(n) for value in values for n in getattr(value, "shape", ())}
+    shapes = [value_of(x.args[0]).shape for x in gm.graph.find_nodes(op="call_function", target=aten.linear.default)]
+    rows = {shape[-2] for shape in shapes if len(shape) > 2}
+    return {n for n in rows if isinstance(n, int) and n > 1 and str(n) not in given}
 
 
 def tokens_of_attention(gm: fx.GraphModule) -> int:
