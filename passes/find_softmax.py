@@ -21,8 +21,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.analysis.masks.read import Reader, constant
 from cpcompile.analysis.patterns.fills import fills_of
-from cpcompile.analysis.patterns.nodes import same_shape, source, switches_mode, value_numbers
 from cpcompile.analysis.patterns.formula import size_of
+from cpcompile.analysis.patterns.nodes import same_shape, source, switches_mode, value_numbers
 from cpcompile.analysis.patterns.scores import PRODUCTS, ScoreReader
 from cpcompile.ir.insertion import insert_call, replace_uses
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
@@ -209,7 +209,9 @@ def with_column(before: fx.Node, logits: fx.Node, column: fx.Node | float) -> fx
     if not isinstance(column, fx.Node):
         return insert_call(before, aten.constant_pad_nd.default, logits, [0, 1], column)
     rows = [size_of(before, logits, dim) for dim in range(value_of(logits).dim() - 1)]
-    return insert_call(before, aten.cat.default, [logits, insert_call(before, aten.expand.default, column, [*rows, 1])], -1)
+    return insert_call(
+        before, aten.cat.default, [logits, insert_call(before, aten.expand.default, column, [*rows, 1])], -1
+    )
 
 
 def is_exponential(node: fx.Node) -> bool:

@@ -145,7 +145,9 @@ def gathered(skew: Skew) -> fx.Node | None:
     first = 0 if taken is skew.end else Call.of(taken)["start"] or 0
     (rows, width), columns = value_of(skew.rows).shape[-2:], value_of(taken).shape[-1]
     offset = sum((term.value for term in skew.offset), start=number_of(first))
-    least, most = (offset - (rows - 1), offset + columns - 1) if skew.step < 0 else (offset, offset + rows + columns - 2)
+    least, most = (
+        (offset - (rows - 1), offset + columns - 1) if skew.step < 0 else (offset, offset + rows + columns - 2)
+    )
     if not (statically_known_true(least >= -width) and statically_known_true(most < 2 * width)):
         return None
     shifts = [0, *[-1] * (not statically_known_true(least >= 0)), *[1] * (not statically_known_true(most < width))]

@@ -141,10 +141,11 @@ class JoinedTokens:
     def output(self, node: fx.Node) -> fx.Node:
         """Return what a rank gives back for a value: its part of one sequence, as `unshard` and `shard` know it."""
         at = annotation(node).placement
-        if self.joiner.plan.outputs == "full" or not isinstance(at, Sharded) or not at.covers_all:
+        if self.joiner.plan.outputs == "full" or not isinstance(at, Sharded) or at.reaches_outside:
             return node
         if self.joiner.in_order(at) != at:
             return self.joiner.rearranged(node, self.joiner.in_order(at))
         is_one = self.joiner.outer_of(value_of(node).shape[at.dim], at) == 1
-        is_grouped = at.inner != 1 and is_one and not follows_documents(self.joiner.plan.layout)
-        return self.joiner.plain(node) if self.is_joined(at) or is_grouped else node
+        is_other = not at.covers_all or (at.inner != 1 and is_one)
+        is_other = is_other and not follows_documents(self.joiner.plan.layout)
+        return self.joiner.plain(node) if self.is_joined(at) or is_other else node

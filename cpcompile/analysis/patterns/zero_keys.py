@@ -13,7 +13,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.analysis.masks.expression import TRUE
-from cpcompile.analysis.masks.read import Reader, constant, size_of as expression_of_size
+from cpcompile.analysis.masks.read import Reader, constant
+from cpcompile.analysis.masks.read import size_of as expression_of_size
 from cpcompile.analysis.masks.recognise import predicate
 from cpcompile.analysis.masks.simplify import substitute
 from cpcompile.analysis.patterns.attention import Attention
@@ -50,7 +51,9 @@ def without_zeros(before: fx.Node, operand: fx.Node, reader: Reader) -> fx.Node 
     if operand.target in _VIEWS:
         inner = operand.args[0]
         assert isinstance(inner, fx.Node)
-        is_of_rows = all(statically_known_true(a == b) for a, b in zip(value_of(inner).shape[-2:], shape[-2:], strict=True))
+        is_of_rows = all(
+            statically_known_true(a == b) for a, b in zip(value_of(inner).shape[-2:], shape[-2:], strict=True)
+        )
         rows = without_zeros(before, inner, reader) if is_of_rows and value_of(inner).dim() >= 2 else None
         if rows is None:
             return None
