@@ -103,8 +103,12 @@ def compile_by_rows(
             for x, varies in zip(operands, by_row, strict=True)
         ]
         traced = make_fx(lambda *each: function(*each))(*fakes)
-    with torch._inductor.config.patch(dict(options)):
-        compiled: Callable[..., Any] = torch._inductor.standalone_compile(traced, fakes)
+    # By itself torch 2.11 finds no sizes in this graph, and compiles it for any number of columns too: twice as slow.
+    context = torch._guards.tracing(torch._guards.TracingContext(mode))
+    with context, torch._inductor.config.patch(dict(options)):
+        compiled: Callable[..., Any] = torch._inductor.standalone_compile(
+            traced, fakes, dynamic_shapes="from_tracing_context"
+        )
     return compiled
 
 
