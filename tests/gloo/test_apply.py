@@ -111,7 +111,7 @@ def test_trains_exactly_on_one_and_on_four(pool: Any, strategy: str, world_size:
     ("name", "strategy", "layout", "world_size"),
     [
         ("llama", "ring", "zig_zag", 2),
-        ("qwen3", "gather", "zig_zag", 3),
+        pytest.param("qwen3", "gather", "zig_zag", 3, marks=pytest.mark.slow),
         ("gpt2", "ulysses", "contiguous", 2),
         ("gemma2", "ring", "contiguous", 3),
     ],
@@ -129,7 +129,9 @@ def test_transformers_train_exactly_all(pool: Any, name: str, strategy: str, lay
     check_lengths(pool, world_size, name, {}, FLOAT32, strategy=strategy, balancer=layout)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", ["ulysses", *(pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES if s != "ulysses")]
+)
 def test_ahead_of_time_autograd(pool: Any, strategy: str) -> None:
     check_lengths(pool, 2, "rotary", {"num_layers": 1}, strategy=strategy, balancer="zig_zag", inner="aot_eager")
 
@@ -200,7 +202,9 @@ def outputs(rank: Any, layout: str, length: int) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize(("layout", "length"), [("contiguous", 31), ("zig_zag", 64)])
+@pytest.mark.parametrize(
+    ("layout", "length"), [("contiguous", 31), pytest.param("zig_zag", 64, marks=pytest.mark.slow)]
+)
 def test_logits_are_local_or_whole(pool: Any, layout: str, length: int) -> None:
     assert_exact(pool.run(3, outputs, layout, length))
 

@@ -89,7 +89,9 @@ def read(rank: Any, is_sharded: bool) -> dict[str, float]:
     return found | errors(gradients(model), gradients(alone))
 
 
-@pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "fully_shard"])
+@pytest.mark.parametrize(
+    "is_sharded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "fully_shard"]
+)
 def test_logits_that_are_read(pool: Any, is_sharded: bool) -> None:
     for found in pool.run(2, read, is_sharded):
         assert max(found.values()) < FLOAT32, found

@@ -61,7 +61,11 @@ def attend(rank: Any, strategy: str, layout: str, cases: dict[str, dict[str, Any
 @pytest.mark.parametrize(
     ("world_size", "strategy"),
     [
-        *((size, name) for size in (2, 3, 4) for name in ("ring", "gather", "gather_1", "halo", "ulysses")),
+        *(
+            pytest.param(size, name, marks=() if size == 3 else pytest.mark.slow)
+            for size in (2, 3, 4)
+            for name in ("ring", "gather", "gather_1", "halo", "ulysses")
+        ),
         (4, "usp_2"),
     ],
 )

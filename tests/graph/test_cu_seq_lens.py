@@ -41,7 +41,7 @@ def attentions(found: cpcompile.Verification) -> set[str]:
     return {describe(x) for x in graph.find_nodes(op="call_function", target=torch.ops.cpcompile.attention.default)}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("positions", "words"), [(True, "causal, documents"), (False, "causal")])
 def test_an_attention_that_does_not_read_them_is_exact(attention: str, positions: bool, words: str) -> None:
     """What these attentions read are the positions; without them the model attends across documents, and so do the ranks."""

@@ -179,7 +179,7 @@ def again(backward: fx.GraphModule) -> tuple[int, ...]:
     [
         *((name, "aot_eager") for name in POLICIES),
         ("every second product", "inductor"),
-        ("batched products", "inductor"),
+        pytest.param("batched products", "inductor", marks=pytest.mark.slow),
     ],
 )
 def test_backward_computes_again_what_is_not_saved(monkeypatch: pytest.MonkeyPatch, name: str, inner: str) -> None:
@@ -193,7 +193,7 @@ def test_backward_computes_again_what_is_not_saved(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("ranks")
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("context_fn", "options", "keeps_heads"),
     [(NOWHERE, {}, True), (NOWHERE, {"heads_per_message": 1}, False), (None, {}, False)],
