@@ -226,7 +226,13 @@ class Explanation:
         if not self.whole:
             return []
         rows = [
-            (m.module, m.line, ", ".join(f"{name} {list(shape)}" for name, shape in m.inputs.items()), m.attentions, f"{m.flops:.2g}")
+            (
+                m.module,
+                m.line,
+                ", ".join(f"{n} {list(shape)}" for n, shape in m.inputs.items()),
+                m.attentions,
+                f"{m.flops:.2g}",
+            )
             for m in self.whole
         ]
         title = f"{len(rows)} module(s) that see no tokens run whole on every rank"

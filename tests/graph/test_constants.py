@@ -78,7 +78,9 @@ def test_each_combination_is_compiled_by_itself() -> None:
         assert torch.allclose(compiled(**inputs), model(**inputs))
     assert len(graphs) == 3
     names = {str(node.target) for gm in graphs for node in gm.graph.nodes}
-    assert not {"item", "repeat_interleave", "t", "reshape"} & names  # values are known: nothing of them is left to compute
+    assert (
+        not {"item", "repeat_interleave", "t", "reshape"} & names
+    )  # values are known: nothing of them is left to compute
 
 
 def test_without_them_the_remedy_is_told() -> None:

@@ -136,7 +136,9 @@ class Rows:
         if call.target is aten.div.Tensor and "other" in given:
             return False
         others = [operand for name, operand in call.operands() if name not in given and call.tensor(name).dim() >= rank]
-        if len({call.tensor(n).dim() for n in given}) > 1 or not all(has_row_for_each(x, call.tensor(first)) for x in others):
+        if len({call.tensor(n).dim() for n in given}) > 1 or not all(
+            has_row_for_each(x, call.tensor(first)) for x in others
+        ):
             return False
         self.in_order.update(dict.fromkeys(others))
         return True

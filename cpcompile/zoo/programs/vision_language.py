@@ -189,7 +189,9 @@ def llava_onevision(t: Any) -> Any:
 
 def mllama(t: Any) -> Any:
     """Words attend to pictures, which are no part of the sequence."""
-    text = t.MllamaTextConfig(**TEXT, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, cross_attention_layers=[1])
+    text = t.MllamaTextConfig(
+        **TEXT, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, cross_attention_layers=[1]
+    )
     vision = t.MllamaVisionConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -296,7 +298,12 @@ def qwen3_vl(t: Any) -> Any:
 def glm4v(t: Any) -> Any:
     text = {**TEXT, "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}
     vision = {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "image_size": 16}
-    tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": START, "image_end_token_id": END}
+    tokens = {
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "image_start_token_id": START,
+        "image_end_token_id": END,
+    }
     return t.Glm4vConfig(text_config=text, vision_config=vision, **tokens)
 
 
@@ -350,7 +357,9 @@ def make(name: str) -> Callable[[Sampler], Program]:
         silence(config)
         model, inputs = instantiate(getattr(transformers, name), config, "sdpa"), make_inputs(sampler)
         if "image_grid_thw" in inputs:  # as trainers do: the model would count from lists, which no graph holds
-            inputs["position_ids"] = model.model.get_rope_index(**{k: x for k, x in inputs.items() if k in ROPE_INPUTS})[0]
+            inputs["position_ids"] = model.model.get_rope_index(
+                **{k: x for k, x in inputs.items() if k in ROPE_INPUTS}
+            )[0]
         constants = [name for name in ("image_grid_thw", "image_sizes") if name in inputs]
         return Program(model, inputs, {"constants": constants})
 
