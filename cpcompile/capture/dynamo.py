@@ -75,17 +75,17 @@ def reading(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
 def by_names(forward: Callable[..., Any], constants: Sequence[Constant]) -> Callable[..., Any]:
     """Return `forward` called by names that are its own, with inputs that are constants made of numbers.
 
-    Dynamo reads no signature any more once a mapping of the caller's is written to. It is a method where `forward` is one, so that
-    modules keep their paths.
+    Dynamo reads no signature any more once a mapping of the caller's is written to, as methods of transformers do. It is a method
+    where `forward` is one, so that modules keep their paths.
     """
     inner = getattr(forward, "__func__", None)
-    if not isinstance(inner, types.FunctionType):
-        return lambda **kwargs: forward(**kwargs, **{each.name: each.tensor() for each in constants})
+    if isinstance(inner, types.FunctionType):
 
-    def call(self: Any, **kwargs: Any) -> Any:
-        return inner(self, **kwargs, **{each.name: each.tensor() for each in constants})
+        def call(self: Any, **kwargs: Any) -> Any:
+            return inner(self, **kwargs, **{each.name: each.tensor() for each in constants})
 
-    return types.MethodType(call, forward.__self__)  # type: ignore[attr-defined]
+        return types.MethodType(call, forward.__self__)  # type: ignore[attr-defined]
+    return (lambda **kwargs: forward(**kwargs, **{x.name: x.tensor() for x in constants})) if constants else forward
 
 
 def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: bool) -> int | None:
@@ -172,7 +172,7 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], con
             for x in kwargs.values():
                 if isinstance(x, torch.Tensor):
                     _torch.forget_dynamic(x)
-        install_recorders(model)
+        install_recorders(model, kwargs)
         if definitions.have_changed():
             programs.clear()  # others are of another backend, so that Dynamo finds nothing compiled before
         constants = constants_of(kwargs, config.constants)
@@ -216,15 +216,18 @@ def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def install_recorders(model: object) -> None:
+def install_recorders(model: object, kwargs: Mapping[str, Any]) -> None:
     """Put the hooks into a transformers model that record what is asked for (router logits, hidden states).
 
-    The model would do so itself when it is first asked, by options or by a part of it that wants some layer of another, under a
-    lock that does not trace.
+    The model would do so itself at its first call, under a lock that does not trace; what makes features of images asks for a
+    layer of the encoder.
     """
     recording = sys.modules.get("transformers.utils.output_capturing")
     if recording is None or not isinstance(model, torch.nn.Module):
         return
     for module in model.modules():
-        if getattr(module, "_can_record_outputs", None):
+        names = getattr(module, "_can_record_outputs", None) or {}
+        config = getattr(module, "config", None)
+        is_asked = any(kwargs.get(f"output_{name}", getattr(config, f"output_{name}", False)) for name in names)
+        if is_asked or (names and hasattr(model, "get_image_features")):
             recording.maybe_install_capturing_hooks(module)

@@ -159,8 +159,8 @@ def break_text(reason: str, stack: Sequence[traceback.FrameSummary]) -> str:
         return FSDP_REMEDY
     is_of_value = "ata-dependent" in reason or reason == VALUE_SIZE
     by_length = (
-        " If the number follows from sizes, dynamic=False traces it: sizes are known then. If it follows from the values of an input "
-        "(grids or sizes of images), constants=['image_grid_thw'] makes these known, and compiles each combination by itself."
+        " If the number follows from sizes, dynamic=False traces it: sizes are known then. If it follows from the values of an "
+        "input (grids or sizes of images), constants=['image_grid_thw'] makes these known, and compiles each combination."
         if is_of_value
         else ""
     )

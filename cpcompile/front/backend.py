@@ -65,8 +65,8 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
         )
     if config.constants:
         raise ConfigError(
-            f"constants={list(config.constants)!r} are known before Dynamo traces, and torch.compile calls this backend afterwards: use "
-            "cpcompile.apply(model, mesh, constants=...)."
+            f"constants={list(config.constants)!r} are known before Dynamo traces, and torch.compile calls this backend "
+            "afterwards: use cpcompile.apply(model, mesh, constants=...)."
         )
     prepare(config, axis)
     sync, inputs = gradient_sync(config, axis), GraphInputs(gm)
