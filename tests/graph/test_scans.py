@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
 import cpcompile
@@ -181,6 +182,81 @@ def floats(*shape: int) -> dict[str, Tensor]:
     return {"x": torch.randn(shape, dtype=torch.float64)}
 
 
+class MinGRU(nn.Module):
+    """A scan in logarithms that begins with a state, as the package minGRU-pytorch has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.first = nn.Parameter(torch.rand(1, 1, WIDTH) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.project(x).chunk(2, dim=-1)
+        decays = -F.softplus(gate)
+        values = -F.softplus(-gate) + torch.where(hidden >= 0, (F.relu(hidden) + 0.5).log(), -F.softplus(-hidden))
+        values = torch.cat((self.first.expand(x.shape[0], -1, -1).log(), values), dim=1)
+        decays = F.pad(decays, (0, 0, 1, 0))
+        sums = decays.cumsum(dim=1)
+        states = (sums + (values - sums).logcumsumexp(dim=1)).exp()[:, -x.shape[1] :]
+        return self.out(states) * states[:, -1:]
+
+
+class Associative(nn.Module):
+    """A recurrence by torch's associative scan; paths of whole rows are dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.project(x).chunk(2, dim=-1)
+
+        def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return left[0] * right[0], right[0] * left[1] + right[1]
+
+        _, states = associative_scan(combine, (gate.sigmoid(), value), 1, combine_mode="generic")
+        kept = x.new_empty(x.shape[0], 1, 1).bernoulli_(0.5).div_(0.5)
+        return self.out(states) * kept
+
+
+class Selective(nn.Module):
+    """Mamba as a listing: a causal convolution, then a loop over the tokens, of which one value has no channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 4, padding=3, groups=WIDTH)
+        self.gates, self.rates = nn.Linear(WIDTH, 1 + 2 * 3), nn.Parameter(torch.randn(WIDTH, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        u, gate = self.project(x).chunk(2, dim=-1)
+        u = F.silu(self.conv(u.transpose(1, 2))[..., :length].transpose(1, 2))
+        step, b, c = self.gates(u).split([1, 3, 3], dim=-1)
+        step = F.softplus(step)[..., None]
+        decay, given = torch.exp(-step * self.rates.exp()), step * b[:, :, None, :] * u[..., None]
+        state, outputs = torch.zeros_like(given[:, 0]), torch.zeros_like(u)
+        for t in range(length):
+            state = decay[:, t] * state + given[:, t]
+            outputs[:, t] = (state * c[:, t, None, :]).sum(-1)
+        return self.out(outputs * F.silu(gate))
+
+
+class Patches(nn.Module):
+    """A convolution whose kernel each token makes, as ConvBERT has it: patches of tokens by `F.unfold`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.value = nn.Linear(WIDTH, HEADS * 5), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel(x).reshape(-1, 5, 1).softmax(1)
+        value = self.value(x).transpose(1, 2).contiguous().unsqueeze(-1)
+        value = F.unfold(value, [5, 1], dilation=1, padding=[2, 0], stride=1).transpose(1, 2)
+        value = value.reshape(-1, WIDTH // HEADS, 5) @ kernel
+        return value.reshape(x.shape)
+
+
 def text(length: int) -> dict[str, Tensor]:
     tokens = torch.randint(0, 17, (2, length))
     return {"input_ids": tokens, "labels": tokens}
@@ -191,6 +267,10 @@ Case = tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], dict[str,
 X = {"token_dims": {"x": 1}}
 
 PROGRAMS: dict[str, Case] = {
+    "mingru": (lambda: Model(MinGRU()), lambda: text(13), {}),
+    "associative": (lambda: Model(Associative()), lambda: text(13), {"exact_dropout": True}),
+    "loop": (lambda: Model(Selective()), lambda: text(19), {}),
+    "patches": (lambda: Model(Patches()), lambda: text(13), {}),
     "packed": (Packed, lambda: packed(23), {"token_dims": {"input_ids": 1, "labels": 1, "documents": 1}}),
     "frames": (Frames, lambda: floats(2, 41, 4), X),
     "pools": (Pools, lambda: floats(2, 23, 4), X),
