@@ -8,7 +8,7 @@ after   w = aten.softmax(aten.sub(x, aten.amax(x, [-1], True)), -1)
         out = aten.matmul(aten.softmax(...), v)
 
 Exponentials that are set to 0 are those of minus infinity: `exp(x) * mask`. What is added to the sum of the exponentials of
-attention scores is the exponential of one more score, whose weight is dropped: `exp(x) / (1 + sum(exp(x)))`, a softmax off by one.
+attention scores is the exponential of one more score, whose weight is dropped: `exp(x) / (1 + sum(exp(x)))`, off by one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.analysis.masks.read import Reader, constant
 from cpcompile.analysis.patterns.fills import fills_of
-from cpcompile.analysis.patterns.nodes import same_shape, source, switches_mode, value_numbers
 from cpcompile.analysis.patterns.formula import size_of
+from cpcompile.analysis.patterns.nodes import same_shape, source, switches_mode, value_numbers
 from cpcompile.analysis.patterns.scores import PRODUCTS, ScoreReader
 from cpcompile.ir.insertion import insert_call, replace_uses
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
@@ -107,7 +107,9 @@ class Finder:
         """
 
         def of(exponential: fx.Node) -> fx.Node:
-            return source(exponential) if is_shifted else unshifted(source(exponential))[0]
+            logits = source(exponential) if is_shifted else unshifted(source(exponential))[0]
+            assert isinstance(logits, fx.Node)
+            return logits
 
         if is_exponential(exponentials):
             return of(exponentials)
@@ -195,7 +197,7 @@ def logarithm_of(before: fx.Node, exponential: fx.Node) -> fx.Node:
     if exponential.target not in VIEWS:
         return source(exponential)
     inner = logarithm_of(before, source(exponential))
-    return insert_call(before, exponential.target, inner, *exponential.args[1:])  # type: ignore[arg-type]
+    return insert_call(before, exponential.target, inner, *exponential.args[1:])
 
 
 def is_of_rows(node: fx.Node) -> bool:
@@ -209,7 +211,9 @@ def with_column(before: fx.Node, logits: fx.Node, column: fx.Node | float) -> fx
     if not isinstance(column, fx.Node):
         return insert_call(before, aten.constant_pad_nd.default, logits, [0, 1], column)
     rows = [size_of(before, logits, dim) for dim in range(value_of(logits).dim() - 1)]
-    return insert_call(before, aten.cat.default, [logits, insert_call(before, aten.expand.default, column, [*rows, 1])], -1)
+    return insert_call(
+        before, aten.cat.default, [logits, insert_call(before, aten.expand.default, column, [*rows, 1])], -1
+    )
 
 
 def is_exponential(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """Open skewed rows: a relative shift by views, which moves elements to other places of their rows, becomes a gather in rows.
 
 before  x = aten.view(aten.pad(scores, [1, 0]), [B, H, S + 1, S]); y = aten.view(aten.slice(x, 2, 1), [B, H, S, S])
-after   at = aten.arange(S) - aten.arange(S)[:, None] + S                    # y[i, j] is element `at[i, j]` from the start of row i
+after   at = aten.arange(S) - aten.arange(S)[:, None] + S                    # y[i, j] is element at[i, j] of row i, or on
         y = aten.where(at < S + 1, aten.gather(padded, -1, at), aten.gather(next_row(padded), -1, at - (S + 1)))
 
 Read as one long row, the elements keep their order; only rows get another width. So that a rank has what its rows are made of
@@ -50,7 +50,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Skew:
-    """`end` `[..., rows, width + step]` holds the elements of `rows` `[..., rows, width]` from the `offset`-th on, zeros outside."""
+    """`end` `[..., rows, width + step]` holds what `rows` `[..., rows, width]` does from an `offset` on, zeros outside."""
 
     rows: fx.Node
     end: fx.Node
@@ -145,7 +145,9 @@ def gathered(skew: Skew) -> fx.Node | None:
     first = 0 if taken is skew.end else Call.of(taken)["start"] or 0
     (rows, width), columns = value_of(skew.rows).shape[-2:], value_of(taken).shape[-1]
     offset = sum((term.value for term in skew.offset), start=number_of(first))
-    least, most = (offset - (rows - 1), offset + columns - 1) if skew.step < 0 else (offset, offset + rows + columns - 2)
+    least, most = (
+        (offset - (rows - 1), offset + columns - 1) if skew.step < 0 else (offset, offset + rows + columns - 2)
+    )
     if not (statically_known_true(least >= -width) and statically_known_true(most < 2 * width)):
         return None
     shifts = [0, *[-1] * (not statically_known_true(least >= 0)), *[1] * (not statically_known_true(most < width))]

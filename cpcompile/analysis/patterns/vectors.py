@@ -76,7 +76,9 @@ def integers(call: Call, value: Affine) -> fx.Node:
                 if is_per_batch
                 else rows_of(before, atom.node)
             )
-            term = term if value_of(term).dtype == torch.int64 else insert_call(before, aten.to.dtype, term, torch.int64)
+            term = (
+                term if value_of(term).dtype == torch.int64 else insert_call(before, aten.to.dtype, term, torch.int64)
+            )
         term = term if factor == 1 else insert_call(before, aten.mul.Tensor, term, factor)
         result = term if result is None else insert_call(before, aten.add.Tensor, result, term)
     assert result is not None

@@ -68,9 +68,7 @@ def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Atte
     )
 
 
-def tempered(
-    before: fx.Node, q: fx.Node, k: fx.Node, temperatures: tuple[Temperature, ...]
-) -> tuple[fx.Node, fx.Node]:
+def tempered(before: fx.Node, q: fx.Node, k: fx.Node, temperatures: tuple[Temperature, ...]) -> tuple[fx.Node, fx.Node]:
     """Return queries and keys with the factors of their scores."""
     for each in temperatures:
         target = aten.div.Tensor if each.is_divisor else aten.mul.Tensor

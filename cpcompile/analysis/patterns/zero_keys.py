@@ -1,7 +1,9 @@
 """Zero keys: a key and a value of zeros behind the others, which every query sees, are a sink whose logit is 0.
 
-before  k = aten.cat([k, aten.zeros([B, 1, D])], 1); v likewise; mask = aten.pad(mask, [0, 1])        # add_zero_attn of MultiheadAttention
+before  k = aten.cat([k, aten.zeros([B, 1, D])], 1); v likewise; mask = aten.pad(mask, [0, 1])
 after   the attention of k, v and mask, with sinks of 0
+
+So does `add_zero_attn` of `torch.nn.MultiheadAttention` write it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.analysis.masks.expression import TRUE
-from cpcompile.analysis.masks.read import Reader, constant, size_of as expression_of_size
+from cpcompile.analysis.masks.read import Reader, constant
+from cpcompile.analysis.masks.read import size_of as expression_of_size
 from cpcompile.analysis.masks.recognise import predicate
 from cpcompile.analysis.masks.simplify import substitute
 from cpcompile.analysis.patterns.attention import Attention
@@ -50,7 +53,9 @@ def without_zeros(before: fx.Node, operand: fx.Node, reader: Reader) -> fx.Node 
     if operand.target in _VIEWS:
         inner = operand.args[0]
         assert isinstance(inner, fx.Node)
-        is_of_rows = all(statically_known_true(a == b) for a, b in zip(value_of(inner).shape[-2:], shape[-2:], strict=True))
+        is_of_rows = all(
+            statically_known_true(a == b) for a, b in zip(value_of(inner).shape[-2:], shape[-2:], strict=True)
+        )
         rows = without_zeros(before, inner, reader) if is_of_rows and value_of(inner).dim() >= 2 else None
         if rows is None:
             return None
