@@ -7,7 +7,7 @@ TORCH ?= torch
 # Options for the main job, e.g. DEMO="--ranks 4 --steps 10".
 DEMO ?=
 # Options for pytest, e.g. PYTEST="-m slow" or PYTEST="tests/graph -x".
-PYTEST ?= -n 2 -m "not slow and not gpu"
+PYTEST ?= -n 2 --dist worksteal -m "not slow and not gpu"
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt

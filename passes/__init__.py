@@ -26,6 +26,7 @@ from cpcompile.passes.rewrite_attention import rewrite_attention
 from cpcompile.passes.rewrite_dropout import rewrite_dropout
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
 from cpcompile.passes.separate_documents import separate_documents
+from cpcompile.passes.stack_writes import stack_writes
 from cpcompile.passes.sum_gradients import sum_gradients
 from cpcompile.passes.tile_rows import tile_rows
 from cpcompile.passes.unshard_parameters import unshard_parameters
@@ -33,6 +34,7 @@ from cpcompile.passes.unshard_parameters import unshard_parameters
 # Still a single-device program: these only say what the attentions are.
 ANALYSIS = (
     functionalise_writes,
+    stack_writes,
     open_masked_rows,
     open_products,
     open_transforms,
@@ -96,6 +98,7 @@ __all__ = [
     "rewrite_dropout",
     "rewrite_reductions",
     "separate_documents",
+    "stack_writes",
     "sum_gradients",
     "tile_rows",
     "unshard_parameters",

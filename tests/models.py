@@ -15,46 +15,54 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 VOCABULARY = 61
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "use_cache": False,
-}
 
 
-def llama(**changes: Any) -> nn.Module:
+def sizes(num_layers: int) -> dict[str, Any]:
+    """Return what configurations of transformers have in common."""
+    widths = {"vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40}
+    return widths | {"num_hidden_layers": num_layers, "use_cache": False}
+
+
+def llama(num_layers: int = 2, **changes: Any) -> nn.Module:
     """Return a Llama with 3 query heads and 1 key head, so that most numbers of ranks divide neither."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**SIZES | {"num_attention_heads": 3, "num_key_value_heads": 1} | changes))
+    return LlamaForCausalLM(
+        LlamaConfig(**sizes(num_layers) | {"num_attention_heads": 3, "num_key_value_heads": 1} | changes)
+    )
 
 
-def qwen3(**changes: Any) -> nn.Module:
+def qwen3(num_layers: int = 2, **changes: Any) -> nn.Module:
     """Return a Qwen3: norms of queries and keys, head dim apart from the hidden size."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES | heads | changes))
+    return Qwen3ForCausalLM(Qwen3Config(**sizes(num_layers) | heads | changes))
 
 
-def gpt2(**changes: Any) -> nn.Module:
+def gpt2(num_layers: int = 2, **changes: Any) -> nn.Module:
     """Return a GPT-2: learned positions, one product for q, k and v, tied embeddings."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 128, "use_cache": False}
+    widths = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 24,
+        "n_layer": num_layers,
+        "n_head": 3,
+        "n_positions": 128,
+        "use_cache": False,
+    }
     rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     tokens = {"bos_token_id": None, "eos_token_id": None, "loss_type": "ForCausalLM"}
-    return GPT2LMHeadModel(GPT2Config(**sizes | rates | tokens | changes))
+    return GPT2LMHeadModel(GPT2Config(**widths | rates | tokens | changes))
 
 
-def gemma2(**changes: Any) -> nn.Module:
+def gemma2(num_layers: int = 2, **changes: Any) -> nn.Module:
     """Return a Gemma 2: soft-capped scores and logits, every other layer sees a window."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 12}
-    return Gemma2ForCausalLM(Gemma2Config(**SIZES | heads | {"attn_implementation": "eager"} | changes))
+    return Gemma2ForCausalLM(Gemma2Config(**sizes(num_layers) | heads | {"attn_implementation": "eager"} | changes))
 
 
 class NanoGPT(nn.Module):

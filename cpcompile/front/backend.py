@@ -63,6 +63,11 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
             f"memory={config.memory!r} is decided once for a model, and torch.compile may compile it several times: use "
             "cpcompile.apply(model, mesh, memory=...), or memory_budget here."
         )
+    if config.constants:
+        raise ConfigError(
+            f"constants={list(config.constants)!r} are known before Dynamo traces, and torch.compile calls this backend afterwards: use "
+            "cpcompile.apply(model, mesh, constants=...)."
+        )
     prepare(config, axis)
     sync, inputs = gradient_sync(config, axis), GraphInputs(gm)
     agreement = CallAgreement(config, sync, inputs)

@@ -34,6 +34,9 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 # For models of one or two layers this cache of torch costs a quarter of the time of a capture, and saves nothing.
 torch._dynamo.config.fake_tensor_cache_enabled = False
 NUM_RANKS = 4
+# What every rank would import by itself, for seconds: one process does so once, and ranks are forked from it.
+PRELOADED = ["torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.fsdp", "cpcompile.front.apply"]
+PRELOADED += ["transformers.models.llama.modeling_llama"]
 GRACE = 3.0  # seconds that the other ranks get to report, once one has failed
 
 
@@ -122,7 +125,8 @@ class Pool:
         self._pipes: list[Connection] = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         store = tempfile.mktemp(prefix="cpcompile_pool_")
         for rank in range(NUM_RANKS):
             pipe, theirs = context.Pipe()

@@ -100,7 +100,9 @@ def test_trains_exactly(pool: Any, strategy: str, layout: str, world_size: int) 
     check_lengths(pool, world_size, "rotary", {"num_layers": 1}, strategy=strategy, balancer=layout)
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(1, "auto"), (4, "auto"), (4, "ring")])
+@pytest.mark.parametrize(
+    ("world_size", "strategy"), [(1, "auto"), (4, "auto"), pytest.param(4, "ring", marks=pytest.mark.slow)]
+)
 def test_trains_exactly_on_one_and_on_four(pool: Any, strategy: str, world_size: int) -> None:
     check_lengths(pool, world_size, "nanogpt", {"num_layers": 1}, strategy=strategy, balancer="zig_zag")
 
@@ -148,7 +150,7 @@ def test_inductor_all(pool: Any, strategy: str, name: str) -> None:
 
 def look_around(rank: Any) -> None:
     """The assertions about what stays; a rank that raises fails the test."""
-    model, alone = make("llama"), make("llama")
+    model, alone = make("llama", num_layers=1), make("llama", num_layers=1)
     parameters, before = dict(model.named_parameters()), type(model)
     applied = cpcompile.apply(model, rank.mesh(), inner="eager")
     assert applied is model and type(model) is before
@@ -208,7 +210,7 @@ def lengths_that_would_choose_differently(rank: Any) -> dict[str, float]:
 
     from cpcompile.compile import transform
 
-    model, alone = new(rank, "rotary", dynamic=False, strategy="ring")
+    model, alone = new(rank, "rotary", {"num_layers": 1}, dynamic=False, strategy="ring")
     free, choices = transform.choose, iter(("zig_zag", "contiguous"))
 
     def choose(sites: Any, strategy: str, balancer: str, ranks: Any, **options: Any) -> Any:
@@ -244,7 +246,9 @@ def own_loss(rank: Any, length: int) -> dict[str, float]:
     return {"loss": error(loss.detach(), whole.detach())} | errors(gradients(model), gradients(alone))
 
 
-@pytest.mark.parametrize("length", [25, 31, 64])  # 25: all slots of a chunk are padding
+@pytest.mark.parametrize(
+    "length", [25, 31, pytest.param(64, marks=pytest.mark.slow)]
+)  # 25: all slots of a chunk are padding
 def test_a_loss_on_local_logits(pool: Any, length: int) -> None:
     assert_exact(pool.run(3, own_loss, length))
 
@@ -269,20 +273,20 @@ def test_evaluation_between_training_steps(pool: Any) -> None:
 
 
 def checkpointed(rank: Any, inner: str) -> dict[str, float]:
-    model, alone = new(rank, "llama", inner=inner)
+    model, alone = new(rank, "llama", {"num_layers": 1}, inner=inner)
     for module in (model, alone):
         module.gradient_checkpointing_enable()
     return compare(model, alone, batch(alone, 31))
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_activation_checkpointing(pool: Any, inner: str) -> None:
     assert_exact(pool.run(2, checkpointed, inner), FLOAT32)
 
 
 def half(rank: Any) -> tuple[float, float]:
     """Return the largest error under autocast, and that of one device under autocast, both against float32."""
-    model, alone = new(rank, "llama", strategy="ring")
+    model, alone = new(rank, "llama", {"num_layers": 1}, strategy="ring")
     model.float(), alone.float()
     inputs = batch(alone, 64)
     loss, exact = step(alone, inputs)

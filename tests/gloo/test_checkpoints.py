@@ -98,7 +98,7 @@ def test_checkpoint_wrapper(pool: Any, wrapper: str, inner: str, is_sharded: boo
 @pytest.mark.parametrize(
     ("world_size", "inner", "options"),
     [
-        (2, "aot_eager", {}),
+        pytest.param(2, "aot_eager", {}, marks=pytest.mark.slow),
         (3, "aot_eager", {"heads_per_message": 1}),
         pytest.param(2, "inductor", {"heads_per_message": 1}, marks=pytest.mark.slow),
     ],
@@ -208,7 +208,7 @@ def compiled_backward(rank: Any, inner: str, is_around: bool, is_sharded: bool) 
 @pytest.mark.parametrize(
     ("inner", "is_around", "is_sharded"),
     [
-        ("eager", True, False),
+        pytest.param("eager", True, False, marks=pytest.mark.slow),
         pytest.param("aot_eager", False, False, marks=pytest.mark.slow),
         ("aot_eager", True, True),
     ],

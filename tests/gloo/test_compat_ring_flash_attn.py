@@ -471,6 +471,7 @@ def test_models_are_refused_with_what_to_do(pool: Any) -> None:
         assert [text for text, message in zip(expected, found, strict=True) if text not in message] == []
 
 
+@pytest.mark.slow
 def test_example() -> None:
     script = Path(__file__).parents[2] / "examples" / "ring_flash_attn_names.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]

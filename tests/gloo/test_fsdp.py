@@ -60,11 +60,19 @@ def meshes(rank: Any, data: int) -> tuple[DeviceMesh, DeviceMesh]:
     return mesh, mesh["dp", "cp"]._flatten("dp_cp")
 
 
-def new(mesh: DeviceMesh, sharded_over: DeviceMesh | None, name: str, *, when: str = "before", **options: Any) -> Any:
+def new(
+    mesh: DeviceMesh,
+    sharded_over: DeviceMesh | None,
+    name: str,
+    *,
+    when: str = "before",
+    layers: int = 1,
+    **options: Any,
+) -> Any:
     """Return (the context-parallel model sharded over a mesh, an untouched one)."""
     torch._dynamo.reset()
     policy = options.pop("fsdp", {})
-    model, alone = make(name, **options.pop("changes", {})), make(name, **options.pop("alone", {}))
+    model, alone = make(name, num_layers=layers), make(name, num_layers=layers)
     if when == "before" and sharded_over is not None:
         wrap(model, sharded_over, **policy)
     cpcompile.apply(model, mesh, axis="cp", **{"inner": "eager"} | options)
@@ -143,14 +151,13 @@ def trained(rank: Any, data: int, name: str, over: str, when: str, options: dict
         pytest.param(4, 4, "dp_cp", "after", marks=pytest.mark.slow),
         (3, 1, "cp", "before"),
         (4, 2, "dp_cp", "before"),
-        (4, 2, "dp", "after"),
+        pytest.param(4, 2, "dp", "after", marks=pytest.mark.slow),
         (4, 2, "hsdp", "before"),
         pytest.param(4, 1, "cp", "after", marks=pytest.mark.slow),
     ],
 )
 def test_trains_exactly(pool: Any, world_size: int, data: int, over: str, when: str) -> None:
-    options = {"changes": {"num_layers": 1}, "alone": {"num_layers": 1}}
-    assert_exact(pool.run(world_size, trained, data, "rotary", over, when, options))
+    assert_exact(pool.run(world_size, trained, data, "rotary", over, when, {}))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +165,7 @@ def test_trains_exactly(pool: Any, world_size: int, data: int, over: str, when: 
     [("nanogpt", "eager", "ring"), ("rotary", "aot_eager", "ulysses")],
 )
 def test_tied_weights_and_compilers(pool: Any, name: str, inner: str, strategy: str) -> None:
-    options = {"inner": inner, "strategy": strategy}
+    options = {"inner": inner, "strategy": strategy, "layers": 2}
     assert_exact(pool.run(2, trained, 1, name, "dp_cp", "before", options, timeout=200))
 
 
@@ -175,8 +182,7 @@ def overlapping(rank: Any, prefetch: int, num_layers: int) -> tuple[dict[str, fl
 
     uncached = torch._inductor.config.patch(force_disable_caches=True)
     with unittest.mock.patch("cpcompile.compile.inner.overlapped", recorded), uncached:
-        shape = {"num_layers": num_layers}
-        options = {"inner": "inductor", "prefetch": prefetch, "changes": shape, "alone": shape}
+        options = {"inner": "inductor", "prefetch": prefetch, "layers": num_layers}
         return trained(rank, 1, "rotary", "dp_cp", "before", options), most
 
 
@@ -199,8 +205,7 @@ def outlined(rank: Any, reshard: bool) -> tuple[dict[str, float], list[tuple[int
         graphs.append((targets.count("invoke_subgraph"), gathers, len(seen(gm))))
         return make_boxed_func(gm)
 
-    shape = {"num_layers": 5}
-    options = {"inner": "aot_eager", "changes": shape, "alone": shape, "fsdp": {"reshard_after_forward": reshard}}
+    options = {"inner": "aot_eager", "layers": 4, "fsdp": {"reshard_after_forward": reshard}}
     with (
         unittest.mock.patch("torch._functorch.compilers.nop", compiler),
         unittest.mock.patch.object(Config, "outlines", True),
@@ -214,18 +219,18 @@ def test_equal_layers_gather_outside(pool: Any, reshard: bool) -> None:
     assert_exact([found for found, _ in results])
     for _, graphs in results:
         (forward, gathered, views), (backward, again, _) = graphs
-        assert forward == backward == 5 and not views, graphs
+        assert forward == backward == 4 and not views, graphs
         assert gathered > 5 and bool(again) == reshard, graphs
 
 
-@pytest.mark.parametrize(
-    "reshard", [True, pytest.param(False, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("reshard", [True, False, 2])
 def test_reshards_as_told(pool: Any, reshard: bool | int) -> None:
-    options = {"inner": "aot_eager", "fsdp": {"reshard_after_forward": reshard}}
+    options = {"inner": "aot_eager", "layers": 2, "fsdp": {"reshard_after_forward": reshard}}
     assert_exact(pool.run(4, trained, 2, "rotary", "dp_cp", "before", options))
 
 
+@pytest.mark.slow
 def test_transformers_under_checkpoints(pool: Any) -> None:
     assert_exact(pool.run(2, checkpointed, timeout=200), FLOAT32)
 
@@ -255,7 +260,7 @@ def in_mixed_precision(rank: Any, policy: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize(
     "policy",
     [
-        {"param_dtype": torch.float32},
+        pytest.param({"param_dtype": torch.float32}, marks=pytest.mark.slow),
         {"param_dtype": torch.float32, "reduce_dtype": torch.float64},
         {"param_dtype": torch.float32, "output_dtype": torch.float64},
     ],
@@ -282,9 +287,9 @@ def test_inputs_are_cast(pool: Any) -> None:
 
 def from_meta(rank: Any) -> dict[str, float]:
     mesh, flat = meshes(rank, 1)
-    alone = make("rotary")
+    alone = make("rotary", num_layers=1)
     with torch.device("meta"):
-        model = make("rotary")
+        model = make("rotary", num_layers=1)
     wrap(model, flat)
     cpcompile.apply(model, mesh, axis="cp", inner="eager")
     model.to_empty(device="cpu")
@@ -313,7 +318,7 @@ def frozen(rank: Any, inner: str) -> dict[str, float]:
     return found | {f"{name} again": value for name, value in again.items()}
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_frozen_parameters(pool: Any, inner: str) -> None:
     assert_exact(pool.run(2, frozen, inner))
 
@@ -329,7 +334,9 @@ def accumulated(rank: Any, how: str) -> dict[str, float]:
     return step(model, alone, mesh, seed=14)
 
 
-@pytest.mark.parametrize("how", ["requires_gradient_sync", "no_sync of dp_cp", "no_sync of dp"])
+@pytest.mark.parametrize(
+    "how", ["requires_gradient_sync", pytest.param("no_sync of dp_cp", marks=pytest.mark.slow), "no_sync of dp"]
+)
 def test_accumulation(pool: Any, how: str) -> None:
     assert_exact(pool.run(4, accumulated, how))
 
@@ -356,7 +363,7 @@ def load(rank: Any, folder: str) -> tuple[dict[str, float], dict[str, float]]:
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in whole.items()}
-    alone = make("rotary")
+    alone = make("rotary", num_layers=1)
     alone.load_state_dict(whole)
     found = step(model, alone, mesh)
     optimizer.step()
@@ -366,7 +373,7 @@ def load(rank: Any, folder: str) -> tuple[dict[str, float], dict[str, float]]:
 def test_checkpoints_move_between_meshes(pool: Any, tmp_path: Any) -> None:
     """2 x 2 ranks save; 4 that share one sequence load and train on, and so does a process without ranks."""
     (saved, *_) = pool.run(4, save, str(tmp_path))
-    alone = make("rotary")
+    alone = make("rotary", num_layers=1)
     weights = {"model": alone.state_dict()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that there are no ranks
@@ -396,7 +403,7 @@ def test_remove(pool: Any) -> None:
 def refusal(rank: Any, kind: str) -> str:
     mesh, flat = meshes(rank, 2)
     torch._dynamo.reset()
-    model = make("rotary")
+    model = make("rotary", num_layers=1)
     axis = "cp"
     if kind == "offload":
         wrap(model, flat, offload_policy=CPUOffloadPolicy(pin_memory=False))

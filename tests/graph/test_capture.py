@@ -26,7 +26,7 @@ class DetachedInPlace(RotaryLM):
 
 
 def test_detach_in_place_becomes_detach_and_stays_exact() -> None:
-    model = DetachedInPlace().double()
+    model = DetachedInPlace(num_layers=1).double()
     found = verify(model, batch(model, 31), world_size=2, dtype=torch.float64)
     found.raise_if_wrong()
     targets = {node.target for node in found.transformed.original.graph.nodes}
@@ -35,7 +35,7 @@ def test_detach_in_place_becomes_detach_and_stays_exact() -> None:
 
 
 def test_metadata_asserts_are_dropped() -> None:
-    model = RotaryLM()
+    model = RotaryLM(num_layers=1)
     found = verify(model, batch(model, 31), world_size=2)
     assert aten._assert_tensor_metadata.default not in {n.target for n in found.transformed.original.graph.nodes}
 
@@ -62,7 +62,7 @@ class Rounds(RotaryLM):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_backward_of_the_models_own_is_refused() -> None:
-    model = Rounds()
+    model = Rounds(num_layers=1)
     with pytest.raises(CPError, match=r"a torch\.autograd\.Function has a backward of its own") as error:
         verify(model, batch(model, 31), world_size=2)
     assert "StraightThrough.apply(x * 8)" in str(error.value)
@@ -81,7 +81,7 @@ class ClampsItsParameter(RotaryLM):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_write_to_the_data_of_a_parameter_is_refused(strict: bool) -> None:
-    model = ClampsItsParameter()
+    model = ClampsItsParameter(num_layers=1)
     with pytest.raises(CPError, match=r"cannot be followed(.|\n)*data.clamp_"):
         verify(model, batch(model, 31), world_size=2, strict=strict)
 
@@ -115,7 +115,7 @@ class MaskByVmap(RotaryLM):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_mask_made_by_vmap_is_exact(has_types: bool, dynamic: bool, world_size: int) -> None:
-    model = MaskByVmap().double()
+    model = MaskByVmap(num_layers=1).double()
     inputs = batch(model, 29)
     if has_types:
         inputs["token_type_ids"] = (torch.arange(29) % 11 < 6).long().repeat(2, 1)
@@ -148,7 +148,7 @@ class MixesByVmap(RotaryLM):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_gradients_flow_through_vmap(dynamic: bool) -> None:
-    model = MixesByVmap().double()
+    model = MixesByVmap(num_layers=1).double()
     found = verify(model, batch(model, 31), world_size=2, dtype=torch.float64, dynamic=dynamic)
     found.raise_if_wrong()
     nodes = found.transformed.original.graph.nodes
@@ -173,7 +173,7 @@ class ScansByVmap(RotaryLM):
 
 
 def test_an_associative_scan_on_gathered_tokens_is_exact() -> None:
-    model = ScansByVmap().double()
+    model = ScansByVmap(num_layers=1).double()
     inputs, options = batch(model, 21), {"world_size": 2, "dynamic": False}
     verify(model, inputs, dtype=torch.float64, strict=False, **options).raise_if_wrong()
     with pytest.raises(CPError, match="associative_scan"):
@@ -194,7 +194,7 @@ class DetachesInVmap(RotaryLM):
 
 
 def test_gradients_switched_off_inside_vmap_are_refused() -> None:
-    model = DetachesInVmap().double()
+    model = DetachesInVmap(num_layers=1).double()
     with pytest.raises(CPError, match=r"torch\.vmap.*gradients are switched off(.|\n)*token\.norm\(\)"):
         verify(model, batch(model, 31), world_size=2)
     model.embed.weight.requires_grad_(False)
@@ -211,6 +211,6 @@ class LearnsAtTestTime(RotaryLM):
 
 
 def test_a_derivative_inside_the_model_is_refused() -> None:
-    model = LearnsAtTestTime()
+    model = LearnsAtTestTime(num_layers=1)
     with pytest.raises(CPError, match=r"torch\.func\.grad(.|\n)*torch\.func\.grad\(lambda"):
         verify(model, batch(model, 31), world_size=2)

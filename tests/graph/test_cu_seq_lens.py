@@ -45,7 +45,7 @@ def attentions(found: cpcompile.Verification) -> set[str]:
 @pytest.mark.parametrize(("positions", "words"), [(True, "causal, documents"), (False, "causal")])
 def test_an_attention_that_does_not_read_them_is_exact(attention: str, positions: bool, words: str) -> None:
     """What these attentions read are the positions; without them the model attends across documents, and so do the ranks."""
-    model = models.make("llama", attn_implementation=attention)
+    model = models.make("llama", num_layers=1, attn_implementation=attention)
     found = cpcompile.verify(model, collated(positions=positions), world_size=2, dtype=torch.float64)
     found.raise_if_wrong()
     assert attentions(found) == {words}
@@ -71,7 +71,7 @@ def test_an_attention_that_reads_them_sees_documents() -> None:
 
     for name, function in (("varlen", varlen), ("by_hand", by_hand)):
         AttentionInterface.register(name, function)
-    model, batch, config = models.make("llama"), collated(positions=True), Config()
+    model, batch, config = models.make("llama", num_layers=1), collated(positions=True), Config()
     model.config._attn_implementation = "varlen"
     backend = LockstepBackend(config, Axis.in_process(2), True)
     forward = compile_whole(model.forward, backend, config)
@@ -87,7 +87,7 @@ def test_an_attention_that_reads_them_sees_documents() -> None:
 
 
 def test_documents_can_be_asked_for_by_them() -> None:
-    model = models.make("llama", attn_implementation="sdpa")
+    model = models.make("llama", num_layers=1, attn_implementation="sdpa")
     batch = collated(positions=False)
     found = cpcompile.verify(model, batch, world_size=2, dtype=torch.float64, documents="cu_seqlens")
     found.raise_if_wrong()

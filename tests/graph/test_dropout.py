@@ -99,7 +99,7 @@ def test_no_tensor_of_all_weights_is_left() -> None:
     assert not count(graph.owning_module, aten.softmax.int)
 
 
-@pytest.mark.parametrize("length", [8, 11])
+@pytest.mark.parametrize("length", [pytest.param(8, marks=pytest.mark.slow), 11])
 def test_weights_are_dropped_whatever_the_number_of_ranks(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_runs, "refuse_dropout", lambda gm: None)
     model, inputs, config = DroppingWeights().double(), batch(length), Config()
@@ -184,7 +184,7 @@ def test_exact_dropout_of_a_range_of_tokens() -> None:
         verify(model, batch(13), world_size=world_size, **options).raise_if_wrong()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_exact_dropout_of_a_gpt2(world_size: int) -> None:
     model = make("gpt2", resid_pdrop=0.1, embd_pdrop=0.1)
     inputs = batch_of(model, 31)

@@ -67,7 +67,7 @@ def through_all(x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_one_graph_for_all_lengths(backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(through_all, backend=counter, dynamic=True, fullgraph=True)

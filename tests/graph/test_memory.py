@@ -88,12 +88,12 @@ def test_less_budget_never_takes_more() -> None:
 
 
 def test_heads_take_no_memory_between_the_passes_of_blocks_that_are_computed_again() -> None:
-    options: dict[str, Any] = {"memory_budget": 0.0, "balancer": "contiguous"}
+    options: dict[str, Any] = {"memory_budget": 0.0, "balancer": "contiguous", "layers": 2}
     ring, ulysses = (max(held(ledger(1024, strategy=name, **options), "saved")) for name in ("ring", "ulysses"))
     assert ring == ulysses
     # With all kept, either has q, k and v; by heads there is room for the output once more.
-    kept = [max(held(ledger(1024, strategy=name), "saved")) for name in ("ring", "ulysses")]
-    assert kept[1] - kept[0] <= LAYERS * 512 * WIDTH * 4
+    kept = [max(held(ledger(1024, layers=2, strategy=name), "saved")) for name in ("ring", "ulysses")]
+    assert kept[1] - kept[0] <= 2 * 512 * WIDTH * 4
 
 
 def test_blocks_in_checkpoints_of_the_user_are_left_to_them() -> None:
@@ -143,9 +143,11 @@ def test_the_choice_knows_what_blocks_compute_or_exchange_again() -> None:
 
 
 def test_elementwise_results_are_computed_again() -> None:
-    again, kept = (max(held(ledger(1024, recompute_elementwise=is_again), "saved")) for is_again in (True, False))
+    again, kept = (
+        max(held(ledger(1024, layers=2, recompute_elementwise=is_again), "saved")) for is_again in (True, False)
+    )
     # Of each token and block at least the input of the product behind gelu, which is four times as wide.
-    assert kept - again >= LAYERS * 512 * 4 * WIDTH * 4
+    assert kept - again >= 2 * 512 * 4 * WIDTH * 4
 
 
 def test_refuses_a_model_without_blocks() -> None:
@@ -156,19 +158,19 @@ def test_refuses_a_model_without_blocks() -> None:
 
 
 def test_what_is_there_before_a_step() -> None:
-    num = sum(p.numel() for p in Stack().parameters())
-    of = ledger(optimizer_states=2)
+    num = sum(p.numel() for p in Stack(1).parameters())
+    of = ledger(layers=1, optimizer_states=2)
     assert [phase.name for phase in of.phases] == ["forward", "backward", "optimizer"]
     assert held(of, "parameters") == [4 * num] * 3
     assert held(of, "optimizer") == [8 * num] * 3
     assert held(of, "gradients")[0] == 0 and held(of, "gradients")[2] == 4 * num
-    sharded = ledger(fully_sharded=cpcompile.FullySharded(4))
+    sharded = ledger(layers=1, fully_sharded=cpcompile.FullySharded(4))
     assert held(sharded, "parameters")[0] <= num + 4 * WIDTH * 4 and held(sharded, "gathered parameters")[0] > 0
 
 
 def test_a_wrapper_that_averages_holds_gradients_twice() -> None:
-    alone, wrapped = (ledger(grad_sync="mean", ddp=ddp) for ddp in (False, True))
-    buckets = sum(p.nbytes for p in Stack().parameters())
+    alone, wrapped = (ledger(layers=1, grad_sync="mean", ddp=ddp) for ddp in (False, True))
+    buckets = sum(p.nbytes for p in Stack(1).parameters())
     assert held(alone, "buckets") == [0] * 3 and held(wrapped, "buckets") == [buckets] * 3
     assert wrapped.peak == alone.peak + buckets and wrapped.resident == alone.resident + buckets
     with pytest.raises(ConfigError, match="ddp or fully_sharded"):
@@ -176,7 +178,7 @@ def test_a_wrapper_that_averages_holds_gradients_twice() -> None:
 
 
 def test_prints_and_gives_data() -> None:
-    found = explained()
+    found = explained(layers=1)
     text, data = str(found), found.to_dict()
     assert "predicted memory of a rank" in text and "saved" in text and "test_memory.py:" in text
     assert data["memory"]["phases"][1]["name"] == "backward"

@@ -130,13 +130,13 @@ def shapes(layers: list[Layer], **settings: Any) -> Stack:
 
 
 MODELS: dict[str, tuple[Callable[[], Stack], int]] = {
-    "equal": (lambda: shapes([Layer() for _ in range(6)]), 6),
-    "read later": (lambda: shapes([Layer() for _ in range(6)], is_u_net=True), 6),
-    "in turn": (lambda: shapes([Layer(0.1 + 0.1 * (i % 2)) for i in range(10)]), 5),
+    "equal": (lambda: shapes([Layer() for _ in range(4)]), 4),
+    "read later": (lambda: shapes([Layer() for _ in range(4)], is_u_net=True), 4),
+    "in turn": (lambda: shapes([Layer(0.1 + 0.1 * (i % 2)) for i in range(8)]), 4),
     "one differs": (lambda: shapes([Layer(0.1 if i != 5 else 0.3) for i in range(10)]), 9),
     "frozen below": (lambda: shapes([Layer() for _ in range(10)], num_frozen=5), 4),
-    "in checkpoints": (lambda: shapes([Layer() for _ in range(6)], checkpoints=True), 6),
-    "shared": (lambda: shapes([Layer()] * 6), 6),
+    "in checkpoints": (lambda: shapes([Layer() for _ in range(4)], checkpoints=True), 4),
+    "shared": (lambda: shapes([Layer()] * 4), 4),
 }
 
 
@@ -190,7 +190,7 @@ def test_twice_changes_nothing() -> None:
         assert outline_layers(gm) == 0
         assert str(gm.graph) == once
 
-    trained(shapes([Layer() for _ in range(6)]), torch.randint(11, (7,)), edit)
+    trained(shapes([Layer() for _ in range(4)]), torch.randint(11, (7,)), edit)
 
 
 def test_garbage_is_collected_seldom_only_while_a_model_is_compiled() -> None:

@@ -110,7 +110,7 @@ class ScatteredIn(Logits):
 
 
 @pytest.mark.parametrize("model", [TinyLM, Positions, ShiftedLabels, Pooled, Written, ScatteredIn])
-@pytest.mark.parametrize(("length", "world_size"), [(8, 2), (5, 3)])
+@pytest.mark.parametrize(("length", "world_size"), [pytest.param(8, 2, marks=pytest.mark.slow), (5, 3)])
 def test_keeps_numerics(model: type[nn.Module], length: int, world_size: int) -> None:
     inputs = batch(length)
     if "labels" not in model.forward.__annotations__:

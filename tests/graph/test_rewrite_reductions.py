@@ -68,7 +68,7 @@ def test_leaves_sums_and_other_dims_alone(loss: Callable[[Tensor, Tensor], Tenso
 
 
 @pytest.mark.parametrize("loss", [*MEANS, *NO_MEANS])
-@pytest.mark.parametrize(("length", "world_size"), [(8, 2), (7, 3)])
+@pytest.mark.parametrize(("length", "world_size"), [pytest.param(8, 2, marks=pytest.mark.slow), (7, 3)])
 def test_keeps_numerics(loss: Callable[[Tensor, Tensor], Tensor], length: int, world_size: int) -> None:
     result = verify(TinyLM(loss), batch(length), world_size=world_size, dtype=torch.float64, dynamic=False)
     assert result.ok, result
