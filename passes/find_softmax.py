@@ -8,7 +8,7 @@ after   w = aten.softmax(aten.sub(x, aten.amax(x, [-1], True)), -1)
         out = aten.matmul(aten.softmax(...), v)
 
 Exponentials that are set to 0 are those of minus infinity: `exp(x) * mask`. What is added to the sum of the exponentials of
-attention scores is the exponential of one more score, whose weight is dropped: `exp(x) / (1 + sum(exp(x)))`, a softmax off by one.
+attention scores is the exponential of one more score, whose weight is dropped: `exp(x) / (1 + sum(exp(x)))`, off by one.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ class Finder:
         """
 
         def of(exponential: fx.Node) -> fx.Node:
-            return source(exponential) if is_shifted else unshifted(source(exponential))[0]
+            logits = source(exponential) if is_shifted else unshifted(source(exponential))[0]
+            assert isinstance(logits, fx.Node)
+            return logits
 
         if is_exponential(exponentials):
             return of(exponentials)
@@ -195,7 +197,7 @@ def logarithm_of(before: fx.Node, exponential: fx.Node) -> fx.Node:
     if exponential.target not in VIEWS:
         return source(exponential)
     inner = logarithm_of(before, source(exponential))
-    return insert_call(before, exponential.target, inner, *exponential.args[1:])  # type: ignore[arg-type]
+    return insert_call(before, exponential.target, inner, *exponential.args[1:])
 
 
 def is_of_rows(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """Open skewed rows: a relative shift by views, which moves elements to other places of their rows, becomes a gather in rows.
 
 before  x = aten.view(aten.pad(scores, [1, 0]), [B, H, S + 1, S]); y = aten.view(aten.slice(x, 2, 1), [B, H, S, S])
-after   at = aten.arange(S) - aten.arange(S)[:, None] + S                    # y[i, j] is element `at[i, j]` from the start of row i
+after   at = aten.arange(S) - aten.arange(S)[:, None] + S                    # y[i, j] is element at[i, j] of row i, or on
         y = aten.where(at < S + 1, aten.gather(padded, -1, at), aten.gather(next_row(padded), -1, at - (S + 1)))
 
 Read as one long row, the elements keep their order; only rows get another width. So that a rank has what its rows are made of
@@ -50,7 +50,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Skew:
-    """`end` `[..., rows, width + step]` holds the elements of `rows` `[..., rows, width]` from the `offset`-th on, zeros outside."""
+    """`end` `[..., rows, width + step]` holds what `rows` `[..., rows, width]` does from an `offset` on, zeros outside."""
 
     rows: fx.Node
     end: fx.Node

@@ -18,8 +18,8 @@ from cpcompile.front.graph_inputs import weight_name
 from cpcompile.ir.annotation import annotation
 
 REMEDY = (
-    "Call torch._dynamo.reset(): the next call reads it again. If it changes from step to step, compute it in forward, or give it to "
-    "the model as an argument."
+    "Call torch._dynamo.reset(): the next call reads it again. If it changes from step to step, compute it in forward, or "
+    "give it to the model as an argument."
 )
 
 

@@ -48,8 +48,9 @@ class SlopedTable:
             return 1, 0, -1
         return (0, 1, 1) if self.origin == 0 else (0, self.origin - 1, -1)
 
-    def places(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    def places(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
         """Return what the slopes are multiplied with."""
+        rows, columns = shape[-2:]
         at = torch.arange(columns, device=device)
         if not self.of_rows:
             return at - self.origin
@@ -62,7 +63,7 @@ class SlopedTable:
         if table.shape[-2] <= row or table.shape[-1] <= column:
             return False
         slopes = table[..., row, column, None, None] * sign
-        return torch.equal(table, (slopes * self.places(*table.shape[-2:], table.device)).expand_as(table))
+        return torch.equal(table, (slopes * self.places(table.shape, table.device)).expand_as(table))
 
 
 def held(node: fx.Node) -> Any:

@@ -117,8 +117,9 @@ class Reader:
         try:
             if node.op == "get_attr":
                 return pinned(attribute(self.gm, node), tensor)
-            if (value := held(node)) is not None and not isinstance(value, SlopedTable):
-                return value
+            of_buffer: Expression | SlopedTable | None = held(node)
+            if of_buffer is not None and not isinstance(of_buffer, SlopedTable):
+                return of_buffer
             if rule is not None:
                 value = pinned(rule(self, Call.of(node)), tensor)
                 return pinned(loaded(node, tensor), tensor) if is_of_vectors(value, tensor) else value

@@ -54,9 +54,9 @@ class Masks:
 def read_masks(scores: Scores, zeroed: Sequence[Fill], reader: Reader) -> Masks | None:
     """Return the masks of scores whose weights are `zeroed` after the softmax, or None where no mask means the same.
 
-    A finite number that hides is as good as an infinite one where each row keeps a key, or where what it hides is zeroed, unless a
-    bias may hide what is left. Else it is like an addition if it absorbs what it is added to, or if nothing else is in the rows
-    that it hides whole.
+    A finite number that hides is as good as an infinite one where each row keeps a key, or where what it hides is zeroed, unless
+    a bias may hide what is left. Else it is like an addition if it absorbs what it is added to, or if nothing else is in the
+    rows that it hides whole.
     """
     masks = joined(scores.masks, reader)
     if any(may_need_gradient(masking.tensor) for masking in masks):

@@ -43,7 +43,7 @@ class Masking:
 
 @dataclass(frozen=True, slots=True)
 class Temperature:
-    """A factor of the scores that is the same along their keys, and so one of the queries, or along their queries: of the keys."""
+    """A factor of the scores that is the same along their keys, and so one of the queries; or along their queries."""
 
     tensor: fx.Node
     is_divisor: bool
@@ -122,7 +122,7 @@ class ScoreReader:
         """Read a product of scores that nothing hides yet, on either side, and a factor of their rows or columns."""
         sides = [node.args[:2], node.args[1::-1]] if node.target in _MULTIPLICATIONS else [node.args[:2]]
         for inner, factor in sides:
-            if not is_tensor(factor) or constant(self.reader, factor) is not None:
+            if not isinstance(factor, fx.Node) or not is_tensor(factor) or constant(self.reader, factor) is not None:
                 continue
             scores = self.read(inner)
             is_plain = scores is not None and not (scores.softcap or scores.masks or scores.is_shifted)

@@ -1,7 +1,9 @@
 """Zero keys: a key and a value of zeros behind the others, which every query sees, are a sink whose logit is 0.
 
-before  k = aten.cat([k, aten.zeros([B, 1, D])], 1); v likewise; mask = aten.pad(mask, [0, 1])        # add_zero_attn of MultiheadAttention
+before  k = aten.cat([k, aten.zeros([B, 1, D])], 1); v likewise; mask = aten.pad(mask, [0, 1])
 after   the attention of k, v and mask, with sinks of 0
+
+So does `add_zero_attn` of `torch.nn.MultiheadAttention` write it.
 """
 
 from __future__ import annotations
