@@ -70,7 +70,7 @@ def runner(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, options: a
     if name == "whole":
         return torch.compile(whole_loss)
     if name == OWN:
-        body.compile(hidden.new_empty(16, weight.shape[0]), [labels.new_zeros(16)], [], {})
+        body.compile(hidden.new_empty(options.chunk, weight.shape[0]), [labels.new_zeros(options.chunk)], [], {})
         return our_operator(body, options.chunk, True)
     loss = CrossEntropy(hidden.device.type, hidden.dtype, body.results[0].dtype)
     if reason := obstacle(name, loss):

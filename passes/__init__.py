@@ -17,6 +17,7 @@ from cpcompile.passes.lift_masks import lift_masks
 from cpcompile.passes.open_flex_attention import open_flex_attention
 from cpcompile.passes.open_masked_rows import open_masked_rows
 from cpcompile.passes.open_products import open_products
+from cpcompile.passes.open_skewed_rows import open_skewed_rows
 from cpcompile.passes.open_transforms import open_transforms
 from cpcompile.passes.open_varlen_attention import open_varlen_attention
 from cpcompile.passes.place_tokens import place_tokens
@@ -25,6 +26,7 @@ from cpcompile.passes.rewrite_attention import rewrite_attention
 from cpcompile.passes.rewrite_dropout import rewrite_dropout
 from cpcompile.passes.rewrite_reductions import rewrite_reductions
 from cpcompile.passes.separate_documents import separate_documents
+from cpcompile.passes.stack_writes import stack_writes
 from cpcompile.passes.sum_gradients import sum_gradients
 from cpcompile.passes.tile_rows import tile_rows
 from cpcompile.passes.unshard_parameters import unshard_parameters
@@ -32,9 +34,11 @@ from cpcompile.passes.unshard_parameters import unshard_parameters
 # Still a single-device program: these only say what the attentions are.
 ANALYSIS = (
     functionalise_writes,
+    stack_writes,
     open_masked_rows,
     open_products,
     open_transforms,
+    open_skewed_rows,
     open_flex_attention,
     open_varlen_attention,
     find_softmax,
@@ -85,6 +89,7 @@ __all__ = [
     "open_flex_attention",
     "open_masked_rows",
     "open_products",
+    "open_skewed_rows",
     "open_transforms",
     "open_varlen_attention",
     "place_tokens",
@@ -93,6 +98,7 @@ __all__ = [
     "rewrite_dropout",
     "rewrite_reductions",
     "separate_documents",
+    "stack_writes",
     "sum_gradients",
     "tile_rows",
     "unshard_parameters",

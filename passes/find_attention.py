@@ -24,6 +24,7 @@ from cpcompile.analysis.patterns.fused import is_one_operator, read_fused
 from cpcompile.analysis.patterns.nodes import erase_unused
 from cpcompile.analysis.patterns.repeated_heads import unrepeated
 from cpcompile.analysis.patterns.written_out import read_written_out
+from cpcompile.analysis.patterns.zero_keys import with_sink_for_zeros
 from cpcompile.ir.annotation import annotate
 from cpcompile.ir.insertion import insert_call, replace_uses
 from cpcompile.ir.operator_call import value_of
@@ -49,7 +50,7 @@ def find_attention(gm: fx.GraphModule, *, exact_dropout: bool = False) -> int:
         if fused is not None and not is_one_operator(fused, exact_dropout):
             replace_by(fused, written_out(fused))
         else:
-            write_operator(found)
+            write_operator(with_sink_for_zeros(found, reader))
         count += 1
     return count
 

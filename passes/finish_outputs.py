@@ -48,8 +48,9 @@ def finished_output(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> fx.Node:
     is_part = isinstance(placement, Sharded) and not placement.covers_all
     if is_part and plan.outputs != "full" and plan.strict:
         raise NoRule(
-            f"an output holds a part of the tokens ({placement}), which ranks cannot return in equal parts.\n\n{where(node)}\n\n"
-            "Return all tokens, and slice after cpcompile.unshard; or have it gathered with outputs='full' or strict=False."
+            f"an output holds other tokens than the sequence has ({placement}), which ranks cannot return in equal parts."
+            f"\n\n{where(node)}\n\nReturn all tokens, and slice or pad after cpcompile.unshard; or have it gathered with "
+            "outputs='full' or strict=False."
         )
     if isinstance(placement, Sharded) and (plan.outputs == "full" or is_part):
         node = Resharder(gm, plan).gather(node, "it is an output")

@@ -2,11 +2,12 @@
 
 before  loss = aten.cross_entropy_loss(aten.linear(aten.index(h, [mask]), w), aten.index(labels, [mask]))
         y = aten.index_put(x, [mask], images)                                # an image token each
-        z = aten.index_put(x, [mask], aten.linear(aten.index(x, [mask]), w))
+        z = aten.index_put(x, [mask], aten.add(aten.linear(aten.index(x, [mask]), w), images))
 after   logits = aten.linear(aten.masked_fill(h, ~mask, 0), w)
         loss = aten.cross_entropy_loss(flatten(logits), flatten(aten.where(mask, labels, -100)))
         y = aten.masked_scatter(x, aten.unsqueeze(mask, -1), images)
-        z = aten.where(aten.unsqueeze(mask, -1), aten.linear(aten.masked_fill(x, ~mask, 0), w), x)
+        more = aten.masked_scatter(zeros, aten.unsqueeze(mask, -1), images)
+        z = aten.where(aten.unsqueeze(mask, -1), aten.add(aten.linear(aten.masked_fill(x, ~mask, 0), w), more), x)
 
 How many rows a mask picks only running tells; how many tokens there are is known. Rows that are not picked are computed from
 zeros, by operators that are finite there, so that nothing of them reaches a gradient.
@@ -47,8 +48,11 @@ def open_masked_rows(gm: fx.GraphModule) -> int:
     Needs: operators that write nothing in place (`functionalise_writes`).
     Gives: losses of rows that a mask picks, and values in their places, as operators on all rows.
     """
-    count = sum(put_in_order(node) for node in gm.graph.find_nodes(op="call_function", target=aten.index_put.default))
-    return count + sum(Opener(rows).open() for rows in find_rows(gm.graph))
+    found = find_rows(gm.graph)
+    ends = {end for rows in found for end in rows.ends}
+    puts = gm.graph.find_nodes(op="call_function", target=aten.index_put.default)
+    count = sum(put_in_order(node) for node in puts if node not in ends)
+    return count + sum(Opener(rows).open() for rows in found)
 
 
 def put_in_order(node: fx.Node) -> bool:
@@ -110,12 +114,20 @@ class Opener:
             hidden = insert_call(node, aten.logical_not.default, as_wide(node, self.mask, value_of(x).dim()))
             return insert_call(node, aten.masked_fill.Scalar, x, hidden, 0)
         changes = {name: self.whole[operand] for name, operand in call.operands() if operand in self.whole}
+        like = next(iter(changes.values()))
+        changes |= {name: self.in_places(node, x, like) for name, x in call.operands() if x in self.rows.in_order}
         if node.target in SAME:
             return changes["self"]
         if node.target is aten.broadcast_tensors.default:
             return next(iter(changes.values()))  # read by nothing: `getitem` takes its own
         args, kwargs = call.rebound(changes)
         return insert_call(node, call.target, *args, **kwargs)
+
+    def in_places(self, before: fx.Node, values: fx.Node, like: fx.Node) -> fx.Node:
+        """Return values that have a row for each that was picked in the places of these, with zeros in the others."""
+        zeros = insert_call(before, aten.zeros_like.default, like)
+        wide = as_wide(before, self.mask, value_of(like).dim())
+        return insert_call(before, aten.masked_scatter.default, zeros, wide, values)
 
     def flat(self, before: fx.Node, x: fx.Node) -> fx.Node:
         """Return what has the dims of the mask with one dim in their place."""

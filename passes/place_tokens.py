@@ -26,10 +26,11 @@ from cpcompile.ir.placement import CHANNELS, Full, Partial, Placement, Sharded
 from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
 from cpcompile.rules import KEEPS_OUTSIDE, RULES, Decision, is_whole_dim, no_rule
+from cpcompile.rules.channels import channels_of
 from cpcompile.rules.convolution import CONVOLUTIONS
-from cpcompile.rules.fourier import for_channels
 from cpcompile.rules.joined import JoinedTokens
 from cpcompile.rules.localisation import Localiser
+from cpcompile.rules.loops import READS_A_FEW, is_loop, placement_in_loop, reads_of
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
 from cpcompile.rules.refusals import DECLARE
@@ -58,8 +59,8 @@ def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
     placer = Placer(gm, plan, Lengths.insert(gm, plan))
     for node in list(gm.graph.nodes):
         placer.place(node)
-    if not placer.resharder.num_shards and placer.joined.unknown is not None:
-        raise placer.joined.unknown
+    if not placer.resharder.num_shards and placer.joined.regrouper.unknown is not None:
+        raise placer.joined.regrouper.unknown
     return placer.resharder.num_shards
 
 
@@ -139,7 +140,7 @@ class Placer:
         by_size = HEAVY if self.plan.num_tokens or not self.plan.strict else {aten.embedding.default}
         if not hints and node.target in by_size:
             hints = self._hint_by_size(call)
-        hints = self.joined.stem(node, call, hints) if hints else hints
+        hints = self.joined.regrouper.stem(node, call, hints) if hints else hints
         if not hints or node.target not in RULES:
             return
         try:
@@ -166,9 +167,17 @@ class Placer:
 
     def _place_sharded(self, node: fx.Node, call: Call) -> None:
         """Place a call of sharded operands: by its rule, by its rule on other operands, or on whole operands."""
-        if self._place_by_parts(node, call):
+        made = self.joined.replace(node, call)
+        if made is not None:
+            self._drop([*node.users, node])  # items of what is split
+            for new in made:
+                self.place(new)
             return
+        self._enter_loop(Call.of(node))
         call = Call.of(node)
+        if not sharded_operands(call):
+            self._place_whole(node, call, hints_of(call))
+            return
         try:
             if node.target in STARTS or is_picked_by_mask(call, next(iter(sharded_operands(call).values()))):
                 self._pick_rows(node, call)
@@ -182,12 +191,16 @@ class Placer:
                 if self._align_operands(node, Call.of(node)):
                     self._localise_call(node, Call.of(node), self._decide(node))
                 elif not self.joined.join(node, Call.of(node)):
-                    if not any(change(node, Call.of(node)) for change in self.joined.changes):
+                    if any(change(node, Call.of(node)) for change in self.joined.changes):
+                        self._place_call(node)
+                    elif not self._run_by_channels(node, Call.of(node)):
                         raise
-                    self._place_call(node)
         except NoChunks:
-            if not self._scan_channels(node, Call.of(node)):
+            if node.target in SCANS and self._run_by_channels(node, Call.of(node)):
+                return
+            if not self.joined.chunk(node, Call.of(node)):
                 raise
+            self._place_call(node)
         except LengthDependent:
             raise
         except NoRule as error:
@@ -202,52 +215,37 @@ class Placer:
             call = Call.of(node)
             self._place_whole(node, call, hints_of(call))
 
-    def _scan_channels(self, node: fx.Node, call: Call) -> bool:
-        """Place a scan of tokens that are not in equal chunks: a rank scans all tokens of some channels; tells whether it can."""
-        sharded = sharded_operands(call)
-        length = self.resharder.lengths(next(iter(sharded.values()))).value
-        decision = for_channels(call, sharded, length) if node.target in SCANS else None
-        if decision is None:
+    def _enter_loop(self, call: Call) -> None:
+        """Let what reads the tokens of a value one by one read all of them, of some channels or of all, as the loop wants it."""
+        if call.target not in READS_A_FEW or not isinstance(at := placement_of(call["self"]), Sharded):
+            return
+        x = call["self"]
+        if self.exchanger.is_of_channels(at) or call.dim("dim", "self") != at.dim:
+            return
+        if not is_loop(x, at, self.resharder.lengths(at).value):
+            return
+        wanted = placement_in_loop(x, at, self.exchanger.is_of_channels)
+        if wanted is None:
+            return
+        reads = reads_of(x, at.dim)
+        if isinstance(wanted, Sharded):
+            new = self.exchanger.exchange(x, wanted)
+        else:
+            new = self.resharder.gather(x, "a loop over the tokens reads it beside channels that it does not have")
+        for read in reads:
+            read.replace_input_with(x, new)
+
+    def _run_by_channels(self, node: fx.Node, call: Call) -> bool:
+        """Place an operator that mixes tokens: a rank has all tokens of some channels; tells whether it can."""
+        wanted = channels_of(call, sharded_operands(call))
+        if not wanted:
             return False
-        changes = {name: partial(self.exchanger.exchange, to=at) for name, at in decision.exchanges.items()}
+        for name, at in sharded_operands(call).items():
+            self.joined.regrouper.number_results(node, call, call.shape(name), at.dim)
+        changes = {name: partial(self.exchanger.exchange, to=at) for name, at in wanted.items()}
         self._replace_operands(node, call, changes)
         self._localise_call(node, Call.of(node), self._decide(node))
         return True
-
-    def _place_by_parts(self, node: fx.Node, call: Call) -> bool:
-        """Place a call that joined tokens have an answer to by themselves; tells whether this is one."""
-        pieces = self.joined.pieces(node, call)
-        for piece in pieces:
-            self.place(piece)
-        if pieces:
-            for old in [*node.users, node]:
-                self._drop(old)
-            return True
-        made = self.joined.scattered(node, call)
-        if made:
-            node.replace_all_uses_with(made[-1])
-            self._drop(node)
-            for new in made:
-                self.place(new)
-            return True
-        cut = self.joined.cut(node, call)
-        if cut is not None:
-            node.replace_all_uses_with(cut)
-            self._drop(node)
-            if not isinstance(placement_of(cut), Sharded):
-                self.place(cut)
-            return True
-        attended = self.joined.attend(node, call) if node.target is torch.ops.cpcompile.attention.default else None
-        if attended is not None:
-            result = self.joined.back(node, attended)
-            node.replace_all_uses_with(result)
-            self._drop(node)
-            self._place_sharded(attended, Call.of(attended))
-        return attended is not None
-
-    def _drop(self, node: fx.Node) -> None:
-        self.replaced.add(node)
-        self.gm.graph.erase_node(node)
 
     def _decide(self, node: fx.Node) -> Decision:
         """Return what happens to a call of sharded operands, which are sharded along the dims that it needs.
@@ -267,7 +265,7 @@ class Placer:
         changes = dict.fromkeys(of_channels, self.exchanger.to_tokens)
         if decision.exchanges and not any(at.sequence == CHANNELS for at in decision.exchanges.values() if of_channels):
             changes = {name: partial(self.exchanger.exchange, to=at) for name, at in decision.exchanges.items()}
-        elif not of_channels or self._stays_along_channels(decision):
+        elif not of_channels or self._stays_along_channels(call, decision):
             return decision
         try:
             self._replace_operands(node, call, changes)
@@ -316,11 +314,17 @@ class Placer:
         if is_whole:
             annotate(node, origin="")  # ranks have other rows
 
-    def _stays_along_channels(self, decision: Decision) -> bool:
-        """Tell whether an operator on channels of this rank gives results that are sharded along these channels."""
-        results, is_of_channels = decision.results, self.exchanger.is_of_channels
-        is_plain = bool(results) and decision.lower is None
-        return is_plain and all(isinstance(at, Sharded) and is_of_channels(at) and is_whole_dim(at) for at in results)
+    def _stays_along_channels(self, call: Call, decision: Decision) -> bool:
+        """Tell whether an operator on channels of this rank gives results that have these channels as a dim of their own."""
+        if not decision.results or decision.lower is not None:
+            return False
+        return all(
+            isinstance(at, Sharded) and self.exchanger.is_of_channels(at) and self._is_dim(at, result.shape)
+            for at, result in zip(decision.results, call.results, strict=True)
+        )
+
+    def _is_dim(self, at: Sharded, shape: Sequence[Any]) -> bool:
+        return is_whole_dim(at) and shape[at.dim] == self.resharder.lengths(at).value
 
     def _fit_operands(self, node: fx.Node, call: Call) -> None:
         """Move operands that reach outside the sequence to where every token has a slot, if that is possible."""
@@ -405,10 +409,13 @@ class Placer:
             new.meta["val"] = old.meta["val"]
             annotate(new, placement=placement, origin=annotation(old).origin or old.name, is_local=False)
             old.replace_all_uses_with(new)
-        for old in {*by_item.values(), node}:
-            self.replaced.add(old)
-        for old in [*(item for item in by_item.values() if item is not node), node]:
-            self.gm.graph.erase_node(old)
+        self._drop([*(item for item in by_item.values() if item is not node), node])
+
+    def _drop(self, nodes: Sequence[fx.Node]) -> None:
+        """Take calls out of the graph that nobody reads, users first."""
+        self.replaced.update(nodes)
+        for node in nodes:
+            self.gm.graph.erase_node(node)
 
     def _place_size(self, node: fx.Node, call: Call) -> None:
         """Keep sizes those of the whole: what needs a local size asks for it."""

@@ -30,6 +30,7 @@ from cpcompile._torch.dynamo import (
 from cpcompile._torch.functorch import TransformError
 from cpcompile._torch.inductor import compile_by_rows, inner_compiler, known_options, option_fits, options_of_mode
 from cpcompile._torch.joint_graph import HalvesPass, JointPass
+from cpcompile._torch.known_values import known_value, known_values
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.overlap import OverlapPass
 from cpcompile._torch.repeated_calls import rename_sizes
@@ -75,6 +76,8 @@ __all__ = [
     "is_new_leaf",
     "is_only_traced",
     "known_options",
+    "known_value",
+    "known_values",
     "num_writes",
     "option_fits",
     "options_of_mode",

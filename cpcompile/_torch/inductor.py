@@ -12,7 +12,8 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from cpcompile._torch.joint_graph import HalvesPass, JointPass, Partitioner, in_inductor
 from cpcompile._torch.repeated_calls import schemas_once
@@ -79,25 +80,35 @@ def compile_by_rows(
     by_row: Sequence[bool],
     options: Mapping[str, Any],
 ) -> Callable[..., Any]:
-    """Return a function compiled by Inductor for any first size of the operands that `by_row` says, the same of all.
+    """Return a function compiled by Inductor for operands of fewer rows as well: those that `by_row` says, all of as many.
 
     Args:
         function: of tensors to tensors; it may write to operands.
-        operands: their values are not read.
+        operands: their values are not read. Inductor chooses kernels for as many rows as these have: of few it would divide
+            the sums along each row.
         by_row: of each operand.
         options: of Inductor.
     """
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes: list[Any] = []
-    for i, (x, varies) in enumerate(zip(operands, by_row, strict=True)):
-        sizes = [DimDynamic.DUCK if varies and dim == 0 else DimDynamic.STATIC for dim in range(x.dim())]
-        real = torch.empty(tuple(map(int, x.shape)), dtype=x.dtype, device=x.device)
-        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        fakes.append(mode.from_tensor(real, symbolic_context=context, source=ConstantSource(f"operand{i}")))
+    environment, source = ShapeEnv(), ConstantSource("rows")
+    mode = FakeTensorMode(shape_env=environment)
+    hint = next(int(x.shape[0]) for x, varies in zip(operands, by_row, strict=True) if varies)
+    at_most = StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(0, hint))  # few enough for indices of 32 bits
+    symbol = environment.create_symbol(hint, source, DimDynamic.DYNAMIC, at_most)
+    rows = environment.create_symintnode(symbol, hint=hint, source=source)
     with mode:
+        fakes: list[Any] = [
+            torch.empty(
+                (rows, *map(int, x.shape[1:])) if varies else tuple(map(int, x.shape)), dtype=x.dtype, device=x.device
+            )
+            for x, varies in zip(operands, by_row, strict=True)
+        ]
         traced = make_fx(lambda *each: function(*each))(*fakes)
-    with torch._inductor.config.patch(dict(options)):
-        compiled: Callable[..., Any] = torch._inductor.standalone_compile(traced, fakes)
+    # By itself torch 2.11 finds no sizes in this graph, and compiles it for any number of columns too: twice as slow.
+    context = torch._guards.tracing(torch._guards.TracingContext(mode))
+    with context, torch._inductor.config.patch(dict(options)):
+        compiled: Callable[..., Any] = torch._inductor.standalone_compile(
+            traced, fakes, dynamic_shapes="from_tracing_context"
+        )
     return compiled
 
 

@@ -13,8 +13,9 @@ from functools import lru_cache
 
 import torch
 
-from cpcompile.balance.token_order import TokenOrder
-from cpcompile.balance.token_spans import Span, Spans
+from cpcompile.balance.layout import follows_documents
+from cpcompile.balance.token_order import TokenOrder, segments_of
+from cpcompile.balance.token_spans import Segments, Span, Spans
 
 Part = tuple[int, int]  # tokens, and how many consecutive elements each of them has
 
@@ -26,17 +27,23 @@ class Arrangement:
     Attributes:
         parts: the sequences in the order of their positions, which is that of a rank's slots too.
         world_size: ranks that share them.
-        layout: which tokens of a sequence each rank holds; it does not follow documents.
+        layout: which tokens of a sequence each rank holds.
+        documents: where documents begin in the one sequence, for a layout that follows them.
     """
 
     parts: tuple[Part, ...]
     world_size: int
     layout: str
+    documents: Segments | None = None
 
     @classmethod
-    def of(cls, flat: Sequence[int], world_size: int, layout: str) -> Arrangement:
+    def of(cls, flat: Sequence[int], world_size: int, layout: str, bounds: torch.Tensor | None = None) -> Arrangement:
         """Return the arrangement that operators spell as `[tokens, elements, tokens, elements, ...]`."""
-        return cls(tuple(zip(flat[::2], flat[1::2], strict=True)), world_size, layout)
+        parts = tuple(zip(flat[::2], flat[1::2], strict=True))
+        follows = bounds is not None and follows_documents(layout)
+        documents = segments_of(bounds) if follows and bounds is not None else None
+        assert documents is None or len(parts) == 1, "only the sequence of the inputs has documents"
+        return cls(parts, world_size, layout, documents)
 
     @property
     def length(self) -> int:
@@ -77,7 +84,7 @@ class Arrangement:
         return _inverse(self).to(device)
 
     def _order(self, tokens: int) -> TokenOrder:
-        return TokenOrder(tokens, self.world_size, self.layout)
+        return TokenOrder(tokens, self.world_size, self.layout, self.documents)
 
 
 @lru_cache(maxsize=256)
@@ -94,7 +101,7 @@ def _of_rank(arrangement: Arrangement, rank: int, *, padding: bool) -> Spans:
     found: list[Span] = []
     slot = position = 0
     for tokens, elements in arrangement.parts:
-        order = TokenOrder(tokens, arrangement.world_size, arrangement.layout)
+        order = TokenOrder(tokens, arrangement.world_size, arrangement.layout, arrangement.documents)
         held = order.spans[rank]
         found += [
             Span(slot + s.slot * elements, position + s.position * elements, s.size * elements) for s in held if s.size

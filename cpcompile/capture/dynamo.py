@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import sys
@@ -15,11 +16,13 @@ from torch import fx
 
 from cpcompile import _torch
 from cpcompile.capture.arguments import describe_call, refuse_earlier_tokens, refuse_unnamed, takes
+from cpcompile.capture.constants import Constant, constants_of, fold_known
 from cpcompile.capture.definitions import Definitions
 from cpcompile.capture.dynamo_errors import clear_errors
 from cpcompile.capture.stages import Tracing
 from cpcompile.capture.token_inputs import KNOWN, token_dim
 from cpcompile.errors import ConfigError, InputError, LengthDependent
+from cpcompile.options.checking import did_you_mean
 from cpcompile.options.config import Config
 
 
@@ -69,6 +72,22 @@ def reading(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
     return call
 
 
+def by_names(forward: Callable[..., Any], constants: Sequence[Constant]) -> Callable[..., Any]:
+    """Return `forward` called by names that are its own, with inputs that are constants made of numbers.
+
+    Dynamo reads no signature any more once a mapping of the caller's is written to, as methods of transformers do. It is a method
+    where `forward` is one, so that modules keep their paths.
+    """
+    inner = getattr(forward, "__func__", None)
+    if isinstance(inner, types.FunctionType):
+
+        def call(self: Any, **kwargs: Any) -> Any:
+            return inner(self, **kwargs, **{each.name: each.tensor() for each in constants})
+
+        return types.MethodType(call, forward.__self__)  # type: ignore[attr-defined]
+    return (lambda **kwargs: forward(**kwargs, **{x.name: x.tensor() for x in constants})) if constants else forward
+
+
 def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: bool) -> int | None:
     """Return how many tokens the inputs have, as far as their names tell.
 
@@ -105,32 +124,41 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], con
 
     Where one graph for all lengths is refused, and one for each length may not be, it is compiled so, which a warning says.
     """
-    whole = with_own_code(reading(function, config.told_by) if config.told_by else function)
+    signature = inspect.signature(function)
+    for name in config.constants:
+        if not takes(signature, name):
+            raise ConfigError(
+                f"constants names {name!r}, which the model does not take: its inputs are {', '.join(signature.parameters)}."
+                f"{did_you_mean(name, signature.parameters)}"
+            )
+    told = reading(function, config.told_by) if config.told_by else function
     model = getattr(function, "__self__", None)
     definitions, tracing = Definitions(model), Tracing()
     is_dynamic = config.dynamic
+    programs: dict[tuple[Constant, ...], Callable[..., Any]] = {}
 
-    def compiled_now() -> Callable[..., Any]:
+    def compiled_for(constants: tuple[Constant, ...]) -> Callable[..., Any]:
         def remembering(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             tracing.end()
             definitions.remember()
+            if constants:
+                fold_known(gm)
             result: Callable[..., Any] = backend(gm, example_inputs)
             return result
 
+        whole = with_own_code(by_names(told, constants))
         # Not dynamic=True, which would make every size a symbol: `token_length` marks those that may change.
         return torch.compile(whole, backend=remembering, fullgraph=True, dynamic=None if is_dynamic else False)
 
-    compiled = compiled_now()
-
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal compiled, is_dynamic
+        nonlocal is_dynamic
         try:
             return called(*args, **kwargs)
         except LengthDependent as error:
             if not is_dynamic:
                 raise
             is_dynamic, reason = False, str(error).partition("\n\nCompute this")[0]
-            compiled = compiled_now()
+            programs.clear()
             result = called(*args, **kwargs)
         warnings.warn(
             f"one graph for all lengths cannot be sharded, so that each length is compiled by itself: {reason}\n\n"
@@ -140,22 +168,26 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], con
         return result
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        nonlocal compiled
         if not is_dynamic:
             for x in kwargs.values():
                 if isinstance(x, torch.Tensor):
                     _torch.forget_dynamic(x)
         install_recorders(model, kwargs)
         if definitions.have_changed():
-            compiled = compiled_now()  # of another backend, so that Dynamo finds nothing compiled before
+            programs.clear()  # others are of another backend, so that Dynamo finds nothing compiled before
+        constants = constants_of(kwargs, config.constants)
+        if constants not in programs:
+            programs[constants] = compiled_for(constants)
+        given = {name: x for name, x in kwargs.items() if all(name != constant.name for constant in constants)}
         # DDP has Dynamo cut the model into a graph for each bucket; the parts could not be sharded.
         with (
             clear_errors(function, kwargs),
             _torch.tracing_one_graph(),
             torch._dynamo.config.patch(optimize_ddp=False),
             tracing.call(),
+            _torch.known_values() if constants else contextlib.nullcontext(),
         ):
-            return compiled(*args, **kwargs)
+            return programs[constants](*args, **given)
 
     return call
 
@@ -187,7 +219,8 @@ def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
 def install_recorders(model: object, kwargs: Mapping[str, Any]) -> None:
     """Put the hooks into a transformers model that record what is asked for (router logits, hidden states).
 
-    The model would do so itself at its first call, under a lock that does not trace.
+    The model would do so itself at its first call, under a lock that does not trace; what makes features of images asks for a
+    layer of the encoder.
     """
     recording = sys.modules.get("transformers.utils.output_capturing")
     if recording is None or not isinstance(model, torch.nn.Module):
@@ -195,5 +228,6 @@ def install_recorders(model: object, kwargs: Mapping[str, Any]) -> None:
     for module in model.modules():
         names = getattr(module, "_can_record_outputs", None) or {}
         config = getattr(module, "config", None)
-        if any(kwargs.get(f"output_{name}", getattr(config, f"output_{name}", False)) for name in names):
+        is_asked = any(kwargs.get(f"output_{name}", getattr(config, f"output_{name}", False)) for name in names)
+        if is_asked or (names and hasattr(model, "get_image_features")):
             recording.maybe_install_capturing_hooks(module)

@@ -21,14 +21,13 @@ from torch._dynamo.exc import (
 from cpcompile import _torch
 from cpcompile.capture.arguments import did_you_mean
 from cpcompile.capture.faults import REMEDY, summary
-from cpcompile.capture.lowering import break_text, line_of
+from cpcompile.capture.lowering import VALUE_SIZE, break_text, line_of
 from cpcompile.errors import TORCH, CPError, GraphBreakError, InputError, InternalError
 
 DYNAMO_REMEDY = (
     "torch.compile(model, fullgraph=True) on one device tells whether torch alone can compile this model; if it can, please "
     "report this with the error above."
 )
-VALUE_SIZE = "a size depends on the values of a tensor, which Dynamo loses"
 
 
 @contextlib.contextmanager

@@ -39,6 +39,11 @@ FSDP_REMEDY = (
     "or after fully_shard: it takes the sharded parameters over. If fully_shard came after the first call of the model, call "
     "cpcompile.remove(model) and apply it again; torch.compile(backend='cpcompile') takes models without it."
 )
+POSITIONS_REMEDY = (
+    "Pass position_ids. In transformers: model.model.get_rope_index(input_ids, mm_token_type_ids=..., image_grid_thw=..., "
+    "attention_mask=...)[0], before the call."
+)
+VALUE_SIZE = "a size depends on the values of a tensor, which Dynamo loses"
 
 _KEPT_INPUT_META = ("tensor_dict", "grapharg")
 
@@ -152,10 +157,15 @@ def break_text(reason: str, stack: Sequence[traceback.FrameSummary]) -> str:
     """Return the text for a graph break: why, the innermost line outside torch, and what to do."""
     if "FSDP" in reason:
         return FSDP_REMEDY
-    is_of_value = reason.startswith("Could not guard on data-dependent expression")
+    is_of_value = "ata-dependent" in reason or reason == VALUE_SIZE
     by_length = (
-        " If the number follows from sizes, dynamic=False traces it: sizes are known then." if is_of_value else ""
+        " If the number follows from sizes, dynamic=False traces it: sizes are known then. If it follows from the values of an "
+        "input (grids or sizes of images), constants=['image_grid_thw'] makes these known, and compiles each combination."
+        if is_of_value
+        else ""
     )
+    if any(frame.name == "get_rope_index" for frame in stack):
+        return f"Positions of images are counted by a loop, which does not trace.{line_of(stack)}\n\n{POSITIONS_REMEDY}"
     return (
         f"The model does not trace as one graph: {reason.splitlines()[0].rstrip('.')}.{line_of(stack)}\n\n"
         "A part of a model cannot be sharded safely. Change this line so that it traces, or move the call out of the model "

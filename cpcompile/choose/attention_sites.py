@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -9,7 +12,9 @@ from cpcompile import runtime  # noqa: F401  (registers the operators)
 from cpcompile.choose.attention import AttentionSite
 from cpcompile.choose.kernels import sized
 from cpcompile.errors import LengthDependent, where
-from cpcompile.ir.operator_call import Call, size_hint
+from cpcompile.ir.annotation import annotation
+from cpcompile.ir.operator_call import Call, size_estimate, value_of, values_of
+from cpcompile.ir.placement import Sharded
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
@@ -25,6 +30,13 @@ ATTENTION_LIKE = {
 REWRITTEN = {cp.attention.default, *(getattr(cp, f"{name}_attention").default for name in STRATEGIES)}
 
 
+# What each token goes through by itself before it attends: it has one row for each.
+PRODUCTS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
+JOINS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
+
+MOST_NUMBERS = 3  # of tokens that are tried
+
+
 def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the attentions of the graph, in order."""
     return list(gm.graph.find_nodes(op="call_function", target=cp.attention.default))
@@ -35,14 +47,38 @@ def rewritten_attentions(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.target in REWRITTEN]
 
 
+def numbers_of_tokens(gm: fx.GraphModule, inputs: Container[str]) -> list[int]:
+    """Return how many tokens a model may have that makes them itself, the likeliest first.
+
+    Those of its attentions, and then the rows that products read one by one: an attention may be of a form that is not known, or
+    of windows, and a mixer has none.
+
+    Raises:
+        LengthDependent: the number of those of its attentions is symbolic.
+    """
+    found = [tokens_of_attention(gm), *sorted(rows_of_products(gm, inputs), reverse=True)]
+    return list(dict.fromkeys(number for number in found if number))[:MOST_NUMBERS]
+
+
+def rows_of_products(gm: fx.GraphModule, inputs: Container[str]) -> set[int]:
+    """Return how many rows products with a weight read of each sample, where that is the size of no input of the model."""
+    values = [x.meta.get("val") for x in gm.graph.find_nodes(op="placeholder") if x.name in inputs]
+    given = {str(n) for value in values for n in getattr(value, "shape", ())}
+    shapes = [value_of(x.args[0]).shape for x in gm.graph.find_nodes(op="call_function", target=aten.linear.default)]
+    rows = {shape[-2] for shape in shapes if len(shape) > 2}
+    return {n for n in rows if isinstance(n, int) and n > 1 and str(n) not in given}
+
+
 def tokens_of_attention(gm: fx.GraphModule) -> int:
-    """Return how many tokens most attentions have among themselves, 0 where there is none.
+    """Return how many tokens most attentions have among themselves, or else as queries; 0 where there is no attention.
+
+    Of tokens that are joined only where they attend (heads of a text and of an image), those of the longest sequence count.
 
     Raises:
         LengthDependent: the number is symbolic.
     """
-    nodes = [node for node in attention_nodes(gm) if attends_to_itself(node)]
-    sizes = [Call.of(node).shape("q")[2] for node in nodes]
+    nodes = [node for node in attention_nodes(gm) if attends_to_itself(node)] or attention_nodes(gm)
+    sizes = [longest_part(Call.of(node)["q"], Call.of(node).shape("q")[2]) for node in nodes]
     numbers = [size for size in sizes if isinstance(size, int) and size > 1]
     if sizes and not numbers and any(not isinstance(size, int) for size in sizes):
         raise LengthDependent(
@@ -50,6 +86,32 @@ def tokens_of_attention(gm: fx.GraphModule) -> int:
             "Name the input that holds them: token_dims={'name': dim}."
         )
     return max(numbers, key=numbers.count, default=0)
+
+
+def longest_part(q: fx.Node, size: Any) -> Any:
+    """Return how many tokens the queries of `size` tokens have that products read: of joined ones, those of the longest part."""
+    joined: list[Any] = []
+    seen, todo = set(), [q]
+    while todo:
+        node = todo.pop()
+        if node in seen or not any(str(n) == str(size) for x in values_of(node) for n in getattr(x, "shape", ())):
+            continue
+        seen.add(node)
+        if node.target in PRODUCTS:
+            return size
+        if node.target in JOINS and not joined:
+            call = Call.of(node)
+            dim = call.dim("dim", "tensors.0")
+            if str(call.result.shape[dim]) == str(size):
+                joined = [call.shape(name)[dim] for name, _ in call.operands()]
+        todo += node.all_input_nodes
+    return max((part for part in joined if isinstance(part, int)), default=size)
+
+
+def whole_attentions(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the attentions that every rank computes whole, with those that no pattern knows: a softmax of scores."""
+    unknown = [node for node in gm.graph.nodes if node.target in ATTENTION_LIKE and node.meta["val"].dim() > 2]
+    return [x for x in rewritten_attentions(gm) + unknown if not isinstance(annotation(x).placement, Sharded)]
 
 
 def attends_to_itself(node: fx.Node) -> bool:
@@ -64,12 +126,12 @@ def attention_site(node: fx.Node, kernel: str = "cudnn") -> AttentionSite:
     q, k, v = (call.tensor(name) for name in "qkv")
     mask = call["mask"]
     return AttentionSite(
-        batch=size_hint(q.shape[0]),
-        heads=size_hint(q.shape[1]),
-        kv_heads=size_hint(k.shape[1]),
-        tokens=size_hint(q.shape[2]),
-        head_dim=size_hint(q.shape[3]),
-        value_dim=size_hint(v.shape[3]),
+        batch=size_estimate(q.shape[0]),
+        heads=size_estimate(q.shape[1]),
+        kv_heads=size_estimate(k.shape[1]),
+        tokens=size_estimate(q.shape[2]),
+        head_dim=size_estimate(q.shape[3]),
+        value_dim=size_estimate(v.shape[3]),
         bytes_per_element=q.element_size(),
         device=q.device.type,
         is_causal=bool(call["is_causal"]),

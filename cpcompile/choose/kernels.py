@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from cpcompile.errors import ConfigError, where
-from cpcompile.ir.operator_call import Call, size_hint
+from cpcompile.ir.operator_call import Call, size_estimate
 from cpcompile.runtime import kernels
 from cpcompile.runtime.attention.arguments import AttentionArguments
 from cpcompile.runtime.attention.workload import pieces_of, sampled
@@ -38,8 +38,8 @@ def sized(call: Call) -> dict[str, Any]:
     def of(argument: Any) -> Any:
         value = argument.meta["val"] if isinstance(argument, fx.Node) else argument
         if isinstance(value, torch.Tensor):
-            return torch.empty([size_hint(n) for n in value.shape], dtype=value.dtype, device="meta")
-        return size_hint(value) if isinstance(value, torch.SymInt) else value
+            return torch.empty([size_estimate(n) for n in value.shape], dtype=value.dtype, device="meta")
+        return size_estimate(value) if isinstance(value, torch.SymInt) else value
 
     return {name: of(argument) for name, argument in call.arguments.items()}
 

@@ -39,7 +39,6 @@ INNER_REMEDY = (
     "The transformed program is right, but this compiler cannot compile it: inner='aot_eager' or 'eager' runs it without. "
     "Please report it with the error above; dynamic=False, which compiles each length by itself, may help as well."
 )
-FEW_TOKENS = 16  # what stands for any number of tokens while a chunk is compiled
 COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd")
 KEPT = (
     "inner='eager' computes nothing again in backward: activation checkpoints and reshard_after_forward change no result, but "
@@ -128,16 +127,17 @@ def compile_chunked_loss(call: Call, options: Mapping[str, Any]) -> None:
     if body.provider:
         return  # its kernels are its own
     hidden, weight = call.tensor("hidden"), call.tensor("weight")
-    rows = [few_rows(value_of(x)) for x in call["rows"]]
-    logits = hidden.new_empty(FEW_TOKENS, weight.shape[0])
+    chunk = call["chunk"]  # kernels are chosen for as many tokens
+    rows = [of_tokens(value_of(x), chunk) for x in call["rows"]]
+    logits = hidden.new_empty(chunk, weight.shape[0])
     body.compile(logits, rows, [value_of(x) for x in call["others"]], options)
 
 
 def compile_by_rows(call: Call, options: Mapping[str, Any]) -> None:
     first, *rest = call["rows"]
     rows = [
-        value_of(first).new_empty(FEW_TOKENS, value_of(first).shape[-1]),
-        *[few_rows(value_of(x)) for x in rest],
+        value_of(first).new_empty(call["tile"], value_of(first).shape[-1]),
+        *[of_tokens(value_of(x), call["tile"]) for x in rest],
     ]
     needs = [not needs_no_gradient(x) for x in (first, *rest, *call["others"])]
     function_of(call["function"]).compile(rows, [value_of(x) for x in call["others"]], needs, options)
@@ -149,9 +149,9 @@ PARTS = {
 }
 
 
-def few_rows(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of a few of the rows of a tensor `[T, ...]`."""
-    return value.new_empty(FEW_TOKENS, *value.shape[1:])
+def of_tokens(value: torch.Tensor, count: int) -> torch.Tensor:
+    """Return a tensor like `value`, `[T, ...]`, of `count` tokens."""
+    return value.new_empty(count, *value.shape[1:])
 
 
 @functools.cache

@@ -22,17 +22,18 @@ from cpcompile.choose.attention_sites import (
     ATTENTION_LIKE,
     attention_nodes,
     attention_site,
+    numbers_of_tokens,
     rewritten_attentions,
-    tokens_of_attention,
+    rows_of_products,
+    whole_attentions,
 )
 from cpcompile.choose.choice import Choice, choose
 from cpcompile.choose.kernels import likely_kernel, refuse_unable_kernel
 from cpcompile.compile.saved_results import keep_attention, keeps_result
 from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
 from cpcompile.ir.annotation import annotate, annotation
-from cpcompile.ir.operator_call import is_tensor
+from cpcompile.ir.operator_call import Call
 from cpcompile.ir.parameter_shard import ParameterShard
-from cpcompile.ir.placement import Sharded
 from cpcompile.ir.plan import Plan, sequences_of
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
@@ -138,7 +139,7 @@ def transform(
         original = copy.deepcopy(captured)
         name_origins(captured)
     analysed = copy.deepcopy(captured)
-    num_tokens = tokens_of_attention(captured) if not token_dims else 0
+    numbers = numbers_of_tokens(captured, inputs) if not token_dims else []
     ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)
     sites = [attention_site(node, likely_kernel(node, config.kernel)) for node in attention_nodes(captured)]
     if config.strategy in ("auto", "latent", "latent_heads"):
@@ -157,7 +158,7 @@ def transform(
         exact_dropout=config.exact_dropout,
         strict=config.strict,
         token_local=tuple(config.token_local),
-        num_tokens=num_tokens,
+        num_tokens=numbers[0] if numbers else 0,
         kernel=config.kernel,
         heads_per_message=config.heads_per_message,
         inner_size=axis.inner_size,
@@ -166,11 +167,19 @@ def transform(
     )
     try:
         shard_graph(captured, choice, plan, changes, times)
+        is_followed = config.balancer != "auto" or not deals_in_chunks(captured)
     except (CannotFollow, NoChunks):
+        is_followed = False
         if config.balancer != "auto":
             raise
+    if not is_followed:
         choice = choose(sites, config.strategy, config.balancer, ranks, follow=False)
         captured, plan = copy.deepcopy(analysed), replace(plan, layout=choice.layout)
+        shard_graph(captured, choice, plan, changes, times)
+    for number in numbers[1:]:
+        if is_sharded(captured):
+            break
+        captured, plan = copy.deepcopy(analysed), replace(plan, num_tokens=number)
         shard_graph(captured, choice, plan, changes, times)
     if config.loss_chunk:
         may_defer = config.logits == "auto" and config.outputs == "local" and torch.is_grad_enabled()
@@ -192,6 +201,12 @@ def transform(
         refuse_unable_kernel(rewritten_attentions(captured), config.kernel)
     check_legal(captured, config.strict)
     return Transformed(original, analysed, captured, plan, sequences_of(captured, plan), choice, changes, times)
+
+
+def deals_in_chunks(gm: fx.GraphModule) -> bool:
+    """Tell whether tokens travel because the layout follows documents and an operator needs equal chunks."""
+    rearranged = gm.graph.find_nodes(op="call_function", target=torch.ops.cpcompile.rearrange_tokens.default)
+    return any(Call.of(node)["wanted_layout"] for node in rearranged)
 
 
 def with_recomputation(gm: fx.GraphModule, sites: Sequence[AttentionSite], config: Config) -> list[AttentionSite]:
@@ -262,11 +277,7 @@ def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
 
 def warn_of_whole_attentions(gm: fx.GraphModule) -> None:
     """Say, once, which attentions every rank computes whole: `strict=False` allows it, and nothing is gained by the ranks."""
-    whole = [
-        node
-        for node in gm.graph.find_nodes(op="call_function", target=cp.attention.default)
-        if not isinstance(annotation(node).placement, Sharded)
-    ]
+    whole = whole_attentions(gm)
     if whole:
         lines = "\n".join(where(node) for node in whole)
         warnings.warn(
@@ -289,9 +300,15 @@ def token_inputs(gm: fx.GraphModule, config: Config, inputs: Mapping[str, str]) 
         return find_token_dims(gm, inputs, config.token_dims)
     except InputError:
         makes_tokens = any(node.target in ATTENTION_LIKE for node in gm.graph.nodes)
+        makes_tokens = makes_tokens or bool(rows_of_products(gm, inputs))
         if config.token_dims or (config.strict and not makes_tokens):
             raise
         return {}
+
+
+def is_sharded(gm: fx.GraphModule) -> bool:
+    """Tell whether any operator runs on local tokens."""
+    return bool(gm.graph.find_nodes(op="call_function", target=cp.shard_tokens.default))
 
 
 def check_legal(gm: fx.GraphModule, strict: bool) -> None:
@@ -300,8 +317,7 @@ def check_legal(gm: fx.GraphModule, strict: bool) -> None:
     Raises:
         CPError: no attention or other operator runs on local tokens.
     """
-    nodes = [node for node in gm.graph.nodes if node.op == "call_function" and is_tensor(node)]
-    if any(node.target is cp.shard_tokens.default for node in nodes):
+    if is_sharded(gm):
         return
     nothing = "nothing in this model could be sharded: no embedding or product meets an input with tokens."
     if strict:

@@ -26,6 +26,7 @@ from cpcompile.front.deferred_logits import DeferredLogits
 from cpcompile.front.gradient_sums import GradientSync
 from cpcompile.front.graph_inputs import GraphInputs
 from cpcompile.front.graph_text import GraphText
+from cpcompile.front.held_buffers import HeldBuffers
 from cpcompile.front.last_call import CallReader, LastCall
 from cpcompile.front.memory_plan import planned
 from cpcompile.front.sharded_parameters import Entry, LocalShards, ShardedParameters, local_rows
@@ -61,6 +62,11 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
         raise ConfigError(
             f"memory={config.memory!r} is decided once for a model, and torch.compile may compile it several times: use "
             "cpcompile.apply(model, mesh, memory=...), or memory_budget here."
+        )
+    if config.constants:
+        raise ConfigError(
+            f"constants={list(config.constants)!r} are known before Dynamo traces, and torch.compile calls this backend "
+            "afterwards: use cpcompile.apply(model, mesh, constants=...)."
         )
     prepare(config, axis)
     sync, inputs = gradient_sync(config, axis), GraphInputs(gm)
@@ -151,6 +157,7 @@ class Compiled:
             gm, example_inputs, config=config, axis=axis, shards=shards
         )
         self._agreement, self._inputs = agreement, inputs
+        self._held = HeldBuffers(self.transformed.graph)
         self._drawing = drawing_devices(self.transformed.graph)
         fsdp_groups = {group for shard in shards.values() for group in (shard.group, shard.replica_group)}
         self._text = GraphText.of(self.transformed.graph, axis, fsdp_groups)
@@ -184,6 +191,7 @@ class Compiled:
         )
 
     def __call__(self, *inputs: Any) -> Any:
+        self._held.check(inputs)
         told = self._inputs.read(inputs) if self._inputs is not None else None
         self._agreement.before_running(self._text, self._drawing, told)
         given = self._with_local_rows(inputs)

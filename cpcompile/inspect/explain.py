@@ -32,6 +32,7 @@ from cpcompile.inspect.explanation import (
     TokenLocal,
 )
 from cpcompile.inspect.graph_listing import input_name, listing, operator_name
+from cpcompile.inspect.whole_modules import whole_modules
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.operator_call import Call, is_tensor, size_hint
 from cpcompile.ir.parameter_shard import ParameterShard
@@ -99,6 +100,7 @@ def explain(
         token_inputs={names[name]: dim for name, dim in plan.token_dims.items()},
         sites=tuple(attention_sites(transformed)),
         regions=tuple(TokenLocal(r.name, source_place(r.nodes[0]), len(r.nodes)) for r in regions_of(gm)),
+        whole=tuple(whole_modules(gm)),
         inputs=tuple(sharded_inputs(gm)),
         outputs=outputs_of(gm),
         gathered=tuple(gathered_values(gm)),

@@ -60,6 +60,23 @@ class TokenLocal:
 
 
 @dataclass(frozen=True, slots=True)
+class WholeModule:
+    """A part of the model that sees no tokens (an image encoder), which every rank runs whole.
+
+    Attributes:
+        inputs: what it is computed from, with shapes: the images.
+        attentions: how many it has.
+        flops: of its products, convolutions and attentions in a forward, on every rank.
+    """
+
+    module: str
+    line: str
+    inputs: Mapping[str, tuple[int, ...]]
+    attentions: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShardedInput:
     """Where whole values become this rank's tokens: the value, its shape, the dim, and the user's line."""
 
@@ -111,6 +128,7 @@ class Explanation:
     token_inputs: Mapping[str, int]
     sites: tuple[Site, ...]
     regions: tuple[TokenLocal, ...]
+    whole: tuple[WholeModule, ...]
     inputs: tuple[ShardedInput, ...]
     outputs: tuple[Output, ...]
     gathered: tuple[GatheredValue, ...]
@@ -137,6 +155,7 @@ class Explanation:
             *self._again_lines(),
             "",
             *self._region_lines(),
+            *self._whole_lines(),
             "sharded where",
             *table(("value", "shape", "dim", "line"), [(i.value, sizes(i.shape), i.dim, i.line) for i in self.inputs]),
             "",
@@ -202,6 +221,22 @@ class Explanation:
             return []
         rows = [(r.module, r.line, r.operators) for r in self.regions]
         return [f"{len(rows)} token-local region(s)", *table(("module", "line", "operators"), rows), ""]
+
+    def _whole_lines(self) -> list[str]:
+        if not self.whole:
+            return []
+        rows = [
+            (
+                m.module,
+                m.line,
+                ", ".join(f"{name} {list(shape)}" for name, shape in m.inputs.items()),
+                m.attentions,
+                f"{m.flops:.2g}",
+            )
+            for m in self.whole
+        ]
+        title = f"{len(rows)} module(s) that see no tokens run whole on every rank"
+        return [title, *table(("module", "line", "computed from", "attentions", "flops"), rows), ""]
 
     def _gathered_lines(self) -> list[str]:
         if not self.gathered:

@@ -28,6 +28,7 @@ class Annotation:
         fill: what the mask of this attention puts in the place of scores in the model, in place of being added; 0 for none.
         takes_gradient: a gradient may reach this input.
         is_local: the recorded value is what one rank holds; elsewhere it is the whole.
+        held: what this buffer was found to hold when it was compiled, None for nothing that is known; () if nobody looked.
     """
 
     placement: Placement | tuple[Placement, ...] = FULL
@@ -41,6 +42,7 @@ class Annotation:
     fill: float = 0.0
     takes_gradient: bool = False
     is_local: bool = False
+    held: tuple[object, ...] = ()
 
 
 def annotation(node: fx.Node) -> Annotation:

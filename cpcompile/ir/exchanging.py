@@ -51,7 +51,8 @@ class Exchanger:
             plan, lengths, target = self.resharder.plan, self.resharder.lengths(at), self.resharder.lengths(to)
             if not all(x.is_of_tokens or x.is_of_channels for x in (lengths, target)):
                 raise NoRule(
-                    f"{node.target}: its result is needed with its tokens dealt as one sequence.\n\n{where(node)}"
+                    f"{node.target}: its result is needed with its tokens dealt as one sequence, by the layout {plan.layout}."
+                    f"\n\n{where(node)}\n\nUse balancer='zig_zag' or 'contiguous'."
                 )
             axis = plan.layout, plan.world_size, plan.group, lengths.bounds, target.bounds
             arguments = (node, at.dim, lengths.total, to.dim, target.total, *axis)
@@ -74,7 +75,10 @@ class Exchanger:
             Sharded(dim, sequence=sequence)
             for sequence, lengths in tokens
             for dim, size in enumerate(shape)
-            if dim != at.dim and statically_known_true(size == lengths.value)
+            if dim != at.dim
+            and at.inner == 1
+            and shape[at.dim] == self.resharder.lengths(at).value
+            and statically_known_true(size == lengths.value)
         ]
         if not found:
             raise NoRule(
@@ -88,10 +92,8 @@ class Exchanger:
 
     def _channels(self, size: int) -> int:
         """Return the number of the sequence of so many channels."""
-        known = Lengths.all_of(self.gm)
-        for number, lengths in enumerate(known):
+        for number, lengths in enumerate(Lengths.all_of(self.gm)):
             if lengths.is_of_channels and lengths.value == size:
                 return number
         slots = local_length(size, self.resharder.plan.world_size, self.resharder.plan.layout)
-        self.gm.meta["cpcompile_lengths"] = (*known, Lengths(size, size, slots, is_of_channels=True))
-        return len(known)
+        return Lengths(size, size, slots, is_of_channels=True).add(self.gm)

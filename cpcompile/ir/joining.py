@@ -24,12 +24,13 @@ from cpcompile.ir.annotation import placement_of
 from cpcompile.ir.insertion import insert_copy
 from cpcompile.ir.operator_call import expression, value_of
 from cpcompile.ir.placement import Sharded
-from cpcompile.ir.plan import Lengths
-from cpcompile.ir.resharding import UNKNOWN_OUTSIDE, Resharder, plus, times
+from cpcompile.ir.plan import Lengths, Parts
+from cpcompile.ir.resharding import UNKNOWN_OUTSIDE, Resharder, edges, times
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
-Parts = tuple[tuple[int, int], ...]  # the number of a sequence, and how many elements each of its tokens has
+# How tokens are dealt that need equal chunks, or are of a sequence without documents, where the layout follows documents.
+CHUNKED = "contiguous"
 
 
 class Joiner:
@@ -42,17 +43,40 @@ class Joiner:
     def sequence(self, size: Any, node: fx.Node) -> int:
         """Return the number of the sequence of `size` tokens, which `node` needs.
 
+        It is dealt contiguously where the layout follows documents, which only the sequences of the inputs have.
+
         Raises:
-            NoChunks: the layout follows documents, which only the sequences of the inputs have.
             NoRule: the size is not known from the inputs.
         """
         for number, lengths in enumerate(Lengths.all_of(self.gm)):
-            if lengths.is_of_tokens and str(lengths.value) == str(size):
+            if (lengths.is_of_tokens or self._is_in_chunks(lengths)) and str(lengths.value) == str(size):
                 return number
-        self._refuse_documents(node)
         with self._at_the_top():
             total = size if isinstance(size, int) else self._derived(size, node)
-        return self._add(Lengths.of_total(self.gm, self.plan, size, total))
+            lengths = Lengths.of_total(self.gm, self.plan, size, total)
+        return (replace(lengths, layout=CHUNKED) if follows_documents(self.plan.layout) else lengths).add(self.gm)
+
+    def in_chunks(self, at: Sharded) -> Sharded:
+        """Return the placement of the same tokens in equal chunks, where the layout of their sequence follows documents."""
+        of = Lengths.of(self.gm, at.sequence)
+        if not (of.is_of_tokens and follows_documents(self.plan.layout)):
+            return at
+        for number, lengths in enumerate(Lengths.all_of(self.gm)):
+            if self._is_in_chunks(lengths) and str(lengths.value) == str(of.value):
+                return replace(at, sequence=number)
+        return replace(at, sequence=replace(of, layout=CHUNKED, bounds=None).add(self.gm))
+
+    def in_order(self, at: Sharded) -> Sharded:
+        """Return the placement of the same tokens as the layout deals those of inputs."""
+        of = Lengths.of(self.gm, at.sequence)
+        if self._is_in_chunks(of):
+            for number, lengths in enumerate(Lengths.all_of(self.gm)):
+                if lengths.is_of_tokens and str(lengths.value) == str(of.value):
+                    return replace(at, sequence=number)
+        return at
+
+    def _is_in_chunks(self, lengths: Lengths) -> bool:
+        return lengths.layout == CHUNKED and follows_documents(self.plan.layout)
 
     def joined(self, parts: Parts, node: fx.Node) -> int:
         """Return the number of the sequence that has `parts` behind one another; one part by itself is that sequence."""
@@ -63,15 +87,11 @@ class Joiner:
             if lengths.parts == parts and not lengths.layout:
                 return number
         of = [(Lengths.of(self.gm, sequence), elements) for sequence, elements in parts]
-        graph, value = self.gm.graph, sum(lengths.value * elements for lengths, elements in of)
-        total: fx.Node | int = 0
-        local: fx.Node | int = 0
+        value = sum(lengths.value * elements for lengths, elements in of)
         with self._at_the_top():
-            for lengths, elements in of:
-                total = plus(graph, total, times(graph, lengths.total, elements))
-                local = plus(graph, local, times(graph, lengths.local, elements))
+            total, local = (edges(self.gm, parts, is_local=is_local)[-1] for is_local in (False, True))
         is_padded = any(lengths.has_padding(self.plan) for lengths, _ in of)
-        return self._add(Lengths(value, total, local, parts=parts, is_padded=is_padded))
+        return Lengths(value, total, local, parts=parts, is_padded=is_padded).add(self.gm)
 
     def slots(self, joined: int) -> int:
         """Return the number of the sequence that the slots of all ranks are, laid end to end, padding included."""
@@ -82,7 +102,7 @@ class Joiner:
         for number, lengths in enumerate(Lengths.all_of(self.gm)):
             if lengths.layout == "contiguous" and str(lengths.value) == str(value):
                 return number
-        return self._add(Lengths(value, total, of.local, is_padded=False, layout="contiguous"))
+        return Lengths(value, total, of.local, is_padded=False, layout="contiguous").add(self.gm)
 
     def parts_of(self, at: Sharded) -> Parts:
         """Return what one period of the dim of a placement is made of."""
@@ -98,6 +118,10 @@ class Joiner:
     def is_plain(self, size: Any, at: Sharded) -> bool:
         """Tell whether a dim of this size has one element for each token of one sequence, in its order."""
         return at.inner == 1 and not Lengths.of(self.gm, at.sequence).parts and self.outer_of(size, at) == 1
+
+    def can_rearrange(self, at: Sharded) -> bool:
+        """Tell whether what a placement holds outside the sequence, if anything, is what a rearrangement writes there: zeros."""
+        return not at.reaches_outside or at.outside == 0.0
 
     def in_slots(self, size: Any, at: Sharded, node: fx.Node) -> Sharded:
         """Return the placement of a dim of this size as one joined sequence, which the ranks hold as they do now."""
@@ -121,10 +145,10 @@ class Joiner:
         assert isinstance(at, Sharded) and at.dim == to.dim
         if at == to:
             return node
-        if at.reaches_outside or to.reaches_outside:
+        is_same_range = replace(at, sequence=to.sequence) == to
+        if not is_same_range and (to.reaches_outside or not self.can_rearrange(at)):
             raise NoRule(f"{UNKNOWN_OUTSIDE}.\n\n{where(node)}")
         if (node, to) not in self._rearranged:
-            self._refuse_documents(node)
             size = value_of(node).shape[at.dim]
             outers = [self.outer_of(size, place) for place in (at, to)]
             times_each = (1, 1) if str(outers[0]) == str(outers[1]) else tuple(outers)
@@ -132,8 +156,15 @@ class Joiner:
                 raise LengthDependent(f"a dim of {size} holds an unknown number of sequences.\n\n{where(node)}")
             offset = at.front * at.inner - to.front * to.inner
             places = [self.spelled(place, n) for place, n in zip((at, to), times_each, strict=True)]
-            with self.gm.graph.inserting_before(node.next):
-                axis = self.plan.layout, self.plan.world_size, self.plan.group
+            of, target = (Lengths.of(self.gm, place.sequence) for place in (at, to))
+            if any(x.bounds is not None for x in (of, target)) and any(len(place) > 2 for place in places):
+                self._refuse_documents(node)
+            layouts = of.layout or self.plan.layout, target.layout or self.plan.layout
+            bounds = of.bounds or target.bounds
+            axis: tuple[Any, ...] = (layouts[0], self.plan.world_size, self.plan.group)
+            if bounds is not None or layouts[0] != layouts[1]:
+                axis = (*axis, layouts[1], bounds)
+            with self.gm.graph.inserting_before(max([node, *Lengths.bounds_of(self.gm)]).next):
                 arguments = (node, at.dim, *places, offset, True, *axis)
                 self._rearranged[node, to] = insert_copy(
                     self.gm.graph, cp.rearrange_tokens.default, arguments, node, to
@@ -144,11 +175,6 @@ class Joiner:
         """Return the arrangement of a placement as operators spell it."""
         pairs = [(Lengths.of(self.gm, sequence).total, elements) for sequence, elements in self.parts_of(at) * outer]
         return [argument for pair in pairs for argument in pair]
-
-    def _add(self, lengths: Lengths) -> int:
-        known = Lengths.all_of(self.gm)
-        self.gm.meta["cpcompile_lengths"] = (*known, lengths)
-        return len(known)
 
     def _at_the_top(self) -> Any:
         return self.gm.graph.inserting_before(self.resharder.first_call())

@@ -45,6 +45,12 @@ def size_hint(size: Any) -> int:
     return int(size if hint is None else hint)
 
 
+def size_estimate(size: Any) -> int:
+    """Return a size as a number where only costs depend on it; one that values decide (how many images there are) counts as 1."""
+    is_known = not isinstance(size, torch.SymInt) or size.node.hint is not None
+    return size_hint(size) if is_known else 1
+
+
 def expression(size: Any) -> sympy.Expr:
     """Return a size as an expression; symbolic sizes keep their symbol."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))

@@ -66,6 +66,9 @@ class Plan:
         return local_length(length, self.world_size, self.layout) * self.world_size != length
 
 
+Parts = tuple[tuple[int, int], ...]  # the number of a sequence, and how many elements each of its tokens has
+
+
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """The number of tokens and of local slots, as values (possibly symbolic) and as graph arguments (nodes or ints).
@@ -83,7 +86,7 @@ class Lengths:
     total: fx.Node | int
     local: fx.Node | int
     bounds: fx.Node | None = None
-    parts: tuple[tuple[int, int], ...] = ()
+    parts: Parts = ()
     is_padded: bool | None = None
     layout: str = ""
     is_of_channels: bool = False
@@ -120,6 +123,12 @@ class Lengths:
         """Return the lengths of every sequence, in the order of their numbers."""
         lengths: tuple[Lengths, ...] = gm.meta["cpcompile_lengths"]
         return lengths
+
+    def add(self, gm: fx.GraphModule) -> int:
+        """Return the number of this sequence, which is new."""
+        known = Lengths.all_of(gm)
+        gm.meta["cpcompile_lengths"] = (*known, self)
+        return len(known)
 
     @classmethod
     def bounds_of(cls, gm: fx.GraphModule) -> list[fx.Node]:

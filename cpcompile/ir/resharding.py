@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.insertion import fake_result, insert_copy, keep_source
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
 from cpcompile.ir.placement import FULL, Full, Placement, Sharded
-from cpcompile.ir.plan import Lengths, Plan
+from cpcompile.ir.plan import Lengths, Parts, Plan
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
@@ -149,18 +150,16 @@ class Resharder:
                 x = self._hold(aten.unflatten.int, (node, dim, [outer, -1]), node, placement_of(node))
                 x.meta["val"] = torch.unflatten(value, dim, (outer, -1))
                 dim += 1
-            start: fx.Node | int = 0
-            for sequence, elements in lengths.parts:
-                part = Sharded(dim, at.inner * elements, sequence=sequence)
-                of_part = self.lengths(part)
-                count = of_part.total if is_whole else of_part.local
-                end = plus(graph, start, times(graph, count, part.inner))
+            parts = tuple((sequence, at.inner * elements) for sequence, elements in lengths.parts)
+            for (sequence, elements), (start, end) in zip(
+                parts, pairwise(edges(self.gm, parts, is_local=not is_whole)), strict=True
+            ):
+                part = Sharded(dim, elements, sequence=sequence)
                 piece = self._hold(aten.slice.Tensor, (x, dim, start, end), node, FULL if is_whole else part)
                 shape = list(x.meta["val"].shape)
-                shape[dim] = of_part.value * part.inner
+                shape[dim] = self.lengths(part).value * part.inner
                 piece.meta["val"] = value.new_empty(shape)
                 pieces.append(make(piece, part))
-                start = end
             joined = self._hold(aten.cat.default, (pieces, dim), node, FULL)
             if outer != 1:
                 joined = self._hold(aten.flatten.using_ints, (joined, dim - 1, dim), node, FULL)
@@ -205,6 +204,19 @@ def plus(graph: fx.Graph, a: fx.Node | int, b: fx.Node | int) -> fx.Node | int:
 def times(graph: fx.Graph, a: fx.Node | int, b: fx.Node | int) -> fx.Node | int:
     """Return the graph argument a * b; inserts where the graph inserts."""
     return a if b == 1 else _combined(graph, operator.mul, a, b)
+
+
+def edges(gm: fx.GraphModule, parts: Parts, *, is_local: bool) -> list[fx.Node | int]:
+    """Return where each part begins in a dim that has them behind one another, and where the last ends.
+
+    Counts the slots of one rank, or all tokens; inserts where the graph inserts.
+    """
+    found: list[fx.Node | int] = [0]
+    for sequence, elements in parts:
+        lengths = Lengths.of(gm, sequence)
+        count = times(gm.graph, lengths.local if is_local else lengths.total, elements)
+        found.append(plus(gm.graph, found[-1], count))
+    return found
 
 
 def _combined(graph: fx.Graph, function: Any, a: fx.Node | int, b: fx.Node | int) -> fx.Node | int:

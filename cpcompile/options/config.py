@@ -100,6 +100,8 @@ class Config:
             replaced or loaded since; otherwise ranks whose weights differ are refused.
         token_dims: input name to the dim of its tokens (-1: the last), for models whose token inputs are not `input_ids` or
             `inputs_embeds`.
+        constants: inputs whose values decide sizes, by name: the grids of images of a vision encoder (`image_grid_thw`,
+            `image_sizes`). Each combination of their values is compiled by itself.
         exact_dropout: dropout draws what one device draws from the same seed, which costs the random numbers of the whole
             tensor on every rank at each site; ranks must be seeded alike. Otherwise each rank draws for its own tokens,
             and losses agree with those of one device in distribution.
@@ -141,6 +143,7 @@ class Config:
     check_inputs: str = "always"
     sync_weights: bool = False
     token_dims: Mapping[str, int] = field(default_factory=dict)
+    constants: Sequence[str] = ()
     exact_dropout: bool = False
     token_local: Sequence[str] = ()
     strict: bool = True

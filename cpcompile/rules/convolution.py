@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -132,20 +133,68 @@ def cut_off(user: fx.Node, dim: int) -> tuple[int, int] | None:
 
 
 def by_chunk(writer: Lowering, x: fx.Node, dim: int, padding: list[int], chunks: int) -> fx.Node:
-    """Return the convolution of extended chunks, which are as many more sequences of the batch."""
-    call = writer.call
-    rank = len(padding)
+    """Return the convolution of extended chunks."""
+    call, rank = writer.call, len(padding)
     is_batched = len(call.shape("input")) == rank + 2
     if not is_batched:
         x, dim = writer.insert(aten.unsqueeze.default, x, 0), dim + 1
-    if chunks > 1:
-        x = writer.insert(aten.unflatten.int, x, dim, [chunks, -1])
-        x = writer.insert(aten.movedim.int, x, dim, 1)
-        x = writer.insert(aten.flatten.using_ints, x, 0, 1)
-    stride, dilation = spatial(call, "stride"), spatial(call, "dilation")
-    x = writer.insert(BY_RANK[rank], x, call["weight"], call["bias"], stride, padding, dilation, call["groups"])
-    if chunks > 1:
-        x = writer.insert(aten.unflatten.int, x, 0, [-1, chunks])
-        x = writer.insert(aten.movedim.int, x, 1, dim)
-        x = writer.insert(aten.flatten.using_ints, x, dim, dim + 1)
+    others = spatial(call, "stride"), padding, spatial(call, "dilation"), call["groups"]
+
+    def run(x: fx.Node) -> fx.Node:
+        return writer.insert(BY_RANK[rank], x, call["weight"], call["bias"], *others)
+
+    x = with_chunks_as_rows(writer, x, dim, dim, chunks, run)
     return x if is_batched else writer.insert(aten.squeeze.dim, x, 0)
+
+
+def with_chunks_as_rows(
+    writer: Lowering, x: fx.Node, dim: int, to: int, chunks: int, run: Callable[[fx.Node], fx.Node]
+) -> fx.Node:
+    """Return what `run` makes of extended chunks, which are as many more rows of the batch: their tokens go from `dim` to `to`."""
+    if chunks == 1:
+        return run(x)
+    x = writer.insert(aten.unflatten.int, x, dim, [chunks, -1])
+    x = writer.insert(aten.movedim.int, x, dim, 1)
+    x = run(writer.insert(aten.flatten.using_ints, x, 0, 1))
+    x = writer.insert(aten.unflatten.int, x, 0, [-1, chunks])
+    x = writer.insert(aten.movedim.int, x, 1, to)
+    return writer.insert(aten.flatten.using_ints, x, to, to + 1)
+
+
+@rule(aten.im2col.default)
+def patches(call: Call) -> Indices:
+    """[n c h w] -> [n (c k) l], mixing all but n"""
+    batch: Names = ("n",) if len(call.shape("self")) == 4 else ()
+    return Indices({"self": (*batch, None, None, None)}, ((*batch, None, None),))
+
+
+@along_tokens(aten.im2col.default)
+def patches_along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each chunk is extended by the tokens that its patches read; the other dim leaves one patch for each token"""
+    at, shape = operands["self"], call.shape("self")
+    i = at.dim - 2
+    if len(shape) != 4 or i < 0 or not holds_tokens_only(call, "self", at, length) or call["stride"][i] != 1:
+        return None
+    if (at.reaches_outside and at.outside != 0.0) or str(call.result.shape[2]) != str(patches_of(call, i)):
+        return None
+    reach, pad = call["dilation"][i] * (call["kernel_size"][i] - 1), call["padding"][i]
+    result = range_of_windows(call, at, reach, (pad, pad))
+    before = result.front + pad - at.front
+    padding = [0 if j == i else each for j, each in enumerate(call["padding"])]
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        x, chunks = writer.call["self"], writer.chunks
+        x = writer.insert(cp.halo_tokens.default, x, at.dim, before, reach - before, writer.length, *writer.axis)
+
+        def run(x: fx.Node) -> fx.Node:
+            return writer.insert(call.target, x, call["kernel_size"], call["dilation"], padding, call["stride"])
+
+        return [with_chunks_as_rows(writer, x, at.dim, 2, chunks, run)]
+
+    return Decision({"self": at}, (replace(result, dim=2),), padding={"self": 0.0}, lower=lower)
+
+
+def patches_of(call: Call, i: int) -> Any:
+    """Return how many patches begin along a spatial dim."""
+    size, reach = call.shape("self")[2 + i], call["dilation"][i] * (call["kernel_size"][i] - 1)
+    return (size + 2 * call["padding"][i] - reach - 1) // call["stride"][i] + 1

@@ -10,14 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import Call, expression
 from cpcompile.ir.placement import FULL, Placement, Sharded
 from cpcompile.rules import dims, pooling  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along import along_tokens, holds_tokens_only
-from cpcompile.rules.convolution import CONVOLUTIONS, paddings, range_of_windows, reaches, spatial
+from cpcompile.rules.convolution import (
+    CONVOLUTIONS,
+    by_chunk,
+    is_transposed,
+    paddings,
+    range_of_windows,
+    reaches,
+    spatial,
+)
 from cpcompile.rules.registry import Decision, Lowering
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
@@ -57,6 +66,45 @@ def stride_along(call: Call, dim: int) -> int | None:
     return None
 
 
+def overlap_along(call: Call, dim: int) -> int | None:
+    """Return how many more groups of a stride the windows of a convolution read along a dim; None if it has no stride there."""
+    if call.target not in CONVOLUTIONS or is_transposed(call):
+        return None
+    i = dim - (len(call.shape("input")) - len(paddings(call)))
+    stride = int(spatial(call, "stride")[i]) if i >= 0 else 1
+    return reaches(call)[i] // stride if stride > 1 else None
+
+
+@along_tokens(*CONVOLUTIONS)
+def overlapping(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each rank has whole groups of tokens, and reads those behind its chunks that its windows reach"""
+    at = operands.get("input")
+    if set(operands) != {"input"} or at is None or at.inner == 1 or not at.covers_all:
+        return None
+    reach, rank = overlap_along(call, at.dim), len(paddings(call))
+    i = at.dim - (len(call.shape("input")) - rank)
+    others = [before if j != i else 0 for j, (before, _) in enumerate(paddings(call))]
+    is_even = all(before == behind for j, (before, behind) in enumerate(paddings(call)) if j != i)
+    if not reach or at.inner != spatial(call, "stride")[i] or paddings(call)[i] != (0, 0) or not is_even:
+        return None
+
+    def lower(writer: Lowering) -> Sequence[fx.Node]:
+        x, dim, chunks = writer.call["input"], at.dim, writer.chunks
+        x = writer.insert(aten.unflatten.int, x, dim, [-1, at.inner])
+        x = writer.insert(cp.halo_tokens.default, x, dim, 0, reach, writer.length, *writer.axis)
+        x = writer.insert(aten.flatten.using_ints, x, dim, dim + 1)
+        return [by_chunk(writer, x, dim, others, chunks)]
+
+    wanted = {name: at if name == "input" else FULL for name, _ in call.operands()}
+    return Decision(wanted, (result_of_groups(call, at, length),), lower=lower)
+
+
+def result_of_groups(call: Call, at: Sharded, length: Any) -> Sharded:
+    """Return the placement of a result for each group; the last groups may have none."""
+    back = sympy.expand(expression(length) - expression(call.results[0].shape[at.dim]))
+    return replace(at, inner=1, back=int(back))
+
+
 @along_tokens(*CONVOLUTIONS, *POOLS)
 def strided(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
     """each rank has whole groups of tokens, and a result for each"""
@@ -65,7 +113,7 @@ def strided(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decisio
     if at is None or len(operands) > 1 or at.inner == 1 or stride_along(call, at.dim) != at.inner or not at.covers_all:
         return None
     others: dict[str, Placement] = {other: FULL for other, _ in call.operands() if other != name}
-    return Decision({name: at, **others}, (replace(at, inner=1),) * len(call.results))
+    return Decision({name: at, **others}, (result_of_groups(call, at, length),) * len(call.results))
 
 
 @along_tokens(aten.unfold.default)

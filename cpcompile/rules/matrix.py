@@ -79,6 +79,16 @@ def baddbmm(call: Call) -> Indices:
     return Indices(operands, (("b", "m", "n"),), gathers=("batch2",))
 
 
+@rule(aten.linalg_solve_triangular.default)
+def solve_triangular(call: Call) -> Indices:
+    """[... i i], [... i n] -> [... i n], closed along i"""
+    shape = tuple(call.result.shape)
+    batch: Names = tuple(f"d{i}" for i in range(len(shape) - 2))
+    of_system, of_columns = (aligned(call.shape(name)[:-2], shape[:-2]) for name in ("self", "B"))
+    columns: Names = (None, "n") if call["left"] else ("n", None)
+    return Indices({"self": (*of_system, None, None), "B": (*of_columns, *columns)}, ((*batch, *columns),))
+
+
 @rule(aten.cdist.default, aten._cdist_forward.default)
 def distances(call: Call) -> Indices:
     """[... m k], [... n k] -> [... m n]"""

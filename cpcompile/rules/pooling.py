@@ -89,13 +89,6 @@ def norm_along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Deci
     )
 
 
-@rule(aten.im2col.default)
-def patches(call: Call) -> Indices:
-    """[n c h w] -> [n (c k) l], mixing all but n"""
-    batch: Names = ("n",) if len(call.shape("self")) == 4 else ()
-    return Indices({"self": (*batch, None, None, None)}, ((*batch, None, None),))
-
-
 @rule(aten.unfold.default)
 def windows(call: Call) -> Indices:
     """[a b] -> [a b' w], mixing b"""

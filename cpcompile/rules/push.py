@@ -8,18 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import fx
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Partial, Placement, Sharded
 from cpcompile.rules import KEEPS_OUTSIDE, REASONS, RULES, Decision, no_rule
-
-aten = torch.ops.aten
-
-# Operators that may read single tokens, which their owners send to all ranks, and how often one value may be read so.
-READS_A_FEW = {aten.select.int, aten.slice.Tensor}
-MAX_READS = 16
+from cpcompile.rules.loops import MAX_READS, READS_A_FEW
 
 LengthOf = Callable[[Sharded], Any]
 

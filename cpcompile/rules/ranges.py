@@ -55,6 +55,11 @@ def is_few(count: Any, length: Any) -> bool:
     return bool(count.is_Integer and count > 0 and (not isinstance(length, int) or 4 * count <= length))
 
 
+def has_none(part: torch.Tensor, dim: int) -> bool:
+    """Tell whether a part of the tokens has none of them: every rank has all of it, and no slots of others."""
+    return bool(expression(part.shape[dim]) == 0)
+
+
 def bounds(call: Call) -> tuple[sympy.Expr, sympy.Expr]:
     """Return where a slice of step 1 starts and stops, counted from the front."""
     dim, argument = call.dim("dim", "self"), call["start"]
@@ -95,7 +100,9 @@ class SliceRule:
             return Decision({"self": at}, (at,))
         off = sliced_off(call)
         decision = None
-        if off == (0, 0):
+        if has_none(call.result, at.dim):
+            decision = Decision({"self": at}, (FULL,), {"start": 0, "end": 0})
+        elif off == (0, 0):
             decision = self._range(at, at)
         elif holds_tokens_only(call, "self", at, length) and call["step"] == 1:
             start, stop = bounds(call)
@@ -147,7 +154,9 @@ def split(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
         count = expression(part.shape[at.dim])
         back = sympy.expand(size - start - count)
         starts.append(start)
-        if is_few(count, length) and can_pick(at, start, length):
+        if has_none(part, at.dim):
+            placements.append(FULL)
+        elif is_few(count, length) and can_pick(at, start, length):
             placements.append(addend_of(part))
         elif start.is_Integer and back.is_Integer:
             placements.append(at.with_range(at.front + int(start), at.back + int(back)))
@@ -160,6 +169,8 @@ def split(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
         for part, first, placement in zip(call.results, starts, placements, strict=True):
             if isinstance(placement, Sharded):
                 nodes.append(writer.insert(aten.alias.default, writer.call["self"]))
+            elif has_none(part, at.dim):
+                nodes.append(writer.insert(aten.slice.Tensor, writer.call["self"], at.dim, 0, 0))
             else:
                 nodes.append(added_up(writer, pick(writer, at, first, int(part.shape[at.dim]), length)))
         return nodes

@@ -215,7 +215,10 @@ def is_whole_dim(at: Sharded) -> bool:
 
 def along_channels(call: Call, indices: Indices, given: Mapping[str, Sharded]) -> dict[str, Sharded]:
     """Return how all operands can be sharded along the longest dim that they and the result share; {} if there is none."""
-    common = [name for name in indices.results[0] if name and all(name in indices.operands[o] for o in given)]
+    if not all(o in indices.operands for o in given):
+        return {}
+    kept = [name for name in indices.results[0] if all(name in names for names in indices.results)]
+    common = [name for name in kept if name and all(name in indices.operands[o] for o in given)]
     found: list[tuple[int, dict[str, Sharded]]] = []
     for name in common:
         to = {o: Sharded(indices.operands[o].index(name), sequence=CHANNELS) for o in given}

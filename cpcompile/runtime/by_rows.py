@@ -46,7 +46,7 @@ class RowFunction:
     def compile(
         self, rows: Sequence[Tensor], others: Sequence[Tensor], needs: Sequence[bool], options: Mapping[str, Any]
     ) -> None:
-        """Have Inductor compile forward and backward for any number of tokens, given operands of a few."""
+        """Have Inductor compile forward and backward for any number of tokens, given operands of a tile."""
         grads = [rows[0].new_zeros(rows[0].shape[0], *inner, dtype=dtype) for inner, dtype in self.results]
         by_row = [True] * len(rows) + [False] * len(others)
         forward, backward = (self._kinds(rows, others, of) for of in (None, needs))

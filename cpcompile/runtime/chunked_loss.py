@@ -77,7 +77,7 @@ class Body:
     def compile(
         self, logits: Tensor, rows: Sequence[Tensor], others: Sequence[Tensor], options: Mapping[str, Any]
     ) -> None:
-        """Have Inductor compile `step` for any number of tokens, given operands of a few."""
+        """Have Inductor compile `step` for any number of tokens, given operands of a chunk."""
         kinds = kinds_of(logits, rows, others)
         if kinds not in self._compiled:
             smooth = [r for r in self.results if r.has_gradient]
@@ -297,8 +297,9 @@ def loss_and_gradients(
         [torch.ones((), dtype=r.dtype, device=hidden.device) for r in of.results if r.has_gradient] if not grads else []
     )
     of_rows = [r.inner is not None for r in of.results if r.has_gradient]
+    rows_of = hidden.shape[:-1]  # counted, since a result may have no element in each
     given = sums or [
-        g.reshape(-1, *g.shape[hidden.dim() - 1 :]) if by else g for g, by in zip(grads, of_rows, strict=True)
+        g.reshape(rows_of.numel(), *g.shape[len(rows_of) :]) if by else g for g, by in zip(grads, of_rows, strict=True)
     ]
     if of.provider:
         head = hidden.reshape(-1, hidden.shape[-1]), weight, bias

@@ -75,7 +75,8 @@ def _move_tokens(a: Arguments) -> Traffic:
 
 
 def _rearrange_tokens(a: Arguments) -> Traffic:
-    source, target = (Arrangement.of(a[name], a["world_size"], a["layout"]) for name in ("held", "wanted"))
+    source = Arrangement.of(a["held"], a["world_size"], a["layout"])  # where documents begin is not read
+    target = Arrangement.of(a["wanted"], a["world_size"], a.get("wanted_layout") or a["layout"])
     element = _bytes(a["x"]) // source.local_length
     route = Route(1, (a["offset"],))
     forward = most_sent(source.spans, target.spans_with_padding if a["fills"] else target.spans, route)

@@ -44,8 +44,8 @@ class Unsound(Exception):
     """The untouched model has no loss that a comparison could use."""
 
 
-def gather_evidence(model: nn.Module, inputs: Mapping[str, Any]) -> Evidence:
-    """Run a copy of the untouched model in float64, or else in float32: some models keep what their last run computed.
+def gather_evidence(model: nn.Module, inputs: Mapping[str, Any], widest: torch.dtype = torch.float64) -> Evidence:
+    """Run a copy of the untouched model in `widest`, or else in float32: some models keep what their last run computed.
 
     A model that draws random numbers while training is run in evaluation mode.
 
@@ -55,8 +55,10 @@ def gather_evidence(model: nn.Module, inputs: Mapping[str, Any]) -> Evidence:
     """
     model = copy.deepcopy(model)
     try:
-        dtype, first = torch.float64, run(model, inputs, torch.float64)
+        dtype, first = widest, run(model, inputs, widest)
     except Exception:
+        if widest == torch.float32:
+            raise
         dtype, first = torch.float32, run(model, inputs, torch.float32)
     generator = random_state()
     again = run(model, inputs, dtype)

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpcompile.choose.attention_sites import ATTENTION_LIKE, rewritten_attentions
-from cpcompile.compile.transform import Transformed
+from cpcompile.choose.attention_sites import whole_attentions
+from cpcompile.errors import InputError
 from cpcompile.inspect.verification import Verification
 from cpcompile.inspect.verify import Verifier
-from cpcompile.ir.annotation import annotation
-from cpcompile.ir.placement import Sharded
 from cpcompile.zoo.build import build
 from cpcompile.zoo.classify import classify, own_failure
 from cpcompile.zoo.evidence import Evidence, changed_by_capture, gather_evidence, in_dtype
@@ -120,6 +118,12 @@ class Subject:
         verifier = self._verifiers[training]
         return verifier(world_size=variant.world_size, strict=variant.strict, **self.options)
 
+    def narrow(self) -> None:
+        """Compare in float32 from now on."""
+        self.evidence = gather_evidence(self.model, self.inputs, torch.float32)
+        self.inputs = in_dtype(self.inputs, torch.float32)
+        self._verifiers.clear()
+
 
 def run_variant(key: str, variant: Variant, subject: Subject) -> Result:
     """Compare the transformed model with the untouched one.
@@ -143,6 +147,10 @@ def compare(key: str, variant: Variant, subject: Subject, training: bool) -> Res
     try:
         found = subject.verify(variant, training)
     except Exception as error:
+        if isinstance(error, InputError) and subject.evidence.dtype == torch.float64:
+            # It names float32 where traced operators take no narrower dtype than their operands.
+            subject.narrow()
+            return compare(key, variant, subject, training)
         dtype = str(subject.evidence.dtype)[6:]
         return Result(key, variant, *classify(error), dtype=dtype, evaluation=not training)
     return dataclasses.replace(judge(key, variant, found, subject.evidence), evaluation=not training)
@@ -168,7 +176,7 @@ def judge(key: str, variant: Variant, found: Verification, evidence: Evidence) -
         num_gradients=len(counted),
         sites=len(found.transformed.choice.strategies),
         replicated=not is_sharded(found),
-        whole=num_whole(found.transformed),
+        whole=len(whole_attentions(found.transformed.graph)),
     )
 
 
@@ -181,10 +189,3 @@ def is_sharded(found: Verification) -> bool:
     """Tell whether any rank computes on its own tokens."""
     graph = found.transformed.graph.graph
     return any(node.target is torch.ops.cpcompile.shard_tokens.default for node in graph.nodes)
-
-
-def num_whole(transformed: Transformed) -> int:
-    """Return how many attentions every rank computes whole, with those that no pattern knows: a softmax of scores."""
-    gm = transformed.graph
-    unknown = [node for node in gm.graph.nodes if node.target in ATTENTION_LIKE and node.meta["val"].dim() > 2]
-    return sum(not isinstance(annotation(node).placement, Sharded) for node in rewritten_attentions(gm) + unknown)

@@ -126,7 +126,7 @@ class Masked(Attending):
 
 FORMS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "einsum": (Einsum, ["causal"]),
-    "mask of a buffer": (MaskOfABuffer, ["dense"]),
+    "mask of a buffer": (MaskOfABuffer, ["causal"]),
     "trained bias": (TrainedBias, []),
     "trained bias written out": (TrainedBiasWrittenOut, []),
     "sinks": (Sinks, ["causal, sinks"]),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import cpcompile
-from cpcompile.errors import ConfigError, NoChunks
+from cpcompile.errors import ConfigError
 from cpcompile.inspect import first_difference
 from cpcompile.inspect.definitions import COLLECTIVES
 from cpcompile.inspect.definitions.attention import attention
@@ -103,9 +103,18 @@ class Convolving(PackedLM):
         return {"loss": result["loss"] + logits.pow(2).mean()}
 
 
-def test_chunks_are_refused_with_the_line() -> None:
-    with pytest.raises(NoChunks, match=r"(?s)equal chunks.*convolution\(.*Use balancer='zig_zag' or 'contiguous'"):
-        cpcompile.explain(Convolving(), packed_batch("off_edges", 1), world_size=2, balancer="balanced")
+def test_a_convolution_has_its_tokens_in_chunks() -> None:
+    options = {"balancer": "balanced", "strategy": "ring", "dtype": torch.float64}
+    found = cpcompile.verify(Convolving(), packed_batch("off_edges", 2), world_size=3, **options)
+    found.raise_if_wrong()
+    (moved,) = found.transformed.graph.graph.find_nodes(op="call_function", target=cp.rearrange_tokens.default)
+    (bounds,) = found.transformed.graph.graph.find_nodes(op="call_function", target=cp.document_bounds.default)
+    assert bounds in moved.all_input_nodes
+
+
+def test_auto_follows_no_documents_where_chunks_are_needed() -> None:
+    plan = cpcompile.explain(Convolving(), packed_batch("off_edges", 1), world_size=2)
+    assert "rearrange_tokens" not in plan.after
 
 
 class Scanning(PackedLM):

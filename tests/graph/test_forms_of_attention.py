@@ -110,6 +110,35 @@ def exponentials(q: Tensor, k: Tensor) -> Tensor:
     return torch.exp(scores - scores.max(-1, keepdim=True)[0].detach())
 
 
+def off_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    largest = (x := masked(q, k)).amax(-1, keepdim=True).clamp(min=0)
+    e = (x - largest).exp()
+    return e / (torch.exp(-largest) + e.sum(-1, keepdim=True)) @ v
+
+
+def filled(scores: Tensor, q: Tensor) -> Tensor:
+    return scores.masked_fill(hidden(q), -math.inf)
+
+
+def sdpa_with_zeros(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend as `add_zero_attn` of `torch.nn.MultiheadAttention` says."""
+    k, v = (torch.cat([x.flatten(0, 1), x.new_zeros(B * H, 1, D)], 1).view(B, H, S + 1, D) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, None if mask is None else F.pad(mask, (0, 1)))
+
+
+def merged_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = (torch.arange(S) < 5).expand(B, S)
+    mask = seen.view(B, 1, 1, S).expand(-1, H, -1, -1).reshape(B * H, 1, S)
+    return F.scaled_dot_product_attention(q, k, v, mask.view(B, H, -1, S))
+
+
+def beside_what_hides(q: Tensor, k: Tensor, v: Tensor, zeroes: bool = False) -> Tensor:
+    """Attend with a bias of tokens that hides the first two keys: their queries see none, and attend to all."""
+    bias = k.detach().sum(-1)[:, :, None].masked_fill(torch.arange(S) < 2, LEAST)
+    weights = (scores_of(q, k) + bias).masked_fill(hidden(q), LEAST).softmax(-1)
+    return (weights * tril(q) if zeroes else weights) @ v
+
+
 FORMS: dict[str, tuple[str, Form]] = {
     # Softmax ignores what is taken from a whole row.
     "minus the largest": ("causal", lambda q, k, v: shifted(masked(q, k)).softmax(-1) @ v),
@@ -134,6 +163,40 @@ FORMS: dict[str, tuple[str, Form]] = {
     "exp, filled": ("causal", lambda q, k, v: normalised(exponentials(q, k).masked_fill(hidden(q), 0)) @ v),
     "exp of log_softmax": ("causal", lambda q, k, v: masked(q, k).log_softmax(-1).exp() @ v),
     "exp minus logsumexp": ("causal", lambda q, k, v: (x := masked(q, k)).sub(x.logsumexp(-1, True)).exp() @ v),
+    # One more score, whose weight is dropped.
+    "softmax off by one": ("causal, sinks", lambda q, k, v: (e := masked(q, k).exp()) / (1 + e.sum(-1, True)) @ v),
+    "softmax off by one, shifted": ("causal, sinks", off_by_one),
+    "softmax off by one, divided late": (
+        "causal, sinks",
+        lambda q, k, v: (e := masked(q, k).exp()) @ v / (e.sum(-1, keepdim=True) + 1e-3),
+    ),
+    "beside an exponential": (
+        "causal, sinks",
+        lambda q, k, v: (
+            (e := masked(q, k).exp())
+            / (e.sum(-1, True) + torch.linspace(0, 1, H, dtype=q.dtype).exp().view(1, H, 1, 1))
+            @ v
+        ),
+    ),
+    "a column of zeros": ("causal, sinks", lambda q, k, v: F.pad(masked(q, k), (0, 1)).softmax(-1)[..., :-1] @ v),
+    "a column of numbers in front": (
+        "causal, sinks",
+        lambda q, k, v: torch.cat([q.new_full((B, H, S, 1), 0.3), masked(q, k)], -1).softmax(-1)[..., 1:] @ v,
+    ),
+    "a key of zeros": ("sinks", lambda q, k, v: sdpa_with_zeros(q, k, v, None)),
+    "a key of zeros, causal": (
+        "causal, sinks",
+        lambda q, k, v: sdpa_with_zeros(q, k, v, torch.zeros(S, S, dtype=q.dtype).masked_fill(hidden(q), -math.inf)),
+    ),
+    # A factor that is the same along keys or along queries.
+    "a factor of rows": ("causal", lambda q, k, v: filled(q @ k.mT * q.sum(-1, True).exp(), q).softmax(-1) @ v),
+    "a factor of columns": ("causal", lambda q, k, v: filled(k.sum(-1)[:, :, None] * (q @ k.mT), q).softmax(-1) @ v),
+    "a divisor of heads": (
+        "causal",
+        lambda q, k, v: filled(q @ k.mT / v.std((0, 2, 3))[:, None, None], q).softmax(-1) @ v,
+    ),
+    # A mask for which batch and heads were merged and split again.
+    "merged heads": ("key padding", merged_heads),
     # Numbers that hide, where each row keeps a key.
     "scores * m - 1e10 * (1 - m)": (
         "causal",
@@ -170,22 +233,22 @@ FORMS: dict[str, tuple[str, Form]] = {
     # Weights that are set to 0 after the softmax.
     "nan_to_num": ("causal", lambda q, k, v: torch.nan_to_num(masked(q, k).softmax(-1)) @ v),
     "nan_to_num of empty rows": (
-        "dense",
+        "causal, key padding",
         lambda q, k, v: torch.nan_to_num(scores_of(q, k).masked_fill(without_first(q), -math.inf).softmax(-1)) @ v,
     ),
     "isnan of empty rows": (
-        "dense",
+        "causal, key padding",
         lambda q, k, v: of_undefined(scores_of(q, k).masked_fill(without_first(q), -math.inf).softmax(-1), v),
     ),
     "zeroed": ("causal", lambda q, k, v: (masked(q, k, LEAST).softmax(-1) * tril(q)) @ v),
     "zeroed, of empty rows": (
-        "dense",
+        "causal, key padding",
         lambda q, k, v: (
             scores_of(q, k).masked_fill(without_first(q), -1e9).softmax(-1).masked_fill(without_first(q), 0) @ v
         ),
     ),
     "added, and zeroed, of empty rows": (
-        "dense",
+        "causal, key padding",
         lambda q, k, v: (scores_of(q, k) - 1e10 * without_first(q)).softmax(-1).masked_fill(without_first(q), 0) @ v,
     ),
     "empty rows attend to all": (
@@ -264,7 +327,15 @@ OTHERS: dict[str, Form] = {
     "minus the largest of others": lambda q, k, v: masked(q, k).sub((v @ v.mT).amax(-1, True)).softmax(-1) @ v,
     "minus a column": lambda q, k, v: (x := masked(q, k, LEAST)).sub(x[..., :1]).softmax(-1) @ v,
     "capped after it": lambda q, k, v: shifted(scores_of(q, k)).tanh().softmax(-1) @ v,
-    "exp over more than their sum": lambda q, k, v: (e := masked(q, k).exp()).div(e.sum(-1, True) + 1e-3) @ v,
+    "exp over less than their sum": lambda q, k, v: (e := masked(q, k).exp()).div(e.sum(-1, True) - 1e-3) @ v,
+    "exp over their sum and one for each query": lambda q, k, v: (
+        (e := masked(q, k).exp()).div(e.sum(-1, True) + q.sum(-1, True).exp()) @ v
+    ),
+    "a key of ones": lambda q, k, v: torch.cat([scores_of(q, k), q.sum(-1, True)], -1).softmax(-1)[..., :-1] @ v,
+    "a factor of pairs": lambda q, k, v: filled(q @ k.mT * tril(q).cumsum(-1), q).softmax(-1) @ v,
+    "a factor behind a mask": lambda q, k, v: masked(q, k, -1e9).mul(q.sum(-1, True)).softmax(-1) @ v,
+    "a fill beside a bias that hides": beside_what_hides,
+    "zeroed, beside a bias that hides": lambda q, k, v: beside_what_hides(q, k, v, zeroes=True),
     "exp over the sum of queries": lambda q, k, v: (e := scores_of(q, k).exp()).div(e.sum(-2, True)) @ v,
     "exp over the sum of others": lambda q, k, v: scores_of(q, k).exp().div(scores_of(k, q).exp().sum(-1, True)) @ v,
     "exp times a number": lambda q, k, v: normalised(scores_of(q, k).exp() * (2 * tril(q))) @ v,
@@ -343,6 +414,9 @@ RANKS = [
     ("exp, masked", 2),
     ("scores * m - 1e10 * (1 - m)", 4),
     ("nan_to_num of empty rows", 3),
+    ("softmax off by one", 3),
+    ("a key of zeros, causal", 2),
+    ("a factor of rows", 4),
     ("empty rows attend to all", 3),
     ("MPT", 3),
     ("MPT in transformers", 2),

@@ -63,7 +63,7 @@ LINEAR = plainly(LOCAL["linear"])
 LOSS = plainly(ENDS["cross entropy"])
 MIDDLES = {name: element for group in GROUPS.values() for name, element in group.items()}
 # Refused unless hidden states may be gathered; each must leave this list when it becomes exact.
-WAITING = {"write a token", "reorder", "strided"}
+WAITING: set[str] = set()
 # Refused, and to stay so: statistics of the whole batch or of all tokens of the sequence at once, and what Dynamo breaks at.
 REFUSED = {"token norm", "recurrent"}
 

@@ -238,6 +238,22 @@ class Overlapping(nn.Module):
         )
 
 
+class NoHistory(nn.Module):
+    """What comes before the tokens is split off and joined again, and is no token at all (Helios without a history)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.block = nn.Linear(4, WIDTH), nn.LayerNorm(WIDTH), Block()
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        h, history = self.embed(x), 0
+        for _ in range(2):
+            old, new = h[:, :history], h[:, history:]
+            h = torch.cat([old, new + self.norm(new)], 1)
+        return (self.head(self.block(h)) - target).pow(2).mean()
+
+
 def floats(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
@@ -269,6 +285,7 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor
     "merged, causal": (lambda: Merged(True), lambda: {"x": floats(2, 9, 5, 4), "target": floats(2, 9, 5, 4)}, X),
     "inner": (Inner, lambda: {"x": floats(2, 9, 5, 4), "target": floats(2, 9, 5, 4)}, X),
     "inner, causal": (lambda: Inner(True), lambda: {"x": floats(2, 9, 5, 4), "target": floats(2, 9, 5, 4)}, X),
+    "no history": (NoHistory, lambda: {"x": floats(2, 13, 4), "target": floats(2, 13, 4)}, X),
     "patches": (Patches, lambda: ids(21, 19), {}),
     "stem": (Stem, lambda: {"x": floats(2, 36, 4), "target": floats(2, 36, 4)}, X),
     "overlapping": (Overlapping, lambda: {"x": floats(2, 26, 4), "target": floats(2, 26, 4)}, X),

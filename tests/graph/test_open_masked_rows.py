@@ -89,6 +89,16 @@ def written_back(m: Model, ids: Tensor, labels: Tensor) -> Tensor:
     return m.loss(m.head(x), labels)
 
 
+def images_added(m: Model, ids: Tensor, labels: Tensor) -> Tensor:
+    """Adds a row of its own to each that is picked, in two layers."""
+    x, mask = m.embedding(ids), ids < 4
+    patches = torch.arange(3 * NUM_IMAGES, dtype=x.dtype).view(-1, 3).sin()
+    for scale in (1, 2):
+        x = x + m.attend(x)
+        x[mask, :] = m.norm(x[mask, :]) + m.project(scale * patches)
+    return m.loss(m.head(x), labels)
+
+
 def none_is_picked(m: Model, ids: Tensor, labels: Tensor) -> Tensor:
     mask = ids > 99
     return F.cross_entropy(m.logits(ids)[mask], labels[mask], reduction="sum") + m.logits(ids).mean()
@@ -105,6 +115,7 @@ PROGRAMS: list[tuple[Program, int]] = [
     (images, 1),
     (images_of_merged_rows, 1),
     (written_back, 1),
+    (images_added, 2),
     (none_is_picked, 1),
 ]
 

@@ -56,7 +56,7 @@ def test_operators_that_write_and_truth_values_have_no_rule() -> None:
         (aten.embedding.default, (torch.rand(7, 3), torch.arange(6), -1, True), {"indices": Sharded(0)}),
         (aten.repeat_interleave.self_int, (torch.rand(2, 6), 2), {"self": Sharded(1)}),
         (aten.feature_dropout.default, (torch.rand(2, 3, 6), 0.5, True), {"input": Sharded(2)}),
-        (aten.linear.default, (torch.rand(2, 6), torch.rand(4, 6), torch.rand(4)), {"input": Sharded(1)}),
+        (aten.linear.default, (torch.rand(6), torch.rand(4, 6), torch.rand(4)), {"input": Sharded(0)}),
         (aten.reshape.default, (torch.rand(6, 4), [4, 6]), {"self": Sharded(0)}),
         (aten.copy_.default, (torch.rand(2, 6), torch.rand(2, 6)), {"src": Sharded(1)}),
         (

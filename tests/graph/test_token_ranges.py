@@ -79,9 +79,16 @@ def test_a_slice_of_a_whole_tensor(dynamic: bool) -> None:
     found.raise_if_wrong()
 
 
-def test_an_output_of_a_part_of_the_tokens_is_refused() -> None:
-    model = Model(lambda logits, labels: logits[:, :-1])
-    with pytest.raises(cpcompile.NoRule, match=r"holds a part of the tokens(.|\n)*slice after cpcompile.unshard"):
+@pytest.mark.parametrize("cut", [lambda x, labels: x[:, :-1], lambda x, labels: x[:, 2:]])
+def test_an_output_of_a_part_of_the_tokens_is_a_sequence(cut: Loss) -> None:
+    model = Model(cut).double()
+    cpcompile.verify(model, batch(model, 33), world_size=2, dtype=torch.float64).raise_if_wrong()
+    assert "cp.rearrange_tokens" in cpcompile.explain(model, batch(model, 33), world_size=2).after
+
+
+def test_an_output_of_more_than_the_tokens_is_refused() -> None:
+    model = Model(lambda logits, labels: F.pad(logits, (0, 0, 1, 0)))
+    with pytest.raises(cpcompile.NoRule, match=r"other tokens than the sequence has(.|\n)*pad after cpcompile.unshard"):
         cpcompile.verify(model, batch(model, 33), world_size=2)
 
 

@@ -230,6 +230,16 @@ class TestClassification:
         result = run_variant("layerdrop", STRICT, Subject(model, inputs, evidence))
         assert (result.outcome, result.evaluation) == (EXACT, True)
 
+    def test_a_model_that_names_float32_when_traced_is_compared_in_it(self) -> None:
+        class Normed(Flip):
+            def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+                weight = self.head.weight
+                return super().forward(input_ids) / torch.linalg.vector_norm(weight, dtype=torch.float32)
+
+        model, inputs = Normed(), {"input_ids": torch.arange(14).view(2, 7) % 8}
+        result = run_variant("normed", STRICT, Subject(model, inputs, gather_evidence(model, inputs)))
+        assert (result.outcome, result.dtype) == (EXACT, "float32")
+
     def test_reasons_of_one_cause_are_equal(self) -> None:
         first = NoRule(
             "aten.view.default cannot keep its operands sharded: [1, 32, 16] -> [2, 16, 16] moves tokens.\n\n  x_3"

@@ -26,6 +26,7 @@ from cpcompile.analysis.masks.expression import (
     coordinate,
     scaled,
 )
+from cpcompile.analysis.masks.held import SlopedTable, bias_of, held
 from cpcompile.analysis.masks.operands import CONVERSIONS, exact, number_of, operands
 from cpcompile.analysis.masks.read import RULES, Reader, Rule, Unreadable, pinned
 from cpcompile.analysis.masks.recognise import HEAD, KEY, QUERY
@@ -73,6 +74,9 @@ class BiasReader(Reader):
         if not isinstance(tensor, torch.Tensor) or not tensor.dtype.is_floating_point:
             return super().evaluate(node)
         rule = STEPS.get(node.target) if node.target in STEPS else RULES.get(node.target)
+        table = held(node)
+        if isinstance(table, SlopedTable) and self.is_step(node):
+            return pinned(bias_of(node, table), tensor)
         try:
             if rule is not None and self.is_step(node):
                 return pinned(rule(self, Call.of(node)), tensor)

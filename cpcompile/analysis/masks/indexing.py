@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from cpcompile.analysis.masks.expression import ONE, Affine, Expression, coordinate, is_natural
+from cpcompile.analysis.masks.expression import (
+    ONE,
+    ZERO,
+    Affine,
+    Atom,
+    Coordinate,
+    Expression,
+    Quotient,
+    affine,
+    coordinate,
+    is_natural,
+    quotient,
+)
 from cpcompile.analysis.masks.operands import INDEX_DTYPES, number_of, result_of
 from cpcompile.analysis.masks.read import Reader, Unreadable, is_size_one, reads, reads_item, size_of
-from cpcompile.analysis.masks.simplify import shifted, substitute
+from cpcompile.analysis.masks.simplify import assuming, compare, rewrite, shifted, substitute
 from cpcompile.ir.operator_call import Call, value_of
 
 aten = torch.ops.aten
@@ -30,16 +45,62 @@ aten = torch.ops.aten
     aten.unflatten.int,
 )
 def regroup(reader: Reader, call: Call) -> Expression:
-    """Dims of size 1 come and go; merging or splitting others is not read."""
+    """Dims of size 1 come and go, others are merged or split, where the sizes of all but the first of them are numbers."""
     _, source = next(call.operands())
-    old, new = (wide_dims(value_of(node)) for node in (source, call.node))
-    if len(old) != len(new) or not all(statically_known_true(a == b) for (_, a), (_, b) in zip(old, new, strict=True)):
+    moves: dict[int, Affine] = {}
+    for old, new in matching_dims(wide_dims(value_of(source)), wide_dims(value_of(call.node))):
+        merged = Affine()
+        for (dim, _), stride in zip(new, strides(new), strict=True):
+            merged += coordinate(dim) * stride
+        for (dim, size), stride in zip(old, strides(old), strict=True):
+            index = quotient(merged, stride)
+            moves[dim] = index if dim == old[0][0] else index - quotient(index, size) * size
+    return without_small_quotients(substitute(reader.operand(source), moves), result_of(call).shape)
+
+
+Dims = list[tuple[int, Any]]
+
+
+def matching_dims(old: Dims, new: Dims) -> Iterator[tuple[Dims, Dims]]:
+    """Yield the dims before and after a view that hold the same elements, one of either side."""
+    while old and new:
+        few = [(1, 1), *((n, 1) for n in range(2, len(old) + 1)), *((1, n) for n in range(2, len(new) + 1))]
+        for a, b in few:
+            are_numbers = all(isinstance(size, int) for _, size in (*old[1:a], *new[1:b]))
+            sizes = (math.prod(size for _, size in dims) for dims in (old[:a], new[:b]))
+            if are_numbers and statically_known_true(operator.eq(*sizes)):
+                yield old[:a], new[:b]
+                old, new = old[a:], new[b:]
+                break
+        else:
+            raise Unreadable
+    if old or new:
         raise Unreadable
-    moves = {dim: coordinate(to) for (dim, _), (to, _) in zip(old, new, strict=True)}
-    return substitute(reader.operand(source), moves)
 
 
-def wide_dims(tensor: torch.Tensor) -> list[tuple[int, Any]]:
+def strides(dims: Dims) -> list[int]:
+    """Return how many elements each of the dims steps over."""
+    return [math.prod(size for _, size in dims[i + 1 :]) for i in range(len(dims))]
+
+
+def without_small_quotients(value: Expression, shape: Sequence[Any]) -> Expression:
+    """Return the expression without quotients of coordinates that stay below the divisor."""
+
+    def rounded(atom: Atom) -> Affine:
+        if not isinstance(atom, Quotient) or not is_natural(atom.value):
+            return affine(atom)
+        largest = atom.value.constant
+        for inner, factor in atom.value.terms:
+            size = shape[inner.dim] if isinstance(inner, Coordinate) else None
+            if not isinstance(size, int):
+                return affine(atom)
+            largest += factor * (size - 1)
+        return ZERO if largest < atom.divisor else affine(atom)
+
+    return rewrite(value, rounded)
+
+
+def wide_dims(tensor: torch.Tensor) -> Dims:
     """Return (dim, size) of the dims that are not known to have size 1."""
     return [(dim, size) for dim, size in enumerate(tensor.shape) if not is_size_one(size)]
 
@@ -106,7 +167,8 @@ def flip(reader: Reader, call: Call) -> Expression:
 def slice_(reader: Reader, call: Call) -> Expression:
     dim = call.dim("dim", "self")
     start = first_index(reader, call, dim)
-    return substitute(reader.operand(call["self"]), {dim: start + coordinate(dim) * call["step"]})
+    value = substitute(reader.operand(call["self"]), {dim: start + coordinate(dim) * call["step"]})
+    return assuming(compare("le", coordinate(dim) + ONE - size_of(result_of(call).shape[dim])), value)
 
 
 def first_index(reader: Reader, call: Call, dim: int) -> Affine:

@@ -34,6 +34,7 @@ from cpcompile.analysis.masks.expression import (
     affine,
     coordinate,
 )
+from cpcompile.analysis.masks.held import SlopedTable, held
 from cpcompile.analysis.masks.simplify import shifted, substitute
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
 
@@ -116,6 +117,9 @@ class Reader:
         try:
             if node.op == "get_attr":
                 return pinned(attribute(self.gm, node), tensor)
+            of_buffer: Expression | SlopedTable | None = held(node)
+            if of_buffer is not None and not isinstance(of_buffer, SlopedTable):
+                return of_buffer
             if rule is not None:
                 value = pinned(rule(self, Call.of(node)), tensor)
                 return pinned(loaded(node, tensor), tensor) if is_of_vectors(value, tensor) else value

@@ -7,13 +7,14 @@ A mask is a conjunction over (batch, head, query, key). Each part is one of
     query - key < W                         a sliding window
     id[b, query] == id[b, key]              documents
     query // c == key // c                  chunks, which are documents
-    p(id[b, key])                           key padding
+    p(id[b, key]), key < length[b]          key padding
 
 and a mask with any other part is not recognised at all: no part is ever dropped.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,7 +112,7 @@ def narrowed(mask: Mask, part: Boolean) -> Mask | None:
             return replace(mask, documents=mask.documents | {documents})
         case Any_(parts) if (found := prefixed(parts)) is not None:
             return mask.narrowed(*found)
-        case Compare() | Truth() if key_load(part) is not None:
+        case Compare() | Truth() if key_load(part) is not None or is_of_key(part):
             return replace(mask, key_padding=mask.key_padding | {part})
     return None
 
@@ -169,9 +170,7 @@ def is_of_token(atom: Atom) -> bool:
 def all_loads(mask: Mask) -> Iterator[Load]:
     """Yield the loads of a mask."""
     for part in mask.key_padding:
-        load = key_load(part)
-        assert load is not None
-        yield load
+        yield from loads(part)
     for number in mask.documents:
         yield from loads(number)
     yield from loads(mask.prefix) if mask.prefix is not None else []
@@ -193,6 +192,16 @@ def is_per_token(load: Load, token: Affine) -> bool:
 def is_size_one(load: Load, batch: list[Affine]) -> bool:
     """Tell whether an index 0 picks one row of several."""
     return batch == [ZERO] and value_of(load.node).shape[0] != 1
+
+
+def is_of_key(part: Compare | Truth) -> bool:
+    """Tell whether a predicate compares integers of the key's place, of its token and of its sequence, such as its length."""
+    if not isinstance(part, Compare):
+        return False
+    atoms = [atom for atom, _ in part.value.terms]
+    of_token = [affine(atom) == KEY or (isinstance(atom, Load) and is_per_token(atom, KEY)) for atom in atoms]
+    of_batch = [isinstance(atom, Load) and is_load_per_batch(atom) for atom in atoms]
+    return any(of_token) and all(map(operator.or_, of_token, of_batch))
 
 
 def key_load(part: Compare | Truth) -> Load | None:

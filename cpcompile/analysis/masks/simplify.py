@@ -167,6 +167,21 @@ def given(condition: Boolean, value: Expression) -> Expression:
     return value
 
 
+def assuming(known: Boolean, value: Expression) -> Expression:
+    """Return the expression with `known`, which holds everywhere, for true wherever it is a part."""
+    match value:
+        case Compare() | Truth():
+            return TRUE if value == known else FALSE if value == negated(known) else value
+        case All(parts):
+            return both(*(as_boolean(assuming(known, part)) for part in parts))
+        case Any_(parts):
+            return either(*(as_boolean(assuming(known, part)) for part in parts))
+        case Choice(condition, yes, no):
+            inner = as_value(assuming(known, yes)), as_value(assuming(known, no))
+            return choice(as_boolean(assuming(known, condition)), *inner)
+    return value
+
+
 def as_value(value: Expression) -> Value:
     """Return a number: of a boolean 1 or 0."""
     return value if isinstance(value, Affine | Number | Choice) else choice(value, ONE, ZERO)
@@ -219,7 +234,10 @@ def rewrite_affine(value: Affine, function: Callable[[Atom], Affine]) -> Affine:
     total = Affine(value.constant)
     for atom, coefficient in value.terms:
         if isinstance(atom, Quotient):
-            moved = quotient(rewrite_affine(atom.value, function), atom.divisor)
+            rounded = quotient(rewrite_affine(atom.value, function), atom.divisor)
+            moved = Affine(rounded.constant)
+            for inner, factor in rounded.terms:
+                moved += (function(inner) if isinstance(inner, Quotient) else affine(inner)) * factor
         elif isinstance(atom, Scaled):
             moved = scaled(rewrite_load(atom.load, function), rewrite_affine(affine(atom.factor), function))
         else:

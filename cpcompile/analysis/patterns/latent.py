@@ -21,7 +21,7 @@ from torch import fx
 
 from cpcompile.choose.attention import Expansion
 from cpcompile.ir.annotation import annotation
-from cpcompile.ir.operator_call import Call, is_tensor, size_hint, value_of
+from cpcompile.ir.operator_call import Call, is_tensor, size_estimate, size_hint, value_of
 from cpcompile.ir.placement import FULL, Sharded
 from cpcompile.rules import RULES
 
@@ -199,4 +199,4 @@ def flops(node: fx.Node) -> int:
         return 0
     call = Call.of(node)
     first = "mat1" if "mat1" in call else "input" if "input" in call else "self"
-    return 2 * size_hint(call.shape(first)[-1]) * prod(size_hint(n) for n in value_of(node).shape)
+    return 2 * size_estimate(call.shape(first)[-1]) * prod(size_estimate(n) for n in value_of(node).shape)

@@ -6,6 +6,7 @@ import operator
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.analysis.patterns.nodes import same_shape, value_numbers
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
@@ -82,6 +83,7 @@ class Rows:
         self.rows: dict[fx.Node, None] = dict.fromkeys(picks)
         self.ends: list[fx.Node] = []
         self.sizes: list[fx.Node] = []
+        self.in_order: dict[fx.Node, None] = {}  # values from elsewhere with a row for each that was picked
 
     @classmethod
     def of(cls, picks: list[fx.Node]) -> Rows | None:
@@ -133,8 +135,13 @@ class Rows:
             return rank > 1 and given == {first}
         if call.target is aten.div.Tensor and "other" in given:
             return False
-        others = [call.tensor(name) for name, _ in call.operands() if name not in given]
-        return all(value.dim() < rank for value in others) and len({call.tensor(n).dim() for n in given}) == 1
+        others = [operand for name, operand in call.operands() if name not in given and call.tensor(name).dim() >= rank]
+        if len({call.tensor(n).dim() for n in given}) > 1 or not all(
+            has_row_for_each(x, call.tensor(first)) for x in others
+        ):
+            return False
+        self.in_order.update(dict.fromkeys(others))
+        return True
 
     def is_end(self, call: Call, given: set[str]) -> bool:
         """Tell whether an operator takes rows together to what has none."""
@@ -155,6 +162,13 @@ class Rows:
         values, written = Call.of(node)["values"], mask_of(node)
         rest = value_of(node).shape[value_of(self.mask).dim() :]
         return written is self.mask and same_shape(value_of(values).shape[1:], rest)
+
+
+def has_row_for_each(node: fx.Node, rows: torch.Tensor) -> bool:
+    """Tell whether a value has a row like those of `rows` for each of them, and not the same one for all."""
+    value = value_of(node)
+    is_alike = value.dim() == rows.dim() and same_shape(value.shape[1:], rows.shape[1:]) and value.dtype == rows.dtype
+    return is_alike and not statically_known_true(value.shape[0] == 1)
 
 
 def has_weights(call: Call) -> bool:

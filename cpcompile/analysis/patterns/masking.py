@@ -54,8 +54,9 @@ class Masks:
 def read_masks(scores: Scores, zeroed: Sequence[Fill], reader: Reader) -> Masks | None:
     """Return the masks of scores whose weights are `zeroed` after the softmax, or None where no mask means the same.
 
-    A finite number that hides is as good as an infinite one where each row keeps a key, or where what it hides is zeroed. Else
-    it is like an addition if it absorbs what it is added to, or if nothing else is in the rows that it hides whole.
+    A finite number that hides is as good as an infinite one where each row keeps a key, or where what it hides is zeroed, unless
+    a bias may hide what is left. Else it is like an addition if it absorbs what it is added to, or if nothing else is in the
+    rows that it hides whole.
     """
     masks = joined(scores.masks, reader)
     if any(may_need_gradient(masking.tensor) for masking in masks):
@@ -70,7 +71,8 @@ def read_masks(scores: Scores, zeroed: Sequence[Fill], reader: Reader) -> Masks 
         return None
     is_infinite = all(hidden is None or hidden.value == INFINITE for _, hidden in parts)
     is_zeroed = bool(zeroed) and kept == visible
-    if is_infinite or is_zeroed or shows_own_token(scores.product, visible, reader):
+    are_small = all(hidden is not None or is_small(masking, reader) for masking, hidden in parts)
+    if is_infinite or (are_small and (is_zeroed or shows_own_token(scores.product, visible, reader))):
         return Masks(parts, is_infinite=True)
     return None if zeroed else masks_of_whole_rows(parts, reader)
 
@@ -135,9 +137,32 @@ def shows_own_token(product: fx.Node, visible: Boolean, reader: Reader) -> bool:
 
 
 def is_small(masking: Masking, reader: Reader) -> bool:
-    """Tell whether a mask adds slopes times positions, which no more than scores come near the least number."""
+    """Tell whether a mask adds a bias that no more than scores comes near the least number."""
+    if masking.fill is not None:
+        return False
     biases = BiasReader(reader.gm, value_of(masking.tensor).dtype)
-    return masking.fill is None and read_bias(masking.tensor, biases) is not None
+    return read_bias(masking.tensor, biases) is not None or not may_hide(masking.tensor)
+
+
+def may_hide(bias: fx.Node) -> bool:
+    """Tell whether a bias may hold a number that hides keys: one that the graph names, an input, or the logarithm of 0.
+
+    What is computed from positions, from parameters and from tokens is as large as scores are.
+    """
+    seen, waiting = set[fx.Node](), [bias]
+    while waiting:
+        node = waiting.pop()
+        if node in seen or not isinstance(value_of(node), torch.Tensor) or not value_of(node).is_floating_point():
+            continue
+        seen.add(node)
+        example = getattr(node.meta.get("grapharg"), "example", None)
+        is_given = node.op in ("placeholder", "get_attr") and not isinstance(example, torch.nn.Parameter)
+        numbers = [x for x in (*node.args, *node.kwargs.values()) if isinstance(x, int | float)]
+        is_large = any(hides(-abs(x), value_of(node).dtype) for x in numbers)
+        if is_given or node.target is aten.log.default or (is_large and node.target is not aten.slice.Tensor):
+            return True
+        waiting.extend(node.all_input_nodes)
+    return False
 
 
 def written_mask(before: fx.Node, masks: Masks, dtype: torch.dtype) -> fx.Node | None:

@@ -42,13 +42,23 @@ class Masking:
 
 
 @dataclass(frozen=True, slots=True)
+class Temperature:
+    """A factor of the scores that is the same along their keys, and so one of the queries; or along their queries."""
+
+    tensor: fx.Node
+    is_divisor: bool
+    is_of_queries: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
-    """What is applied to a product of queries and keys: scale, then softcap, then masks.
+    """What is applied to a product of queries and keys: temperatures and scale, then softcap, then masks.
 
     `is_shifted`: a number is subtracted from each row, which softmax ignores.
     """
 
     nodes: tuple[fx.Node, ...]
+    temperatures: tuple[Temperature, ...] = ()
     scale: float = 1.0
     softcap: float = 0.0
     masks: tuple[Masking, ...] = ()
@@ -86,6 +96,7 @@ class ScoreReader:
         else:
             if node.target in _MULTIPLICATIONS | _DIVISIONS:
                 yield from self._applied(node)
+                yield from self._tempered(node)
             yield from self._filled(node)
 
     def _applied(self, node: fx.Node) -> Iterator[Scores]:
@@ -106,6 +117,23 @@ class ScoreReader:
                 # c * tanh(s * x) is the softcap c of the scores (c * s) * x.
                 masks = tuple(masking.times(factor) for masking in scores.masks)
                 yield replace(scores, scale=scores.scale * factor, softcap=scores.softcap * factor, masks=masks)
+
+    def _tempered(self, node: fx.Node) -> Iterator[Scores]:
+        """Read a product of scores that nothing hides yet, on either side, and a factor of their rows or columns."""
+        sides = [node.args[:2], node.args[1::-1]] if node.target in _MULTIPLICATIONS else [node.args[:2]]
+        for inner, factor in sides:
+            if not isinstance(factor, fx.Node) or not is_tensor(factor) or constant(self.reader, factor) is not None:
+                continue
+            scores = self.read(inner)
+            is_plain = scores is not None and not (scores.softcap or scores.masks or scores.is_shifted)
+            if scores is None or not is_plain or not is_of_same(node, factor, scores.product):
+                continue
+            for dim in (-1, -2):
+                if len(value_of(factor).shape) < -dim or statically_known_true(value_of(factor).shape[dim] == 1):
+                    found = Temperature(factor, node.target in _DIVISIONS, dim == -1)
+                    nodes = (*scores.nodes, node)
+                    yield replace(scores, nodes=nodes, temperatures=(*scores.temperatures, found))
+                    break
 
     def _added(self, node: fx.Node) -> Iterator[Scores]:
         """Read scores to which a mask is added on either side, or from which it or a number for each row is subtracted."""
@@ -129,6 +157,12 @@ class ScoreReader:
         """Tell whether a value is one for each row, and the largest of these scores: one that is larger may round them away."""
         of = self.read(maximum_of_rows(number))
         return of is not None and of.product is scores.product
+
+
+def is_of_same(node: fx.Node, factor: fx.Node, product: fx.Node) -> bool:
+    """Tell whether a product of scores and a factor has their shape, and all three the same dtype."""
+    dtypes = {value_of(x).dtype for x in (node, factor, product)}
+    return len(dtypes) == 1 and same_shape(value_of(node).shape, value_of(product).shape)
 
 
 def maximum_of_rows(number: fx.Node) -> fx.Node | None:

@@ -2,6 +2,8 @@
 
 scores = aten.cat([scores, sinks], -1)                          # sinks: [B, H, S, 1], the same for all queries of a head
 weights = aten.slice(aten.softmax(scores - max(scores), -1), -1, 0, -1)
+
+The column may come before the scores, and be one number for all: `aten.pad(scores, [0, 1])`, as in `exp(x) / (1 + sum(exp(x)))`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from cpcompile.analysis.masks.read import Reader, constant
 from cpcompile.analysis.patterns.nodes import is_conversion, records_gradients, source
 from cpcompile.analysis.patterns.scores import maximum_of_rows
 from cpcompile.ir.insertion import insert_call
@@ -20,35 +23,60 @@ from cpcompile.ir.operator_call import Call, is_tensor, value_of
 aten = torch.ops.aten
 
 _EXPANSIONS = {aten.expand.default, aten.expand_as.default, aten.broadcast_to.default}
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
 
 @dataclass(frozen=True, slots=True)
 class SinkColumn:
-    """Scores with a column of sinks behind them, and the nodes between the scores and the softmax, in their order."""
+    """Scores with a column of sinks behind or before them, and the nodes between the scores and the softmax, in their order.
+
+    The sinks are a node `[1, H | 1, 1, 1]`, or one number.
+    """
 
     scores: fx.Node
-    column: fx.Node
+    column: fx.Node | float
     nodes: tuple[fx.Node, ...]
+    is_first: bool = False
 
 
-def read_sinks(logits: fx.Node) -> SinkColumn | None:
+def read_sinks(logits: fx.Node, reader: Reader) -> SinkColumn | None:
     """Read what goes into a softmax as scores and sinks; taking the largest from each row changes no weight."""
     nodes = [logits]
     while is_conversion(nodes[0]):
         nodes.insert(0, source(nodes[0]))
     joined = unshifted(nodes[0])
-    if joined.target is not aten.cat.default:
-        return None
     nodes = nodes if joined is nodes[0] else [joined, *nodes]
+    if joined.target in _PADS:
+        return read_padded(joined, tuple(nodes))
+    return read_joined(joined, tuple(nodes), reader) if joined.target is aten.cat.default else None
+
+
+def read_joined(joined: fx.Node, nodes: tuple[fx.Node, ...], reader: Reader) -> SinkColumn | None:
+    """Read two tensors that are joined along the keys, one of which is the column."""
     call, rank = Call.of(joined), value_of(joined).dim()
-    if call["dim"] not in (-1, rank - 1) or len(call["tensors"]) != 2 or rank != 4:
+    if call["dim"] not in (-1, rank - 1) or len(call["tensors"]) != 2:
         return None
-    scores, repeated = call["tensors"]
-    column = without_rows(repeated)
-    # Repeated where gradients are off, sinks have none.
-    if column is None or records_gradients(repeated) != records_gradients(joined):
+    for is_first in (False, True):
+        scores, repeated = reversed(call["tensors"]) if is_first else call["tensors"]
+        if not statically_known_true(value_of(repeated).shape[-1] == 1):
+            continue
+        number = constant(reader, repeated)
+        if number is not None:
+            return SinkColumn(scores, number, nodes, is_first)
+        column = without_rows(repeated) if rank == 4 else None
+        # Repeated where gradients are off, sinks have none.
+        if column is not None and records_gradients(repeated) == records_gradients(joined):
+            return SinkColumn(scores, column, nodes, is_first)
+    return None
+
+
+def read_padded(joined: fx.Node, nodes: tuple[fx.Node, ...]) -> SinkColumn | None:
+    """Read scores that are padded with one number."""
+    call = Call.of(joined)
+    number, is_constant = call["value"] or 0, call.arguments.get("mode", "constant") == "constant"
+    if list(call["pad"]) not in ([0, 1], [1, 0]) or not is_constant or not isinstance(number, int | float):
         return None
-    return SinkColumn(scores, column, tuple(nodes))
+    return SinkColumn(call["self"], float(number), nodes, is_first=call["pad"][0] == 1)
 
 
 def unshifted(logits: fx.Node) -> fx.Node:
@@ -69,21 +97,23 @@ def without_rows(column: fx.Node) -> fx.Node | None:
     return column if is_per_head and len(sizes) <= 4 else None
 
 
-def drops_column(weights: fx.Node, softmax: fx.Node) -> bool:
-    """Tell whether a node takes all columns of a softmax but the last."""
-    if weights.target is not aten.slice.Tensor or weights.args[0] is not softmax:
+def drops_column(weights: fx.Node, softmax: fx.Node, is_first: bool) -> bool:
+    """Tell whether a node takes all columns of a softmax but the last, or but the first."""
+    if weights.target not in (aten.slice.Tensor, aten.narrow.default) or weights.args[0] is not softmax:
         return False
     call = Call.of(weights)
     all_rows = value_of(softmax).shape[-1]
     return (
         call["dim"] in (-1, value_of(softmax).dim() - 1)
-        and call["start"] in (None, 0)
-        and call["step"] == 1
+        and (call["start"] or 0) == int(is_first)
+        and call.arguments.get("step", 1) == 1
         and statically_known_true(value_of(weights).shape[-1] == all_rows - 1)
     )
 
 
-def of_heads(before: fx.Node, column: fx.Node, num_heads: int) -> fx.Node:
-    """Return the sinks `[H]`."""
+def of_heads(before: fx.Node, column: fx.Node | float, num_heads: int, like: fx.Node) -> fx.Node:
+    """Return the sinks `[H]`; those of one number are of the type of `like`."""
+    if not isinstance(column, fx.Node):
+        return insert_call(before, aten.new_full.default, like, [num_heads], column)
     flat = insert_call(before, aten.reshape.default, column, [-1])
     return insert_call(before, aten.expand.default, flat, [num_heads]) if value_of(flat).shape[0] == 1 else flat

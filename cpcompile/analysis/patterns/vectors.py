@@ -20,22 +20,24 @@ aten = torch.ops.aten
 def real_keys(call: Call, predicates: Collection[Compare | Truth]) -> fx.Node:
     """Return which keys are real, bool `[B|1, S]`: all predicates, and what the attention was given before."""
     parts: list[fx.Node] = [] if call["key_padding"] is None else [call["key_padding"]]
-    parts += [rows_of(call.node, key_predicate(call.node, part)) for part in sorted(predicates, key=str)]
+    parts += [rows_of(call.node, key_predicate(call, part)) for part in sorted(predicates, key=str)]
     result = parts[0]
     for part in parts[1:]:
         result = insert_call(call.node, aten.logical_and.default, result, part)
     return result
 
 
-def key_predicate(before: fx.Node, part: Compare | Truth) -> fx.Node:
-    """Return the node that computes a predicate of one per-token value."""
-    load = key_load(part)
-    assert load is not None
+def key_predicate(call: Call, part: Compare | Truth) -> fx.Node:
+    """Return the node that computes a predicate of one per-token value, or of a sum of integers."""
+    load, before = key_load(part), call.node
+    names: dict[str, torch._ops.OpOverload] = {"eq": aten.eq.Scalar, "ne": aten.ne.Scalar}
+    if load is None:
+        assert isinstance(part, Compare)
+        return insert_call(before, names.get(part.kind, aten.le.Scalar), integers(call, part.value), 0)
     node: fx.Node = load.node
     if isinstance(part, Truth):
         return insert_call(before, aten.logical_not.default, node) if part.is_negated else node
     sign = dict(part.value.terms)[load]
-    names: dict[str, torch._ops.OpOverload] = {"eq": aten.eq.Scalar, "ne": aten.ne.Scalar}
     target = names.get(part.kind, aten.le.Scalar if sign > 0 else aten.ge.Scalar)
     return insert_call(before, target, node, -sign * part.value.constant)
 
@@ -73,6 +75,9 @@ def integers(call: Call, value: Affine) -> fx.Node:
                 insert_call(before, aten.view.default, atom.node, [-1, 1])
                 if is_per_batch
                 else rows_of(before, atom.node)
+            )
+            term = (
+                term if value_of(term).dtype == torch.int64 else insert_call(before, aten.to.dtype, term, torch.int64)
             )
         term = term if factor == 1 else insert_call(before, aten.mul.Tensor, term, factor)
         result = term if result is None else insert_call(before, aten.add.Tensor, result, term)

@@ -12,7 +12,7 @@ from cpcompile.analysis.masks.read import Reader
 from cpcompile.analysis.patterns.fills import Fill, fills_of
 from cpcompile.analysis.patterns.nodes import is_conversion, same_shape
 from cpcompile.analysis.patterns.scores import PRODUCTS
-from cpcompile.analysis.patterns.sinks import drops_column
+from cpcompile.analysis.patterns.sinks import SinkColumn, drops_column
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
 
 aten = torch.ops.aten
@@ -34,14 +34,14 @@ class Weights:
         return self.nodes[-1]
 
 
-def read_weights(softmax: fx.Node, reader: Reader, has_sinks: bool) -> Weights | None:
+def read_weights(softmax: fx.Node, reader: Reader, sinks: SinkColumn | None) -> Weights | None:
     """Read on from a softmax to the one product with values that its weights go into.
 
     With sinks, their column is dropped first.
     """
     weights = Weights((softmax,))
-    if has_sinks:
-        dropping = [user for user in softmax.users if drops_column(user, softmax)]
+    if sinks is not None:
+        dropping = [user for user in softmax.users if drops_column(user, softmax, sinks.is_first)]
         if len(dropping) != 1:
             return None
         weights = Weights((softmax, dropping[0]))

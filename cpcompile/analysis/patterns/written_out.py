@@ -9,7 +9,7 @@ from cpcompile.analysis.masks.read import Reader
 from cpcompile.analysis.patterns.attention import Attention, can_drop, is_batched
 from cpcompile.analysis.patterns.masking import read_masks, written_mask
 from cpcompile.analysis.patterns.nodes import converted, is_conversion, records_gradients, second, source, switches_mode
-from cpcompile.analysis.patterns.scores import ScoreReader
+from cpcompile.analysis.patterns.scores import ScoreReader, Temperature
 from cpcompile.analysis.patterns.sinks import of_heads, read_sinks
 from cpcompile.analysis.patterns.weights import dropout_of, read_weights
 from cpcompile.ir.insertion import insert_call
@@ -24,9 +24,9 @@ def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Atte
     """Read `dropout(softmax(cap(q @ k^T * scale) + masks)) @ v`, from its softmax."""
     if node.target not in _SOFTMAX or Call.of(node)["dim"] not in (-1, value_of(node).dim() - 1):
         return None
-    with_sinks = read_sinks(source(node))
+    with_sinks = read_sinks(source(node), reader)
     scores = ScoreReader(reader).read(source(node) if with_sinks is None else with_sinks.scores)
-    weights = read_weights(node, reader, has_sinks=with_sinks is not None)
+    weights = read_weights(node, reader, with_sinks)
     if scores is None or weights is None or switches_mode(scores.product, weights.product):
         return None
     end = weights.product
@@ -49,8 +49,11 @@ def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Atte
     masks = read_masks(scores, weights.zeroed, reader)
     if masks is None:
         return None
+    if scores.temperatures and any(value_of(x).dtype != dtype for x in (*written[:2], scores.product)):
+        return None
     q, k, v = (of_dtype(end, x, dtype) for x in written)
     k = k if is_transposition(keys) else insert_call(end, aten.transpose.int, k, -2, -1)
+    q, k = tempered(end, q, k, scores.temperatures)
     return Attention(
         nodes=nodes,
         q=q,
@@ -60,9 +63,28 @@ def read_written_out(node: fx.Node, reader: Reader, exact_dropout: bool) -> Atte
         scale=scores.scale,
         softcap=scores.softcap,
         dropout=dropout,
-        sinks=None if with_sinks is None else of_heads(end, with_sinks.column, q_shape[1]),
+        sinks=None if with_sinks is None else of_heads(end, with_sinks.column, num_heads_of(q_shape), q),
         fill=masks.fill,
     )
+
+
+def tempered(before: fx.Node, q: fx.Node, k: fx.Node, temperatures: tuple[Temperature, ...]) -> tuple[fx.Node, fx.Node]:
+    """Return queries and keys with the factors of their scores."""
+    for each in temperatures:
+        target = aten.div.Tensor if each.is_divisor else aten.mul.Tensor
+        if each.is_of_queries:
+            q = insert_call(before, target, q, each.tensor)
+        else:
+            rows = value_of(each.tensor).dim() > 1
+            column = insert_call(before, aten.transpose.int, each.tensor, -2, -1) if rows else each.tensor
+            column = column if rows else insert_call(before, aten.unsqueeze.default, column, -1)
+            k = insert_call(before, target, k, column)
+    return q, k
+
+
+def num_heads_of(shape: torch.Size) -> int:
+    """Return the heads of operands `[B, H, S, D]`, or of `[B, S, D]`, which have one."""
+    return shape[1] if len(shape) == 4 else 1
 
 
 def are_needed(nodes: tuple[fx.Node, ...], has_dropout: bool) -> bool:

@@ -84,7 +84,8 @@ def move(calls: Calls) -> Ranks:
 
 def rearrange(calls: Calls) -> Ranks:
     c = calls[0]
-    held, wanted = (Arrangement.of(c[name], len(calls), c["layout"]) for name in ("held", "wanted"))
+    held = Arrangement.of(c["held"], len(calls), c["layout"], c["bounds"])
+    wanted = Arrangement.of(c["wanted"], len(calls), c["wanted_layout"] or c["layout"], c["bounds"])
     at = Sharded(c["dim"])
     whole = factors(join([c["x"] for c in calls], at, held), at, held.length)
     results = []

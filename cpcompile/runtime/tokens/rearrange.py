@@ -32,6 +32,8 @@ def rearrange_tokens(
     layout: str,
     world_size: int,
     group: str,
+    wanted_layout: str = "",
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return local elements in the arrangement `wanted`, of which position p is position `p + offset` of `x`.
 
@@ -41,8 +43,11 @@ def rearrange_tokens(
         wanted: likewise.
         offset: positions that `x` does not have are 0.
         fills: padding slots repeat the last token, so that they are as finite as the others; otherwise they are 0.
+        wanted_layout: the layout of `wanted`, where it is not `layout`.
+        bounds: the documents, for the one of both layouts that follows them.
     """
-    old, new = (Arrangement.of(parts, world_size, layout) for parts in (held, wanted))
+    old = Arrangement.of(held, world_size, layout, bounds)
+    new = Arrangement.of(wanted, world_size, wanted_layout or layout, bounds)
     local = torch.unflatten(x, dim, (-1, old.local_length))
     shape = list(local.shape)
     shape[dim + 1] = new.local_length
@@ -62,9 +67,12 @@ def _(
     layout: str,
     world_size: int,
     group: str,
+    wanted_layout: str = "",
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     shape = list(x.shape)
-    shape[dim] = shape[dim] // slots_of(held, layout, world_size) * slots_of(wanted, layout, world_size)
+    slots = slots_of(wanted, wanted_layout or layout, world_size)
+    shape[dim] = shape[dim] // slots_of(held, layout, world_size) * slots
     return x.new_empty(shape)
 
 
@@ -73,8 +81,9 @@ def _keep_settings(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _rearrange_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dim, held, wanted, offset, _, *axis = ctx.settings
-    return rearrange_tokens(grad, dim, wanted, held, -offset, False, *axis), *(None,) * 8
+    dim, held, wanted, offset, _, layout, world_size, group, wanted_layout, bounds = ctx.settings
+    axis = wanted_layout or layout, world_size, group, layout, bounds
+    return rearrange_tokens(grad, dim, wanted, held, -offset, False, *axis), *(None,) * 10
 
 
 rearrange_tokens.register_autograd(_rearrange_backward, setup_context=_keep_settings)

@@ -10,6 +10,6 @@ from cpcompile.zoo.programs.registry import PROGRAMS, Program
 
 __all__ = ["PROGRAMS", "Program", "find_programs", "make_program"]
 
-KINDS = "decoders more_keys chunks mixers images streams science signals diffusion vision"
+KINDS = "decoders more_keys chunks mixers images streams science signals diffusion vision vision_language"
 for kind in KINDS.split():
     import_module(f"cpcompile.zoo.programs.{kind}")

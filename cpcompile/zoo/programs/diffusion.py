@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpcompile.zoo.build import NotAvailable
+from cpcompile.zoo.flex import allow_flex_attention_on_cpu
 from cpcompile.zoo.inputs import BATCH, Sampler
 from cpcompile.zoo.programs.registry import Program, add_program
 
@@ -64,6 +65,7 @@ def make(name: str) -> Callable[[Sampler], Program]:
             import diffusers
         except ImportError:
             raise NotAvailable("diffusers is not installed") from None
+        allow_flex_attention_on_cpu()
         if not hasattr(diffusers, name):
             raise NotAvailable(f"diffusers {diffusers.__version__} has no {name}")
         recipe = RECIPES[name]
@@ -251,6 +253,133 @@ def z_image(s: Sampler) -> dict[str, Any]:
     }
 
 
+def anyflow_far(s: Sampler) -> dict[str, Any]:
+    """Return the inputs of AnyFlow-FAR: videos in chunks of frames, and the mask that is causal over these."""
+    import diffusers
+
+    chunks, steps_of_frames = [1, 2, 2], steps()[:, None].repeat(1, FRAMES)
+    mask = diffusers.AnyFlowFARTransformer3DModel(**ANYFLOW_FAR).build_attention_mask(
+        chunk_partition=chunks, height=2 * ROWS + 2, width=2 * COLUMNS + 2
+    )
+    return {
+        "hidden_states": s.normal(BATCH, FRAMES, 4, 2 * ROWS + 2, 2 * COLUMNS + 2),
+        "timestep": steps_of_frames,
+        "r_timestep": steps_of_frames - 100,
+        "encoder_hidden_states": text(s),
+        "chunk_partition": chunks,
+        "attention_mask": mask,
+    }
+
+
+def joy_image_edit_plus(s: Sampler) -> dict[str, Any]:
+    """Return the inputs of JoyImage Edit Plus: patches of an image to make and of one to look at, the second sample's shorter."""
+    shapes = [[(1, ROWS, COLUMNS), (1, 3, 4)], [(1, ROWS, COLUMNS), (1, 3, 3)]]
+    return {
+        "hidden_states": s.normal(BATCH, ROWS * COLUMNS + 12, 4, 1, 2, 2),
+        "timestep": steps(),
+        "encoder_hidden_states": text(s),
+        "encoder_hidden_states_mask": words_mask(torch.float32),
+        "shape_list": shapes,
+    }
+
+
+def minimax_h3(s: Sampler) -> dict[str, Any]:
+    """Return the inputs of MiniMax-H3: words, a video and its sound, and their places in one sequence."""
+    words, patches, sounds = WORDS, ROWS * COLUMNS, 11
+    length = words + patches + sounds
+    return {
+        "hidden_states": packed(s, 16),
+        "audio_hidden_states": packed(s, 4, sounds),
+        "encoder_hidden_states": text(s),
+        "timestep": torch.tensor([300, 0]),
+        "timestep_indices": (torch.arange(length) < words).long(),
+        "token_tags": torch.tensor([1] * words + [0] * patches + [2] * sounds),
+        "position_ids": torch.arange(length)[:, None].repeat(1, 3),
+        "text_indices": torch.arange(words),
+        "video_indices": torch.arange(words, words + patches),
+        "audio_indices": torch.arange(words + patches, length),
+    }
+
+
+def omnigen(s: Sampler) -> dict[str, Any]:
+    """Return the inputs of OmniGen: words with an image among them, and the image to make."""
+    places, words = 12, 12 + WORDS  # of the image among the words
+    length = words + 1 + ROWS * COLUMNS
+    mask = torch.ones(BATCH, length, length)
+    mask[:, :words, :words] = torch.ones(words, words).tril()
+    mask[:, 2 : 2 + places, 2 : 2 + places] = 1
+    mask[:, : words + 1, words + 1 :] = 0
+    return {
+        "hidden_states": image(s, 4),
+        "timestep": times(),
+        "input_ids": s.tokens(words) % 50,
+        "input_img_latents": [s.normal(1, 4, 6, 8) for _ in range(BATCH)],
+        "input_image_sizes": {row: [[2, 2 + places]] for row in range(BATCH)},
+        "attention_mask": mask,
+        "position_ids": torch.arange(length).repeat(BATCH, 1),
+    }
+
+
+def qwen_image_21(s: Sampler) -> dict[str, Any]:
+    """Return the inputs of Qwen-Image 2.1: words with the places of an image among them, and of the image to make behind them."""
+    seen, made, words = (1, 4, 6), (1, 4, 10), WORDS
+    img_mask = torch.zeros(BATCH, words + 6 + 10, dtype=torch.bool)
+    img_mask[:, 3:9] = True
+    img_mask[:, words + 6 :] = True
+    return {
+        "hidden_states": packed(s, 8, 24 + 40),
+        "encoder_hidden_states": text(s, TEXT, words + 6),
+        "timestep": times(),
+        "img_shapes": [[seen, made]] * BATCH,
+        "img_mask": img_mask,
+    }
+
+
+def sana_wm(s: Sampler) -> dict[str, Any]:
+    """Return the inputs of SANA-WM: a video, and where the camera was in each frame."""
+    camera = torch.eye(4).flatten().repeat(BATCH, FRAMES, 1)
+    camera[..., 3] = torch.arange(FRAMES) * 0.1
+    intrinsics = torch.tensor([4.0, 4.0, 3.5, 2.5]).repeat(BATCH, FRAMES, 1)
+    return {
+        "hidden_states": video(s, 4, 1),
+        "timestep": steps()[:, None, None].repeat(1, 1, FRAMES),
+        "encoder_hidden_states": text(s)[:, None],
+        "encoder_attention_mask": words_mask(torch.long),
+        "camera_conditions": torch.cat([camera, intrinsics], dim=-1),
+        "chunk_plucker": video(s, 6, 1),
+    }
+
+
+def sana_wm_refiner(s: Sampler) -> dict[str, Any]:
+    """Return the inputs of the refiner of SANA-WM: patches of a video with the rotation of each."""
+    length = FRAMES * ROWS * COLUMNS
+    angles = s.normal(1, length, 24)
+    return {
+        "hidden_states": packed(s, 8, length),
+        "encoder_hidden_states": text(s),
+        "timestep": steps()[:, None].repeat(1, length),
+        "video_rotary_emb": (angles.cos(), angles.sin()),
+        "encoder_attention_mask": words_mask(torch.long),
+    }
+
+
+def wan_animate_2(s: Sampler) -> dict[str, Any]:
+    """Return the inputs of Wan-Animate-2 where it reads the reference, whose keys and values it keeps."""
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    grid_sizes = torch.tensor([[FRAMES, ROWS, COLUMNS]] * BATCH)
+    return {
+        "hidden_states": [video(s, 4)[0] for _ in range(BATCH)],
+        "timestep": times(),
+        "encoder_hidden_states": [s.normal(words, TEXT) for words in (WORDS, 6)],
+        "condition_latents": [video(s, 2)[0] for _ in range(BATCH)],
+        "kv_cache": WanAnimate2KVCache(2),
+        "kv_cache_mode": "extract",
+        "seq_len": FRAMES * ROWS * COLUMNS,
+        "offset_grid_sizes": grid_sizes,
+    }
+
+
 def allegro_positions(s: Sampler) -> tuple[Any, Any]:
     """Return cosines and sines of the positions along each dim, and the position of each token along each."""
     tables = [s.normal(size, 4) for size in (FRAMES, ROWS, COLUMNS)]
@@ -259,6 +388,8 @@ def allegro_positions(s: Sampler) -> tuple[Any, Any]:
 
 SHAPES = [(1, ROWS, COLUMNS)] * BATCH
 PIXART = {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "sample_size": 12, "norm_num_groups": 2}
+
+ANYFLOW_FAR = {**WAN, "full_chunk_limit": 2, "chunk_partition": (1, 2, 2)}
 
 RECIPES: Mapping[str, Recipe] = {
     "AceStepTransformer1DModel": Recipe(
@@ -285,6 +416,7 @@ RECIPES: Mapping[str, Recipe] = {
             image_rotary_emb=allegro_positions,
         ),
     ),
+    "AnyFlowFARTransformer3DModel": Recipe(ANYFLOW_FAR, anyflow_far),
     "AnyFlowTransformer3DModel": Recipe(
         WAN,
         latents(
@@ -303,6 +435,13 @@ RECIPES: Mapping[str, Recipe] = {
             "pos_embed_max_size": 144,
         },
         latents(image, 4),
+    ),
+    "BriaFibo2Transformer2DModel": Recipe(
+        {"in_channels": 4, "dim": 24, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": TEXT}
+        | {"injection_layer_ids": (1,), "perceiver_num_layers": 1, "axes_dims": (4, 4, 4), "axes_lens": (32, 16, 16)}
+        | {"min_num_gist_tokens": 4, "max_num_gist_tokens": 8, "gist_step": 2, "gist_min_text_len": 4}
+        | {"gist_max_text_len": 16},
+        latents(image, 4, times, encoder_hidden_states=lambda s: s.normal(BATCH, 2, WORDS, TEXT)),
     ),
     "BriaFiboTransformer2DModel": Recipe(
         {**FLUX, **ROPE, "text_encoder_dim": TEXT},
@@ -464,6 +603,12 @@ RECIPES: Mapping[str, Recipe] = {
         ideogram,
         PACKED,
     ),
+    "JoyImageEditPlusTransformer3DModel": Recipe(
+        {"in_channels": 4, "hidden_size": 24, "num_attention_heads": 2, "text_dim": TEXT, "num_layers": 2}
+        | {"rope_dim_list": [4, 4, 4]},
+        joy_image_edit_plus,
+        PACKED,
+    ),
     "JoyImageEditTransformer3DModel": Recipe(
         {"in_channels": 4, "hidden_size": 24, "num_attention_heads": 2, "text_dim": TEXT, "num_layers": 2}
         | {"rope_dim_list": [4, 4, 4]},
@@ -479,6 +624,31 @@ RECIPES: Mapping[str, Recipe] = {
             "pooled_projections": s.normal(BATCH, 8),
             "visual_rope_pos": (torch.arange(FRAMES), torch.arange(ROWS), torch.arange(COLUMNS)),
             "text_rope_pos": torch.arange(WORDS),
+        },
+    ),
+    "Kandinsky6SRTransformer3DModel": Recipe(
+        {"in_visual_dim": 2, "out_visual_dim": 4, "time_dim": 8, "model_dim": 24, "ff_dim": 32, "num_visual_blocks": 2}
+        | {"axes_dims": (4, 4, 4), "nabla_window": (3, 3, 3)},
+        lambda s: {"hidden_states": s.normal(1, 3, 8, 16, 5), "timestep": torch.tensor([300])},
+    ),
+    "Kandinsky6Transformer3DModel": Recipe(
+        {
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": TEXT,
+            "in_text_dim2": 8,
+            "time_dim": 8,
+            "model_dim": 24,
+        }
+        | {"ff_dim": 32, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 4, 4), "visual_cond": False}
+        | {"in_audio_dim": 4, "out_audio_dim": 4, "ca_rope": True, "cross_gates": True, "fix_modulation": True},
+        lambda s: {
+            "hidden_states": s.normal(BATCH, FRAMES, 2 * ROWS, 2 * COLUMNS, 4),
+            "encoder_hidden_states": text(s),
+            "pooled_projections": s.normal(BATCH, 8),
+            "timestep": steps(),
+            "audio_hidden_states": packed(s, 4, 11),
+            "encoder_attention_mask": words_mask(),
         },
     ),
     "Krea2Transformer2DModel": Recipe(
@@ -532,6 +702,13 @@ RECIPES: Mapping[str, Recipe] = {
         | {"axes_lens": (32, 16, 16), "cap_feat_dim": TEXT},
         latents(image, 4, times, encoder_attention_mask=words_mask()),
     ),
+    "MiniMaxH3Transformer3DModel": Recipe(
+        {**HEADS, "hidden_size": 24, "num_layers": 2, "num_refiner_layers": 1, "ffn_dim": 32, "in_channels": 4}
+        | {"audio_in_channels": 4, "text_dim": TEXT, "freq_dim": 8, "time_embed_hidden_dim": 8, "time_embed_dim": 8}
+        | {"rope_freq_dim": 2},
+        minimax_h3,
+        PACKED,
+    ),
     "MiniMaxMusic3Transformer1DModel": Recipe(
         {**HEADS, "in_channels": 8, "condition_dim": TEXT, "num_layers": 2, "ff_inner_dim": 32, "rotary_dim": 8}
         | {"fourier_embedding_dim": 8},
@@ -553,6 +730,18 @@ RECIPES: Mapping[str, Recipe] = {
         latents(packed, 8, times, img_shapes=SHAPES, encoder_hidden_states_mask=words_mask()),
         PACKED,
     ),
+    "OmniGenTransformer2DModel": Recipe(
+        {
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 32,
+            "num_layers": 2,
+        }
+        | {"pad_token_id": 0, "vocab_size": 50, "pos_embed_max_size": 12, "time_step_dim": 8}
+        | {"rope_scaling": {"short_factor": [1.0] * 6, "long_factor": [1.0] * 6}},
+        omnigen,
+    ),
     "OvisImageTransformer2DModel": Recipe({**FLUX, **ROPE, "out_channels": 8}, flux, PACKED),
     "PRXTransformer2DModel": Recipe(
         {"in_channels": 4, "context_in_dim": TEXT, "hidden_size": 24, "num_heads": 2, "depth": 2, "axes_dim": [6, 6]},
@@ -567,6 +756,12 @@ RECIPES: Mapping[str, Recipe] = {
             encoder_attention_mask=words_mask(torch.float32),
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ),
+    ),
+    "QwenImage21Transformer2DModel": Recipe(
+        {**HEADS, "in_channels": 8, "out_channels": 8, "num_layers": 2, "context_in_dim": TEXT}
+        | {"axes_dims_rope": (4, 4, 4)},
+        qwen_image_21,
+        PACKED,
     ),
     "QwenImageTransformer2DModel": Recipe(
         {**HEADS, **ROPE, "in_channels": 8, "out_channels": 2, "num_layers": 2, "joint_attention_dim": TEXT},
@@ -583,6 +778,19 @@ RECIPES: Mapping[str, Recipe] = {
         | {"cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": TEXT, "sample_size": 8},
         latents(lambda s, c: image(s, c, 1), 4, steps, encoder_attention_mask=words_mask(torch.float32)),
     ),
+    "SanaWMLTX2RefinerTransformer3DModel": Recipe(
+        {**HEADS, "in_channels": 8, "out_channels": 8, "cross_attention_dim": 24, "audio_in_channels": 8}
+        | {"audio_out_channels": 8, "audio_num_attention_heads": 2, "audio_attention_head_dim": 12, "num_layers": 1}
+        | {"audio_cross_attention_dim": 24, "caption_channels": TEXT},
+        sana_wm_refiner,
+        PACKED,
+    ),
+    "SanaWMTransformer3DModel": Recipe(
+        {"in_channels": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "softmax_every_n": 2}
+        | {"linear_head_dim": 16, "chunk_plucker_channels": 6, "chunk_plucker_post_attn_blocks": 1}
+        | {"caption_channels": TEXT},
+        sana_wm,
+    ),
     "SanaVideoTransformer3DModel": Recipe(
         {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_cross_attention_heads": 2}
         | {"cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": TEXT, "sample_size": 14},
@@ -596,7 +804,11 @@ RECIPES: Mapping[str, Recipe] = {
     "TransformerTemporalModel": Recipe(
         {**HEADS, "in_channels": 4, "num_layers": 2, "norm_num_groups": 2},
         lambda s: {"hidden_states": s.normal(BATCH * 13, 4, 3, 5), "num_frames": 13},
-        {"hidden_states": 0},
+    ),
+    "WanAnimate2Transformer3DModel": Recipe(
+        {"text_len": 12, "in_dim": 6, "dim": 24, "ffn_dim": 32, "freq_dim": 8, "text_dim": TEXT, "out_dim": 4}
+        | {"num_heads": 2, "num_layers": 2, "use_img_emb": False},
+        wan_animate_2,
     ),
     "WanAnimateTransformer3DModel": Recipe(
         {**WAN, "in_channels": 12, "latent_channels": 4, "image_dim": 6, "added_kv_proj_dim": 24, "motion_dim": 4}

@@ -10,7 +10,7 @@ from cpcompile.zoo.build import MAX_PARAMETERS, drop_dropout, randomise
 from cpcompile.zoo.inputs import Sampler
 from cpcompile.zoo.programs.registry import PROGRAMS, Program
 
-CATALOGUES = ("diffusion", "vision", "science", "handwritten")
+CATALOGUES = ("diffusion", "vision", "vision_language", "science", "handwritten")
 
 
 def make_program(key: str) -> Program:

@@ -1,0 +1,299 @@
+"""Recurrences and convolutions along sharded tokens, as models write them: in chunks, in logarithms, in loops, by strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.associative_scan import associative_scan
+from torch.nn import functional as F
+
+import cpcompile
+
+WIDTH, HEADS, CHUNK = 8, 2, 4
+
+
+class Model(nn.Module):
+    """An embedding, a mixer of `[B, S, D]`, and the loss of the next token."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.mixer, self.head = nn.Embedding(17, WIDTH), mixer, nn.Linear(WIDTH, 17)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        logits = self.head(x + self.mixer(x))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def segment_sums(x: Tensor) -> Tensor:
+    """Return the sums of `x` between any two places, minus infinity above the diagonal."""
+    length = x.size(-1)
+    x = x[..., None].expand(*x.size(), length)
+    below = torch.tril(torch.ones(length, length, dtype=torch.bool), diagonal=-1)
+    sums = torch.cumsum(x.masked_fill(~below, 0), dim=-2)
+    return sums.masked_fill(~torch.tril(torch.ones(length, length, dtype=torch.bool)), -torch.inf)
+
+
+class StateSpace(nn.Module):
+    """Mamba-2 in padded chunks: states of chunks are passed on by a product with all sums of decays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(WIDTH, 4 * WIDTH + HEADS), nn.Linear(WIDTH, WIDTH)
+        self.conv = nn.Conv1d(3 * WIDTH, 3 * WIDTH, 4, padding=3, groups=3 * WIDTH)
+        self.skip = nn.Parameter(torch.randn(HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        gate, mixed, step = self.project(x).split([WIDTH, 3 * WIDTH, HEADS], dim=-1)
+        mixed = F.silu(self.conv(mixed.transpose(1, 2))[:, :, :length].transpose(1, 2))
+        v, b, c = (t.reshape(batch, length, HEADS, -1) for t in mixed.split(WIDTH, dim=-1))
+        step, pad = F.softplus(step), (CHUNK - length % CHUNK) % CHUNK
+        skipped = self.skip[..., None] * F.pad(v, (0, 0, 0, 0, 0, pad))
+
+        def in_chunks(t: Tensor) -> Tensor:
+            t = F.pad(t, (0, 0, 0, 0, 0, pad) if t.dim() == 4 else (0, 0, 0, pad))
+            return t.reshape(batch, -1, CHUNK, *t.shape[2:])
+
+        v, a, b, c = (in_chunks(t) for t in (v * step[..., None], -step, b, c))
+        a = a.permute(0, 3, 1, 2)
+        sums = a.cumsum(-1)
+        scores = torch.einsum("bclhn,bcshn->bclsh", c, b) * segment_sums(a).exp().permute(0, 2, 3, 4, 1)
+        inside = torch.einsum("bclsh,bcshp->bclhp", scores, v)
+        carried = b * (sums[:, :, :, -1:] - sums).exp().permute(0, -2, -1, 1)[..., None]
+        states = torch.einsum("bclhn,bclhp->bchpn", carried, v)
+        states = torch.cat([torch.zeros_like(states[:, :1]), states], dim=1)
+        decay = segment_sums(F.pad(sums[:, :, :, -1], (1, 0))).exp().transpose(1, 3)
+        states = torch.einsum("bzch,bzhpn->bchpn", decay, states)[:, :-1]
+        before = torch.einsum("bclhn,bchpn->bclhp", c, states) * sums.exp().permute(0, 2, 3, 1)[..., None]
+        y = (inside + before).contiguous().reshape(batch, -1, HEADS, WIDTH // HEADS) + skipped
+        if pad > 0:
+            y = y[:, :length]
+        return self.out(y.flatten(2) * F.silu(gate))
+
+
+class GatedDelta(nn.Module):
+    """The gated delta rule in padded chunks: a triangular system inside of each, and a loop that carries the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.gates, self.out = (
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, 2 * HEADS),
+            nn.Linear(WIDTH, WIDTH),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2).contiguous() for t in self.qkv(x).chunk(3, dim=-1))
+        decay, beta = self.gates(x).transpose(1, 2).chunk(2, dim=1)
+        q, k, decay, beta = F.normalize(q, dim=-1), F.normalize(k, dim=-1), F.logsigmoid(decay), beta.sigmoid()
+        pad = (CHUNK - length % CHUNK) % CHUNK
+        q, k, v = (F.pad(t, (0, 0, 0, pad)) for t in (q, k, v))
+        decay, beta = (F.pad(t, (0, pad)) for t in (decay, beta))
+        scaled = [t * beta.unsqueeze(-1) for t in (v, k)]
+        q, k, v, w = (t.reshape(batch, HEADS, -1, CHUNK, t.shape[-1]) for t in (q, k, *scaled))
+        sums = decay.reshape(batch, HEADS, -1, CHUNK).cumsum(-1)
+        above = torch.ones(CHUNK, CHUNK, dtype=torch.bool).triu(1)
+        ratio = (sums.unsqueeze(4) - sums.unsqueeze(3)).masked_fill(above, float("-inf")).exp()
+        system, scores = (w @ k.transpose(-1, -2)) * ratio, (q @ k.transpose(-1, -2)) * ratio
+        new = torch.linalg.solve_triangular(system, v, upper=False, unitriangular=True)
+        seen = torch.linalg.solve_triangular(system, w * sums.exp().unsqueeze(-1), upper=False, unitriangular=True)
+        state, y = torch.zeros(batch, HEADS, q.shape[-1], v.shape[-1], dtype=v.dtype), torch.zeros_like(new)
+        q = q * sums.exp().unsqueeze(-1)
+        k = k * (sums[..., -1:] - sums).exp().unsqueeze(-1)
+        last = sums[..., -1].exp()[..., None, None]
+        for i in range((length + pad) // CHUNK):
+            value = new[:, :, i] - seen[:, :, i] @ state
+            y[:, :, i] = q[:, :, i] @ state + scores[:, :, i] @ value
+            state = state * last[:, :, i] + k[:, :, i].transpose(-1, -2) @ value
+        y = y.reshape(batch, HEADS, -1, v.shape[-1])[:, :, :length]
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Frames(nn.Module):
+    """A stem of strided convolutions that overlap, on embedded tokens, then attention-free mixing of the frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        self.stem = nn.ModuleList(
+            [nn.Conv1d(WIDTH, WIDTH, 3, stride=2), nn.Conv1d(WIDTH, WIDTH, 3, stride=2, padding=1)]
+        )
+        self.last = nn.Conv1d(WIDTH, WIDTH, 5, stride=3, dilation=2, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x).transpose(1, 2)
+        for layer in self.stem:
+            h = F.gelu(layer(h))
+        h = h + h.cumsum(-1)
+        return self.out(self.last(h).transpose(1, 2)).pow(2).mean()
+
+
+class Pools(nn.Module):
+    """Pools whose windows overlap, every second token, sorted channels, and norms over all tokens of a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        self.norm = nn.InstanceNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.embed(x).transpose(1, 2)).transpose(1, 2)
+        h = h + h.sort(dim=1).values
+        short = F.max_pool1d(h.transpose(1, 2), 3, 2, 1).transpose(1, 2)
+        short = self.out(short)
+        return self.out(h).pow(2).mean() + short.pow(2).mean() + self.out(h[:, 1::2]).exp().mean()
+
+
+class Packed(nn.Module):
+    """Convolutions, a scan and chunks between attentions that keep documents apart; the layout follows these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Embedding(17, WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.conv, self.space = nn.Conv1d(WIDTH, WIDTH, 3, padding=2), StateSpace()
+        self.frames, self.head = nn.Conv1d(WIDTH, WIDTH, 3, stride=2), nn.Linear(WIDTH, 17)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, documents: Tensor) -> Tensor:
+        x, length = self.embed(input_ids), input_ids.shape[1]
+        mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+        for _ in range(2):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            x = x + F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+            x = x + F.silu(self.conv(x.mT)[..., :length]).mT
+        x = x + self.space(x)
+        loss = F.cross_entropy(self.head(x)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return loss + self.frames(x.mT).pow(2).mean()
+
+
+def packed(length: int) -> dict[str, Tensor]:
+    starts = torch.tensor([[0, 5, 6, 17], [0, 11, 12, 19]])
+    documents = (torch.arange(length)[None, :, None] >= starts[:, None]).sum(-1)
+    tokens = text(length)
+    return {**tokens, "labels": tokens["labels"].clone(), "documents": documents}
+
+
+def floats(*shape: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(shape, dtype=torch.float64)}
+
+
+class MinGRU(nn.Module):
+    """A scan in logarithms that begins with a state, as the package minGRU-pytorch has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.first = nn.Parameter(torch.rand(1, 1, WIDTH) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.project(x).chunk(2, dim=-1)
+        decays = -F.softplus(gate)
+        values = -F.softplus(-gate) + torch.where(hidden >= 0, (F.relu(hidden) + 0.5).log(), -F.softplus(-hidden))
+        values = torch.cat((self.first.expand(x.shape[0], -1, -1).log(), values), dim=1)
+        decays = F.pad(decays, (0, 0, 1, 0))
+        sums = decays.cumsum(dim=1)
+        states = (sums + (values - sums).logcumsumexp(dim=1)).exp()[:, -x.shape[1] :]
+        return self.out(states) * states[:, -1:]
+
+
+class Associative(nn.Module):
+    """A recurrence by torch's associative scan; paths of whole rows are dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.project(x).chunk(2, dim=-1)
+
+        def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return left[0] * right[0], right[0] * left[1] + right[1]
+
+        _, states = associative_scan(combine, (gate.sigmoid(), value), 1, combine_mode="generic")
+        kept = x.new_empty(x.shape[0], 1, 1).bernoulli_(0.5).div_(0.5)
+        return self.out(states) * kept
+
+
+class Selective(nn.Module):
+    """Mamba as a listing: a causal convolution, then a loop over the tokens, of which one value has no channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 4, padding=3, groups=WIDTH)
+        self.gates, self.rates = nn.Linear(WIDTH, 1 + 2 * 3), nn.Parameter(torch.randn(WIDTH, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        u, gate = self.project(x).chunk(2, dim=-1)
+        u = F.silu(self.conv(u.transpose(1, 2))[..., :length].transpose(1, 2))
+        step, b, c = self.gates(u).split([1, 3, 3], dim=-1)
+        step = F.softplus(step)[..., None]
+        decay, given = torch.exp(-step * self.rates.exp()), step * b[:, :, None, :] * u[..., None]
+        state, outputs = torch.zeros_like(given[:, 0]), torch.zeros_like(u)
+        for t in range(length):
+            state = decay[:, t] * state + given[:, t]
+            outputs[:, t] = (state * c[:, t, None, :]).sum(-1)
+        return self.out(outputs * F.silu(gate))
+
+
+class Patches(nn.Module):
+    """A convolution whose kernel each token makes, as ConvBERT has it: patches of tokens by `F.unfold`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.value = nn.Linear(WIDTH, HEADS * 5), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel(x).reshape(-1, 5, 1).softmax(1)
+        value = self.value(x).transpose(1, 2).contiguous().unsqueeze(-1)
+        value = F.unfold(value, [5, 1], dilation=1, padding=[2, 0], stride=1).transpose(1, 2)
+        value = value.reshape(-1, WIDTH // HEADS, 5) @ kernel
+        return value.reshape(x.shape)
+
+
+def text(length: int) -> dict[str, Tensor]:
+    tokens = torch.randint(0, 17, (2, length))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+Case = tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], dict[str, Any]]
+
+X = {"token_dims": {"x": 1}}
+
+PROGRAMS: dict[str, Case] = {
+    "mingru": (lambda: Model(MinGRU()), lambda: text(13), {}),
+    "associative": (lambda: Model(Associative()), lambda: text(13), {"exact_dropout": True}),
+    "loop": (lambda: Model(Selective()), lambda: text(19), {}),
+    "patches": (lambda: Model(Patches()), lambda: text(13), {}),
+    "packed": (Packed, lambda: packed(23), {"token_dims": {"input_ids": 1, "labels": 1, "documents": 1}}),
+    "frames": (Frames, lambda: floats(2, 41, 4), X),
+    "pools": (Pools, lambda: floats(2, 23, 4), X),
+    "state space": (lambda: Model(StateSpace()), lambda: text(22), {}),
+    "gated delta": (lambda: Model(GatedDelta()), lambda: text(22), {}),
+    "gated delta, many chunks": (lambda: Model(GatedDelta()), lambda: text(75), {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:one graph for all lengths cannot be sharded")
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, "zig_zag"),
+        pytest.param(3, "contiguous", marks=pytest.mark.slow),
+        pytest.param(4, "zig_zag", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_exact(name: str, world_size: int, layout: str) -> None:
+    make, inputs, options = PROGRAMS[name]
+    torch.manual_seed(0)
+    found = cpcompile.verify(
+        make().double(), inputs(), world_size=world_size, dtype=torch.float64, balancer=layout, dynamic=False, **options
+    )
+    found.raise_if_wrong()
