@@ -167,7 +167,7 @@ class Joiner:
                 self._refuse_documents(node)
             layouts = of.layout or self.plan.layout, target.layout or self.plan.layout
             bounds = of.bounds or target.bounds
-            axis = (layouts[0], self.plan.world_size, self.plan.group)
+            axis: tuple[Any, ...] = (layouts[0], self.plan.world_size, self.plan.group)
             if bounds is not None or layouts[0] != layouts[1]:
                 axis = (*axis, layouts[1], bounds)
             with self.gm.graph.inserting_before(max([node, *Lengths.bounds_of(self.gm)]).next):
