@@ -978,6 +978,14 @@ def shift_of_frequencies(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(s, 4), [-1]))
 
 
+@cases(aten.linalg_solve_triangular.default)
+def triangular(target: Any, s: int) -> Iterator[Case]:
+    system = x(s, 3, 3).tril() + 3 * torch.eye(3, dtype=torch.float64)
+    yield Case(target, (system, x(s, 3, 2)), {"upper": False})
+    yield Case(target, (system[:1], x(s, 3, s)), {"upper": False, "unitriangular": True})
+    yield Case(target, (system.mT.contiguous(), x(s, 2, 3)), {"upper": True, "left": False})
+
+
 @cases(aten.cdist.default, aten._cdist_forward.default)
 def distances(target: Any, s: int) -> Iterator[Case]:
     last = (2.0, None) if target is aten._cdist_forward.default else ()
