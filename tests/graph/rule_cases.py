@@ -625,6 +625,8 @@ def transposed_convolution(target: Any, s: int) -> Iterator[Case]:
     rank = int(str(target)[len("aten.conv_transpose")])
     yield Case(target, (x(s, 3, *(2,) * rank), x(3, 2, *(2,) * rank), x(2)))
     yield Case(target, (x(B, 3, s, *(2,) * (rank - 1)), x(3, 2, *(2,) * rank), x(2)))
+    yield Case(target, (x(B, 4, s, *(2,) * (rank - 1)), x(4, 2, *(2,) * rank), x(4), [2], [0], [0], 2))  # each to 2
+    yield Case(target, (x(B, 3, s, *(2,) * (rank - 1)), x(3, 2, *(2,) * rank), None, [3], [0], [1]))
 
 
 @cases(aten.embedding.default)
