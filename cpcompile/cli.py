@@ -18,6 +18,7 @@ from cpcompile.commands.guard import guard
 # once. These are modules of `cpcompile.commands`, imported when they are asked for.
 LAZY = {
     "explain": "Print the plan: attentions, where inputs are sharded, what is gathered, collectives, time, memory.",
+    "tune": "Measure the attention kernels and links of this machine once, for the cost model.",
     "diff": "Print what cpcompile changes in a model, as a patch of its graph with your lines.",
 }
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from cpcompile.balance.layout import follows_documents, group_size
 from cpcompile.choose.attention import AttentionSite, Ranks
+from cpcompile.choose.machine import H100, Machine
 from cpcompile.choose.rates import (
     BACKWARD_SLOPE,
     CPU,
@@ -46,7 +47,7 @@ def seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -> flo
 def device_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -> float:
     """Return the seconds of the slowest rank whose host is ahead: of its kernels, and of messages that these do not hide."""
     workload = site.workload(axis, layout)
-    work = compute_seconds(site, workload, strategy, axis)
+    work = compute_seconds(site, workload, strategy, axis.machine)
     inner = workload.inner(strategy)
     if STRATEGIES[strategy].is_latent:
         work += expansion_seconds(site, axis, parts=inner)
@@ -92,9 +93,9 @@ def host_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -
     return least + of_keys * (1 + hops) + of_heads * inner
 
 
-def compute_seconds(site: AttentionSite, workload: Workload, strategy: str, axis: Ranks) -> float:
+def compute_seconds(site: AttentionSite, workload: Workload, strategy: str, machine: Machine = H100) -> float:
     """Return the seconds of the kernels of the slowest rank."""
-    rates = axis.machine.rates(site.kernel) if is_gpu(site) else CPU
+    rates = machine.rates(site.kernel) if is_gpu(site) else CPU
     inner = workload.inner(strategy)
     heads = site.batch * max(h.num_query for h in workload.heads_of(strategy))
     per_pair = 2.0 * (site.head_dim + site.value_dim) * heads

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 import cpcompile
-from cpcompile.choose.machine import MACHINES, machine_named
+from cpcompile.choose.machine import MACHINES, machine_named, this_machine
 from cpcompile.commands.guard import guard
 from cpcompile.commands.options import takes_config
 from cpcompile.commands.target import BatchSize, InnerSize, Length, Target, WorldSize, shape_of
 from cpcompile.inspect.explanation import Explanation, size
-from cpcompile.inspect.longest import longest_sequence
+from cpcompile.inspect.longest import MOST, longest_sequence
 
 
 class Graph(str, Enum):
@@ -34,8 +34,8 @@ def explain(
     device: Annotated[
         str,
         typer.Option(
-            help=f"GPUs that the plan is for, here or not: {', '.join(MACHINES)}, or a file that `cpcompile tune` wrote. By default "
-            "this machine."
+            help=f"GPUs that the plan is for, here or not: {', '.join(MACHINES)}, or a file that `cpcompile tune` wrote. "
+            "By default this machine."
         ),
     ] = "",
     gpus: Annotated[int, typer.Option(min=0, help="Ranks that share the sequence, in the place of --world-size.")] = 0,
@@ -58,6 +58,9 @@ def explain(
         ),
     ] = 0,
     graph: Annotated[Graph | None, typer.Option(help="Print this graph as code too.")] = None,
+    longest: Annotated[
+        bool, typer.Option("--longest", help="The longest sequence that fits a GPU of --device.")
+    ] = False,
     diff: Annotated[bool, typer.Option("--diff", help="Print what changes in the code of the graph too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
     *,
@@ -88,10 +91,11 @@ def explain(
         typer.echo(str(plan))
         if one_device:
             typer.echo("\n" + beside_one_device(plan, cpcompile.explain(model, inputs, memory=True, **options | ONE)))
-        room = device_memory * 2**30 or (machine.memory if machine else 0)
+        room = device_memory * 2**30 or (machine or this_machine()).memory * longest
         if room:
             found = longest_sequence(model, inputs, device_bytes=int(room), **options)
-            text = f"{found.tokens} tokens" if found.tokens else "not even 1024 tokens a rank"
+            at_least = "at least " if found.tokens >= MOST else ""
+            text = f"{at_least}{found.tokens} tokens" if found.tokens else "not even 1024 tokens a rank"
             typer.echo(f"\nlongest sequence of which a step fits {size(room)}: {text}")
         if graph is not None:
             typer.echo("\n" + getattr(plan, graph.value))

@@ -55,7 +55,7 @@ def option_of(name: str) -> inspect.Parameter:
         kind, more["autocompletion"] = str, lambda: list(CHOICES["balancer"])
         more["metavar"] = "|".join(CHOICES["balancer"])
     elif name in CHOICES:
-        kind = Enum(name, {choice: choice for choice in CHOICES[name]}, type=str)
+        kind = choices(name, CHOICES[name])
     elif hint is bool:
         flags = [f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"]
     elif get_origin(hint) is Mapping:
@@ -64,6 +64,13 @@ def option_of(name: str) -> inspect.Parameter:
         kind = list[str]
     annotated = Annotated[kind | None, typer.Option(*flags, **more)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotated)
+
+
+def choices(name: str, of: Sequence[str]) -> type[Enum]:
+    """Return an enumeration, as typer shows choices."""
+    make: Any = Enum
+    made: type[Enum] = make(name, {choice: choice for choice in of}, type=str)
+    return made
 
 
 def value_of(name: str, given: Any) -> Any:

@@ -300,10 +300,10 @@ class Explanation:
         share = f", {self.work.mfu:.0%} of the peak (MFU) at most" if self.work.mfu else ""
         return [
             "",
-            f"work of the busiest rank in a forward: {max(products):.3g} FLOPs of products, {max(attentions):.3g} of attention; "
-            f"of all ranks {sum(products):.3g} and {sum(attentions):.3g}",
-            f"a training step takes at least {self.work.seconds * 1e3:.3g} ms{share}: attention as estimated, and products in "
-            "forward and backward; norms, losses, the optimizer and sums of gradients are not in it",
+            f"work of the busiest rank in a forward: {max(products):.3g} FLOPs of products, {max(attentions):.3g} of attention",
+            f"work of all ranks: {sum(products):.3g} and {sum(attentions):.3g}",
+            f"a training step takes at least {self.work.seconds * 1e3:.3g} ms{share}",
+            "(attention as estimated, and products in forward and backward, without norms, losses, optimizer and gradient sums)",
         ]
 
     def _pass_lines(self) -> list[str]:
