@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         RanksDiffer,
         VerificationError,
     )
-    from cpcompile.front.apply import apply, no_sync, remove, shard, unshard
+    from cpcompile.front.apply import apply, explanation, no_sync, remove, shard, unshard
     from cpcompile.front.data import rank_and_replicas
     from cpcompile.front.loss import cross_entropy
     from cpcompile.inspect.explain import explain
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "front.apply": ("apply", "no_sync", "remove", "shard", "unshard"),
+    "front.apply": ("apply", "explanation", "no_sync", "remove", "shard", "unshard"),
     "front.data": ("rank_and_replicas",),
     "front.loss": ("cross_entropy",),
     "options.config": ("Config",),
@@ -83,6 +83,7 @@ __all__ = [
     "apply",
     "cross_entropy",
     "explain",
+    "explanation",
     "no_sync",
     "rank_and_replicas",
     "remove",

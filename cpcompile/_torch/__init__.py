@@ -34,6 +34,7 @@ from cpcompile._torch.known_values import known_value, known_values
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.overlap import OverlapPass
 from cpcompile._torch.repeated_calls import rename_sizes
+from cpcompile._torch.trace import trace_artifact
 from cpcompile._torch.tracing import (
     fake_inputs,
     fake_static_input,
@@ -89,6 +90,7 @@ __all__ = [
     "source_name",
     "symbolic_operators",
     "this_compilation",
+    "trace_artifact",
     "trace_pre_dispatch",
     "tracing_one_graph",
     "trial_on_fake_tensors",

@@ -1,6 +1,6 @@
 """Stages: what a first call does for so long is said on the first rank, in a line on stderr.
 
-What takes a moment is not mentioned. `logging.getLogger("cpcompile.stages").setLevel("WARNING")` silences all of it.
+What takes a moment is not mentioned; what was compiled is, in one line. `logging.getLogger("cpcompile.stages").setLevel("WARNING")` silences all of it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _log.propagate = False
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
     """Surround a stage; if it takes longer than `PATIENCE` seconds, say so while it runs, and how long it took."""
-    timer = threading.Timer(PATIENCE, _say, [f"{name} ..."])
+    timer = threading.Timer(PATIENCE, say, [f"{name} ..."])
     timer.daemon = True
     timer.start()
     start = time.perf_counter()
@@ -45,7 +45,7 @@ def stage(name: str) -> Iterator[None]:
         timer.cancel()
         seconds = time.perf_counter() - start
     if seconds > PATIENCE:
-        _say(f"{name} took {seconds:.0f} s")
+        say(f"{name} took {seconds:.0f} s")
 
 
 @contextlib.contextmanager
@@ -86,6 +86,7 @@ class Tracing:
         self._open.close()
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line on stderr, on the first rank."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         _log.info("cpcompile: %s", text)

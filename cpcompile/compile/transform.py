@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from cpcompile import _torch
 from cpcompile.analysis.patterns.latent_heads import expansion_of
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.token_inputs import find_token_dims
@@ -103,6 +105,7 @@ class Count:
 
 
 Watcher = Callable[[str, fx.GraphModule], None]
+_log = logging.getLogger(__name__)
 _WATCHERS: ContextVar[tuple[Watcher, ...]] = ContextVar("watchers of passes", default=())
 
 
@@ -262,8 +265,12 @@ def run_pass(
     gm.graph.lint()
     gm.recompile()
     times[function.__name__] = time.perf_counter() - start
+    name, places = function.__name__, changes[function.__name__]
+    _log.debug("pass %s changed %d places in %.0f ms", name, places, times[name] * 1e3)
+    if places:
+        _torch.trace_artifact(f"cpcompile_after_{name}", lambda: gm.print_readable(print_output=False))
     for see in _WATCHERS.get():
-        see(function.__name__, gm)
+        see(name, gm)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from cpcompile.front.generation import Generation
 from cpcompile.front.last_call import LastCall
 from cpcompile.front.module_state import ModuleState
 from cpcompile.front.sharded_parameters import ShardedParameters, adopt
+from cpcompile.inspect.explanation import Explanation
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis, axis_of
 
@@ -267,6 +268,25 @@ class ParallelForward:
         """Give the modules that `fully_shard` wrapped their own hooks back."""
         if self._sharded is not None:
             self._sharded.release()
+
+
+def explanation(model: torch.nn.Module) -> Explanation:
+    """Return the plan that the last call of a context-parallel model ran by: `print` it, or read its fields.
+
+    It has neither the code of the graphs nor the memory of a step, which `cpcompile.explain` tells.
+
+    Args:
+        model: the context-parallel model, or a wrapper that holds it.
+
+    Raises:
+        ConfigError: the model is not context parallel, or was not called yet.
+    """
+    plan = _called(model).last.plan
+    if isinstance(plan, Exception):
+        raise ConfigError(f"the plan of this model cannot be told: {plan}. Please report it.") from plan
+    if plan is None:
+        raise ConfigError("the last call of this model was not compiled: call it first.")
+    return plan
 
 
 def unshard(tensor: torch.Tensor, model: torch.nn.Module, *, dim: int = 1, length: int | None = None) -> torch.Tensor:

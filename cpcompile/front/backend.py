@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import fx
 from cpcompile import _torch
 from cpcompile._torch import fsdp
 from cpcompile.capture.lowering import FSDP_REMEDY, break_text
-from cpcompile.capture.stages import stage
+from cpcompile.capture.stages import say, stage
 from cpcompile.compile.deferred_outputs import defer_outputs
 from cpcompile.compile.inner import compile_inner, transform_dynamo_graph
 from cpcompile.compile.transform import Transformed
@@ -30,6 +31,8 @@ from cpcompile.front.held_buffers import HeldBuffers
 from cpcompile.front.last_call import CallReader, LastCall
 from cpcompile.front.memory_plan import planned
 from cpcompile.front.sharded_parameters import Entry, LocalShards, ShardedParameters, local_rows
+from cpcompile.inspect.explain import explanation_of
+from cpcompile.inspect.explanation import Explanation
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Lengths
 from cpcompile.memory.ledger import Ledger, ledger_of, takes_gradient
@@ -170,6 +173,8 @@ class Compiled:
             self.transformed.plan.layout,
             "; ".join(map(str, self._reader.outputs)),
         )
+        start = time.perf_counter()
+        self._plan = plan_of(self.transformed, example_inputs)
         summed_apart = {i for i, shard in shards.items() if shard.sums_axis}
         self._summed = [
             i for i, x in enumerate(example_inputs) if has_summed_gradient(x, config) and i not in summed_apart
@@ -189,6 +194,9 @@ class Compiled:
             shards=shards,
             bytes_ahead=config.prefetch * ahead,
         )
+        if self._last.plan is None and isinstance(self._plan, Explanation):
+            self._last.plan = self._plan
+            say(f"{self._plan.in_brief()}; compiled in {time.perf_counter() - start:.0f} s")
 
     def __call__(self, *inputs: Any) -> Any:
         self._held.check(inputs)
@@ -205,6 +213,7 @@ class Compiled:
         if self._deferred:
             made = {each.position: each.of(results, own, inputs) for each in self._deferred}
             results = [made.get(i, x) for i, x in enumerate(results) if i not in self._gathered]
+        self._last.plan = self._plan
         self._last.lengths, self._last.outputs = self._reader.lengths(inputs), self._reader.outputs
         self._last.bounds.clear()  # of an earlier call: each is as long as its sequence, and no two need be of one length
         if not self._num_bounds:
@@ -222,6 +231,17 @@ class Compiled:
         for i, own in zip(self._entries, rows, strict=True):
             given[i] = own
         return given
+
+
+def plan_of(transformed: Transformed, inputs: Sequence[Any]) -> Explanation | Exception:
+    """Return the plan of a graph for people, and for traces of torch; a model runs whether it can be told or not."""
+    try:
+        plan = explanation_of(transformed, inputs)
+    except Exception as error:
+        _log.warning("the plan of this model cannot be told: %s", error)
+        return error
+    _torch.trace_artifact("cpcompile_plan", lambda: str(plan))
+    return plan
 
 
 @dataclass(frozen=True, slots=True)

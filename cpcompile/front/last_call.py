@@ -11,6 +11,7 @@ import torch
 from cpcompile.capture.lowering import placeholders
 from cpcompile.compile.outputs import Output, outputs_of
 from cpcompile.compile.transform import Transformed
+from cpcompile.inspect.explanation import Explanation
 
 
 @dataclass(slots=True)
@@ -21,11 +22,13 @@ class LastCall:
         lengths: tokens of each sequence.
         outputs: what it returned; their shapes are those of when it was compiled.
         bounds: where documents began, by the number of tokens.
+        plan: what runs, or why nobody can tell.
     """
 
     lengths: Sequence[int] = ()
     outputs: Sequence[Output] = ()
     bounds: dict[int, torch.Tensor] = field(default_factory=dict)
+    plan: Explanation | Exception | None = None
 
 
 class CallReader:

@@ -100,18 +100,37 @@ def explain(
         fully_sharded=fully_sharded,
         machine=machine,
     )
-    transformed = planned.transformed
+    gm = planned.transformed.graph
+    found = explanation_of(planned.transformed, planned.inputs, machine)
+    found = replace(found, before=listing(planned.transformed.original), after=listing(gm))
+    # Both change the graph, and are looked at last; the ledger is of outlined layers, and counts them.
+    ledger = planned.ledger(ddp) if memory or config.offload != "none" else None
+    if ledger is None and config.outlines:
+        with planned.transformed.counting(outline_layers.__name__) as count:
+            count.places = outline_layers(gm)
+    return replace(found, passes=pass_runs(planned.transformed), memory=ledger if memory else None)
+
+
+def explanation_of(transformed: Transformed, inputs: Sequence[Any], machine: Machine | None = None) -> Explanation:
+    """Return the plan of a transformed graph, without its code and its memory.
+
+    Args:
+        transformed: before equal layers of it are outlined.
+        inputs: of the graph, parameters included.
+        machine: what costs were estimated for; by default this one.
+    """
     gm, plan = transformed.graph, transformed.plan
     lengths = Lengths.all_of(gm)
     length = size_hint(lengths[0].value) if lengths else 0
     names = {node.name: input_name(node) for node in placeholders(gm)}
     sites = tuple(attention_sites(transformed))
-    is_gpu = all(x.device.type != "cpu" for x in planned.inputs if isinstance(x, torch.Tensor))
-    found = Explanation(
-        world_size=world_size,
-        inner_size=inner_size,
+    is_gpu = all(x.device.type != "cpu" for x in inputs if isinstance(x, torch.Tensor))
+    on = (machine or this_machine()) if is_gpu else None
+    return Explanation(
+        world_size=plan.world_size,
+        inner_size=plan.inner_size,
         tokens=length,
-        local_tokens=local_length(length, world_size, plan.layout),
+        local_tokens=local_length(length, plan.world_size, plan.layout),
         layout=plan.layout,
         token_inputs={names[name]: dim for name, dim in plan.token_dims.items()},
         sites=sites,
@@ -121,20 +140,19 @@ def explain(
         outputs=outputs_of(gm),
         gathered=tuple(gathered_values(gm)),
         collectives=tuple(collectives(transformed)),
-        gradient_bytes=gradient_bytes(model, world_size, plan.gradient_scale == 1),
+        gradient_bytes=gradient_bytes(inputs, plan.world_size, plan.gradient_scale == 1),
         estimates={f"{layout}/{name}": cost for (layout, name), cost in transformed.choice.estimates.items()},
-        before=listing(transformed.original),
-        after=listing(gm),
-        machine=machine if is_gpu else None,
-        work=work(transformed, sites, machine if is_gpu else None),
+        before="",
+        after="",
+        passes=pass_runs(transformed),
+        machine=on,
+        work=work(transformed, sites, on),
     )
-    # Both change the graph, and are looked at last; the ledger is of outlined layers, and counts them.
-    ledger = planned.ledger(ddp) if memory or config.offload != "none" else None
-    if ledger is None and config.outlines:
-        with transformed.counting(outline_layers.__name__) as count:
-            count.places = outline_layers(gm)
-    runs = [PassRun(name, changes, transformed.seconds[name]) for name, changes in transformed.changes.items()]
-    return replace(found, passes=tuple(runs), memory=ledger if memory else None)
+
+
+def pass_runs(transformed: Transformed) -> tuple[PassRun, ...]:
+    """Return the passes that ran."""
+    return tuple(PassRun(name, changes, transformed.seconds[name]) for name, changes in transformed.changes.items())
 
 
 class _Planned(Exception):
@@ -395,7 +413,7 @@ def collectives(transformed: Transformed) -> list[Collective]:
     return [Collective(name, *entry) for name, entry in sums.items()]
 
 
-def gradient_bytes(model: torch.nn.Module, world_size: int, is_summed: bool) -> int:
-    """Return what one rank sends to sum the parameter gradients (a ring all-reduce)."""
-    total = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+def gradient_bytes(inputs: Sequence[Any], world_size: int, is_summed: bool) -> int:
+    """Return what one rank sends to sum the gradients of the parameters among the inputs (a ring all-reduce)."""
+    total = sum(x.nbytes for x in inputs if isinstance(x, torch.nn.Parameter) and x.requires_grad)
     return 2 * total * (world_size - 1) // world_size if is_summed else 0

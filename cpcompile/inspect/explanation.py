@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -166,6 +167,14 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data."""
         return asdict(self)
+
+    def in_brief(self) -> str:
+        """Return the plan in a few words: `8 ranks, zig_zag, 32 x ring on cudnn`."""
+        kinds = Counter(
+            (site.strategy, f" on {', '.join(site.kernels)}" if site.kernels else "") for site in self.sites
+        )
+        attentions = [f"{count} x {strategy}{kernels}" for (strategy, kernels), count in kinds.items()]
+        return ", ".join([f"{self.world_size} ranks", self.layout, *(attentions or ["no attention"])])
 
     def __str__(self) -> str:
         parts = [

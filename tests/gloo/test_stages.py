@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import time
 from typing import Any
 
@@ -34,14 +35,17 @@ def first_and_second_call(rank: Any, patience: float) -> list[list[str]]:
 def test_the_first_rank_says_what_the_first_call_does(pool: Any) -> None:
     (first, second), *others = pool.run(2, first_and_second_call, 0.0)
     names = ["tracing the model", "sharding the graph", "compiling 1 of 1 (forward and backward)"]
-    said = [line.removeprefix("cpcompile: ") for line in first]
+    *said, last = [line.removeprefix("cpcompile: ") for line in first]
+    assert re.fullmatch(r"2 ranks, zig_zag, 1 x ring on math; compiled in \d+ s", last), last
     assert [line for line in said if line.endswith("...")] == [f"{name} ..." for name in names]
     assert [line.rpartition(" took ")[0] for line in said if not line.endswith("...")] == names
     assert not second and others == [[[], []]]
 
 
-def test_what_is_quick_is_not_mentioned(pool: Any) -> None:
-    assert pool.run(1, first_and_second_call, 1000.0) == [[[], []]]
+def test_what_is_quick_is_not_mentioned_but_for_the_plan(pool: Any) -> None:
+    (((line,), second),) = pool.run(1, first_and_second_call, 1000.0)
+    assert line.startswith("cpcompile: 1 ranks, ")
+    assert not second
 
 
 def test_a_stage_that_fails_says_no_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,14 @@
+"""Traces: artifacts of `TORCH_TRACE`, which tlparse shows beside those of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch._logging import trace_structured
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a text to the trace of the compilation that runs, if there is one; it is made only then."""
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text, expect_trace_id=False
+    )
