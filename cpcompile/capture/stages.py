@@ -1,7 +1,7 @@
 """Stages: what a first call does for so long is said on the first rank, in a line on stderr.
 
-What takes a moment is not mentioned; what was compiled is, in one line. `logging.getLogger("cpcompile.stages").setLevel("WARNING")`
-silences all of it.
+What takes a moment is not mentioned; what was compiled is, in one line.
+`logging.getLogger("cpcompile.stages").setLevel("WARNING")` silences all of it.
 """
 
 from __future__ import annotations
