@@ -38,7 +38,7 @@ def measured_machine(length: int, network: float, report: Report) -> Machine:
         try:
             rates[name] = kernel_rates(name, length)
         except (KernelError, RuntimeError) as error:
-            report(f"  {name} is left out: {str(error).splitlines()[0]}")
+            report(f"  {name} is left out: {str(error).partition('. ')[0]}")
     slowest = min(rates.values(), default=H100.rates("other"))
     count = torch.cuda.device_count()
     links, source = (H100.symmetric, H100.p2p), "those of an H100 host, as one GPU has none to measure"

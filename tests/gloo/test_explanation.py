@@ -24,7 +24,7 @@ def planned(rank: Any) -> dict[str, Any]:
     found = cpcompile.explanation(model)
     return {
         "brief": found.in_brief(),
-        "text": str(found),
+        "text": str(found).splitlines()[:5],
         "same": (found.sites, found.layout) == (expected.sites, expected.layout),
     }
 
@@ -34,4 +34,4 @@ def test_a_running_job_has_its_plan(pool: Any) -> None:
     assert first == second
     assert first["same"]
     assert first["brief"].startswith("2 ranks, ") and "1 x ulysses on " in first["brief"]
-    assert "1 attention(s)" in first["text"]
+    assert any("1 attention(s)" in line for line in first["text"])
