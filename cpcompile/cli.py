@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from cpcompile.inspect.plots.command import add_plot
+
 # torch and transformers take seconds to import: each command imports what it needs, so that --help answers at
 # once.
 
@@ -158,6 +160,7 @@ def explain(
         float, typer.Option(min=0, help="GiB of a GPU, of which the longest sequence that fits is told; 0: not told.")
     ] = 0,
     graph: Annotated[Graph | None, typer.Option(help="Print this graph as code too.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the plan with pictures as one HTML file.")] = None,
 ) -> None:
     """Print the plan: attention sites, where inputs are sharded, every collective, memory. Needs no GPU and no process."""
 
@@ -193,6 +196,8 @@ def explain(
             typer.echo(f"\nlongest sequence of which a step fits {device_memory:g} GiB: {text}")
         if graph is not None:
             typer.echo(getattr(plan, graph.value))
+        if html is not None:
+            html.write_text(plan.to_html(target))
 
     guard(run)
 
@@ -294,6 +299,9 @@ def guard(run: Callable[[], None], *, traceback: bool = False) -> None:
     except KeyboardInterrupt:
         console.print("interrupted: all ranks were ended.")
         raise typer.Exit(130) from None
+
+
+add_plot(app, guard)
 
 
 def main() -> None:

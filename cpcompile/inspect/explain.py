@@ -108,6 +108,7 @@ def explain(
         gradient_bytes=gradient_bytes(model, world_size, plan.gradient_scale == 1),
         estimates={f"{layout}/{name}": cost for (layout, name), cost in transformed.choice.estimates.items()},
         before=listing(transformed.original),
+        analysed=listing(transformed.analysed),
         after=listing(gm),
     )
     # Both change the graph, and are looked at last; the ledger is of outlined layers, and counts them.
@@ -254,6 +255,8 @@ def attention_sites(transformed: Transformed) -> list[Site]:
                 kept_bytes=numbers.memory.kept,
                 received_bytes=numbers.memory.received,
                 rounds_again=numbers.rounds_again,
+                workload=numbers.workload,
+                device=call.tensor("q").device.type,
             )
         )
     return sites
@@ -267,6 +270,7 @@ class Numbers:
     pairs: tuple[int, ...]
     memory: Memory
     rounds_again: int
+    workload: Workload | None = None
 
 
 NOTHING = Numbers(Traffic(0, 0), (), Memory(0, 0), 0)
@@ -279,9 +283,8 @@ def numbers_of(node: fx.Node, transformed: Transformed) -> Numbers:
     if strategy == "latent_heads":  # the operator has the key heads of one rank
         workload = replace(workload, kv_heads=workload.kv_heads * plan.world_size)
     pairs = tuple(work_of(workload, strategy, rank) for rank in range(plan.world_size))
-    return Numbers(
-        traffic_of(node, transformed), pairs, memory_of(workload, strategy), num_rounds_again(workload, strategy)
-    )
+    again = num_rounds_again(workload, strategy)
+    return Numbers(traffic_of(node, transformed), pairs, memory_of(workload, strategy), again, workload)
 
 
 def num_rounds_again(workload: Workload, strategy: str) -> int:
