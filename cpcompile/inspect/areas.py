@@ -22,7 +22,7 @@ from cpcompile.balance.arrangement import Arrangement
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.balance.token_spans import Segments, Spans
 from cpcompile.runtime.attention.workload import Workload, pairs
-from cpcompile.runtime.schedule import Piece, Visible, num_tokens, pieces, whole
+from cpcompile.runtime.schedule import Piece, Visible, pieces, whole
 
 Point = tuple[float, float]  # a key and a query position
 
@@ -62,12 +62,14 @@ class Matrix:
         length: tokens.
         rows: the queries of each rank.
         visible: what queries see.
+        heads: that are computed alike, over the batch.
     """
 
     title: str
     length: int
     rows: Mapping[int, Spans]
     visible: Visible
+    heads: int = 1
 
     def pieces_of(self, rank: int) -> tuple[Piece, ...]:
         """Return the rectangles of a rank, each within one run of its queries."""
@@ -80,8 +82,8 @@ class Matrix:
 
     @property
     def work(self) -> dict[int, int]:
-        """How many pairs each rank computes."""
-        return {rank: sum(map(pairs, self.pieces_of(rank))) for rank in self.rows}
+        """How many pairs of a query and a key each rank computes, over all heads."""
+        return {rank: self.heads * sum(map(pairs, self.pieces_of(rank))) for rank in self.rows}
 
 
 def matrix_of(
@@ -120,7 +122,7 @@ def matrices_of(workload: Workload, strategy: str) -> tuple[Matrix, ...]:
         title = f"heads {first} to {first + heads.num_query - 1}" if inner > 1 else workload.layout
         first += heads.num_query
         rows = {outer * inner + index: workload.rows(strategy, outer) for outer in range(workload.world_size // inner)}
-        found.append(Matrix(title, workload.length, rows, workload.visible))
+        found.append(Matrix(title, workload.length, rows, workload.visible, workload.batch * heads.num_query))
     return tuple(found)
 
 
@@ -128,7 +130,7 @@ def by_own_rows(workload: Workload, layout: str) -> Matrix:
     """Return the matrix where every rank computes the queries that it holds, in a layout."""
     spans = replace(workload, layout=layout).spans
     rows = {rank: spans(rank) for rank in range(workload.world_size)}
-    return Matrix(layout, workload.length, rows, workload.visible)
+    return Matrix(layout, workload.length, rows, workload.visible, workload.batch * workload.heads)
 
 
 def corners_of(piece: Piece) -> tuple[Point, ...]:
@@ -178,8 +180,3 @@ def pairs_within(piece: Piece, rows: tuple[int, int], columns: tuple[int, int]) 
     moved = (row.position - piece.rows.position) - (column.position - piece.columns.position)
     low, high = (None if bound is None else bound + moved for bound in (piece.low, piece.high))
     return pairs(Piece(row, column, low, high))
-
-
-def num_held(matrix: Matrix, rank: int) -> int:
-    """Return how many queries a rank computes."""
-    return num_tokens(matrix.rows[rank])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from cpcompile.inspect.equal_names import folded, grouped
@@ -61,8 +62,10 @@ def sections(listing: str) -> list[Section]:
             parts[-1] = Section(layers, (*parts[-1].blocks, block))
         else:
             parts.append(Section(layers, (block,)))
+    statements = (line for part in parts for block in part.blocks for line in block.statements)
+    made = {found[1] for line in statements if (found := _MADE.match(line))}
     numbered = list(enumerate(parts))
-    groups = grouped(numbered, key=lambda part: meaning(part[1]) if part[1].layers else part[0])
+    groups = grouped(numbered, key=lambda part: meaning(part[1], made) if part[1].layers else part[0])
     return [Section(tuple(path for _, part in group for path in part.layers), group[0][1].blocks) for group in groups]
 
 
@@ -73,18 +76,18 @@ def blocks(listing: str) -> Iterator[Block]:
         yield Block(first, tuple(rest)) if first.startswith("# ") else Block("", (first, *rest))
 
 
-def meaning(section: Section) -> str:
-    """Return the text of a layer with names that do not depend on which one it is."""
+def meaning(section: Section, made: AbstractSet[str]) -> str:
+    """Return the text of a layer with names of the values in `made` that do not depend on which one it is."""
     names: dict[str, str] = {}
-    path = section.layers[0]
-    lines = [line for block in section.blocks for line in (block.source, *block.statements)]
-    made = {found[1] for line in lines if (found := _MADE.match(line))}
+    own_path = re.compile(rf"(?<![\w.]){re.escape(section.layers[0])}(?!\w)")
 
     def rename(word: re.Match[str]) -> str:
-        name = word[0]
-        if name in made or re.search(r"_\d+$", name):
-            return names.setdefault(name, f"${len(names)}")
-        return name
+        is_operator = word.string[word.end() :].startswith("(")
+        return word[0] if is_operator or word[0] not in made else names.setdefault(word[0], f"${len(names)}")
 
-    # The path of a parameter is that of its module.
-    return "\n".join(_WORD.sub(rename, re.sub(rf"(?<![\w.]){re.escape(path)}(?![\w])", "@", line)) for line in lines)
+    lines: list[str] = []
+    for block in section.blocks:
+        lines.append(own_path.sub("@", block.source))
+        # The path of a parameter is that of its module.
+        lines += [_WORD.sub(rename, own_path.sub("@", line)) for line in block.statements]
+    return "\n".join(lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cpcompile.balance import BALANCERS, simulate
 from cpcompile.inspect.plots.canvas import canvas
-from cpcompile.inspect.plots.mask import draw_work
+from cpcompile.inspect.plots.mask import draw_work, highest
 
 NAMES = [name for name in BALANCERS if name != "llama3"]  # which computes what `contiguous` does
 
@@ -22,12 +22,11 @@ def plot_balance(work: dict[str, list[float]], title: str, out: Path) -> None:
     """Draw the work of each rank, a panel for each balancer."""
     columns = 3
     lines = -(-len(work) // columns)
-    with canvas(out, lines, columns, (10, 0.6 + 2.5 * lines)) as (figure, panels):
-        highest = max(max(each) * len(each) / sum(each) for each in work.values())
+    with canvas(out, lines, columns, (10, 0.6 + 2.7 * lines)) as (figure, panels):
+        top = highest(work.values())
         for axes, (name, each) in zip(panels.flat, work.items(), strict=False):
-            draw_work(axes, each)
-            axes.set_ylim(0, highest * 1.1)  # one scale, so that panels can be compared
-            axes.set_title(f"{name}: {axes.get_title()}", fontsize=9)
+            draw_work(axes, each, top)
+            axes.set_title(f"{name}\n{axes.get_title()}", fontsize=9)
         for axes in panels.flat[len(work) :]:
             axes.set_axis_off()
         figure.suptitle(title, fontsize=11)

@@ -32,17 +32,19 @@ def add_plot(app: typer.Typer, guard: Callable[[Callable[[], None]], None]) -> N
     @plot.command()
     def mask(
         kind: Annotated[Mask, typer.Argument(help="What queries see.")] = Mask.causal,
-        length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 64,
+        length: Annotated[
+            int | None, typer.Option(min=1, help="Tokens (default: of documents or parts, or 64).")
+        ] = None,
         world_size: WorldSize = 4,
         layout: Annotated[
             list[str] | None,
-            typer.Option(help="Which tokens each rank holds; may repeat [default: contiguous, zig_zag, balanced]"),
+            typer.Option(help="Which tokens each rank holds; may repeat (default: contiguous, zig_zag, balanced)"),
         ] = None,
         window: Annotated[int, typer.Option(min=0, help="Keys that a query sees, its own included.")] = 0,
         documents: Annotated[str, typer.Option(help="Tokens of each document: 30,20,14.")] = "",
         parts: Annotated[str, typer.Option(help="Tokens of each sequence that is joined: 16,48.")] = "",
         out: Annotated[
-            Path | None, typer.Option(help="The picture that is written: a .png or .svg [default: the terminal]")
+            Path | None, typer.Option(help="The picture that is written: a .png or .svg (default: the terminal)")
         ] = None,
     ) -> None:
         """Draw which rank computes which part of an attention, and the work of each."""
@@ -54,20 +56,22 @@ def add_plot(app: typer.Typer, guard: Callable[[Callable[[], None]], None]) -> N
             from cpcompile.inspect.plots.mask import plot_masks
             from cpcompile.inspect.visualize import picture
 
+            of_documents, of_parts = numbers(documents, "--documents"), numbers(parts, "--parts")
+            tokens = length if length is not None else sum(of_documents) or sum(of_parts) or 64
             found = matrices(
                 kind.value,
-                length=length,
+                length=tokens,
                 world_size=world_size,
                 layouts=layout or ["contiguous", "zig_zag", "balanced"],
                 window=window,
-                documents=numbers(documents, "--documents"),
-                parts=numbers(parts, "--parts"),
+                documents=of_documents,
+                parts=of_parts,
             )
             if out is None:
                 for matrix in found:
                     Console().print(picture(matrix, world_size))
             else:
-                plot_masks(found, f"{kind.value}, {length} tokens on {world_size} ranks", out)
+                plot_masks(found, f"{kind.value}, {tokens} tokens on {world_size} ranks", out)
 
         guard(run)
 

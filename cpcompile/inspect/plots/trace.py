@@ -28,7 +28,7 @@ ON_HOST = ("cpu_op", "cuda_runtime", "cuda_driver")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that ran: seconds since the trace began."""
+    """Something that ran, and when, in seconds."""
 
     kind: str
     start: float
@@ -51,10 +51,13 @@ def read_lanes(paths: Sequence[Path]) -> list[TraceLane]:
         ConfigError: a file is no trace of torch's profiler, or nothing ran in it.
     """
     lanes: list[TraceLane] = []
+    first = 0
     for number, path in enumerate(paths):
         trace = load(path)
+        base = int(trace.get("baseTimeNanoseconds", 0))  # of a trace's times; ranks of one host have one clock
+        first = first or base
         rank = int((trace.get("distributedInfo") or {}).get("rank", number))
-        lanes += lanes_of(rank, trace["traceEvents"])
+        lanes += lanes_of(rank, trace["traceEvents"], (base - first) / 1e9)
     if not lanes:
         raise ConfigError(f"nothing ran in {', '.join(map(str, paths))}: neither operators nor kernels.")
     return sorted(lanes, key=lambda lane: lane.rank)
@@ -72,15 +75,15 @@ def load(path: Path) -> dict[str, Any]:
     return trace
 
 
-def lanes_of(rank: int, events: Iterable[dict[str, Any]]) -> list[TraceLane]:
-    """Return the lanes of one rank, its host last."""
+def lanes_of(rank: int, events: Iterable[dict[str, Any]], offset: float = 0.0) -> list[TraceLane]:
+    """Return the lanes of one rank, its host last; `offset`: seconds by which its clock began later."""
     found: dict[str, list[Event]] = {}
     for event in events:
         category = event.get("cat")
         if event.get("ph") != "X" or category not in (*ON_DEVICE, *ON_HOST):
             continue
         lane = f"stream {event['args']['stream']}" if category in ON_DEVICE else "host"
-        start, length = float(event["ts"]) / 1e6, float(event.get("dur", 0)) / 1e6
+        start, length = offset + float(event["ts"]) / 1e6, float(event.get("dur", 0)) / 1e6
         found.setdefault(lane, []).append(Event(kind_of(event["name"], category), start, start + length))
     order = sorted(found, key=lambda name: (name == "host", len(name), name))
     return [TraceLane(rank, name, tuple(sorted(found[name], key=lambda e: (e.start, -e.end)))) for name in order]

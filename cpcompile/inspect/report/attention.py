@@ -67,7 +67,7 @@ def pictures_of(sites: Sequence[Site]) -> Markup:
 
 def drawn(matrix: Matrix, work: dict[int, int], ranks: int, caption: str) -> Markup:
     """Return a matrix above the work of its ranks."""
-    return figure(join([matrix_picture(matrix, ranks), work_picture(work, ranks)]), caption)
+    return figure(join([matrix_picture(matrix, ranks), work_picture(work, ranks)]), caption, class_="small")
 
 
 def after_caption(matrix: Matrix, site: Site) -> str:

@@ -57,7 +57,7 @@ def legend(entries: Iterable[tuple[str, object]]) -> Markup:
     )
 
 
-def figure(picture: Markup, *caption: object, class_: str = "figure") -> Markup:
+def figure(picture: Markup, *caption: object, class_: str = "large") -> Markup:
     """Return a picture with what it shows."""
     return element("figure", picture, element("figcaption", *caption), class_=class_)
 

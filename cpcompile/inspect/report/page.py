@@ -15,6 +15,8 @@ from cpcompile.memory.ledger import KINDS, Ledger
 if TYPE_CHECKING:
     from cpcompile.inspect.explanation import Explanation, Site
 
+BYTES = ("sent forward", "backward", "kept", "received")  # of an attention
+
 
 def page(plan: Explanation, title: str = "") -> str:
     """Return the report of a plan as an HTML document; `title` is what it is called, of the model."""
@@ -70,8 +72,7 @@ def summary(plan: Explanation) -> Markup:
 
 def attention_table(plan: Explanation) -> Markup:
     """Return a line for each attention, equal layers as one."""
-    of_site = ("module", "layers", "line", "heads", "key heads", "dim", "mask", "strategy", "kernel", "busiest / mean")
-    head = (*of_site, "forward", "backward", "kept", "received")
+    head = ("module", "layers", "heads", "key heads", "dim", "mask", "strategy", "kernel", "work", *BYTES)
     rows = [site_row(group) for group in site_groups(plan.sites)]
     reasons = dict.fromkeys(f"{', '.join(s.kernels)}: {'; '.join(s.reasons)}" for s in plan.sites if s.reasons)
     again = sum(1 for site in plan.sites if site.rounds_again)
@@ -80,7 +81,10 @@ def attention_table(plan: Explanation) -> Markup:
         notes.append(
             f"{again} attention(s) keep nothing by heads: backward exchanges q, k, v and the output once more."
         )
-    told = "Bytes are those that the busiest rank sends in a step for one attention, keeps for backward, and holds of others."
+    told = (
+        "Work is that of the busiest rank over the mean; sent is what that rank sends in a step for one attention, kept what it "
+        "keeps for backward, received what it holds of others at once."
+    )
     return join([element("p", told), table(head, rows), *(element("p", note) for note in notes)])
 
 
@@ -90,11 +94,9 @@ def site_row(group: list[Site]) -> tuple[object, ...]:
     numbers = (site.heads, site.kv_heads, site.head_dim)
     moved = (site.forward_bytes, site.backward_bytes, site.kept_bytes, site.received_bytes)
     kernels = ", ".join(site.kernels) or "-"
-    work = f"{site.imbalance:.2f}"
-    return (
-        *(names_of(group), len(group), site.line, *numbers, site.mask, site.strategy, kernels, work),
-        *map(size, moved),
-    )
+    told = (site.mask, site.strategy, kernels, f"{site.imbalance:.2f}")
+    name = join([names_of(group), element("small", site.line)])
+    return (name, len(group), *numbers, *told, *map(size, moved))
 
 
 def memory(ledger: Ledger | None) -> Markup:
@@ -170,8 +172,10 @@ def listed(title: str, head: tuple[str, ...], rows: list[tuple[object, ...]]) ->
 
 def passes(plan: Explanation) -> Markup:
     """Return what each pass changed."""
-    rows = [(run.name, run.changes, duration(run.seconds)) for run in plan.passes]
-    return table(("pass", "places", "time"), rows) if rows else element("p", "No pass ran.")
+    rows = [(run.name, run.changes, duration(run.seconds)) for run in plan.passes if run.changes]
+    others = [run.name for run in plan.passes if not run.changes]
+    note = [element("p", f"These found nothing to change: {', '.join(others)}.")] if others else []
+    return join([table(("pass", "places", "time"), rows), *note])
 
 
 def stages(plan: Explanation) -> dict[str, str]:

@@ -24,9 +24,9 @@ def text(x: float, y: float, content: object, *, anchor: str = "start", class_: 
 
 
 def box(x: float, y: float, width: float, height: float, title: str, **given: str) -> Markup:
-    """Return a rectangle that says its title when it is pointed at."""
+    """Return a rectangle that says its title when it is pointed at, and can be seen however short it is."""
     inside = (element("title", title),) if title else ()
-    return element("rect", *inside, x=float(x), y=float(y), width=float(max(width, 0)), height=float(height), **given)
+    return element("rect", *inside, x=float(x), y=float(y), width=float(max(width, 1)), height=float(height), **given)
 
 
 def matrix_picture(matrix: Matrix, world_size: int) -> Markup:
@@ -43,7 +43,8 @@ def matrix_picture(matrix: Matrix, world_size: int) -> Markup:
             f"rank {area.rank}: queries {rows.position} to {rows.end - 1}, keys {columns.position} to {columns.end - 1}, "
             f"{area.pairs} pairs"
         )
-        parts.append(element("polygon", element("title", title), points=points, fill=color_of(area.rank, world_size)))
+        color = color_of(area.rank, world_size)  # the stroke hides seams between neighbours
+        parts.append(element("polygon", element("title", title), points=points, fill=color, stroke=color))
     runs = [(rank, span) for rank, spans in matrix.rows.items() for span in spans]
     if len(runs) <= MOST_NUMBERED:
         middles = [(rank, MARGIN + (span.position + span.size / 2) * scale) for rank, span in runs]
@@ -58,17 +59,16 @@ def work_picture(work: Mapping[int, int], world_size: int) -> Markup:
     """Return a bar for each rank: the pairs that it computes, and the mean as a line."""
     longest = max(*work.values(), 1)
     room = SIDE - LABEL - 50
-    parts = []
-    for line, (rank, count) in enumerate(sorted(work.items())):
-        y = line * (BAR + 4)
-        parts += [
-            text(LABEL - 6, y + BAR / 2, f"rank {rank}", anchor="end"),
-            box(LABEL, y, room * count / longest, BAR, f"rank {rank}: {count} pairs", fill=color_of(rank, world_size)),
-            text(LABEL + 6 + room * count / longest, y + BAR / 2, short(count), class_="quiet"),
-        ]
     height = len(work) * (BAR + 4)
     mean = LABEL + room * sum(work.values()) / len(work) / longest
-    parts.append(element("path", d=f"M{mean:.6g} 0V{height}", stroke="currentColor", stroke_dasharray="3 3"))
+    bars, labels = [], []
+    for line, (rank, count) in enumerate(sorted(work.items())):
+        y, width = line * (BAR + 4), room * count / longest
+        bars.append(box(LABEL, y, width, BAR, f"rank {rank}: {count} pairs", fill=color_of(rank, world_size)))
+        labels.append(text(LABEL - 6, y + BAR / 2, f"rank {rank}", anchor="end"))
+        labels.append(text(LABEL + 6 + width, y + BAR / 2, short(count), class_="quiet over"))
+    line_of_mean = element("path", d=f"M{mean:.6g} 0V{height}", stroke="currentColor", stroke_dasharray="3 3")
+    parts = [*bars, line_of_mean, *labels]
     return svg(SIDE + MARGIN, height, *parts, label="pairs that each rank computes; dashed: the mean")
 
 

@@ -27,15 +27,16 @@ a { color: var(--accent); }
 .cards small { display: block; font-size: 13px; font-weight: 400; color: var(--muted); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card); margin: 8px 0; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th, td { padding: 6px 10px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 6px 9px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); white-space: nowrap; }
 tbody tr:last-child td { border-bottom: 0; }
+td small { display: block; color: var(--muted); }
 th { color: var(--muted); font-weight: 600; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.long { white-space: normal; min-width: 24ch; }
 .figures { display: flex; flex-wrap: wrap; gap: 16px; }
-figure { margin: 0; min-width: 0; max-width: 100%; }
-figure.figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px; }
-figcaption { font-size: 13px; margin-top: 6px; max-width: 60ch; }
+figure { margin: 0; min-width: 0; max-width: 100%; padding: 12px;
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+figcaption { font-size: 13px; margin-top: 6px; }
+figure.small figcaption { max-width: 326px; }
 svg { display: block; max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 .wide svg { max-width: none; }
@@ -43,6 +44,8 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
 svg .quiet { fill: var(--muted); }
 svg .empty { fill: var(--empty); }
 svg .inside { fill: #ffffff; paint-order: stroke; stroke: rgb(0 0 0 / 45%); stroke-width: 2px; }
+svg .over { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
+svg polygon { stroke-width: 0.5px; }
 svg .edge { fill: none; stroke: var(--line); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 14px; padding: 0; margin: 8px 0; font-size: 13px; }
 .chip { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 5px; vertical-align: -1px; }
