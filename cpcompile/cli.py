@@ -166,7 +166,10 @@ def explain(
 
     def run() -> None:
         import cpcompile
+        from cpcompile.inspect.output_file import check_output
 
+        if html is not None:
+            check_output("--html", html, [".html"])
         model, inputs = load_target(target, length, batch_size)
         options: dict[str, Any] = {
             "world_size": world_size,

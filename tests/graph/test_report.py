@@ -227,9 +227,12 @@ def test_numbers_are_on_the_right() -> None:
 
 
 def test_command_writes_a_report(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, plan: Explanation) -> None:
-    (tmp_path / "my_factory.py").write_text("def model():\n    return None, {}\n")
+    (tmp_path / "report_factory.py").write_text("def model():\n    return None, {}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cpcompile, "explain", lambda *args, **options: plan, raising=False)
-    result = CliRunner().invoke(app, ["explain", "my_factory:model", "--html", "report.html"])
+    result = CliRunner().invoke(app, ["explain", "report_factory:model", "--html", "report.html"])
     assert result.exit_code == 0, result.output
     assert Page((tmp_path / "report.html").read_text()).open == []
+    for wrong, message in (("report.txt", "is one of .html"), ("no/report.html", "the folder no does not exist")):
+        result = CliRunner().invoke(app, ["explain", "report_factory:model", "--html", wrong])
+        assert (result.exit_code, message in result.stderr) == (2, True)

@@ -8,18 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cpcompile.errors import ConfigError
+from cpcompile.inspect.output_file import check_output
 
 SUFFIXES = (".png", ".svg")
-
-
-def check_suffix(out: Path) -> None:
-    """Refuse a file that is no picture.
-
-    Raises:
-        ConfigError: the suffix is neither `.png` nor `.svg`.
-    """
-    if out.suffix not in SUFFIXES:
-        raise ConfigError(f"--out {out}: the suffix says what is written, and is one of {', '.join(SUFFIXES)}.")
 
 
 @contextmanager
@@ -27,9 +18,9 @@ def canvas(out: Path, rows: int, columns: int, size: tuple[float, float], dpi: i
     """Give a figure and its panels `[rows, columns]`, and write it when they are drawn.
 
     Raises:
-        ConfigError: matplotlib is missing, or the suffix is of no picture.
+        ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    check_suffix(out)
+    check_output("--out", out, SUFFIXES)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
@@ -87,18 +88,10 @@ def add_plot(app: typer.Typer, guard: Callable[[Callable[[], None]], None]) -> N
         """Draw the work of each rank by balancer, of causal attention within documents."""
 
         def run() -> None:
-            from itertools import accumulate
-
-            import torch
-
-            from cpcompile.balance import MIXES
             from cpcompile.inspect.plots.balance import plot_balance, work_by_balancer
 
-            if documents in MIXES:
-                tokens, bounds = length, MIXES[documents](length, torch.Generator().manual_seed(0)).tolist()
-            else:
-                bounds = [0, *accumulate(numbers(documents, "--documents"))]
-                tokens = bounds[-1]
+            bounds = bounds_of(documents, length)
+            tokens = bounds[-1]
             title = f"{len(bounds) - 1} document(s), {tokens} tokens on {world_size} ranks"
             plot_balance(work_by_balancer(tokens, world_size, bounds), title, out)
 
@@ -130,6 +123,17 @@ def add_plot(app: typer.Typer, guard: Callable[[Callable[[], None]], None]) -> N
             plot_trace(read_lanes(traces), ", ".join(path.name for path in traces), out)
 
         guard(run)
+
+
+def bounds_of(documents: str, length: int) -> list[int]:
+    """Return 0 and the end of each document, of a mix of `length` tokens or of documents whose tokens are given."""
+    import torch
+
+    from cpcompile.balance import MIXES
+
+    if documents in MIXES:
+        return MIXES[documents](length, torch.Generator().manual_seed(0)).tolist()
+    return [0, *accumulate(numbers(documents, "--documents"))]
 
 
 def numbers(text: str, option: str) -> list[int]:
