@@ -72,12 +72,9 @@ def drawn(matrix: Matrix, work: dict[int, int], ranks: int, caption: str) -> Mar
 
 def after_caption(matrix: Matrix, site: Site) -> str:
     """Return what the picture of the plan shows."""
-    if len(matrix.rows) == site.workload.world_size if site.workload else False:
-        return f"in this plan: {site.strategy}, {site.layout}; work of the busiest rank over the mean: {site.imbalance:.2f}"
-    ranks = ", ".join(map(str, matrix.rows))
-    return (
-        f"in this plan: {matrix.title}, by rank {ranks}; work of the busiest rank over the mean: {site.imbalance:.2f}"
-    )
+    is_share = len(matrix.rows) < len(site.pairs)
+    shown = f"{matrix.title}, by ranks {', '.join(map(str, matrix.rows))}" if is_share else site.layout
+    return f"in this plan: {site.strategy}, {shown}; work of the busiest rank over the mean: {site.imbalance:.2f}"
 
 
 def notes_of(site: Site, num_shares: int) -> list[str]:
@@ -103,7 +100,7 @@ def ring_of(site: Site, workload: Workload) -> Markup:
     slowest = max(lane.end for lane in lanes)
     caption = (
         f"A step of the ring, forward: what each rank computes with (k2: the keys of rank 2), and below it which keys "
-        f"arrive meanwhile. Estimated by the rates of the cost model: {duration(slowest)}.{more}"
+        f"arrive meanwhile. Estimated by the cost model's rates of kernels and links: {duration(slowest)}.{more}"
     )
     picture = element("div", ring_picture(lanes), class_="wide", tabindex=0)
     return element("div", figure(picture, caption), style="margin-top:16px")

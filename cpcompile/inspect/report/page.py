@@ -106,12 +106,12 @@ def memory(ledger: Ledger | None) -> Markup:
     kinds = [kind for kind in KINDS if any(kind in phase.held for phase in ledger.phases)]
     rows = [(kind, *(size(phase.held.get(kind, 0)) for phase in ledger.phases)) for kind in kinds]
     total = ("at the peak", *(size(phase.total) for phase in ledger.phases))
-    lines = ("line that runs then", *(phase.place or "-" for phase in ledger.phases))
-    caption = "What a rank holds at the peak of each phase of a training step, predicted."
+    peaks = "; ".join(f"that of {phase.name} is at {phase.place}" for phase in ledger.phases if phase.place)
+    caption = f"What a rank holds at the peak of each phase of a training step, predicted; {peaks}."
     picture = element("div", memory_picture(ledger), class_="wide", tabindex=0)
     host = [element("p", f"In host memory, from forward to backward: {size(ledger.host)}.")] if ledger.host else []
     colors = legend((kind_color(kind), kind) for kind in kinds)
-    numbers = table(("kind", *(phase.name for phase in ledger.phases)), [*rows, total, lines])
+    numbers = table(("kind", *(phase.name for phase in ledger.phases)), [*rows, total])
     return join([colors, figure(picture, caption), numbers, *host])
 
 
