@@ -206,19 +206,19 @@ def test_memory_bars_are_as_long_as_the_ledger_says(plan: Explanation) -> None:
     assert len({round(bar / size, 6) for bar, size in zip(bars, sizes, strict=True)}) == 1
 
 
-def test_a_ring_waits_for_what_it_computes_with(plan: Explanation) -> None:
-    workload = plan.sites[0].workload
-    assert workload is not None
-    long = replace(workload, length=1 << 16)
-    lanes = ring_step(long, "ring", "cudnn", "cuda")
+@pytest.mark.parametrize(("length", "waits"), [(1 << 16, False), (1 << 8, True)])
+def test_a_ring_waits_for_what_it_computes_with(plan: Explanation, length: int, waits: bool) -> None:
+    assert plan.sites[0].workload is not None
+    workload = replace(plan.sites[0].workload, length=length)
+    lanes = ring_step(workload, "ring", "cudnn", "cuda")
     assert [lane.ranks for lane in lanes] == [(rank,) for rank in range(P)]
     for lane in lanes:
         assert [found.source for found in lane.computes] == [(lane.place - step) % P for step in range(P)]
-        assert sum(found.pairs for found in lane.computes) == work_of(long, "ring", lane.place)
+        assert sum(found.pairs for found in lane.computes) == work_of(workload, "ring", lane.place)
         for before, arrival, after in zip(lane.computes[:-1], lane.arrives, lane.computes[1:], strict=True):
-            assert arrival.start == before.start
-            assert after.start == max(before.end, arrival.end)
             assert (arrival.source, arrival.nbytes > 0) == (after.source, True)
+            assert arrival.start == before.start
+            assert after.start == (arrival.end if waits else before.end) == max(arrival.end, before.end)
 
 
 def test_numbers_are_on_the_right() -> None:
