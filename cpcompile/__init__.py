@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cpcompile.inspect.explanation import Explanation
     from cpcompile.inspect.verification import Verification
     from cpcompile.inspect.verify import verify
+    from cpcompile.inspect.visualize import visualize
     from cpcompile.memory.fully_sharded import FullySharded
     from cpcompile.options.config import Config
 
@@ -50,6 +51,7 @@ _MODULES = {
     "inspect.explain": ("explain",),
     "inspect.verification": ("Verification",),
     "inspect.verify": ("verify",),
+    "inspect.visualize": ("visualize",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -91,4 +93,5 @@ __all__ = [
     "token_local",
     "unshard",
     "verify",
+    "visualize",
 ]

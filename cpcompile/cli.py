@@ -19,6 +19,7 @@ from cpcompile.commands.guard import guard
 LAZY = {
     "explain": "Print the plan: attentions, where inputs are sharded, what is gathered, collectives, time, memory.",
     "tune": "Measure the attention kernels and links of this machine once, for the cost model.",
+    "plot": "Draw masks, balance, benchmarks and traces.",
     "diff": "Print what cpcompile changes in a model, as a patch of its graph with your lines.",
 }
 

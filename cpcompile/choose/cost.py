@@ -95,20 +95,29 @@ def host_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -
 
 def compute_seconds(site: AttentionSite, workload: Workload, strategy: str, machine: Machine = H100) -> float:
     """Return the seconds of the kernels of the slowest rank."""
-    rates = machine.rates(site.kernel) if is_gpu(site) else CPU
     inner = workload.inner(strategy)
     heads = site.batch * max(h.num_query for h in workload.heads_of(strategy))
     per_pair = 2.0 * (site.head_dim + site.value_dim) * heads
 
     def of(piece: Piece) -> float:
-        count = pairs(piece)
-        size = min(1.0, count / piece.rows.size / FULL_KEYS)
-        forward, backward = rates[0] * size**FORWARD_SLOPE, rates[1] * size**BACKWARD_SLOPE
-        seconds = forwards(site) / forward + 2.5 / backward  # five products against two
-        return per_pair * count * seconds if count else 0.0
+        forward, backward = piece_seconds(piece, per_pair, site.kernel, is_gpu(site), machine)
+        return forwards(site) * forward + backward
 
     whole = max(sum(map(of, pieces_of(workload, strategy, at))) for at in sampled(workload.world_size // inner))
     return whole * _of_documents(site, workload, inner)
+
+
+def piece_seconds(
+    piece: Piece, per_pair: float, kernel: str, on_gpu: bool, machine: Machine = H100
+) -> tuple[float, float]:
+    """Return the seconds of a rectangle in forward and in backward; `per_pair`: operations of forward for a query and a key."""
+    rates = machine.rates(kernel) if on_gpu else CPU
+    count = pairs(piece)
+    if not count:
+        return 0.0, 0.0
+    size = min(1.0, count / piece.rows.size / FULL_KEYS)
+    forward, backward = rates[0] * size**FORWARD_SLOPE, rates[1] * size**BACKWARD_SLOPE
+    return per_pair * count / forward, per_pair * count * 2.5 / backward  # five products against two
 
 
 def _of_documents(site: AttentionSite, workload: Workload, inner: int) -> float:
@@ -146,11 +155,16 @@ def expansion_seconds(site: AttentionSite, axis: Ranks, parts: int = 1) -> float
 
 def link(site: AttentionSite, axis: Ranks, num_ranks: int) -> str:
     """Return what connects so many ranks, a key of `BYTES`."""
-    if not is_gpu(site):
+    return link_of(is_gpu(site), num_ranks, axis.transport, axis.machine)
+
+
+def link_of(on_gpu: bool, num_ranks: int, transport: str = "auto", machine: Machine = H100) -> str:
+    """Return what connects so many ranks, a key of `BYTES`."""
+    if not on_gpu:
         return "cpu"
-    if num_ranks > axis.machine.ranks_of_host:
+    if num_ranks > machine.ranks_of_host:
         return "network"
-    return "p2p" if axis.transport == "p2p" else "symmetric"
+    return "p2p" if transport == "p2p" else "symmetric"
 
 
 def _exposed(sent: int, count: int, shown: int, work: float, kind: str, axis: Ranks) -> float:
@@ -163,4 +177,9 @@ def _exposed(sent: int, count: int, shown: int, work: float, kind: str, axis: Ra
 
 def is_gpu(site: AttentionSite) -> bool:
     """Tell whether the attention will run on a GPU; a model without memory is planned for one."""
-    return site.device in ("cuda", "meta")
+    return runs_on_gpu(site.device)
+
+
+def runs_on_gpu(device: str) -> bool:
+    """Tell whether what is on a device will run on a GPU."""
+    return device in ("cuda", "meta")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,8 +14,10 @@ from cpcompile.choose.machine import MACHINES, machine_named, this_machine
 from cpcompile.commands.guard import guard
 from cpcompile.commands.options import takes_config
 from cpcompile.commands.target import BatchSize, InnerSize, Length, Target, WorldSize, shape_of
-from cpcompile.inspect.explanation import Explanation, size
+from cpcompile.inspect.explanation import Explanation
 from cpcompile.inspect.longest import MOST, longest_sequence
+from cpcompile.inspect.output_file import check_output
+from cpcompile.inspect.text import size
 
 
 class Graph(str, Enum):
@@ -62,6 +65,7 @@ def explain(
         bool, typer.Option("--longest", help="The longest sequence that fits a GPU of --device.")
     ] = False,
     diff: Annotated[bool, typer.Option("--diff", help="Print what changes in the code of the graph too.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the plan with pictures as one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
     *,
     config: dict[str, Any],
@@ -72,6 +76,8 @@ def explain(
     """
 
     def run() -> None:
+        if html is not None:
+            check_output("--html", html, [".html"])
         model, inputs = shape_of(target, length, batch_size)
         ranks = gpus or world_size
         machine = machine_named(device or "h100", hosts=hosts, gpus=ranks) if device or hosts > 1 else None
@@ -85,6 +91,8 @@ def explain(
             **config,
         }
         plan = cpcompile.explain(model, inputs, memory=memory, **options)
+        if html is not None:
+            html.write_text(plan.to_html(target))
         if as_json:
             typer.echo(json.dumps(plan.to_dict(), indent=1))
             return

@@ -102,7 +102,8 @@ def explain(
     )
     gm = planned.transformed.graph
     found = explanation_of(planned.transformed, planned.inputs, machine)
-    found = replace(found, before=listing(planned.transformed.original), after=listing(gm))
+    before, analysed = (listing(graph) for graph in (planned.transformed.original, planned.transformed.analysed))
+    found = replace(found, before=before, analysed=analysed, after=listing(gm))
     # Both change the graph, and are looked at last; the ledger is of outlined layers, and counts them.
     ledger = planned.ledger(ddp) if memory or config.offload != "none" else None
     if ledger is None and config.outlines:
@@ -314,6 +315,8 @@ def attention_sites(transformed: Transformed) -> list[Site]:
                 kept_bytes=numbers.memory.kept,
                 received_bytes=numbers.memory.received,
                 rounds_again=numbers.rounds_again,
+                workload=numbers.workload,
+                device=call.tensor("q").device.type,
             )
         )
     return sites
@@ -327,6 +330,7 @@ class Numbers:
     pairs: tuple[int, ...]
     memory: Memory
     rounds_again: int
+    workload: Workload | None = None
 
 
 NOTHING = Numbers(Traffic(0, 0), (), Memory(0, 0), 0)
@@ -339,9 +343,8 @@ def numbers_of(node: fx.Node, transformed: Transformed) -> Numbers:
     if strategy == "latent_heads":  # the operator has the key heads of one rank
         workload = replace(workload, kv_heads=workload.kv_heads * plan.world_size)
     pairs = tuple(work_of(workload, strategy, rank) for rank in range(plan.world_size))
-    return Numbers(
-        traffic_of(node, transformed), pairs, memory_of(workload, strategy), num_rounds_again(workload, strategy)
-    )
+    again = num_rounds_again(workload, strategy)
+    return Numbers(traffic_of(node, transformed), pairs, memory_of(workload, strategy), again, workload)
 
 
 def num_rounds_again(workload: Workload, strategy: str) -> int:

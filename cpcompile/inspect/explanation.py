@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from rich.console import Console
 
 from cpcompile.balance.layout import follows_documents
 from cpcompile.choose.machine import Machine
 from cpcompile.choose.rates import BYTES, CPU
 from cpcompile.compile.outputs import Output
+from cpcompile.inspect.areas import matrices_of
 from cpcompile.inspect.folding import fold
+from cpcompile.inspect.report import page
+from cpcompile.inspect.text import size, sizes, table
+from cpcompile.inspect.visualize import picture
 from cpcompile.memory.ledger import KINDS, Ledger
+from cpcompile.runtime.attention.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,8 @@ class Site:
             that it holds at once.
         rounds_again: in how many rounds backward exchanges q, k, v and the output once more; 0: they are kept by heads, or never
             exchanged.
+        workload: its sizes, and what is known of its mask; None where nothing is exchanged.
+        device: where the model is: `cuda`, `cpu` or `meta`.
     """
 
     module: str
@@ -46,6 +55,8 @@ class Site:
     kept_bytes: int
     received_bytes: int
     rounds_again: int = 0
+    workload: Workload | None = None
+    device: str = ""
 
     @property
     def imbalance(self) -> float:
@@ -140,7 +151,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The plan of a model on `world_size` ranks. `print` it, or read its fields; `to_dict` for JSON."""
+    """The plan of a model on `world_size` ranks. `print` it, or read its fields; `to_dict` for JSON.
+
+    Attributes:
+        before, analysed, after: the graph as code: as it was captured, with its attentions found, and of every rank.
+    """
 
     world_size: int
     inner_size: int
@@ -161,6 +176,7 @@ class Explanation:
     after: str
     passes: tuple[PassRun, ...] = ()
     memory: Ledger | None = None
+    analysed: str = ""
     machine: Machine | None = None
     work: Work | None = None
 
@@ -175,6 +191,18 @@ class Explanation:
         )
         attentions = [f"{count} x {strategy}{kernels}" for (strategy, kernels), count in kinds.items()]
         return ", ".join([f"{self.world_size} ranks", self.layout, *(attentions or ["no attention"])])
+
+    def to_html(self, title: str = "") -> str:
+        """Return a report as one HTML document: tables, pictures of masks, memory and rings, the graphs."""
+        return page(self, title)
+
+    def visualize(self, console: Console | None = None) -> None:
+        """Print who computes which part of each attention, equal ones once."""
+        console = console or Console()
+        for (workload, strategy), site in {(s.workload, s.strategy): s for s in self.sites}.items():
+            for matrix in () if workload is None else matrices_of(workload, strategy):
+                console.print(f"{site.module}: {site.mask}, {strategy}", markup=False, highlight=False)
+                console.print(picture(matrix, self.world_size))
 
     def __str__(self) -> str:
         parts = [
@@ -352,26 +380,3 @@ def rates(machine: Machine | None) -> list[str]:
         f"backward with cudnn, {forward2 / 1e12:.0f} and {backward2 / 1e12:.0f} with other kernels,",
         f" {machine.symmetric / 1e9:.0f} GB/s between GPUs of a host, {machine.network / 1e9:.0f} beyond; {machine.source})",
     ]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Return rows as aligned text."""
-    cells = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    ]
-
-
-def sizes(shape: Sequence[int]) -> str:
-    """Return a shape for people."""
-    return "x".join(map(str, shape))
-
-
-def size(count: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"

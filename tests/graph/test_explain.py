@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpcompile import ConfigError, explain
-from cpcompile.inspect.explanation import size, table
+from cpcompile.inspect.text import size, table
 from tests.graph.small_models import TinyLM, batch
 from tests.graph.test_memory import LAYERS, Stack, tokens
 
