@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpcompile.analysis.regions import token_local
+    from cpcompile.commands.real import verify_real
     from cpcompile.errors import (
         ConfigError,
         CPError,
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from cpcompile.front.loss import cross_entropy
     from cpcompile.inspect.explain import explain
     from cpcompile.inspect.explanation import Explanation
+    from cpcompile.inspect.minify import minify
+    from cpcompile.inspect.sweep import verify_sweep
     from cpcompile.inspect.verification import Verification
     from cpcompile.inspect.verify import verify
     from cpcompile.memory.fully_sharded import FullySharded
@@ -50,6 +53,9 @@ _MODULES = {
     "inspect.explain": ("explain",),
     "inspect.verification": ("Verification",),
     "inspect.verify": ("verify",),
+    "inspect.sweep": ("verify_sweep",),
+    "inspect.minify": ("minify",),
+    "commands.real": ("verify_real",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -83,6 +89,7 @@ __all__ = [
     "apply",
     "cross_entropy",
     "explain",
+    "minify",
     "no_sync",
     "rank_and_replicas",
     "remove",
@@ -90,4 +97,6 @@ __all__ = [
     "token_local",
     "unshard",
     "verify",
+    "verify_real",
+    "verify_sweep",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from cpcompile.commands.verify import verify as verify_command
 
 # torch and transformers take seconds to import: each command imports what it needs, so that --help answers at
 # once.
@@ -38,7 +40,6 @@ InnerSize = Annotated[
 Balancer = Annotated[
     str, typer.Option(help="Which tokens each rank holds: auto, contiguous, zig_zag, balanced, zig_zag_by_document.")
 ]
-ExactDropout = Annotated[bool, typer.Option("--exact-dropout", help="Dropout draws what one device draws.")]
 Inner = Annotated[str, typer.Option(help="What compiles the graph: auto, inductor, aot_eager or eager.")]
 Target = Annotated[
     str, typer.Argument(help="A transformers model folder, or module:factory that returns a model or (model, inputs).")
@@ -163,6 +164,7 @@ def explain(
 
     def run() -> None:
         import cpcompile
+        from cpcompile.commands.target import load_target
 
         model, inputs = load_target(target, length, batch_size)
         options: dict[str, Any] = {
@@ -198,80 +200,9 @@ def explain(
 
 
 @app.command()
-def verify(
-    target: Target,
-    world_size: WorldSize = 2,
-    length: Length = 97,
-    batch_size: BatchSize = 1,
-    strategy: Strategy = "auto",
-    balancer: Balancer = "auto",
-    inner_size: InnerSize = 0,
-    exact_dropout: ExactDropout = False,
-) -> None:
-    """Run all ranks in this process, node by node, against the untouched model; exit code 1 if they differ."""
-
-    def run() -> None:
-        import cpcompile
-
-        model, inputs = load_target(target, length, batch_size)
-        report = cpcompile.verify(
-            model,
-            inputs,
-            world_size=world_size,
-            inner_size=inner_size,
-            strategy=strategy,
-            balancer=balancer,
-            exact_dropout=exact_dropout,
-        )
-        typer.echo(str(report))
-        if not report.ok:
-            raise typer.Exit(1)
-
-    guard(run)
-
-
-def load_target(target: str, length: int, batch_size: int) -> tuple[Any, Mapping[str, Any]]:
-    """Return a model and its inputs. Raises `ConfigError` when `target` names neither a model folder nor a factory."""
-    import torch
-
-    from cpcompile.errors import ConfigError
-    from cpcompile.train.model import find_model, load_model
-
-    path = Path(target)
-    if path.exists():
-        model: Any = load_model(find_model(path), torch.float32, torch.device("cpu"))
-        made: Any = model
-    elif ":" in target:
-        made = call_factory(target)
-    else:
-        raise ConfigError(f"{target}: neither a model folder nor module:factory.")
-    if isinstance(made, tuple):
-        model, inputs = made
-        return model, inputs
-    vocabulary = getattr(getattr(made, "config", None), "vocab_size", None)
-    if vocabulary is None:
-        raise ConfigError(f"{target}: the inputs of this model are unknown; let the factory return (model, inputs).")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocabulary, (batch_size, length), generator=generator)
-    return made, {"input_ids": tokens, "labels": tokens}
-
-
-def call_factory(target: str) -> Any:
-    """Return what `module:factory` returns; modules of the current folder are found."""
-    import importlib
-
-    from cpcompile.errors import ConfigError
-
-    module_name, _, name = target.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{target}: {error}.") from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise ConfigError(f"{target}: {module_name} has no function {name!r}.")
-    return factory()
+@functools.wraps(verify_command)
+def verify(**given: Any) -> None:
+    guard(lambda: verify_command(**given))
 
 
 def guard(run: Callable[[], None], *, traceback: bool = False) -> None:
