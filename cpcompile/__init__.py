@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpcompile.analysis.regions import token_local
-    from cpcompile.commands.real import verify_real
     from cpcompile.errors import (
         ConfigError,
         CPError,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from cpcompile.inspect.verify import verify
     from cpcompile.memory.fully_sharded import FullySharded
     from cpcompile.options.config import Config
+    from cpcompile.real import verify_real
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,7 @@ _MODULES = {
     "inspect.verify": ("verify",),
     "inspect.sweep": ("verify_sweep",),
     "inspect.minify": ("minify",),
-    "commands.real": ("verify_real",),
+    "real": ("verify_real",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

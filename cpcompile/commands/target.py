@@ -17,13 +17,17 @@ from cpcompile.errors import ConfigError, CPError
 from cpcompile.train.model import find_model, load_model
 
 
-def load_target(target: str, length: int, batch_size: int, seed: int = 0) -> tuple[Any, Mapping[str, Any]]:
+def load_target(
+    target: str, length: int, batch_size: int, seed: int = 0, is_length_asked: bool = False
+) -> tuple[Any, Mapping[str, Any]]:
     """Return a model and its inputs.
 
     Raises:
-        ConfigError: `target` names neither a model folder nor a factory, or a model whose inputs are unknown.
+        ConfigError: `target` names neither a model folder nor a factory, or a model whose inputs are unknown; the factory
+            fails, or makes inputs of its own length although the user asked for one.
     """
     torch.manual_seed(seed)
+    taken: dict[str, int] = {}
     if Path(target).exists():
         made: Any = load_model(find_model(Path(target)), torch.float32, torch.device("cpu"))
     elif ":" in target:
@@ -40,6 +44,10 @@ def load_target(target: str, length: int, batch_size: int, seed: int = 0) -> tup
         raise ConfigError(f"{target}: neither a model folder nor module:factory.")
     if isinstance(made, tuple):
         model, inputs = made
+        if is_length_asked and "length" not in taken:
+            raise ConfigError(
+                f"--length {length}: {target} returns inputs of its own length; let it take one, def factory(length): ..."
+            )
         return model, inputs
     vocabulary = getattr(getattr(made, "config", None), "vocab_size", None)
     if vocabulary is None:
@@ -65,17 +73,3 @@ def find_factory(target: str) -> Any:
     if not callable(factory):
         raise ConfigError(f"{target}: {module_name} has no function {name!r}.")
     return factory
-
-
-def refuse_own_lengths(target: str, inputs: Mapping[str, Any], lengths: list[int]) -> None:
-    """Refuse lengths that a factory does not take, which returns inputs of its own.
-
-    Raises:
-        ConfigError: with what to do.
-    """
-    if lengths and ":" in target and not Path(target).exists():
-        is_ours = set(inputs) == {"input_ids", "labels"} and inputs["input_ids"] is inputs["labels"]
-        if not is_ours and "length" not in inspect.signature(find_factory(target)).parameters:
-            raise ConfigError(
-                f"--length {lengths[0]}: {target} returns inputs of its own length; let it take one, def factory(length): ..."
-            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,7 +115,7 @@ def verify(
 
     Without --real all ranks run in this process, node by node.
     """
-    from cpcompile.commands.target import load_target, refuse_own_lengths
+    from cpcompile.commands.target import load_target
     from cpcompile.inspect.minify import minify as minimal
     from cpcompile.inspect.sweep import Sweep, verify_sweep
 
@@ -149,28 +149,30 @@ def verify(
     run = {"inner_size": inner_size, "dtype": dtype_of(dtype), "tolerance": tolerance}
     sizes = world_size or [2]
     cases: list[Case] = []
-    first_wrong: tuple[Any, Mapping[str, Any], Case] | None = None
+    first_wrong: tuple[Callable[[], tuple[Any, Any]], Case] | None = None
     with progress(len(sizes) * len(length or [0])) as advance:
         for tokens in length or [DEFAULT_LENGTH]:
-            make = functools.partial(load_target, target, tokens, batch_size, seed)
-            model, inputs = make()
-            refuse_own_lengths(target, inputs, length or [])
+            make: Callable[[], tuple[Any, Any]] = functools.partial(
+                load_target, target, tokens, batch_size, seed, bool(length)
+            )
             if real:
-                from cpcompile.commands.real import verify_real
+                from cpcompile.real import verify_real
 
+                found = []
                 for size in sizes:
-                    cases.append(verify_real(make, world_size=size, device=device, **run, **options))
-                    advance(cases[-1])
+                    found.append(verify_real(make, world_size=size, device=device, **run, **options))
+                    advance(found[-1])
             else:
-                found = verify_sweep(model, inputs, world_sizes=sizes, told=advance, **run, **options)
-                cases += found.cases
-            wrong = next((case for case in cases if not case.ok), None)
-            if wrong is not None and first_wrong is None:
-                first_wrong = model, inputs, wrong
+                model, inputs = make()
+                found = [*verify_sweep(model, inputs, world_sizes=sizes, told=advance, **run, **options).cases]
+            wrong = next((case for case in found if not case.ok), None)
+            first_wrong = first_wrong or (None if wrong is None else (make, wrong))
+            cases += found
     report = Sweep(tuple(cases))
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
     if minify is not None and first_wrong is not None:
-        model, inputs, wrong = first_wrong
+        make, wrong = first_wrong
+        model, inputs = make()
         small = minimal(model, inputs, world_size=wrong.world_size, path=minify, **run, **options)
         typer.echo(f"{minify}: {small}", err=as_json)
     if report.exit_code:

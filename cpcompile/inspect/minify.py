@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -259,7 +260,9 @@ class Search:
         """
         if time.monotonic() > self.deadline:
             raise OutOfTimeError
-        key = f"{program.token_dims} {[list(x.value.shape) for x in program.sources]}\n{program.text}"
+        key = identity(program)
+        if key == identity(self.best):
+            return True
         if key in self._tried:
             return False
         self._tried.add(key)
@@ -351,6 +354,11 @@ class Search:
         return replace(program, sources=tuple(x if x.made else replace(x, made=x.literal) for x in program.sources))
 
 
+def identity(program: Program) -> str:
+    """Return a text that tells two programs apart, but for the values that they are given."""
+    return f"{program.token_dims} {[list(x.value.shape) for x in program.sources]}\n{program.text}"
+
+
 def drawn(program: Program, numbers: Sequence[int]) -> Program:
     """Return a program some of whose sources are drawn at random."""
     sources = [replace(x, made=x.random) if i in numbers else x for i, x in enumerate(program.sources)]
@@ -364,9 +372,8 @@ def is_trained(value: Any) -> bool:
 
 def file_of(program: Program, failure: Failure, options: Mapping[str, Any], name: str) -> str:
     """Return the Python file that shows the failure."""
-    from cpcompile import __version__
-
-    versions = f"cpcompile {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    own = sys.modules["cpcompile"].__version__  # a name of the public face, which nothing in here imports
+    versions = f"cpcompile {own}, torch {torch.__version__}, Python {platform.python_version()}"
     said = "\n".join(f"#   {line}".rstrip() for line in failure.text.splitlines()[:20])
     body = program.text
     modules = ["import operator"] if "operator." in body else []

@@ -335,6 +335,7 @@ def program_of(gm: fx.GraphModule, given: Sequence[Any], token_dims: Mapping[str
     for node in calls_of(gm):
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), refs.__getitem__)
         acts = bool(written_arguments(node)) or any(hidden_writes(node)) or not is_valued(node)
+        assert callable(node.target)
         step = Step(named(node.name), node.target, tuple(args), dict(kwargs), acts)
         _ = step.text  # what cannot be written is refused
         steps.append(step)

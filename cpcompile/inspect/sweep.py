@@ -124,7 +124,7 @@ class Sweep:
         return {"exit_code": self.exit_code, "cases": [_plain(asdict(case)) for case in self.cases]}
 
     def __str__(self) -> str:
-        if len(self.cases) == 1:
+        if len(self.cases) == 1 and not self.cases[0].error:
             return self.cases[0].text
         counts = {verdict: sum(c.verdict == verdict for c in self.cases) for verdict in (c.verdict for c in self.cases)}
         rows = [HEADS, *(case.row for case in self.cases)]
@@ -134,9 +134,12 @@ class Sweep:
         if stand_in:
             lines.append(f"The model returns no loss: {stand_in} (and alike for each length) stands for it.")
         lines.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+        said: dict[str, list[str]] = {}
         for case in self.cases:
             if not case.ok:
-                lines += ["", f"{case.world_size} ranks, {case.tokens or 'unknown'} tokens: {case.verdict}", case.text]
+                said.setdefault(case.text, []).append(f"{case.world_size} ranks, {case.tokens or 'unknown'} tokens")
+        for text, which in said.items():
+            lines += ["", f"{'; '.join(which)}:", text]
         return "\n".join(lines)
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
+import tempfile
+import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cpcompile.capture.dynamo import by_name, token_length
 from cpcompile.errors import CPError, InputError, RankFailed, VerificationError
@@ -84,20 +90,38 @@ def verify_real(
         max_restarts=0,
         start_method="spawn",
     )
-    try:
-        found = elastic_launch(config, run_rank)(make, kind, inner_size, dtype, tolerance, options)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message = failure.message if isinstance(failure.message, str) else failure.message["message"]
-        trace = failure.error_file_data.get("message", {})
-        trace = trace.get("extraInfo", {}).get("py_callstack", "") if isinstance(trace, Mapping) else ""
-        text = f"rank {rank} of {world_size} died (exit code {failure.exitcode}): {message}\n\n{trace}".strip()
-        return Case(world_size=world_size, tokens=0, verdict=FAILED, text=text, error="ChildFailedError")
+    with tempfile.TemporaryDirectory(prefix="cpcompile-") as folder, quiet():
+        try:
+            found = elastic_launch(config, run_rank)(make, kind, inner_size, dtype, tolerance, options, folder)
+        except ChildFailedError as error:
+            text = death(error, Path(folder), world_size)
+            return Case(world_size=world_size, tokens=0, verdict=FAILED, text=text, error=type(error).__name__)
     errors = [case for case in found.values() if case is not None and case.error]
     # What ended a rank first ends the others too, which know nothing else.
     own = [case for case in errors if case.error != RankFailed.__name__]
     case: Case = (own or errors or [found[0]])[0]
     return case
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the launcher from logging: how a rank ended is in the result."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def death(error: ChildFailedError, folder: Path, world_size: int) -> str:
+    """Return which rank died first, and why: by a signal, or by an exception that it left in `folder`."""
+    rank, failure = error.get_first_failure()
+    left = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    if failure.exitcode < 0 or not left:
+        return f"rank {rank} of {world_size} died: {failure.message}"
+    # The others fail after it, by what they can no longer reach.
+    return f"rank {left[0].name} of {world_size} died:\n\n{left[0].read_text()}"
 
 
 def device_kind(device: str, world_size: int) -> str:
@@ -119,8 +143,9 @@ def run_rank(
     dtype: torch.dtype | None,
     tolerance: float | None,
     options: dict[str, Any],
+    folder: str,
 ) -> Case | None:
-    """Be one of the ranks; return what the first found, or what ended this one."""
+    """Be one of the ranks; return what the first found, or the refusal that ended this one. Others are left in `folder`."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
@@ -134,13 +159,14 @@ def run_rank(
     try:
         model, inputs = make()
         run = RankRun(model, inputs, device, dtype, Config.of(options), tolerance)
-        return run.compare(inner_size, options)
+        found = run.compare(inner_size, options)
+        dist.destroy_process_group()
+        return found
     except CPError as error:
         return Case.of_error(error, world_size, 0)
-    finally:
-        # After an error the others may be gone, and a group that waits for them does not end.
-        if sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+    except Exception:
+        (Path(folder) / str(rank)).write_text(traceback.format_exc())
+        raise
 
 
 class RankRun:
@@ -178,9 +204,8 @@ class RankRun:
         whole = {"outputs": "full"} if told[0] else {}
         names = ("outer", "inner") if inner_size else ("cp",)
         shape = (world_size // inner_size, inner_size) if inner_size else (world_size,)
-        mesh = dist.init_device_mesh(next(self.model.parameters()).device.type, shape, mesh_dim_names=names)
-        axis = {"axis": names} if inner_size else {}
-        apply(self.model, mesh, **axis, **{**options, **whole})
+        mesh = init_device_mesh(next(self.model.parameters()).device.type, shape, mesh_dim_names=names)
+        apply(self.model, mesh, axis=("outer", "inner") if inner_size else "cp", **{**options, **whole})
         self.state = State(self.model)  # with what `apply` put there
         ranks = self.run(self.model.forward)
         everywhere: list[Outcome | None] = [None] * world_size
