@@ -305,7 +305,7 @@ class Search:
                 high = middle
 
     def replace_calls(self) -> bool:
-        """Give the program the value of one call after the other, the last first; tell whether one could be."""
+        """Give the program the value of one call after the other, or one of its operands; tell whether one could be."""
         changed = False
         for step in reversed(self.best.steps):
             if step.name in self.best.results or step not in self.best.steps:
@@ -313,8 +313,16 @@ class Search:
             dims = [*self.token_dims.get(step.name, ()), None]
             smaller = [self.given(self.best, [step.name], {step.name: dim}) for dim in dims]
             smaller.append(self.given(self.best, [step.name], multiplied=True))
+            smaller += [self.best.without(step.name, name) for name in step.reads if self.are_alike(step.name, name)]
             changed |= any(self.try_(program) for program in smaller if len(program.steps) < len(self.best.steps))
         return changed
+
+    def are_alike(self, name: str, other: str) -> bool:
+        """Tell whether two values are tensors of one shape and dtype."""
+        a, b = self.values.get(name), self.values.get(other)
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            return False
+        return (a.shape, a.dtype) == (b.shape, b.dtype)
 
     def drop_acts(self) -> bool:
         """Drop calls that nothing reads; tell whether one could be."""
@@ -344,10 +352,14 @@ class Search:
 
     def draw(self) -> None:
         """Draw values from a generator where the program fails with any."""
-        if self.try_(drawn(self.best, range(len(self.best.sources)))):
+        numbers = range(len(self.best.sources))
+        floats = [i for i in numbers if self.best.sources[i].value.is_floating_point()]
+        if self.try_(drawn(self.best, numbers)):
             return
-        for number in range(len(self.best.sources)):
-            self.try_(drawn(self.best, [number]))
+        self.try_(drawn(self.best, floats))
+        for number in numbers:
+            if not self.best.sources[number].made:
+                self.try_(drawn(self.best, [number]))
 
     def written_down(self, program: Program) -> Program:
         """Return the program with all values that it still has to be given."""

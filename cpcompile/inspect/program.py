@@ -164,6 +164,19 @@ class Program:
         ]
         return replace(self, sources=(*self.sources, *new.values()), steps=(*products, *steps)).pruned()
 
+    def without(self, name: str, instead: str) -> Program:
+        """Return the program in which another value is read in the place of that of a call."""
+
+        def other(x: Any) -> Any:
+            return Ref(instead) if x == Ref(name) else x
+
+        steps = [
+            replace(step, args=tree_map(other, step.args), kwargs=tree_map(other, dict(step.kwargs)))
+            for step in self.steps
+            if step.name != name
+        ]
+        return replace(self, steps=tuple(steps)).pruned()
+
     def resized(self, size: int, smaller: int) -> Program:
         """Return the program in which every dim and number that is `size` is `smaller`, indices included.
 
@@ -388,6 +401,9 @@ def recorded(gm: fx.GraphModule, program: Program, given: Sequence[Any]) -> Iter
             return result
 
     Recorder(gm).run(*given)
+    of_placeholder = dict(zip(gm.graph.find_nodes(op="placeholder"), given, strict=True))
+    for node, step in zip(sizes_of(gm), program.steps, strict=False):  # sizes are what a program begins with
+        yield step.name, of_placeholder[node], None
     for name, (value, known) in found.items():
         yield name, value, known
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cpcompile import CPError, NoRule, VerificationError, minify
 from cpcompile.inspect.definitions import COLLECTIVES
+from cpcompile.inspect.program import Program, Ref, Source, Step
 from tests.graph.small_models import TinyLM, batch
 
 
@@ -70,6 +71,27 @@ def test_writes_and_modes_of_the_model_are_left_out() -> None:
     found = minify(Written(), batch(6, size=1), world_size=2)
     assert found.num_calls <= 2, found.text
     assert "add_" not in found.text
+
+
+def test_a_call_gives_way_to_its_operand() -> None:
+    aten = torch.ops.aten
+    x = Source("x", "input", torch.randn(2, 6, 4).requires_grad_(), 1)
+    steps = (
+        Step("sin", aten.sin.default, (Ref("x"),), {}, False),
+        Step("mul", aten.mul.Tensor, (Ref("sin"), 2.0), {}, False),
+    )
+    program = Program((x,), steps, ("mul",)).without("sin", "x")
+    module, inputs = program.build()
+    assert [step.name for step in program.steps] == ["mul"]
+    assert torch.equal(module(**inputs), x.value * 2)
+
+
+def test_sizes_are_cut_with_their_multiples() -> None:
+    """A size of 8 is merged with another one in 24; 6 is none of it."""
+    x = Source("x", "input", torch.randn(3, 8, 6), 1)
+    steps = (Step("flat", torch.ops.aten.reshape.default, (Ref("x"), [24, 6]), {}, False),)
+    module, inputs = Program((x,), steps, ("flat",)).resized(8, 2).build()
+    assert module(**inputs).shape == (6, 6)
 
 
 def test_a_search_without_time_returns_the_whole_program() -> None:
