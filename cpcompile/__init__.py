@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from cpcompile.front.loss import cross_entropy
     from cpcompile.inspect.explain import explain
     from cpcompile.inspect.explanation import Explanation
+    from cpcompile.inspect.minify import minify
+    from cpcompile.inspect.sweep import verify_sweep
     from cpcompile.inspect.verification import Verification
     from cpcompile.inspect.verify import verify
     from cpcompile.inspect.visualize import visualize
     from cpcompile.memory.fully_sharded import FullySharded
     from cpcompile.options.config import Config
+    from cpcompile.real import verify_real
 
 __version__ = "0.1.0"
 
@@ -52,6 +55,9 @@ _MODULES = {
     "inspect.verification": ("Verification",),
     "inspect.verify": ("verify",),
     "inspect.visualize": ("visualize",),
+    "inspect.sweep": ("verify_sweep",),
+    "inspect.minify": ("minify",),
+    "real": ("verify_real",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -86,6 +92,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "explanation",
+    "minify",
     "no_sync",
     "rank_and_replicas",
     "remove",
@@ -93,5 +100,7 @@ __all__ = [
     "token_local",
     "unshard",
     "verify",
+    "verify_real",
+    "verify_sweep",
     "visualize",
 ]

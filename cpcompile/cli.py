@@ -19,6 +19,7 @@ from cpcompile.commands.guard import guard
 LAZY = {
     "explain": "Print the plan: attentions, where inputs are sharded, what is gathered, collectives, time, memory.",
     "tune": "Measure the attention kernels and links of this machine once, for the cost model.",
+    "verify": "Run all ranks against the untouched model; exit code 1 if something is WRONG, 2 if refused or failed.",
     "plot": "Draw masks, balance, benchmarks and traces.",
     "diff": "Print what cpcompile changes in a model, as a patch of its graph with your lines.",
 }
@@ -60,7 +61,6 @@ InnerSize = Annotated[
 Balancer = Annotated[
     str, typer.Option(help="Which tokens each rank holds: auto, contiguous, zig_zag, balanced, zig_zag_by_document.")
 ]
-ExactDropout = Annotated[bool, typer.Option("--exact-dropout", help="Dropout draws what one device draws.")]
 Inner = Annotated[str, typer.Option(help="What compiles the graph: auto, inductor, aot_eager or eager.")]
 Target = Annotated[
     str, typer.Argument(help="A transformers model folder, or module:factory that returns a model or (model, inputs).")
@@ -170,40 +170,6 @@ def train(
         run_training(options)
 
     guard(run, traceback=traceback)
-
-
-@app.command()
-def verify(
-    target: Target,
-    world_size: WorldSize = 2,
-    length: Length = 97,
-    batch_size: BatchSize = 1,
-    strategy: Strategy = "auto",
-    balancer: Balancer = "auto",
-    inner_size: InnerSize = 0,
-    exact_dropout: ExactDropout = False,
-) -> None:
-    """Run all ranks in this process, node by node, against the untouched model; exit code 1 if they differ."""
-
-    def run() -> None:
-        import cpcompile
-        from cpcompile.commands.target import loaded
-
-        model, inputs = loaded(target, length, batch_size)
-        report = cpcompile.verify(
-            model,
-            inputs,
-            world_size=world_size,
-            inner_size=inner_size,
-            strategy=strategy,
-            balancer=balancer,
-            exact_dropout=exact_dropout,
-        )
-        typer.echo(str(report))
-        if not report.ok:
-            raise typer.Exit(1)
-
-    guard(run)
 
 
 def main() -> None:

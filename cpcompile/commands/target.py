@@ -1,10 +1,12 @@
-"""Target: the model that a command is about, and its inputs."""
+"""Targets: the model and the inputs that a command is given by name."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from cpcompile.errors import ConfigError
+from cpcompile.errors import ConfigError, CPError
 
 Target = Annotated[
     str, typer.Argument(help="A transformers model folder, or module:factory that returns a model or (model, inputs).")
@@ -32,7 +34,7 @@ def shape_of(target: str, length: int, batch_size: int) -> tuple[Any, Mapping[st
         ConfigError: `target` names neither a model folder nor a factory.
     """
     if not Path(target).exists():
-        return loaded(target, length, batch_size)
+        return load_target(target, length, batch_size)
     transformers = imported("transformers", "train")
     try:
         config = transformers.AutoConfig.from_pretrained(target)
@@ -42,46 +44,70 @@ def shape_of(target: str, length: int, batch_size: int) -> tuple[Any, Mapping[st
     dtype = getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model, inputs_of(model, target, length, batch_size)
+    return model, inputs_of(model, target, length, batch_size)
 
 
-def loaded(target: str, length: int, batch_size: int) -> tuple[Any, Mapping[str, Any]]:
-    """Return a model with its weights, and its inputs.
+def load_target(
+    target: str, length: int, batch_size: int, seed: int = 0, is_length_asked: bool = False
+) -> tuple[Any, Mapping[str, Any]]:
+    """Return a model and its inputs.
 
     Raises:
-        ConfigError: `target` names neither a model folder nor a factory.
+        ConfigError: `target` names neither a model folder nor a factory, or a model whose inputs are unknown; the factory
+            fails, or makes inputs of its own length although the user asked for one.
     """
-    path = Path(target)
-    if path.exists():
+    torch.manual_seed(seed)
+    taken: dict[str, int] = {}
+    if Path(target).exists():
         imported("transformers", "train")
         from cpcompile.train.model import find_model, load_model
 
-        made: Any = load_model(find_model(path), torch.float32, torch.device("cpu"))
+        made: Any = load_model(find_model(Path(target)), torch.float32, torch.device("cpu"))
     elif ":" in target:
-        made = call_factory(target)
+        factory = find_factory(target)
+        sizes = {"length": length, "batch_size": batch_size}
+        taken = {name: size for name, size in sizes.items() if name in inspect.signature(factory).parameters}
+        try:
+            made = factory(**taken)
+        except CPError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{target} fails:\n\n{''.join(traceback.format_exception(error))}") from error
     else:
         raise ConfigError(f"{target}: neither a model folder nor module:factory.")
     if isinstance(made, tuple):
         model, inputs = made
+        if is_length_asked and "length" not in taken:
+            raise ConfigError(
+                f"--length {length}: {target} returns inputs of its own length; let it take one, def factory(length): ..."
+            )
         return model, inputs
-    return made, inputs_of(made, target, length, batch_size)
+    return made, inputs_of(made, target, length, batch_size, seed)
 
 
-def inputs_of(model: Any, target: str, length: int, batch_size: int) -> Mapping[str, Any]:
-    """Return random tokens and the labels of a language model."""
+def inputs_of(model: Any, target: str, length: int, batch_size: int, seed: int = 0) -> Mapping[str, Any]:
+    """Return random tokens and the labels of a language model, where its parameters are.
+
+    Raises:
+        ConfigError: it is no language model.
+    """
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is None:
         raise ConfigError(f"{target}: the inputs of this model are unknown; let the factory return (model, inputs).")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocabulary, (batch_size, length), generator=generator, device="cpu")
+    tokens = torch.randint(0, vocabulary, (batch_size, length), generator=torch.Generator().manual_seed(seed))
     tokens = tokens.to(next(iter(model.parameters())).device)
     return {"input_ids": tokens, "labels": tokens}
 
 
-def call_factory(target: str) -> Any:
-    """Return what `module:factory` returns; modules of the current folder are found."""
+def find_factory(target: str) -> Any:
+    """Return the function that `module:factory` names; modules of the current folder are found.
+
+    Raises:
+        ConfigError: there is none.
+    """
     module_name, _, name = target.partition(":")
-    sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -89,7 +115,7 @@ def call_factory(target: str) -> Any:
     factory = getattr(module, name, None)
     if not callable(factory):
         raise ConfigError(f"{target}: {module_name} has no function {name!r}.")
-    return factory()
+    return factory
 
 
 def imported(package: str, extra: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from cpcompile.capture.dynamo import token_length
 from cpcompile.capture.lowering import capture
 from cpcompile.compile.inner import input_names
 from cpcompile.compile.transform import Transformed, transform
-from cpcompile.errors import VerificationError, where
+from cpcompile.errors import InputError, VerificationError, where
 from cpcompile.inspect.float64 import widen_graph
 from cpcompile.inspect.lockstep import Lockstep, whole_value, written_inputs
 from cpcompile.ir.operator_call import Call, size_hint
@@ -66,19 +67,63 @@ def run_and_differentiate(
             p.grad = before[name]
 
 
+class Objective:
+    """The scalar that is differentiated: a function of the output that the user gives, or `default_objective`.
+
+    Attributes:
+        stand_in: what stands for the loss that the last output did not have, '' where there was one.
+    """
+
+    def __init__(self, function: Callable[[Any], torch.Tensor] | None = None) -> None:
+        self.function, self.stand_in = function, ""
+
+    def __call__(self, output: Any) -> torch.Tensor:
+        if self.function is not None:
+            return self.function(output)
+        tensors = {} if loss_in(output) is not None else differentiable(output)
+        shapes = [f"{name} {list(x.shape)}" for name, x in tensors.items()]
+        self.stand_in = f"a fixed random projection of {', '.join(shapes)}" if shapes else ""
+        return default_objective(output)
+
+
 def default_objective(output: Any) -> torch.Tensor:
-    """Return the loss of a model output, or a fixed random projection of its floating-point tensors."""
+    """Return the loss of a model output, or a fixed random projection of its floating-point tensors.
+
+    Raises:
+        InputError: there is neither.
+    """
+    loss = loss_in(output)
+    if loss is not None:
+        return loss
+    tensors = differentiable(output)
+    if not tensors:
+        raise InputError(
+            f"the model returns nothing to differentiate ({type(output).__name__}): no floating-point tensor that depends on a "
+            "parameter, or on an input that requires a gradient."
+        )
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack(
+        [(x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum() for x in tensors.values()]
+    ).sum()
+
+
+def loss_in(output: Any) -> torch.Tensor | None:
+    """Return what a model output calls its loss, or the only number that it is; None if there is neither."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(loss, torch.Tensor):
         return loss
-    leaves = torch.utils._pytree.tree_leaves(output)
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point() and x.requires_grad]
-    if len(tensors) == 1 and tensors[0].dim() == 0:
-        return tensors[0]
-    generator = torch.Generator().manual_seed(0)
-    return torch.stack(
-        [(x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum() for x in tensors]
-    ).sum()
+    tensors = list(differentiable(output).values())
+    return tensors[0] if len(tensors) == 1 and tensors[0].dim() == 0 else None
+
+
+def differentiable(output: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model output that have a gradient, by their place in it."""
+    leaves = torch.utils._pytree.tree_leaves_with_path(output)
+    return {
+        re.sub(r"\W+", " ", torch.utils._pytree.keystr(path)).strip() or "the output": x
+        for path, x in leaves
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.requires_grad
+    }
 
 
 class LockstepBackend:
@@ -90,6 +135,7 @@ class LockstepBackend:
 
     def __init__(self, config: Config, axis: Axis, is_wide: bool) -> None:
         self.config, self.axis, self.is_wide = config, axis, is_wide
+        self.captured: fx.GraphModule | None = None
         self.transformed: Transformed | None = None
         self._make: Callable[[], Transformed] | None = None
         self._traced_with: Sequence[Any] = ()
@@ -97,7 +143,7 @@ class LockstepBackend:
         self._held: list[list[torch.Tensor]] = []  # what each rank has of results and of inputs that it wrote
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = capture(gm, example_inputs)
+        self.captured = captured = capture(gm, example_inputs)
         if not self.config.exact_dropout:
             refuse_dropout(captured)
         if self.is_wide:

@@ -31,6 +31,7 @@ class Verification:
         transformed: the graphs and the plan.
         state_errors: relative difference of each buffer, parameter and input that the forward changed, on any rank.
         not_finite: where the untouched model is first NaN or infinite, if its loss, a gradient or a buffer is.
+        stand_in: what stands for the loss of a model that returns none.
     """
 
     world_size: int
@@ -43,6 +44,7 @@ class Verification:
     transformed: Transformed
     state_errors: Mapping[str, float] = field(default_factory=dict)
     not_finite: NotFinite | None = None
+    stand_in: str = ""
 
     @property
     def ok(self) -> bool:
@@ -75,6 +77,11 @@ class Verification:
     def _has_loss(self) -> bool:
         return self.not_finite is None or LOSS not in self.not_finite.names
 
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """How the attentions are computed in the end, each way once."""
+        return tuple(sorted({how_computed(made) for _, made in made_attentions(self.transformed)}))
+
     def raise_if_wrong(self) -> None:
         """Raise `VerificationError` unless `ok`."""
         if not self.ok:
@@ -82,14 +89,15 @@ class Verification:
 
     def __str__(self) -> str:
         plan, (name, error) = self.transformed.plan, self.worst_gradient
-        attentions = sorted({how_computed(made) for _, made in made_attentions(self.transformed)})
         loss_error = f"error {self.loss_error:.1e}" if self._has_loss else "not compared"
         lines = [
             f"{self.verdict} for {self.world_size} ranks, layout {plan.layout}, attention "
-            f"{', '.join(attentions) or 'none'} (tolerance {self.tolerance:.1e}, relative)",
+            f"{', '.join(self.attentions) or 'none'} (tolerance {self.tolerance:.1e}, relative)",
             f"  loss       {self.loss[0]:.10g}   single device {self.reference_loss:.10g}   {loss_error}",
             f"  gradients  {len(self.gradient_errors)} compared   worst {name or '-'}   error {error:.1e}",
         ]
+        if self.stand_in:
+            lines.insert(2, f"             the model returns none: {self.stand_in} stands for it")
         if self.state_errors:
             name, error = worst(self.state_errors)
             lines.append(f"  buffers    {len(self.state_errors)} changed   worst {name}   error {error:.1e}")

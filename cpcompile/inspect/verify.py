@@ -21,7 +21,7 @@ from cpcompile.capture.lowering import line_of
 from cpcompile.errors import ConfigError, CPError, InputError
 from cpcompile.inspect.first_difference import first_difference, value_error
 from cpcompile.inspect.float64 import Widen
-from cpcompile.inspect.model_runs import LockstepBackend, OneDevice, default_objective, run_and_differentiate, seeded
+from cpcompile.inspect.model_runs import LockstepBackend, Objective, OneDevice, run_and_differentiate, seeded
 from cpcompile.inspect.not_finite import Watch, kind_of
 from cpcompile.inspect.state import State, is_same, own_inputs
 from cpcompile.inspect.verification import LOSS, Verification
@@ -114,7 +114,7 @@ class Verifier:
         objective: Callable[[Any], torch.Tensor] | None = None,
     ) -> None:
         self.model, self.inputs, self.dtype = uncompiled(model), inputs, dtype
-        self.tolerance, self.objective = tolerance, objective or default_objective
+        self.tolerance, self.objective = tolerance, Objective(objective)
         self._traced: tuple[Config, Runs, Outcome] | None = None
 
     def __call__(self, *, world_size: int, inner_size: int = 0, **options: Any) -> Verification:
@@ -142,12 +142,7 @@ class Verifier:
         ranks = runs.ranks
         assert ranks.transformed is not None
         reference_loss, unfit = one.loss[0], set(one.not_finite)
-        largest = max((g.norm().item() for g in one.gradients.values()), default=0.0)
-        errors = {
-            name: gradient_error(all_ranks.gradients.get(name), grad, largest)
-            for name, grad in one.gradients.items()
-            if name not in unfit
-        }
+        errors = {name: error for name, error in gradient_errors(one, all_ranks).items() if name not in unfit}
         limit = self.tolerance if self.tolerance is not None else default_tolerance(model_dtype(runs.model))
         changes = state_errors(one, all_ranks, runs.state, runs.inputs)
         result = Verification(
@@ -160,6 +155,7 @@ class Verifier:
             None,
             ranks.transformed,
             {name: error for name, error in changes.items() if name not in unfit},
+            stand_in=self.objective.stand_in,
         )
         if unfit:
             watch = Watch(ranks.transformed.original)
@@ -256,7 +252,7 @@ def state_errors(one: Outcome, ranks: Outcome, state: State, inputs: Mapping[str
 
     def error(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
         # One side may make a buffer that the other has not.
-        return math.inf if found is None or expected is None else value_error(found, expected)
+        return math.inf if found is None or expected is None else value_error(found, expected.to(found.device))
 
     names = one.state | ranks.state
     return {name: max(error(x, values(one, name)[0]) for x in values(ranks, name)) for name in names}
@@ -314,6 +310,12 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     if bool(a.isnan()) and bool(b.isnan()):
         return 0.0
     return ((a - b).abs() / b.abs().clamp(min=torch.finfo(b.dtype).tiny)).item()
+
+
+def gradient_errors(one: Outcome, ranks: Outcome) -> dict[str, float]:
+    """Return the error of each gradient of one device."""
+    largest = max((g.norm().item() for g in one.gradients.values()), default=0.0)
+    return {name: gradient_error(ranks.gradients.get(name), grad, largest) for name, grad in one.gradients.items()}
 
 
 def gradient_error(grad: torch.Tensor | None, reference: torch.Tensor, largest: float) -> float:

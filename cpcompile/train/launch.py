@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import multiprocessing
 import os
 import signal
@@ -15,8 +17,6 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
-
-from tqdm import tqdm
 
 from cpcompile.errors import CPError, StorageError
 from cpcompile.train import checkpoint, loop
@@ -196,8 +196,10 @@ def rank_main(rank: int, options: TrainOptions, connection: Connection, store: s
     send = functools.partial(send_alone, connection, threading.Lock())
     if options.heartbeat > 0:
         start_beating(functools.partial(send, Beat(rank)), interval(options.heartbeat))
-    # tqdm, which torch imports, would share a semaphore between processes, and Python complains about it when a rank is ended.
-    tqdm.set_lock(threading.RLock())
+    # tqdm, which torch imports if it is there, would share a semaphore between processes, and Python complains about it when a
+    # rank is ended.
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("tqdm").tqdm.set_lock(threading.RLock())
     if sys.platform == "linux":
         # Local ranks meet on the loopback device; the host's own name may not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

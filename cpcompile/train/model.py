@@ -93,7 +93,7 @@ def import_transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ConfigError(f"training needs transformers ({error}): pip install 'cpcompile[train]'.") from error
+        raise ConfigError(f"a model folder needs transformers ({error}): pip install 'cpcompile[train]'.") from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

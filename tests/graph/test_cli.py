@@ -1,8 +1,14 @@
 """The command line: help at once, errors in one line, exit codes."""
 
+import contextlib
+import inspect
+import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +19,10 @@ from typer.testing import CliRunner
 
 import cpcompile
 from cpcompile.cli import app
+from cpcompile.commands import verify as command
 from cpcompile.commands.explain import app as explain_app
 from cpcompile.errors import NoRule
+from cpcompile.inspect import sweep
 from tests.train_support import save_tiny_llama
 
 FACTORY = """
@@ -25,17 +33,21 @@ def model():
 
 def with_inputs():
     return torch.nn.Linear(2, 2), {"input": torch.zeros(1, 4, 2)}
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7)
+
+    def forward(self, input_ids):
+        return self.head(self.embed(input_ids))
+
+def of_length(length):
+    return Model(), {"input_ids": torch.arange(length)[None] % 7}
+
+def fails():
+    raise RuntimeError("no weights")
 """
-
-
-class Report:
-    """Stands for what `verify` returns."""
-
-    def __init__(self, ok: bool) -> None:
-        self.ok = ok
-
-    def __str__(self) -> str:
-        return "the report"
 
 
 def invoke(*arguments: str) -> Any:
@@ -73,18 +85,87 @@ def test_the_untouched_model_is_for_one_rank() -> None:
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
 
 
-@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
-def test_verify_exit_code(factory: None, monkeypatch: pytest.MonkeyPatch, ok: bool, code: int) -> None:
+@pytest.mark.parametrize(("verdict", "code"), [("exact", 0), ("WRONG", 1), ("refused", 2), ("failed", 2)])
+def test_verify_exit_code(factory: None, monkeypatch: pytest.MonkeyPatch, verdict: str, code: int) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(
-        cpcompile, "verify", lambda model, inputs, **given: seen.update(given) or Report(ok), raising=False
-    )
-    given = ("--world-size", "4", "--inner-size", "2", "--strategy", "usp", "--exact-dropout")
-    result = invoke("verify", "my_factory:with_inputs", *given)
+    found = sweep.Sweep((sweep.Case(world_size=4, tokens=4, verdict=verdict, text="the report"),))
+    monkeypatch.setattr(sweep, "verify_sweep", lambda model, inputs, **given: seen.update(given) or found)
+    given = ("--world-size", "4", "--world-size", "6", "--inner-size", "2", "--strategy", "usp", "--exact-dropout")
+    result = invoke("verify", "my_factory:with_inputs", *given, "--token-dim", "input=1", "--dtype", "float64")
     assert (result.exit_code, result.output) == (code, "the report\n")
-    assert seen == {
-        "world_size": 4, "inner_size": 2, "strategy": "usp", "balancer": "auto", "exact_dropout": True
-    }  # fmt: skip
+    assert (seen["world_sizes"], seen["inner_size"], seen["dtype"]) == ([4, 6], 2, torch.float64)
+    assert (seen["strategy"], seen["exact_dropout"], seen["token_dims"]) == ("usp", True, {"input": 1})
+
+
+def test_verify_prints_json(factory: None) -> None:
+    result = invoke("verify", "my_factory:of_length", "--length", "6", "--length", "7", "--world-size", "2", "--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["exit_code"]) == (0, 0)
+    assert [(case["tokens"], case["verdict"]) for case in found["cases"]] == [(6, "exact"), (7, "exact")]
+
+
+def test_verify_takes_the_options_of_config() -> None:
+    taken = inspect.signature(command.verify).parameters
+    assert {field.name for field in fields(cpcompile.Config)} - set(taken) == set(command.LEFT_OUT)
+    given = {name: taken[name].default for name in taken if hasattr(cpcompile.Config(), name)}
+    assert {name for name, x in given.items() if x is not None and x != getattr(cpcompile.Config(), name)} == set()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("my_factory:with_inputs", "--length", "6"), "--length 6: my_factory:with_inputs returns inputs of its own"),
+        (("my_factory:with_inputs", "--token-dim", "input"), "--token-dim input: write the name of an input"),
+        (("my_factory:with_inputs", "--dtype", "int8"), "--dtype int8: choose one of float64"),
+        (("my_factory:fails",), "RuntimeError: no weights"),
+    ],
+)
+def test_verify_refuses(factory: None, given: tuple[str, ...], message: str) -> None:
+    result = invoke("verify", *given)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.slow
+def test_needs_torch_only(factory: None, tmp_path: Path) -> None:
+    """A folder with torch, rich and typer and what these need is all that commands find."""
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for top in {path for name in required("torch", "rich", "typer") for path in top_levels(name)}:
+        (packages / top.name).symlink_to(top)
+    root = Path(cpcompile.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{packages}:{root}"}
+
+    def run(*given: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", "-m", "cpcompile", *given]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    found = run("verify", "my_factory:of_length", "--world-size", "2")
+    assert found.returncode == 0, found.stderr
+    assert run("explain", "my_factory:of_length").returncode == 0
+    found = run("verify", "llama")
+    assert (found.returncode, "pip install 'cpcompile[train]'" in found.stderr) == (2, True)
+
+
+def required(*names: str) -> set[str]:
+    """Return distributions with all that they need."""
+    found, todo = set[str](), list(names)
+    while todo:
+        name = re.split(r"[^\w.-]", todo.pop())[0]
+        with contextlib.suppress(PackageNotFoundError):
+            requires = [] if name in found else distribution(name).requires or []
+            found.add(name)
+            todo += [each for each in requires if "extra ==" not in each]
+    return found
+
+
+def top_levels(name: str) -> set[Path]:
+    """Return the folders and files of a distribution."""
+    files = distribution(name).files or []
+    tops = {file.parts[0] for file in files} - {"..", "__pycache__"}
+    return {Path(str(distribution(name).locate_file(top))) for top in tops}
 
 
 def test_explain_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

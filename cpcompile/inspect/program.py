@@ -1,0 +1,413 @@
+"""Program: a captured graph as data and as Python, whose parts can be cut off and replaced by inputs."""
+
+from __future__ import annotations
+
+import keyword
+import linecache
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from cpcompile.capture.writes.aliases import hidden_writes, written_arguments
+from cpcompile.compile.inner import input_names
+from cpcompile.errors import CPError
+
+aten = torch.ops.aten
+INDENT = " " * 4
+LARGE = 8  # sizes that hardly divide others by chance
+TAKEN = {"self", "torch", "operator", "cpcompile", "generator", *keyword.kwlist, *dir(torch.nn.Module())}
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """The value of a source or of a call, as an argument of a call."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor that the calls begin with.
+
+    Attributes:
+        name: in the program.
+        kind: `input`, `parameter` or `buffer`.
+        value: what it holds.
+        token_dim: the dim of its tokens, if it is an input that has some.
+        made: the expression that makes the value, or '' for one that is not written down yet.
+    """
+
+    name: str
+    kind: str
+    value: torch.Tensor
+    token_dim: int | None = None
+    made: str = ""
+
+    @property
+    def expression(self) -> str:
+        """What makes it in the program; before it is written down, it is found in `GIVEN`."""
+        made = self.made or f"GIVEN[{self.name!r}]"
+        device = "" if self.value.device.type == "cpu" or not self.made else f'.to("{self.value.device}")'
+        is_trained = self.value.requires_grad and self.kind != "parameter"
+        return f"{made}{device}" + (".requires_grad_()" if is_trained else "")
+
+    @property
+    def random(self) -> str:
+        """The expression of a random value of this shape and dtype, with integers of this range."""
+        shape, dtype = tuple(self.value.shape), self.value.dtype
+        if dtype == torch.bool:
+            return f"torch.rand({shape}, generator=generator) < 0.5"
+        if dtype.is_floating_point or dtype.is_complex:
+            return f"torch.randn({shape}, dtype={dtype}, generator=generator)"
+        low, high = (int(self.value.min()), int(self.value.max())) if self.value.numel() else (0, 0)
+        return f"torch.randint({low}, {high + 1}, {shape}, dtype={dtype}, generator=generator)"
+
+    @property
+    def literal(self) -> str:
+        """The expression of this very value."""
+        values = re.sub(r"\b(nan|inf)\b", r'float("\1")', repr(self.value.detach().flatten().tolist()))
+        return f"torch.tensor({values}, dtype={self.value.dtype}).reshape({tuple(self.value.shape)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A call. Its arguments are plain values, lists of them, and `Ref`s."""
+
+    name: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    acts: bool  # it changes a tensor or a mode, so that it counts though nothing reads its value
+
+    @property
+    def reads(self) -> list[str]:
+        """The names of what it reads."""
+        return [x.name for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Ref)]
+
+    @property
+    def text(self) -> str:
+        """The call in Python."""
+        if self.target is aten.sym_size.int:
+            return f"{written(self.args[0])}.size({written(self.args[1])})"
+        arguments = [*map(written, self.args), *(f"{name}={written(x)}" for name, x in self.kwargs.items())]
+        return f"{name_of_target(self.target)}({', '.join(arguments)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Calls in order, what they begin with, and what is returned."""
+
+    sources: tuple[Source, ...]
+    steps: tuple[Step, ...]
+    results: tuple[str, ...]
+
+    def pruned(self, *, keeps_acts: bool = True) -> Program:
+        """Return the program without what does not lead to a result."""
+        live, kept = set(self.results), list[Step]()
+        for step in reversed(self.steps):
+            if step.name in live or (step.acts and keeps_acts):
+                kept.append(step)
+                live.update(step.reads)
+        return replace(self, sources=tuple(x for x in self.sources if x.name in live), steps=tuple(reversed(kept)))
+
+    def returning(self, name: str) -> Program:
+        """Return the program that ends with one of its calls."""
+        end = next(i for i, step in enumerate(self.steps) if step.name == name)
+        return replace(self, steps=self.steps[: end + 1], results=(name,)).pruned()
+
+    def given(
+        self,
+        names: Collection[str],
+        values: Mapping[str, Any],
+        token_dim: Mapping[str, int | None],
+        *,
+        multiplied: bool = False,
+    ) -> Program:
+        """Return the program that is given the values of some calls instead of making them.
+
+        An input is sharded where a product meets it: with `multiplied`, each value with tokens is one, of the input.
+        """
+        names = set(names)
+        for step in self.steps:  # of a call with several results, each is given by itself
+            if any(isinstance(values.get(name), list | tuple) and name in names for name in step.reads):
+                names.add(step.name)
+        new, products = dict[str, Source](), list[Step]()
+        for name in (step.name for step in self.steps if step.name in names):
+            value, dim = values[name], token_dim.get(name)
+            if not isinstance(value, torch.Tensor):
+                continue
+            if multiplied and value.is_floating_point() and dim is not None and dim < value.dim() - 1:
+                width = value.shape[-1]
+                matrix = Source(f"matrix_{width}", "buffer", torch.eye(width, dtype=value.dtype, device=value.device))
+                given = Source(f"{name}_input", "input", value, dim)
+                new |= {given.name: given, matrix.name: matrix}
+                products.append(Step(name, aten.matmul.default, (Ref(given.name), Ref(matrix.name)), {}, False))
+            else:
+                new[name] = Source(name, "input", value, dim)
+        new = {name: source for name, source in new.items() if name not in {x.name for x in self.sources}}
+
+        def known(x: Any) -> Any:
+            is_number = isinstance(x, Ref) and x.name in names and not isinstance(values[x.name], torch.Tensor)
+            return values[x.name] if is_number else x
+
+        steps = [
+            replace(step, args=tree_map(known, step.args), kwargs=tree_map(known, dict(step.kwargs)))
+            for step in self.steps
+            if step.name not in names
+        ]
+        return replace(self, sources=(*self.sources, *new.values()), steps=(*products, *steps)).pruned()
+
+    def without(self, name: str, instead: str) -> Program:
+        """Return the program in which another value is read in the place of that of a call."""
+
+        def other(x: Any) -> Any:
+            return Ref(instead) if x == Ref(name) else x
+
+        steps = [
+            replace(step, args=tree_map(other, step.args), kwargs=tree_map(other, dict(step.kwargs)))
+            for step in self.steps
+            if step.name != name
+        ]
+        return replace(self, steps=tuple(steps)).pruned()
+
+    def resized(self, size: int, smaller: int) -> Program:
+        """Return the program in which every dim and number that is `size` is `smaller`, indices included.
+
+        A large size is also found where it is merged with others: its multiples become those of `smaller`.
+        """
+
+        def number(x: Any) -> Any:
+            is_size = type(x) is int and x and (x == size or (size >= LARGE and x % size == 0))
+            return x // size * smaller if is_size else x
+
+        def cut(source: Source) -> Source:
+            value = source.value.detach()
+            for dim, found in enumerate(value.shape):
+                value = value.narrow(dim, 0, number(found))
+            if not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
+                value = torch.where((value >= smaller) & (value < size), value % smaller, value)
+            return replace(source, value=value.clone().requires_grad_(source.value.requires_grad))
+
+        steps = [
+            replace(step, args=tree_map(number, step.args), kwargs=tree_map(number, dict(step.kwargs)))
+            for step in self.steps
+        ]
+        return replace(self, sources=tuple(map(cut, self.sources)), steps=tuple(steps))
+
+    @property
+    def token_dims(self) -> dict[str, int]:
+        """The dim of the tokens of each input that has some."""
+        return {x.name: x.token_dim for x in self.sources if x.token_dim is not None}
+
+    @property
+    def text(self) -> str:
+        """The module `Program`, and a function that makes its inputs."""
+        kept = [x for x in self.sources if x.kind != "input"]
+        inputs = [x for x in self.sources if x.kind == "input"]
+        made = [
+            f"self.{x.name} = torch.nn.Parameter({x.expression}, requires_grad={x.value.requires_grad})"
+            if x.kind == "parameter"
+            else f'self.register_buffer("{x.name}", {x.expression})'
+            for x in kept
+        ]
+        first = [f"{x.name} = self.{x.name}" for x in kept]
+        calls = [f"{step.name} = {step.text}" if self.is_read(step) else step.text for step in self.steps]
+        given = [f'{INDENT}"{x.name}": {x.expression},' for x in inputs]
+        lines = [
+            "class Program(torch.nn.Module):",
+            *(indented(["def __init__(self):"], 1) if made else []),
+            *(indented(["super().__init__()", *generators(0, made), *made], 2) if made else []),
+            *([""] if made else []),
+            *indented([f"def forward({', '.join(['self', *(x.name for x in inputs)])}):"], 1),
+            *indented([*first, *calls, f"return {', '.join(self.results)}"], 2),
+            "",
+            "",
+            "def inputs():",
+            *indented([*generators(1, given), "return {", *given, "}"], 1),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def is_read(self, step: Step) -> bool:
+        """Tell whether something reads the value of a call."""
+        return step.name in self.results or any(step.name in other.reads for other in self.steps)
+
+    def build(self) -> tuple[torch.nn.Module, dict[str, Any]]:
+        """Return the module and its inputs, made by running the text."""
+        global _number
+        _number += 1
+        file, text = f"program_{_number}.py", self.text
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # for messages that show lines
+        own = {x.name: x.value.detach().clone() for x in self.sources}
+        found: dict[str, Any] = {"torch": torch, "operator": operator, "GIVEN": own}
+        exec(compile(text, file, "exec"), found)
+        return found["Program"](), found["inputs"]()
+
+
+_number = 0
+
+
+def indented(lines: Iterable[str], levels: int) -> list[str]:
+    """Return lines with so many levels of indentation."""
+    return [INDENT * levels + line for line in lines]
+
+
+def generators(seed: int, lines: Sequence[str]) -> list[str]:
+    """Return the line that makes the generator of these, if one of them draws."""
+    is_drawn = any("generator=generator" in line for line in lines)
+    return [f"generator = torch.Generator().manual_seed({seed})"] if is_drawn else []
+
+
+def written(x: Any) -> str:
+    """Return an argument of a call in Python.
+
+    Raises:
+        CPError: it cannot be written.
+    """
+    match x:
+        case Ref(name):
+            return name
+        case float() if not math.isfinite(x):
+            return f'float("{x}")'
+        case bool() | int() | float() | complex() | str() | None:
+            return repr(x)
+        case torch.device():
+            return f'torch.device("{x}")'
+        case torch.dtype() | torch.layout() | torch.memory_format():
+            return str(x)
+        case slice():
+            return f"slice({written(x.start)}, {written(x.stop)}, {written(x.step)})"
+        case tuple():
+            return f"({''.join(f'{written(each)}, ' for each in x)})"
+        case list():
+            return f"[{', '.join(map(written, x))}]"
+    raise CPError(f"an argument of type {type(x).__name__} cannot be written as a program.")
+
+
+def name_of_target(target: Callable[..., Any]) -> str:
+    """Return what a program calls a function.
+
+    Raises:
+        CPError: it is of no module that a program imports.
+    """
+    if isinstance(target, torch._ops.OpOverload):
+        return f"torch.ops.{target}"
+    name = getattr(target, "__name__", "")
+    for prefix, module in (("operator", operator), ("torch", torch), ("torch._C", torch._C), ("math", math)):
+        if getattr(module, name, None) is target:
+            return f"{prefix}.{name}"
+    raise CPError(f"a call of {target} cannot be written as a program.")
+
+
+def program_of(gm: fx.GraphModule, given: Sequence[Any], token_dims: Mapping[str, int]) -> Program:
+    """Return a captured graph as a program; `given` are its flat inputs, `token_dims` those of its placeholders.
+
+    Raises:
+        CPError: it holds what cannot be written.
+    """
+    inputs, refs = input_names(gm), dict[fx.Node, Any]()
+    sources, steps, taken = list[Source](), list[Step](), set(TAKEN)
+
+    def named(text: str) -> str:
+        name = re.sub(r"\W+", "_", text).strip("_") or "x"
+        name = f"x{name}" if name[0].isdigit() else name
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
+    values = iter(given)
+    sizes = sizes_of(gm)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            value = next(values)
+            if isinstance(value, torch.Tensor):
+                is_input, is_parameter = node.name in inputs, isinstance(value, torch.nn.Parameter)
+                kind = "input" if is_input else "parameter" if is_parameter else "buffer"
+                name = named(inputs[node.name] if is_input else short(node.name))
+                sources.append(Source(name, kind, value, token_dims.get(node.name)))
+                refs[node] = Ref(name)
+            elif node not in sizes:
+                refs[node] = value
+        elif node.op == "get_attr":
+            value = getattr(gm, str(node.target))
+            if not isinstance(value, torch.Tensor):
+                raise CPError(f"{node.target} is a graph inside the graph, which cannot be written as calls.")
+            refs[node] = Ref(named(node.name))
+            sources.append(Source(refs[node].name, "buffer", value))
+    for node, (of, dim) in sizes.items():
+        name = named(node.name)
+        steps.append(Step(name, aten.sym_size.int, (refs[of], dim), {}, False))
+        refs[node] = Ref(name)
+    for node in calls_of(gm):
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), refs.__getitem__)
+        acts = bool(written_arguments(node)) or any(hidden_writes(node)) or not is_valued(node)
+        assert callable(node.target)
+        step = Step(named(node.name), node.target, tuple(args), dict(kwargs), acts)
+        _ = step.text  # what cannot be written is refused
+        steps.append(step)
+        refs[node] = Ref(step.name)
+    (output,) = gm.graph.find_nodes(op="output")
+    results = [refs[node] for node in output.all_input_nodes]
+    return Program(tuple(sources), tuple(steps), tuple(x.name for x in results if isinstance(x, Ref)))
+
+
+def calls_of(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the calls of a graph in order."""
+    return [node for node in gm.graph.nodes if node.op == "call_function"]
+
+
+def is_valued(node: fx.Node) -> bool:
+    """Tell whether a call has a value: one without changes a mode."""
+    return node.meta.get("val") is not None
+
+
+def sizes_of(gm: fx.GraphModule) -> dict[fx.Node, tuple[fx.Node, int]]:
+    """Return, for each placeholder that is a symbolic size, a tensor and its dim of this size."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    dims: dict[str, tuple[fx.Node, int]] = {}
+    for node in placeholders:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                dims.setdefault(str(size), (node, dim))
+    symbols = [node for node in placeholders if isinstance(node.meta.get("val"), torch.SymInt)]
+    return {node: dims[str(node.meta["val"])] for node in symbols if str(node.meta["val"]) in dims}
+
+
+def short(name: str) -> str:
+    """Return the name of a parameter without what Dynamo puts around it."""
+    return re.sub(r"^l_(self|fn|model)_|_?(modules|parameters|buffers)_", "_", name)
+
+
+def recorded(gm: fx.GraphModule, program: Program, given: Sequence[Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name of each step with its value when it was made, and what the graph knows of it."""
+    nodes = calls_of(gm)
+    steps = program.steps[len(program.steps) - len(nodes) :]
+    names = {node: step.name for node, step in zip(nodes, steps, strict=True)}
+    found: dict[str, tuple[Any, Any]] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n in names:
+                found[names[n]] = tree_map(kept, result), n.meta.get("val")
+            return result
+
+    Recorder(gm).run(*given)
+    of_placeholder = dict(zip(gm.graph.find_nodes(op="placeholder"), given, strict=True))
+    for node, step in zip(sizes_of(gm), program.steps, strict=False):  # sizes are what a program begins with
+        yield step.name, of_placeholder[node], None
+    for name, (value, known) in found.items():
+        yield name, value, known
+
+
+def kept(x: Any) -> Any:
+    """Return a tensor with memory of its own, that is a leaf."""
+    return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
