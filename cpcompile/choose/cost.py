@@ -14,11 +14,10 @@ from functools import lru_cache
 
 from cpcompile.balance.layout import follows_documents, group_size
 from cpcompile.choose.attention import AttentionSite, Ranks
+from cpcompile.choose.machine import H100, Machine, Rates
 from cpcompile.choose.rates import (
     BACKWARD_SLOPE,
-    BYTES,
     CPU,
-    FLASH2,
     FORWARD_SLOPE,
     FULL_KEYS,
     GATHERING,
@@ -30,8 +29,6 @@ from cpcompile.choose.rates import (
     PACKED,
     PACKED_ELSEWHERE,
     PRODUCTS,
-    RANKS_OF_HOST,
-    RATES,
     SLOWDOWN,
     UNEVEN,
 )
@@ -50,7 +47,7 @@ def seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -> flo
 def device_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -> float:
     """Return the seconds of the slowest rank whose host is ahead: of its kernels, and of messages that these do not hide."""
     workload = site.workload(axis, layout)
-    work = compute_seconds(site, workload, strategy)
+    work = compute_seconds(site, workload, strategy, axis.machine)
     inner = workload.inner(strategy)
     if STRATEGIES[strategy].is_latent:
         work += expansion_seconds(site, axis, parts=inner)
@@ -67,7 +64,7 @@ def device_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks)
         messages = kinds * (math.ceil(site.kv_heads / axis.heads_per_message) if axis.heads_per_message else 1)
         # A ring waits for one message of them all, `gather` for the first of each kind.
         count, shown = (messages, kinds) if STRATEGIES[strategy].is_at_once else (kinds * hops, 1)
-        total += _exposed(keys, count, shown, work, link(site, axis, axis.world_size))
+        total += _exposed(keys, count, shown, work, link(site, axis, axis.world_size), axis)
         if STRATEGIES[strategy].is_at_once and is_gpu(site):
             own = workload.key_width * workload.itemsize * site.kv_heads * site.tokens // axis.world_size
             total += (own + max(r.forward_keys for r in ranks)) / GATHERING
@@ -75,7 +72,7 @@ def device_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks)
         most = most_rounds(layout, is_ring=inner < axis.world_size)
         kinds = 2 * runs + 2  # to heads and back in each pass
         count = kinds * len(rounds(inner, site.heads, site.kv_heads, most, axis.heads_per_message))
-        total += _exposed(swapped, count, kinds, work, link(site, axis, inner))
+        total += _exposed(swapped, count, kinds, work, link(site, axis, inner), axis)
         total += swapped / LAYING if is_gpu(site) else 0.0
     return total
 
@@ -96,23 +93,28 @@ def host_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -
     return least + of_keys * (1 + hops) + of_heads * inner
 
 
-def compute_seconds(site: AttentionSite, workload: Workload, strategy: str) -> float:
+def compute_seconds(site: AttentionSite, workload: Workload, strategy: str, machine: Machine = H100) -> float:
     """Return the seconds of the kernels of the slowest rank."""
+    rates = rates_on(machine if is_gpu(site) else None, site.kernel)
     inner = workload.inner(strategy)
     heads = site.batch * max(h.num_query for h in workload.heads_of(strategy))
     per_pair = 2.0 * (site.head_dim + site.value_dim) * heads
 
     def of(piece: Piece) -> float:
-        forward, backward = piece_seconds(piece, per_pair, site.kernel, is_gpu(site))
+        forward, backward = piece_seconds(piece, per_pair, rates)
         return forwards(site) * forward + backward
 
     whole = max(sum(map(of, pieces_of(workload, strategy, at))) for at in sampled(workload.world_size // inner))
     return whole * _of_documents(site, workload, inner)
 
 
-def piece_seconds(piece: Piece, per_pair: float, kernel: str, on_gpu: bool) -> tuple[float, float]:
+def rates_on(machine: Machine | None, kernel: str) -> Rates:
+    """Return the rates of a kernel; None: on a CPU."""
+    return CPU if machine is None else machine.rates(kernel)
+
+
+def piece_seconds(piece: Piece, per_pair: float, rates: Rates) -> tuple[float, float]:
     """Return the seconds of a rectangle in forward and in backward; `per_pair`: operations of forward for a query and a key."""
-    rates = RATES.get(kernel, FLASH2) if on_gpu else CPU
     count = pairs(piece)
     if not count:
         return 0.0, 0.0
@@ -150,27 +152,27 @@ def expansion_seconds(site: AttentionSite, axis: Ranks, parts: int = 1) -> float
     memory = site.latent.key_bytes * 2 * (3 / parts - 2 / num_ranks) / MEMORY[device]
     kind = link(site, axis, num_ranks)
     sent = 2 * site.latent.latent_bytes * (num_ranks - 1) / num_ranks
-    travel = sent / BYTES["p2p" if kind == "symmetric" else kind]
+    travel = sent / axis.machine.bytes_per_second("p2p" if kind == "symmetric" else kind)
     return site.tokens * (products + memory + travel) + 2 * site.latent.messages * LATENCY
 
 
 def link(site: AttentionSite, axis: Ranks, num_ranks: int) -> str:
     """Return what connects so many ranks, a key of `BYTES`."""
-    return link_of(is_gpu(site), num_ranks, axis.transport)
+    return link_on(axis.machine if is_gpu(site) else None, num_ranks, axis.transport)
 
 
-def link_of(on_gpu: bool, num_ranks: int, transport: str = "auto") -> str:
-    """Return what connects so many ranks, a key of `BYTES`."""
-    if not on_gpu:
+def link_on(machine: Machine | None, num_ranks: int, transport: str = "auto") -> str:
+    """Return what connects so many ranks; None: on CPUs."""
+    if machine is None:
         return "cpu"
-    if num_ranks > RANKS_OF_HOST:
+    if num_ranks > machine.ranks_of_host:
         return "network"
     return "p2p" if transport == "p2p" else "symmetric"
 
 
-def _exposed(sent: int, count: int, shown: int, work: float, kind: str) -> float:
+def _exposed(sent: int, count: int, shown: int, work: float, kind: str, axis: Ranks) -> float:
     """Return what `count` messages of `sent` bytes add to the work, in seconds: `shown` of them, and what it cannot hide."""
-    transfer = sent / BYTES[kind] + LATENCY * count
+    transfer = sent / axis.machine.bytes_per_second(kind) + LATENCY * count
     waited = transfer * shown / count
     slowdown = SLOWDOWN * transfer if kind in ("p2p", "network") else 0.0
     return waited + max(0.0, transfer - waited - work) + slowdown
@@ -178,9 +180,4 @@ def _exposed(sent: int, count: int, shown: int, work: float, kind: str) -> float
 
 def is_gpu(site: AttentionSite) -> bool:
     """Tell whether the attention will run on a GPU; a model without memory is planned for one."""
-    return runs_on_gpu(site.device)
-
-
-def runs_on_gpu(device: str) -> bool:
-    """Tell whether what is on a device will run on a GPU."""
-    return device in ("cuda", "meta")
+    return site.device in ("cuda", "meta")
