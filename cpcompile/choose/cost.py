@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from cpcompile.balance.layout import follows_documents, group_size
 from cpcompile.choose.attention import AttentionSite, Ranks
-from cpcompile.choose.machine import H100, Machine
+from cpcompile.choose.machine import H100, Machine, Rates
 from cpcompile.choose.rates import (
     BACKWARD_SLOPE,
     CPU,
@@ -95,23 +95,26 @@ def host_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -
 
 def compute_seconds(site: AttentionSite, workload: Workload, strategy: str, machine: Machine = H100) -> float:
     """Return the seconds of the kernels of the slowest rank."""
+    rates = rates_on(machine if is_gpu(site) else None, site.kernel)
     inner = workload.inner(strategy)
     heads = site.batch * max(h.num_query for h in workload.heads_of(strategy))
     per_pair = 2.0 * (site.head_dim + site.value_dim) * heads
 
     def of(piece: Piece) -> float:
-        forward, backward = piece_seconds(piece, per_pair, site.kernel, is_gpu(site), machine)
+        forward, backward = piece_seconds(piece, per_pair, rates)
         return forwards(site) * forward + backward
 
     whole = max(sum(map(of, pieces_of(workload, strategy, at))) for at in sampled(workload.world_size // inner))
     return whole * _of_documents(site, workload, inner)
 
 
-def piece_seconds(
-    piece: Piece, per_pair: float, kernel: str, on_gpu: bool, machine: Machine = H100
-) -> tuple[float, float]:
+def rates_on(machine: Machine | None, kernel: str) -> Rates:
+    """Return the rates of a kernel; None: on a CPU."""
+    return CPU if machine is None else machine.rates(kernel)
+
+
+def piece_seconds(piece: Piece, per_pair: float, rates: Rates) -> tuple[float, float]:
     """Return the seconds of a rectangle in forward and in backward; `per_pair`: operations of forward for a query and a key."""
-    rates = machine.rates(kernel) if on_gpu else CPU
     count = pairs(piece)
     if not count:
         return 0.0, 0.0
@@ -155,12 +158,12 @@ def expansion_seconds(site: AttentionSite, axis: Ranks, parts: int = 1) -> float
 
 def link(site: AttentionSite, axis: Ranks, num_ranks: int) -> str:
     """Return what connects so many ranks, a key of `BYTES`."""
-    return link_of(is_gpu(site), num_ranks, axis.transport, axis.machine)
+    return link_on(axis.machine if is_gpu(site) else None, num_ranks, axis.transport)
 
 
-def link_of(on_gpu: bool, num_ranks: int, transport: str = "auto", machine: Machine = H100) -> str:
-    """Return what connects so many ranks, a key of `BYTES`."""
-    if not on_gpu:
+def link_on(machine: Machine | None, num_ranks: int, transport: str = "auto") -> str:
+    """Return what connects so many ranks; None: on CPUs."""
+    if machine is None:
         return "cpu"
     if num_ranks > machine.ranks_of_host:
         return "network"
@@ -177,9 +180,4 @@ def _exposed(sent: int, count: int, shown: int, work: float, kind: str, axis: Ra
 
 def is_gpu(site: AttentionSite) -> bool:
     """Tell whether the attention will run on a GPU; a model without memory is planned for one."""
-    return runs_on_gpu(site.device)
-
-
-def runs_on_gpu(device: str) -> bool:
-    """Tell whether what is on a device will run on a GPU."""
-    return device in ("cuda", "meta")
+    return site.device in ("cuda", "meta")

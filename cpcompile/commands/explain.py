@@ -65,7 +65,7 @@ def explain(
         bool, typer.Option("--longest", help="The longest sequence that fits a GPU of --device.")
     ] = False,
     diff: Annotated[bool, typer.Option("--diff", help="Print what changes in the code of the graph too.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write the plan with pictures as one HTML file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the plan with pictures as one HTML file, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
     *,
     config: dict[str, Any],

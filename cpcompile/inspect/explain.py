@@ -316,7 +316,6 @@ def attention_sites(transformed: Transformed) -> list[Site]:
                 received_bytes=numbers.memory.received,
                 rounds_again=numbers.rounds_again,
                 workload=numbers.workload,
-                device=call.tensor("q").device.type,
             )
         )
     return sites

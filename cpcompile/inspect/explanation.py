@@ -36,7 +36,6 @@ class Site:
         rounds_again: in how many rounds backward exchanges q, k, v and the output once more; 0: they are kept by heads, or never
             exchanged.
         workload: its sizes, and what is known of its mask; None where nothing is exchanged.
-        device: where the model is: `cuda`, `cpu` or `meta`.
     """
 
     module: str
@@ -56,7 +55,6 @@ class Site:
     received_bytes: int
     rounds_again: int = 0
     workload: Workload | None = None
-    device: str = ""
 
     @property
     def imbalance(self) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from cpcompile.inspect.equal_names import folded, grouped
+from cpcompile.inspect.folding import grouped, one_path
 
 _HEAD = re.compile(r"^# .*, in (?P<module>[\w.]+)$")
 _LAYER = re.compile(r"^(?P<path>.*?\.\d+|\d+)(?:\.|$)")
@@ -45,7 +45,9 @@ class Section:
     @property
     def title(self) -> str:
         """Which layers it is."""
-        return folded(self.layers) if self.layers else "outside of layers"
+        if not self.layers:
+            return "outside of layers"
+        return one_path(self.layers) or f"{self.layers[0]} to {self.layers[-1]}"
 
     @property
     def num_statements(self) -> int:

@@ -20,14 +20,19 @@ def fold(items: Iterable[T], path: Callable[[T], str], others: Callable[[T], Has
         path: of an item, dotted.
         others: all that items of a group have in common.
     """
-    groups: dict[Hashable, list[T]] = {}
-    for item in items:
-        groups.setdefault((_NUMBER.sub("{}", path(item)), others(item)), []).append(item)
     found: list[tuple[str, list[T]]] = []
-    for group in groups.values():
+    for group in grouped(items, lambda item: (_NUMBER.sub("{}", path(item)), others(item))):
         name = one_path([path(item) for item in group])
         found += [(name, group)] if name else [(path(item), [item]) for item in group]
     return found
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Return items of one key together; the first come first."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
 
 
 def one_path(paths: Sequence[str]) -> str:

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cpcompile.choose.cost import link_of, piece_seconds, runs_on_gpu
+from cpcompile.choose.cost import link_on, piece_seconds, rates_on
+from cpcompile.choose.machine import Machine
 from cpcompile.choose.rates import BYTES, LATENCY
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.key_needs import Visit, visits
@@ -55,20 +56,20 @@ def is_ring(workload: Workload, strategy: str) -> bool:
     return not STRATEGIES[strategy].is_at_once and workload.inner(strategy) < workload.world_size
 
 
-def ring_step(workload: Workload, strategy: str, kernel: str, device: str) -> tuple[Lane, ...]:
-    """Return a lane for each place of the ring, of at most `MOST_PLACES`."""
+def ring_step(workload: Workload, strategy: str, kernel: str, machine: Machine | None) -> tuple[Lane, ...]:
+    """Return a lane for each place of the ring, of at most `MOST_PLACES`; without a machine it runs on CPUs."""
     inner = workload.inner(strategy)
     count = workload.world_size // inner
     spans = tuple(workload.rows(strategy, outer) for outer in range(count))
     heads = workload.heads_of(strategy)
     num_query, num_key = max(h.num_query for h in heads), max(map(num_keys, heads))
-    on_gpu = runs_on_gpu(device)
-    rate = BYTES[link_of(on_gpu, workload.world_size)]
+    rates, kind = rates_on(machine, kernel), link_on(machine, workload.world_size)
+    rate = BYTES[kind] if machine is None else machine.bytes_per_second(kind)
     per_token = workload.itemsize * workload.key_width * num_key
     per_pair = 2.0 * workload.batch * num_query * (workload.head_dim + workload.value_dim)
 
     def work(visit: Visit) -> tuple[float, int]:
-        seconds = sum(piece_seconds(piece, per_pair, kernel, on_gpu)[0] for piece in visit.pieces)
+        seconds = sum(piece_seconds(piece, per_pair, rates)[0] for piece in visit.pieces)
         return seconds, workload.batch * num_query * sum(map(pairs, visit.pieces))
 
     lanes = []

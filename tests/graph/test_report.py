@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import cpcompile
 from cpcompile import Explanation
+from cpcompile.choose.machine import H100
 from cpcompile.cli import app
 from cpcompile.inspect.areas import by_own_rows, cells, matrices_of, matrix_of
-from cpcompile.inspect.equal_names import folded, grouped, pattern
 from cpcompile.inspect.explanation import GatheredValue
 from cpcompile.inspect.folded_graph import sections
 from cpcompile.inspect.report.attention import names_of, site_groups
@@ -94,15 +94,15 @@ def test_escapes_what_users_name(page: str) -> None:
 
 def test_has_every_attention_once(plan: Explanation, page: str) -> None:
     text = Page(page).text
-    (group,) = site_groups(plan.sites)
-    assert names_of(group) == f"blocks.{{0..{LAYERS - 1}}}"
-    assert names_of(group) in text
+    ((path, group),) = site_groups(plan.sites)
+    assert path == names_of(group) == f"blocks.{{0..{LAYERS - 1}}}"
+    assert text.count(path) == 5  # the table, the pictures, and three graphs
     for site in plan.sites:
         assert site.line in text
     # An attention that differs is another line, and so are layers of another mask.
     other = replace(plan.sites[1], mask="causal, window 4")
     sites = [plan.sites[0], other, *plan.sites[2:]]
-    assert [len(each) for each in site_groups(sites)] == [LAYERS - 1, 1]
+    assert [len(each) for _, each in site_groups(sites)] == [LAYERS - 1, 1]
     assert other.mask in Page(replace(plan, sites=tuple(sites)).to_html()).text
 
 
@@ -139,14 +139,7 @@ def test_unequal_layers_are_apart() -> None:
         f"# x + y    model.py:3, in blocks.{i}.mixer\nadd_{i}: f32[4] = aten.{'mul' if i == 1 else 'add'}(x, {i // 3})"
         for i in range(5)
     )
-    assert [part.title for part in sections(listing)] == ["blocks.{0, 2}", "blocks.1", "blocks.{3..4}"]
-
-
-def test_folded_names() -> None:
-    assert folded([f"a.{i}.b" for i in (0, 1, 2, 5)]) == "a.{0..2, 5}.b"
-    assert folded([f"a.{i}.b.{j}" for i in range(2) for j in range(3)]) == "a.{0..1}.b.{0..2}"
-    assert folded(["a.0.b.0", "a.1.b.1"]) == "a.0.b.0 to a.1.b.1 (2)"
-    assert grouped(["a.0", "b.0", "a.1"], key=pattern) == [["a.0", "a.1"], ["b.0"]]
+    assert [part.title for part in sections(listing)] == ["blocks.{0,2}", "blocks.1", "blocks.{3,4}"]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zig_zag", "balanced"])
@@ -210,7 +203,7 @@ def test_memory_bars_are_as_long_as_the_ledger_says(plan: Explanation) -> None:
 def test_a_ring_waits_for_what_it_computes_with(plan: Explanation, length: int, waits: bool) -> None:
     assert plan.sites[0].workload is not None
     workload = replace(plan.sites[0].workload, length=length)
-    lanes = ring_step(workload, "ring", "cudnn", "cuda")
+    lanes = ring_step(workload, "ring", "cudnn", H100)
     assert [lane.ranks for lane in lanes] == [(rank,) for rank in range(P)]
     for lane in lanes:
         assert [found.source for found in lane.computes] == [(lane.place - step) % P for step in range(P)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpcompile.balance.layout import follows_documents
+from cpcompile.choose.machine import Machine
 from cpcompile.inspect.areas import Matrix, by_own_rows, matrices_of
 from cpcompile.inspect.colors import color_of
-from cpcompile.inspect.equal_names import folded, grouped, pattern
+from cpcompile.inspect.folding import fold, grouped
 from cpcompile.inspect.report.elements import Markup, element, figure, join, legend
 from cpcompile.inspect.report.pictures import matrix_picture, ring_picture, work_picture
 from cpcompile.inspect.ring_step import MOST_PLACES, is_ring, ring_step
@@ -22,29 +24,29 @@ MOST_RANKS = 64  # that are drawn
 MOST_SHARES = 8  # of the heads
 
 
-def site_groups(sites: Sequence[Site]) -> list[list[Site]]:
-    """Return attentions that differ by their layer only."""
-    return grouped(sites, key=lambda site: (pattern(site.module), site.line, kind_of(site), site.kernels, site.heads))
+def site_groups(sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:
+    """Return attentions that differ by their layer only, with one path for all."""
+    return fold(sites, lambda site: site.module, lambda site: replace(site, module=""))
 
 
 def kind_of(site: Site) -> tuple[object, ...]:
     """Return what the pictures of an attention depend on."""
-    return site.workload, site.strategy, site.mask, site.device
+    return site.workload, site.strategy, site.mask
 
 
 def names_of(sites: Sequence[Site]) -> str:
     """Return the modules of attentions, equal layers as one."""
-    groups = grouped([site.module for site in sites], key=pattern)
-    return ", ".join(folded(group) or "the model itself" for group in groups)
+    paths = dict.fromkeys(site.module for site in sites)
+    return ", ".join(path or "the model itself" for path, _ in fold(paths, str, lambda _: None))
 
 
-def pictures(sites: Sequence[Site]) -> Markup:
+def pictures(sites: Sequence[Site], machine: Machine | None) -> Markup:
     """Return the pictures of all attentions, equal ones once."""
-    found = [pictures_of(group) for group in grouped(sites, key=kind_of)]
+    found = [pictures_of(group, machine) for group in grouped(sites, key=kind_of)]
     return join(found) if found else element("p", "The model has no attention.")
 
 
-def pictures_of(sites: Sequence[Site]) -> Markup:
+def pictures_of(sites: Sequence[Site], machine: Machine | None) -> Markup:
     """Return the pictures of equal attentions."""
     site = sites[0]
     head = element("h3", f"{names_of(sites)}: {site.mask}, {site.strategy}, {site.layout}")
@@ -62,7 +64,7 @@ def pictures_of(sites: Sequence[Site]) -> Markup:
     ]
     notes = [element("p", note) for note in notes_of(site, len(after))]
     colors = legend((color_of(rank, ranks), f"rank {rank}") for rank in range(ranks))
-    return join([head, *notes, colors, element("div", *figures, class_="figures"), ring_of(site, workload)])
+    return join([head, *notes, colors, element("div", *figures, class_="figures"), ring_of(site, workload, machine)])
 
 
 def drawn(matrix: Matrix, work: dict[int, int], ranks: int, caption: str) -> Markup:
@@ -89,12 +91,12 @@ def notes_of(site: Site, num_shares: int) -> list[str]:
     return notes
 
 
-def ring_of(site: Site, workload: Workload) -> Markup:
+def ring_of(site: Site, workload: Workload, machine: Machine | None) -> Markup:
     """Return the time of a ring, if it is one."""
     if not is_ring(workload, site.strategy):
         return Markup("")
     kernel = site.kernels[0] if site.kernels else "cudnn"
-    lanes = ring_step(workload, site.strategy, kernel, site.device)
+    lanes = ring_step(workload, site.strategy, kernel, machine)
     places = workload.world_size // workload.inner(site.strategy)
     more = f" The first {MOST_PLACES} of {places} places are drawn." if places > MOST_PLACES else ""
     slowest = max(lane.end for lane in lanes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpcompile.inspect.report.attention import names_of, pictures, site_groups
+from cpcompile.inspect.report.attention import pictures, site_groups
 from cpcompile.inspect.report.elements import Markup, element, figure, join, legend, table
 from cpcompile.inspect.report.graphs import graphs
 from cpcompile.inspect.report.pictures import kind_color, memory_picture
@@ -23,7 +23,7 @@ def page(plan: Explanation, title: str = "") -> str:
     name = title or "a model"
     parts = {
         "attention": ("Attention", attention_table(plan)),
-        "masks": ("Who computes what", pictures(plan.sites)),
+        "masks": ("Who computes what", pictures(plan.sites, plan.machine)),
         "memory": ("Memory", memory(plan.memory)),
         "messages": ("Messages", messages(plan)),
         "tokens": ("Tokens", tokens(plan)),
@@ -58,6 +58,9 @@ def summary(plan: Explanation) -> Markup:
         (f"{len(plan.sites)} attention(s)", strategies, f"busiest rank over the mean: {imbalance:.2f}"),
         ("a rank sends in a step", size(sent), "gradients included"),
     ]
+    if plan.work is not None:
+        share = f"{plan.work.mfu:.0%} of the peak (MFU) at most" if plan.work.mfu else "attention and products"
+        cards.append(("a step takes at least", duration(plan.work.seconds), share))
     if plan.memory is not None:
         cards.append(("peak memory of a rank", size(plan.memory.peak), "predicted"))
     return element(
@@ -73,7 +76,7 @@ def summary(plan: Explanation) -> Markup:
 def attention_table(plan: Explanation) -> Markup:
     """Return a line for each attention, equal layers as one."""
     head = ("module", "layers", "heads", "key heads", "dim", "mask", "strategy", "kernel", "work", *BYTES)
-    rows = [site_row(group) for group in site_groups(plan.sites)]
+    rows = [site_row(path, group) for path, group in site_groups(plan.sites)]
     reasons = dict.fromkeys(f"{', '.join(s.kernels)}: {'; '.join(s.reasons)}" for s in plan.sites if s.reasons)
     again = sum(1 for site in plan.sites if site.rounds_again)
     notes = [f"No faster kernel: {reason}." for reason in reasons]
@@ -88,14 +91,14 @@ def attention_table(plan: Explanation) -> Markup:
     return join([element("p", told), table(head, rows), *(element("p", note) for note in notes)])
 
 
-def site_row(group: list[Site]) -> tuple[object, ...]:
+def site_row(path: str, group: list[Site]) -> tuple[object, ...]:
     """Return equal attentions as cells."""
     site = group[0]
     numbers = (site.heads, site.kv_heads, site.head_dim)
     moved = (site.forward_bytes, site.backward_bytes, site.kept_bytes, site.received_bytes)
     kernels = ", ".join(site.kernels) or "-"
     told = (site.mask, site.strategy, kernels, f"{site.imbalance:.2f}")
-    name = join([names_of(group), element("small", site.line)])
+    name = join([path or "the model itself", element("small", site.line)])
     return (name, len(group), *numbers, *told, *map(size, moved))
 
 
