@@ -1,4 +1,4 @@
-"""A hook of mkdocs: links from pages to files outside of docs/ lead to the repository, or are paths where its URL is not known."""
+"""A hook of mkdocs: links to files outside of docs/ lead to the repository, or are paths where its URL is not known."""
 
 from __future__ import annotations
 

@@ -50,8 +50,9 @@ API = """# API
 
 {by_hand}
 
-All names are those of `cpcompile`. Options of `apply`, `verify` and `explain` are the fields of [`Config`](#config). The modules `cpcompile.integrations` and
-`cpcompile.compat` have pages of their own: [integrations.md](integrations.md), [compat.md](compat.md); `cpcompile.balance` is in [balance.md](balance.md).
+All names are those of `cpcompile`. Options of `apply`, `verify` and `explain` are the fields of [`Config`](#config). Three
+modules have pages of their own: `cpcompile.integrations` ([integrations.md](integrations.md)), `cpcompile.compat`
+([compat.md](compat.md)) and `cpcompile.balance` ([balance.md](balance.md)).
 """
 
 REFUSALS = """
