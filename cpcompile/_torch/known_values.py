@@ -27,7 +27,7 @@ _FACTORIES = {
 _MOST = 1 << 16  # elements of a tensor whose values are worth keeping
 
 
-def _deciding(handler: Callable[..., Any]) -> Callable[..., Any]:
+def _deciding(handler: Any) -> Callable[..., Any]:
     """Return what Dynamo does at a branch, with a number in place of a tensor that has a value."""
 
     def decide(tx: Any, instruction: Any) -> Any:
@@ -44,7 +44,7 @@ def _deciding(handler: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def _known_branches() -> Iterator[None]:
     """Let Dynamo take the branch that a known value says."""
-    tables = [cls.dispatch_table for cls in (InstructionTranslator, InliningInstructionTranslator)]  # type: ignore[attr-defined]
+    tables = [cls.dispatch_table for cls in (InstructionTranslator, InliningInstructionTranslator)]
     codes = [code for name, code in dis.opmap.items() if "JUMP" in name and "IF" in name and "NONE" not in name]
     before = [[table[code] for code in codes] for table in tables]
     for table in tables:

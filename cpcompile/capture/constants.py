@@ -73,7 +73,7 @@ def fold_known(gm: fx.GraphModule) -> int:
         if all(user in known for user in node.users):
             continue
         with gm.graph.inserting_before(node):
-            made = {"dtype": value.dtype, "device": value.device}
+            made: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
             folded = gm.graph.call_function(torch.tensor, (value.tolist(),), made)
         folded.meta = dict(node.meta)
         node.replace_all_uses_with(folded)

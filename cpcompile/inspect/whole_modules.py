@@ -80,7 +80,7 @@ def operations(node: fx.Node) -> int:
         return 2 * weight[0].numel() * size_of(value_of(node).shape)
     if node.target in REWRITTEN:
         call = Call.of(node)
-        return 2 * size_of((*call.shape("q")[:3], call.shape("k")[2])) * (call.shape("q")[3] + call.shape("v")[3])
+        return 2 * size_of((*call.shape("q")[:3], call.shape("k")[2])) * int(call.shape("q")[3] + call.shape("v")[3])
     return flops(node)
 
 

@@ -150,7 +150,7 @@ def by_chunk(writer: Lowering, x: fx.Node, dim: int, padding: list[int], chunks:
 def with_chunks_as_rows(
     writer: Lowering, x: fx.Node, dim: int, to: int, chunks: int, run: Callable[[fx.Node], fx.Node]
 ) -> fx.Node:
-    """Return what `run` makes of extended chunks, which are as many more rows of the batch: their tokens go from `dim` to `to`."""
+    """Return what `run` makes of extended chunks, which are more rows of the batch: their tokens go from `dim` to `to`."""
     if chunks == 1:
         return run(x)
     x = writer.insert(aten.unflatten.int, x, dim, [chunks, -1])

@@ -20,6 +20,7 @@ from cpcompile.rules import dims, pooling  # noqa: F401  (the rules that are ext
 from cpcompile.rules.along import along_tokens, holds_tokens_only
 from cpcompile.rules.convolution import (
     CONVOLUTIONS,
+    TRANSPOSED,
     by_chunk,
     is_transposed,
     paddings,
@@ -114,6 +115,21 @@ def strided(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decisio
         return None
     others: dict[str, Placement] = {other: FULL for other, _ in call.operands() if other != name}
     return Decision({name: at, **others}, (result_of_groups(call, at, length),) * len(call.results))
+
+
+@along_tokens(*TRANSPOSED, aten.convolution.default)
+def spread(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """each rank spreads its own tokens over as many results as the stride: these are an inner factor of the dim"""
+    at = operands.get("input")
+    if not is_transposed(call) or at is None or len(operands) > 1 or not at.covers_all:
+        return None
+    i = at.dim - (len(call.shape("input")) - len(reaches(call)))
+    if i < 0 or reaches(call)[i] >= (stride := int(spatial(call, "stride")[i])) or paddings(call)[i] != (0, 0):
+        return None
+    if expression(call.results[0].shape[at.dim]) != expression(call.shape("input")[at.dim]) * stride:
+        return None
+    others: dict[str, Placement] = {other: FULL for other, _ in call.operands() if other != "input"}
+    return Decision({"input": at, **others}, (replace(at, inner=at.inner * stride),))
 
 
 @along_tokens(aten.unfold.default)

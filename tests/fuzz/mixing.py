@@ -131,6 +131,76 @@ MIXING = {
         "self.c$i = nn.Conv1d(8, 8, $k, groups=8)",
         {"k": ("3, padding=1", "3, padding='same'", "5, padding=2", "3, padding=2, dilation=2")},
     ),
+    "strided convolution": Element(
+        "y = F.gelu(self.c$i(x.transpose(1, 2))).transpose(1, 2)\nx = x + y.$f(1, keepdim=True)",
+        "self.c$i = nn.Conv1d(8, 8, $k)",
+        {
+            "k": ("3, stride=2", "3, stride=2, padding=1", "2, stride=2", "5, stride=3, padding=2, dilation=2"),
+            "f": ("mean", "amax"),
+        },
+    ),
+    "pool": Element(
+        "x = x + F.$f.transpose(1, 2).mean(1, keepdim=True)",
+        choices={
+            "f": (
+                "max_pool1d(x.transpose(1, 2), 3, 2, 1)",
+                "avg_pool1d(x.transpose(1, 2), 3, 2)",
+                "adaptive_avg_pool1d(x.transpose(1, 2), 2)",
+            )
+        },
+    ),
+    "patches of tokens": Element(
+        """
+        y = F.unfold(x.transpose(1, 2).unsqueeze(-1), [$k, 1], padding=[$k // 2, 0])
+        x = x + y.transpose(1, 2).unflatten(-1, (8, $k)).mean(-1)
+        """,
+        choices={"k": ("3", "5")},
+    ),
+    "first state": Element(
+        """
+        decay = F.pad(-F.softplus(self.l$i(x)), (0, 0, 1, 0)).cumsum(1)
+        values = torch.cat([self.s$i.expand(x.shape[0], -1, -1), x.abs().add(0.1).log()], 1)
+        x = x + (decay + (values - decay).logcumsumexp(1)).exp()$f
+        """,
+        LINEAR + "\nself.s$i = nn.Parameter(torch.rand(1, 1, 8))",
+        {"f": ("[:, -x.shape[1] :]", "[:, 1:]", "[:, -1:]")},
+    ),
+    "chunks": Element(
+        """
+        rest = -x.shape[1] % 4
+        y = F.pad(self.l$i(x), (0, 0, 0, rest)).unflatten(1, (-1, 4))
+        $mix
+        x = x + y.flatten(1, 2)[:, : x.shape[1]]
+        """,
+        LINEAR,
+        {
+            "mix": (
+                "y = y.cumsum(2)",
+                "y = y + y.sum(2).cumsum(1)[:, :, None] / 9",
+                "y = y + torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], 1)",
+                "y = (y @ y.transpose(-1, -2)).softmax(-1).tril() @ y",
+            )
+        },
+    ),
+    "associative scan": Element(
+        """
+        y = associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), ($gate, x), 1, combine_mode="generic")[1]
+        x = x + y
+        """,
+        LINEAR,
+        {"gate": ("self.l$i(x).sigmoid()", "torch.full_like(x, 0.5)")},
+    ),
+    "written loop": Element(
+        """
+        state, y = torch.zeros_like(x[:, 0]), torch.zeros_like(x)
+        for t in range(x.shape[1]):
+            state = x[:, t] + $decay * state
+            y[:, t] = state
+        x = y.tanh()
+        """,
+        LINEAR,
+        {"decay": ("0.5", "self.l$i(x)[:, t].sigmoid()", "x.tanh()[:, t]")},
+    ),
     "global context": Element(
         "x = x $op x.$f",
         choices={

@@ -26,6 +26,7 @@ HEADER = """\
 import math
 import torch
 from torch import nn
+from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 """

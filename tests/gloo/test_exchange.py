@@ -63,6 +63,13 @@ def rearrangements(rank: int, length: int, layout: str, world_size: int, group: 
             for fills in (True, False)
         ]
         calls.append(("arranged_positions", (x, wanted, layout, world_size)))
+    documents = (torch.arange(length) >= length // 3).long() + (torch.arange(length) >= length // 2)
+    bounds = ops.document_bounds(documents[None])
+    for old, new in ((layout, "balanced"), ("balanced", layout), (layout, "contiguous")):
+        x = normal(2, OUTER * local_length(length, world_size, old), 3, seed=rank).permute(2, 1, 0).requires_grad_()
+        calls.append(
+            ("rearrange_tokens", (x, 1, [length, 1], [length, 1], 0, True, old, world_size, group, new, bounds))
+        )
     return calls
 
 

@@ -625,6 +625,8 @@ def transposed_convolution(target: Any, s: int) -> Iterator[Case]:
     rank = int(str(target)[len("aten.conv_transpose")])
     yield Case(target, (x(s, 3, *(2,) * rank), x(3, 2, *(2,) * rank), x(2)))
     yield Case(target, (x(B, 3, s, *(2,) * (rank - 1)), x(3, 2, *(2,) * rank), x(2)))
+    yield Case(target, (x(B, 4, s, *(2,) * (rank - 1)), x(4, 2, *(2,) * rank), x(4), [2], [0], [0], 2))  # each to 2
+    yield Case(target, (x(B, 3, s, *(2,) * (rank - 1)), x(3, 2, *(2,) * rank), None, [3], [0], [1]))
 
 
 @cases(aten.embedding.default)
@@ -976,6 +978,14 @@ def conjugate(target: Any, s: int) -> Iterator[Case]:
 def shift_of_frequencies(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, D), [1]))
     yield Case(target, (x(s, 4), [-1]))
+
+
+@cases(aten.linalg_solve_triangular.default)
+def triangular(target: Any, s: int) -> Iterator[Case]:
+    system = x(s, 3, 3).tril() + 3 * torch.eye(3, dtype=torch.float64)
+    yield Case(target, (system, x(s, 3, 2)), {"upper": False})
+    yield Case(target, (system[:1], x(s, 3, s)), {"upper": False, "unitriangular": True})
+    yield Case(target, (system.mT.contiguous(), x(s, 2, 3)), {"upper": True, "left": False})
 
 
 @cases(aten.cdist.default, aten._cdist_forward.default)

@@ -122,7 +122,8 @@ def filled(scores: Tensor, q: Tensor) -> Tensor:
 
 def sdpa_with_zeros(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attend as `add_zero_attn` of `torch.nn.MultiheadAttention` says."""
-    k, v = (torch.cat([x.flatten(0, 1), x.new_zeros(B * H, 1, D)], 1).view(B, H, S + 1, D) for x in (k, v))
+    shape = [*q.shape[:2], q.shape[2] + 1, q.shape[3]]
+    k, v = (torch.cat([x.flatten(0, 1), x.new_zeros(B * H, 1, D)], 1).view(shape) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, None if mask is None else F.pad(mask, (0, 1)))
 
 
@@ -186,7 +187,7 @@ FORMS: dict[str, tuple[str, Form]] = {
     "a key of zeros": ("sinks", lambda q, k, v: sdpa_with_zeros(q, k, v, None)),
     "a key of zeros, causal": (
         "causal, sinks",
-        lambda q, k, v: sdpa_with_zeros(q, k, v, torch.zeros(S, S, dtype=q.dtype).masked_fill(hidden(q), -math.inf)),
+        lambda q, k, v: sdpa_with_zeros(q, k, v, hidden(q).to(q.dtype).masked_fill(hidden(q), -math.inf)),
     ),
     # A factor that is the same along keys or along queries.
     "a factor of rows": ("causal", lambda q, k, v: filled(q @ k.mT * q.sum(-1, True).exp(), q).softmax(-1) @ v),

@@ -23,6 +23,7 @@ from tests.fuzz.tensors import tensor_programs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use gather in place of:UserWarning"),
+    pytest.mark.filterwarnings("ignore:one graph for all lengths cannot be sharded:UserWarning"),
     pytest.mark.filterwarnings("ignore:nothing in this model could be sharded:UserWarning"),
 ]
 

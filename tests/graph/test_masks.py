@@ -186,7 +186,6 @@ NEAR_MISSES: dict[str, Callable[..., Tensor]] = {
     "strict": lambda: kv() < q(),
     "tril one down": lambda: torch.tril(ones(), diagonal=-1),
     "twice as steep": lambda: 2 * kv() <= q(),
-    "of the key alone": lambda: (kv() < 5) & (q() >= 0),
     "nothing": lambda: ones().logical_not(),
     "only later keys": lambda: kv() > q(),
     "of a shorter row": lambda: torch.arange(1, S + 1)[None] <= torch.arange(S)[:, None],
@@ -198,6 +197,9 @@ NEAR_MISSES: dict[str, Callable[..., Tensor]] = {
     "shifted chunks": lambda: kv() // 2 == q() // 2 + 1,
     "ordered chunks": lambda: kv() // 2 <= q() // 2,
     "far away": lambda: abs(q() - kv()) >= 2,
+}
+MASKS_OF_KEYS: dict[str, Callable[[], Tensor]] = {
+    "of the key alone": lambda: (kv() < 5) & (q() >= 0),
     "a distance from the middle": lambda: (abs(kv() - 3) <= 2) & (q() >= 0),
 }
 NEAR_MISSES_OF_VECTORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -219,6 +221,11 @@ NEAR_MISSES_OF_VECTORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_misses_stay_dense(name: str) -> None:
     assert words(NEAR_MISSES[name]) == f"dense [{S}, {S}]"
+
+
+@pytest.mark.parametrize("name", MASKS_OF_KEYS)
+def test_masks_of_keys_are_key_padding(name: str) -> None:
+    assert words(MASKS_OF_KEYS[name]) == "key padding"
 
 
 @pytest.mark.parametrize("name", NEAR_MISSES_OF_VECTORS)

@@ -12,6 +12,7 @@ from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
 import cpcompile
+from cpcompile.errors import NoRule
 
 WIDTH, HEADS, CHUNK = 8, 2, 4
 
@@ -268,8 +269,8 @@ X = {"token_dims": {"x": 1}}
 
 PROGRAMS: dict[str, Case] = {
     "mingru": (lambda: Model(MinGRU()), lambda: text(13), {}),
-    "associative": (lambda: Model(Associative()), lambda: text(13), {"exact_dropout": True}),
-    "loop": (lambda: Model(Selective()), lambda: text(19), {}),
+    "associative": (lambda: Model(Associative()), lambda: text(7), {"exact_dropout": True}),
+    "loop": (lambda: Model(Selective()), lambda: text(7), {}),
     "patches": (lambda: Model(Patches()), lambda: text(13), {}),
     "packed": (Packed, lambda: packed(23), {"token_dims": {"input_ids": 1, "labels": 1, "documents": 1}}),
     "frames": (Frames, lambda: floats(2, 41, 4), X),
@@ -280,16 +281,24 @@ PROGRAMS: dict[str, Case] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:one graph for all lengths cannot be sharded")
-@pytest.mark.parametrize(
-    ("world_size", "layout"),
-    [
-        (2, "zig_zag"),
-        pytest.param(3, "contiguous", marks=pytest.mark.slow),
-        pytest.param(4, "zig_zag", marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("name", PROGRAMS)
+QUICK = {"state space", "loop", "frames", "pools"}
+SETTINGS = [(2, "zig_zag"), (3, "contiguous"), (4, "zig_zag"), (3, "balanced")]
+# Loops over chunks need the layout of the inputs.
+NOT_BY_DOCUMENTS = {"gated delta", "gated delta, many chunks"}
+CASES = [
+    pytest.param(
+        name,
+        *setting,
+        marks=[] if name in QUICK and setting == SETTINGS[0] else [pytest.mark.slow],
+        id=f"{name}-{setting}",
+    )
+    for name in PROGRAMS
+    for setting in SETTINGS
+    if setting[1] != "balanced" or name not in NOT_BY_DOCUMENTS
+]
+
+
+@pytest.mark.parametrize(("name", "world_size", "layout"), CASES)
 def test_exact(name: str, world_size: int, layout: str) -> None:
     make, inputs, options = PROGRAMS[name]
     torch.manual_seed(0)
@@ -297,3 +306,8 @@ def test_exact(name: str, world_size: int, layout: str) -> None:
         make().double(), inputs(), world_size=world_size, dtype=torch.float64, balancer=layout, dynamic=False, **options
     )
     found.raise_if_wrong()
+
+
+def test_chunks_of_a_loop_and_documents_are_refused_with_the_remedy() -> None:
+    with pytest.raises(NoRule, match=r"(?s)solve_triangular.*Use balancer='zig_zag' or 'contiguous'"):
+        cpcompile.explain(Model(GatedDelta()), text(22), world_size=2, balancer="balanced", dynamic=False)

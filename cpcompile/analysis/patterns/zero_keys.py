@@ -48,7 +48,6 @@ def with_sink_for_zeros(found: Attention, reader: Reader) -> Attention:
 
 def without_zeros(before: fx.Node, operand: fx.Node, reader: Reader) -> fx.Node | None:
     """Return keys or values without the row of zeros that was joined behind them, or None if there is none."""
-    call = Call.of(operand)
     shape = value_of(operand).shape
     if operand.target in _VIEWS:
         inner = operand.args[0]
@@ -61,9 +60,9 @@ def without_zeros(before: fx.Node, operand: fx.Node, reader: Reader) -> fx.Node 
             return None
         sizes = [size_of(before, operand, dim) for dim in range(len(shape) - 2)]
         return insert_call(before, aten.reshape.default, rows, [*sizes, *(size_of(before, rows, d) for d in (-2, -1))])
-    if operand.target is not aten.cat.default or call["dim"] not in (-2, len(shape) - 2):
+    if operand.target is not aten.cat.default or Call.of(operand)["dim"] not in (-2, len(shape) - 2):
         return None
-    *rows, zeros = call["tensors"]
+    *rows, zeros = Call.of(operand)["tensors"]
     is_row = statically_known_true(value_of(zeros).shape[-2] == 1) and constant(reader, zeros) == 0
     return rows[0] if is_row and len(rows) == 1 else None
 

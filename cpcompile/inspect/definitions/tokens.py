@@ -84,8 +84,9 @@ def move(calls: Calls) -> Ranks:
 
 def rearrange(calls: Calls) -> Ranks:
     c = calls[0]
-    held = Arrangement.of(c["held"], len(calls), c["layout"], c["bounds"])
-    wanted = Arrangement.of(c["wanted"], len(calls), c["wanted_layout"] or c["layout"], c["bounds"])
+    bounds = c.get("bounds")
+    held = Arrangement.of(c["held"], len(calls), c["layout"], bounds)
+    wanted = Arrangement.of(c["wanted"], len(calls), c.get("wanted_layout") or c["layout"], bounds)
     at = Sharded(c["dim"])
     whole = factors(join([c["x"] for c in calls], at, held), at, held.length)
     results = []

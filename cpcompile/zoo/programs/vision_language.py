@@ -355,7 +355,8 @@ def make(name: str) -> Callable[[Sampler], Program]:
             raise NotAvailable(f"transformers {transformers.__version__} has no {name}")
         config = make_config(transformers)
         silence(config)
-        model, inputs = instantiate(getattr(transformers, name), config, "sdpa"), make_inputs(sampler)
+        model: Any = instantiate(getattr(transformers, name), config, "sdpa")
+        inputs = make_inputs(sampler)
         if "image_grid_thw" in inputs:  # as trainers do: the model would count from lists, which no graph holds
             inputs["position_ids"] = model.model.get_rope_index(
                 **{k: x for k, x in inputs.items() if k in ROPE_INPUTS}
