@@ -1,6 +1,7 @@
 """Stages: what a first call does for so long is said on the first rank, in lines on stderr.
 
-What takes a moment is not mentioned, and what takes long is mentioned again. `logging.getLogger("cpcompile.stages").setLevel("WARNING")` silences all of it.
+What takes a moment is not mentioned, and what takes long is mentioned again. `logging.getLogger("cpcompile.stages")` with
+`.setLevel("WARNING")` silences all of it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _log.propagate = False
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Surround a stage; if it takes longer than `PATIENCE` seconds, say so while it runs, again and again, and how long it took."""
+    """Surround a stage; if it takes longer than `PATIENCE` seconds, say so while it runs, now and then, and how long it took."""
     start, is_over = time.perf_counter(), threading.Event()
     threading.Thread(target=_say_while, args=(name, start, is_over), daemon=True).start()
     try:
