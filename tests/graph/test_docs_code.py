@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,9 +35,10 @@ ROOT = Path(__file__).parents[2]
 ELSEWHERE = {"passes.md", "rules.md", "api.md", "diagnostics.md", "verification.md"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]+) -->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LLAMAS = {"docs/recipes/generation.md", "docs/recipes/lora.md"}  # pages whose blocks need more than a module
 VOCABULARY = 64
-# What blocks print in full, and need not do here: steps, tokens and ranks.
-SMALLER = {"range(10)": "range(1)", "2048": "64", "world_size=1024": "world_size=16"}
+# What blocks print in full, and need not do here: steps, tokens, layers and ranks.
+SMALLER = {"range(10)": "range(1)", "2048": "64", "num_hidden_layers=2": "num_hidden_layers=1", "size=1024": "size=16"}
 COMPILED = {"memory", "memory_budget", "offload", "mode", "inner_options"}  # options that inner="eager" refuses
 
 
@@ -68,8 +69,49 @@ RUN = [block for block in BLOCKS if not block.reason]
 NOT_RUN = [block for block in BLOCKS if block.reason]
 
 
+class Output(NamedTuple):
+    """What a language model returns."""
+
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class Layer(nn.Module):
+    """Causal attention of two heads, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.mlp = nn.Linear(16, 48), nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
+        return x + self.mlp(x)
+
+
+class SmallModel(nn.Module):
+    """A causal language model with the names of one of transformers: what most blocks need, and traced in a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(VOCABULARY, 16)
+        self.model.layers = nn.ModuleList([Layer()])
+        self.lm_head = nn.Linear(16, VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Output:
+        x = self.model.embed_tokens(input_ids)
+        for layer in self.model.layers:
+            x = layer(x)
+        logits = self.lm_head(x)
+        if labels is None:
+            return Output(None, logits)
+        return Output(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits)
+
+
 def small_llama() -> nn.Module:
-    """Return a causal language model of one layer."""
+    """Return a model of transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -92,7 +134,7 @@ def names_of(page: str) -> dict[str, Any]:
     """Return the names that the blocks of a page may use without an import."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    model = small_llama()
+    model = small_llama() if page in LLAMAS else SmallModel()
     ids = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
     init_device_mesh = dist.device_mesh.init_device_mesh
     names = {
