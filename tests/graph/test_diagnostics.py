@@ -15,7 +15,7 @@ import torch
 from cpcompile import CPError, explain
 
 PAGE = Path(__file__).parents[2] / "docs" / "diagnostics.md"
-SETUP = re.compile(r"```python setup\n(.*?)```", re.DOTALL)
+SETUP = re.compile(r"<!-- setup -->\n```python\n(.*?)```", re.DOTALL)
 CASE = re.compile(r"^## (.*?)\n\n```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL | re.MULTILINE)
 
 
