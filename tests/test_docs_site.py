@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,3 +23,29 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         name = name.removesuffix("index") if page.name == "index.md" else f"{name}/"
         assert "```" not in (tmp_path / name / "index.html").read_text(), f"{page.name} has a fence that is not understood"
         assert f'href="{name or "."}"' in index, f"{page.name} is in no menu"
+
+
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import link_repository
+
+    return link_repository
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "repository", "expected"),
+    [
+        ("index.md", "[a](../examples/fsdp2.py)", None, "a (`examples/fsdp2.py`)"),
+        ("index.md", "[examples/fsdp2.py](../examples/fsdp2.py)", None, "examples/fsdp2.py"),
+        ("recipes/lora.md", "[a](../../README.md#b)", "https://host/x/", "[a](https://host/x/blob/main/README.md#b)"),
+        ("recipes/lora.md", "[a](../memory.md#b)", "https://host/x/", "[a](../memory.md#b)"),
+    ],
+)
+def test_links_out_of_the_pages(hook: ModuleType, page: str, link: str, repository: str | None, expected: str) -> None:
+    assert hook.LINK.sub(lambda found: hook.linked(found, page, repository), link) == expected
+
+
+def test_a_link_to_nothing_is_a_warning(hook: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    hook.LINK.sub(lambda found: hook.linked(found, "index.md", None), "[a](../no.py)")
+    assert "index.md links to no.py, which does not exist" in caplog.text
