@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+import typer.core
+import typer.main
+
+from cpcompile.commands.guard import guard
 
 # torch and transformers take seconds to import: each command imports what it needs, so that --help answers at
-# once.
+# once. These are modules of `cpcompile.commands`, imported when they are asked for.
+LAZY = {
+    "explain": "Print the plan: attentions, where inputs are sharded, what is gathered, collectives, time, memory.",
+    "tune": "Measure the attention kernels and links of this machine once, for the cost model.",
+    "diff": "Print what cpcompile changes in a model, as a patch of its graph with your lines.",
+}
 
-app = typer.Typer(name="cpcompile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+class Commands(typer.core.TyperGroup):
+    """The commands that are defined here, and those that are imported when they are asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all."""
+        return [*super().list_commands(ctx), *LAZY]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command, or for a list of them its help alone."""
+        if cmd_name not in LAZY:
+            return super().get_command(ctx, cmd_name)
+        return typer.core.TyperCommand(cmd_name, help=LAZY[cmd_name])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Import the command that is run."""
+        if args and args[0] in LAZY:
+            command = typer.main.get_command(importlib.import_module(f"cpcompile.commands.{args[0]}").app)
+            return args[0], command, args[1:]
+        return super().resolve_command(ctx, args)
 
 
-class Graph(str, Enum):
-    """Which graph `explain` prints."""
-
-    before = "before"
-    after = "after"
+app = typer.Typer(name="cpcompile", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 Strategy = Annotated[
@@ -31,7 +53,6 @@ Strategy = Annotated[
 Kernel = Annotated[
     str, typer.Option(help="What computes a block of attention: auto, cudnn, flash, triton, flex, math, ...")
 ]
-HeadsPerMessage = Annotated[int, typer.Option(min=0, help="Key heads that a rank receives at once; 0: all.")]
 InnerSize = Annotated[
     int, typer.Option(min=0, help="How many of the ranks exchange heads in usp; 0: they are no grid.")
 ]
@@ -48,8 +69,29 @@ Length = Annotated[int, typer.Option(min=2, help="Tokens of one sequence, over a
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences of one step.")]
 
 
+def show_version(asked: bool) -> None:
+    """Print the versions that a report of a bug needs, and end."""
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        import cpcompile
+
+        typer.echo(f"cpcompile {cpcompile.__version__}")
+        for package in ("torch", "transformers", "triton"):
+            try:
+                typer.echo(f"{package} {version(package)}")
+            except PackageNotFoundError:
+                typer.echo(f"{package} is not installed")
+        typer.echo(f"python {sys.version.split()[0]}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
     """Make a single-device PyTorch model train on sequences sharded over several devices."""
 
 
@@ -130,74 +172,6 @@ def train(
 
 
 @app.command()
-def explain(
-    target: Target,
-    world_size: WorldSize = 2,
-    length: Length = 512,
-    batch_size: BatchSize = 1,
-    strategy: Strategy = "auto",
-    balancer: Balancer = "auto",
-    inner_size: InnerSize = 0,
-    kernel: Kernel = "auto",
-    heads_per_message: HeadsPerMessage = 0,
-    memory: Annotated[bool, typer.Option(help="Predict what a training step holds on a rank.")] = True,
-    memory_budget: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the blocks that keep intermediate results for backward.")
-    ] = 1.0,
-    offload: Annotated[
-        str, typer.Option(help="What blocks that are computed again keep in host memory: none, inputs or all.")
-    ] = "none",
-    fully_sharded: Annotated[
-        int, typer.Option(min=0, help="Ranks that fully_shard shards parameters over; 0: each rank has all.")
-    ] = 0,
-    ddp: Annotated[bool, typer.Option("--ddp", help="DistributedDataParallel holds copies of all gradients.")] = False,
-    optimizer_states: Annotated[
-        int, typer.Option(min=0, help="Tensors of the size of a parameter that the optimizer keeps (AdamW: 2).")
-    ] = 2,
-    device_memory: Annotated[
-        float, typer.Option(min=0, help="GiB of a GPU, of which the longest sequence that fits is told; 0: not told.")
-    ] = 0,
-    graph: Annotated[Graph | None, typer.Option(help="Print this graph as code too.")] = None,
-) -> None:
-    """Print the plan: attention sites, where inputs are sharded, every collective, memory. Needs no GPU and no process."""
-
-    def run() -> None:
-        import cpcompile
-
-        model, inputs = load_target(target, length, batch_size)
-        options: dict[str, Any] = {
-            "world_size": world_size,
-            "inner_size": inner_size,
-            "strategy": strategy,
-            "balancer": balancer,
-            "kernel": kernel,
-            "heads_per_message": heads_per_message,
-            "memory_budget": memory_budget,
-            "offload": offload,
-            "optimizer_states": optimizer_states,
-            "ddp": ddp,
-            "fully_sharded": cpcompile.FullySharded(fully_sharded) if fully_sharded else None,
-        }
-        try:
-            plan = cpcompile.explain(model, inputs, memory=memory, **options)
-        except cpcompile.InternalError as error:  # of the prediction: the plan is told all the same
-            plan = cpcompile.explain(model, inputs, **options)
-            typer.echo(f"{plan}\n\n{error}")
-        else:
-            typer.echo(str(plan))
-        if device_memory:
-            from cpcompile.inspect.longest import longest_sequence
-
-            found = longest_sequence(model, inputs, device_bytes=int(device_memory * 2**30), **options)
-            text = f"{found.tokens} tokens" if found.tokens else "not even 1024 tokens a rank"
-            typer.echo(f"\nlongest sequence of which a step fits {device_memory:g} GiB: {text}")
-        if graph is not None:
-            typer.echo(getattr(plan, graph.value))
-
-    guard(run)
-
-
-@app.command()
 def verify(
     target: Target,
     world_size: WorldSize = 2,
@@ -212,8 +186,9 @@ def verify(
 
     def run() -> None:
         import cpcompile
+        from cpcompile.commands.target import loaded
 
-        model, inputs = load_target(target, length, batch_size)
+        model, inputs = loaded(target, length, batch_size)
         report = cpcompile.verify(
             model,
             inputs,
@@ -228,72 +203,6 @@ def verify(
             raise typer.Exit(1)
 
     guard(run)
-
-
-def load_target(target: str, length: int, batch_size: int) -> tuple[Any, Mapping[str, Any]]:
-    """Return a model and its inputs. Raises `ConfigError` when `target` names neither a model folder nor a factory."""
-    import torch
-
-    from cpcompile.errors import ConfigError
-    from cpcompile.train.model import find_model, load_model
-
-    path = Path(target)
-    if path.exists():
-        model: Any = load_model(find_model(path), torch.float32, torch.device("cpu"))
-        made: Any = model
-    elif ":" in target:
-        made = call_factory(target)
-    else:
-        raise ConfigError(f"{target}: neither a model folder nor module:factory.")
-    if isinstance(made, tuple):
-        model, inputs = made
-        return model, inputs
-    vocabulary = getattr(getattr(made, "config", None), "vocab_size", None)
-    if vocabulary is None:
-        raise ConfigError(f"{target}: the inputs of this model are unknown; let the factory return (model, inputs).")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocabulary, (batch_size, length), generator=generator)
-    return made, {"input_ids": tokens, "labels": tokens}
-
-
-def call_factory(target: str) -> Any:
-    """Return what `module:factory` returns; modules of the current folder are found."""
-    import importlib
-
-    from cpcompile.errors import ConfigError
-
-    module_name, _, name = target.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{target}: {error}.") from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise ConfigError(f"{target}: {module_name} has no function {name!r}.")
-    return factory()
-
-
-def guard(run: Callable[[], None], *, traceback: bool = False) -> None:
-    """Run a command; an error for the user is its message and exit code 2, Ctrl-C is exit code 130, SIGTERM 143."""
-    from cpcompile.errors import CPError
-
-    console = Console(stderr=True)
-    try:
-        run()
-    except CPError as error:
-        if traceback:
-            raise
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-    except SystemExit as end:
-        # What training says of the signal that ended it.
-        if str(end) != str(end.code):
-            console.print(str(end), markup=False, highlight=False, soft_wrap=True)
-        raise
-    except KeyboardInterrupt:
-        console.print("interrupted: all ranks were ended.")
-        raise typer.Exit(130) from None
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cpcompile.choose.machine import H100, Machine
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.workload import Workload
 from cpcompile.runtime.schedule import Band, Visible
@@ -58,12 +59,14 @@ class Ranks:
         inner_size: those that exchange heads in `usp`; 0 where they are no grid.
         heads_per_message: key heads that a rank receives at once; 0: all.
         transport: `symmetric` or `p2p`, or `auto`, which is taken for symmetric on one host.
+        machine: what they run on.
     """
 
     world_size: int
     inner_size: int = 0
     heads_per_message: int = 0
     transport: str = "auto"
+    machine: Machine = H100
 
 
 @dataclass(frozen=True, slots=True)

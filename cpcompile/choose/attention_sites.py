@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container
 from typing import Any
 
@@ -13,7 +14,7 @@ from cpcompile.choose.attention import AttentionSite
 from cpcompile.choose.kernels import sized
 from cpcompile.errors import LengthDependent, where
 from cpcompile.ir.annotation import annotation
-from cpcompile.ir.operator_call import Call, size_estimate, value_of, values_of
+from cpcompile.ir.operator_call import Call, size_estimate, size_hint, value_of, values_of
 from cpcompile.ir.placement import Sharded
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
@@ -56,17 +57,24 @@ def numbers_of_tokens(gm: fx.GraphModule, inputs: Container[str]) -> list[int]:
     Raises:
         LengthDependent: the number of those of its attentions is symbolic.
     """
-    found = [tokens_of_attention(gm), *sorted(rows_of_products(gm, inputs), reverse=True)]
+    found = [tokens_of_attention(gm), *rows_of_products(gm, inputs)]
     return list(dict.fromkeys(number for number in found if number))[:MOST_NUMBERS]
 
 
-def rows_of_products(gm: fx.GraphModule, inputs: Container[str]) -> set[int]:
-    """Return how many rows products with a weight read of each sample, where that is the size of no input of the model."""
+def rows_of_products(gm: fx.GraphModule, inputs: Container[str]) -> list[int]:
+    """Return how many rows of each sample products with a weight read, those first on which most is computed.
+
+    Those that are the size of an input are left out: users know what it means, and name it.
+    """
     values = [x.meta.get("val") for x in gm.graph.find_nodes(op="placeholder") if x.name in inputs]
-    given = {str(n) for value in values for n in getattr(value, "shape", ())}
-    shapes = [value_of(x.args[0]).shape for x in gm.graph.find_nodes(op="call_function", target=aten.linear.default)]
-    rows = {shape[-2] for shape in shapes if len(shape) > 2}
-    return {n for n in rows if isinstance(n, int) and n > 1 and str(n) not in given}
+    shapes = [value.shape for value in values if isinstance(value, torch.Tensor) and value.dim()]
+    given, batches = {str(n) for shape in shapes for n in shape}, {str(shape[0]) for shape in shapes}
+    work: Counter[int] = Counter()
+    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+        shape = value_of(node.args[0]).shape
+        if len(shape) == 3 and str(shape[0]) in batches and isinstance(shape[1], int) and str(shape[1]) not in given:
+            work[shape[1]] += shape[1] * (size_hint(shape[2]) + size_hint(value_of(node).shape[2]))
+    return [rows for rows, _ in work.most_common() if rows > 1]
 
 
 def tokens_of_attention(gm: fx.GraphModule) -> int:

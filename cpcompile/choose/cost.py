@@ -14,11 +14,10 @@ from functools import lru_cache
 
 from cpcompile.balance.layout import follows_documents, group_size
 from cpcompile.choose.attention import AttentionSite, Ranks
+from cpcompile.choose.machine import H100, Machine
 from cpcompile.choose.rates import (
     BACKWARD_SLOPE,
-    BYTES,
     CPU,
-    FLASH2,
     FORWARD_SLOPE,
     FULL_KEYS,
     GATHERING,
@@ -30,8 +29,6 @@ from cpcompile.choose.rates import (
     PACKED,
     PACKED_ELSEWHERE,
     PRODUCTS,
-    RANKS_OF_HOST,
-    RATES,
     SLOWDOWN,
     UNEVEN,
 )
@@ -50,7 +47,7 @@ def seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -> flo
 def device_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -> float:
     """Return the seconds of the slowest rank whose host is ahead: of its kernels, and of messages that these do not hide."""
     workload = site.workload(axis, layout)
-    work = compute_seconds(site, workload, strategy)
+    work = compute_seconds(site, workload, strategy, axis.machine)
     inner = workload.inner(strategy)
     if STRATEGIES[strategy].is_latent:
         work += expansion_seconds(site, axis, parts=inner)
@@ -67,7 +64,7 @@ def device_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks)
         messages = kinds * (math.ceil(site.kv_heads / axis.heads_per_message) if axis.heads_per_message else 1)
         # A ring waits for one message of them all, `gather` for the first of each kind.
         count, shown = (messages, kinds) if STRATEGIES[strategy].is_at_once else (kinds * hops, 1)
-        total += _exposed(keys, count, shown, work, link(site, axis, axis.world_size))
+        total += _exposed(keys, count, shown, work, link(site, axis, axis.world_size), axis)
         if STRATEGIES[strategy].is_at_once and is_gpu(site):
             own = workload.key_width * workload.itemsize * site.kv_heads * site.tokens // axis.world_size
             total += (own + max(r.forward_keys for r in ranks)) / GATHERING
@@ -75,7 +72,7 @@ def device_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks)
         most = most_rounds(layout, is_ring=inner < axis.world_size)
         kinds = 2 * runs + 2  # to heads and back in each pass
         count = kinds * len(rounds(inner, site.heads, site.kv_heads, most, axis.heads_per_message))
-        total += _exposed(swapped, count, kinds, work, link(site, axis, inner))
+        total += _exposed(swapped, count, kinds, work, link(site, axis, inner), axis)
         total += swapped / LAYING if is_gpu(site) else 0.0
     return total
 
@@ -96,9 +93,9 @@ def host_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -
     return least + of_keys * (1 + hops) + of_heads * inner
 
 
-def compute_seconds(site: AttentionSite, workload: Workload, strategy: str) -> float:
+def compute_seconds(site: AttentionSite, workload: Workload, strategy: str, machine: Machine = H100) -> float:
     """Return the seconds of the kernels of the slowest rank."""
-    rates = RATES.get(site.kernel, FLASH2) if is_gpu(site) else CPU
+    rates = machine.rates(site.kernel) if is_gpu(site) else CPU
     inner = workload.inner(strategy)
     heads = site.batch * max(h.num_query for h in workload.heads_of(strategy))
     per_pair = 2.0 * (site.head_dim + site.value_dim) * heads
@@ -143,7 +140,7 @@ def expansion_seconds(site: AttentionSite, axis: Ranks, parts: int = 1) -> float
     memory = site.latent.key_bytes * 2 * (3 / parts - 2 / num_ranks) / MEMORY[device]
     kind = link(site, axis, num_ranks)
     sent = 2 * site.latent.latent_bytes * (num_ranks - 1) / num_ranks
-    travel = sent / BYTES["p2p" if kind == "symmetric" else kind]
+    travel = sent / axis.machine.bytes_per_second("p2p" if kind == "symmetric" else kind)
     return site.tokens * (products + memory + travel) + 2 * site.latent.messages * LATENCY
 
 
@@ -151,14 +148,14 @@ def link(site: AttentionSite, axis: Ranks, num_ranks: int) -> str:
     """Return what connects so many ranks, a key of `BYTES`."""
     if not is_gpu(site):
         return "cpu"
-    if num_ranks > RANKS_OF_HOST:
+    if num_ranks > axis.machine.ranks_of_host:
         return "network"
     return "p2p" if axis.transport == "p2p" else "symmetric"
 
 
-def _exposed(sent: int, count: int, shown: int, work: float, kind: str) -> float:
+def _exposed(sent: int, count: int, shown: int, work: float, kind: str, axis: Ranks) -> float:
     """Return what `count` messages of `sent` bytes add to the work, in seconds: `shown` of them, and what it cannot hide."""
-    transfer = sent / BYTES[kind] + LATENCY * count
+    transfer = sent / axis.machine.bytes_per_second(kind) + LATENCY * count
     waited = transfer * shown / count
     slowdown = SLOWDOWN * transfer if kind in ("p2p", "network") else 0.0
     return waited + max(0.0, transfer - waited - work) + slowdown

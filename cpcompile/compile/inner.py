@@ -17,6 +17,7 @@ from cpcompile.analysis.gradient_flow import needs_no_gradient
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.capture.stages import stage
+from cpcompile.choose.machine import Machine
 from cpcompile.compile.joined_transfers import join_transfers
 from cpcompile.compile.offload import move_to_host, note_tokens
 from cpcompile.compile.outline_layers import outline_layers, pass_operands_by
@@ -77,14 +78,20 @@ def transform_dynamo_graph(
     config: Config,
     axis: Axis,
     shards: Mapping[int, ParameterShard] | None = None,
+    machine: Machine | None = None,
 ) -> Transformed:
-    """Capture and transform the graph of a whole model; `shards` says which inputs are parameters that FSDP shards."""
+    """Capture and transform the graph of a whole model.
+
+    `shards` says which inputs are parameters that FSDP shards, `machine` what costs are estimated for, by default this one.
+    """
     with stage("sharding the graph"):
         captured = capture(gm, example_inputs)
         refuse_collectives(captured, axis)
         nodes = placeholders(captured)
         of_node = {nodes[i].name: shard for i, shard in (shards or {}).items()}
-        return transform(captured, config=config, axis=axis, inputs=input_names(captured), shards=of_node)
+        return transform(
+            captured, config=config, axis=axis, inputs=input_names(captured), shards=of_node, machine=machine
+        )
 
 
 def refuse_collectives(gm: fx.GraphModule, axis: Axis) -> None:

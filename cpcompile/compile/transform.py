@@ -7,6 +7,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from cpcompile.choose.attention_sites import (
 )
 from cpcompile.choose.choice import Choice, choose
 from cpcompile.choose.kernels import likely_kernel, refuse_unable_kernel
+from cpcompile.choose.machine import Machine, this_machine
 from cpcompile.compile.saved_results import keep_attention, keeps_result
 from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
 from cpcompile.ir.annotation import annotate, annotation
@@ -100,6 +102,10 @@ class Count:
     places: int = 0
 
 
+Watcher = Callable[[str, fx.GraphModule], None]
+_WATCHERS: ContextVar[tuple[Watcher, ...]] = ContextVar("watchers of passes", default=())
+
+
 @faults_of("the transformation")
 def transform(
     captured: fx.GraphModule,
@@ -108,6 +114,7 @@ def transform(
     axis: Axis,
     inputs: Mapping[str, str],
     shards: Mapping[str, ParameterShard] | None = None,
+    machine: Machine | None = None,
 ) -> Transformed:
     """Make the captured graph context parallel.
 
@@ -117,6 +124,7 @@ def transform(
         axis: the ranks that share each sequence.
         inputs: the user's argument name for each placeholder that is an input of the model.
         shards: how FSDP shards each placeholder that is a parameter which it shards.
+        machine: what costs are estimated for; by default this one.
 
     Raises:
         CPError: the graph cannot be sharded exactly.
@@ -140,7 +148,8 @@ def transform(
         name_origins(captured)
     analysed = copy.deepcopy(captured)
     numbers = numbers_of_tokens(captured, inputs) if not token_dims else []
-    ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport)
+    on = machine or this_machine()
+    ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport, on)
     sites = [attention_site(node, likely_kernel(node, config.kernel)) for node in attention_nodes(captured)]
     if config.strategy in ("auto", "latent", "latent_heads"):
         found = [expansion_of(node, token_dims) for node in attention_nodes(captured)]
@@ -253,6 +262,18 @@ def run_pass(
     gm.graph.lint()
     gm.recompile()
     times[function.__name__] = time.perf_counter() - start
+    for see in _WATCHERS.get():
+        see(function.__name__, gm)
+
+
+@contextlib.contextmanager
+def watching_passes(see: Watcher) -> Iterator[None]:
+    """Call `see` with the name of each pass and the graph that it left, of whatever is transformed inside."""
+    token = _WATCHERS.set((*_WATCHERS.get(), see))
+    try:
+        yield
+    finally:
+        _WATCHERS.reset(token)
 
 
 def warn_of_other_strategies(

@@ -15,8 +15,10 @@ from cpcompile.analysis.regions import regions_of
 from cpcompile.balance.layout import local_length
 from cpcompile.capture.dynamo import by_name, compile_whole, token_length, uncompiled
 from cpcompile.capture.lowering import placeholders
-from cpcompile.choose.attention_sites import attention_nodes, rewritten_attentions
+from cpcompile.choose.attention_sites import REWRITTEN, attention_nodes, rewritten_attentions
 from cpcompile.choose.kernels import chosen_kernels, sized, strategy_of
+from cpcompile.choose.machine import H100, Machine, machine_named, this_machine
+from cpcompile.choose.rates import PRODUCTS
 from cpcompile.compile.inner import transform_dynamo_graph
 from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.compile.outputs import outputs_of
@@ -30,13 +32,14 @@ from cpcompile.inspect.explanation import (
     ShardedInput,
     Site,
     TokenLocal,
+    Work,
 )
 from cpcompile.inspect.graph_listing import input_name, listing, operator_name
-from cpcompile.inspect.whole_modules import whole_modules
+from cpcompile.inspect.whole_modules import operations, whole_modules
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.operator_call import Call, is_tensor, size_hint
 from cpcompile.ir.parameter_shard import ParameterShard
-from cpcompile.ir.placement import Sharded
+from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.memory.fully_sharded import FullySharded, in_blocks, largest_block
 from cpcompile.memory.ledger import Ledger, ledger_of
@@ -59,6 +62,7 @@ def explain(
     memory: bool = False,
     fully_sharded: FullySharded | None = None,
     ddp: bool = False,
+    device: str | Machine = "",
     **options: Any,
 ) -> Explanation:
     """Return the plan for `model` on `world_size` ranks: nothing is run, and neither GPUs nor processes are needed.
@@ -71,6 +75,9 @@ def explain(
         memory: also predict what a training step holds on a rank, which takes a few seconds more for each 16 layers.
         fully_sharded: how `fully_shard` is to shard parameters, gradients and optimizer state.
         ddp: `DistributedDataParallel` is to wrap the model, which holds a copy of all gradients.
+        device: what costs are estimated for: `h100`, `h200`, `a100`, a file that `cpcompile tune` wrote, or a `Machine`
+            (`cpcompile.choose.machine`); '' is this machine. It says how fast kernels and links are, for a model on a GPU or on
+            `meta`.
         options: the fields of `cpcompile.Config`.
 
     Raises:
@@ -83,14 +90,23 @@ def explain(
     if ddp and fully_sharded is not None:
         raise ConfigError("explain takes ddp or fully_sharded: a model is wrapped by one of them.")
     config = Config.of({**options, "dynamic": False})
+    machine = device if isinstance(device, Machine) else machine_named(device) if device else this_machine()
     planned = planned_step(
-        model, inputs, world_size=world_size, inner_size=inner_size, config=config, fully_sharded=fully_sharded
+        model,
+        inputs,
+        world_size=world_size,
+        inner_size=inner_size,
+        config=config,
+        fully_sharded=fully_sharded,
+        machine=machine,
     )
     transformed = planned.transformed
     gm, plan = transformed.graph, transformed.plan
     lengths = Lengths.all_of(gm)
     length = size_hint(lengths[0].value) if lengths else 0
     names = {node.name: input_name(node) for node in placeholders(gm)}
+    sites = tuple(attention_sites(transformed))
+    is_gpu = all(x.device.type != "cpu" for x in planned.inputs if isinstance(x, torch.Tensor))
     found = Explanation(
         world_size=world_size,
         inner_size=inner_size,
@@ -98,7 +114,7 @@ def explain(
         local_tokens=local_length(length, world_size, plan.layout),
         layout=plan.layout,
         token_inputs={names[name]: dim for name, dim in plan.token_dims.items()},
-        sites=tuple(attention_sites(transformed)),
+        sites=sites,
         regions=tuple(TokenLocal(r.name, source_place(r.nodes[0]), len(r.nodes)) for r in regions_of(gm)),
         whole=tuple(whole_modules(gm)),
         inputs=tuple(sharded_inputs(gm)),
@@ -109,6 +125,8 @@ def explain(
         estimates={f"{layout}/{name}": cost for (layout, name), cost in transformed.choice.estimates.items()},
         before=listing(transformed.original),
         after=listing(gm),
+        machine=machine if is_gpu else None,
+        work=work(transformed, sites, machine if is_gpu else None),
     )
     # Both change the graph, and are looked at last; the ledger is of outlined layers, and counts them.
     ledger = planned.ledger(ddp) if memory or config.offload != "none" else None
@@ -163,6 +181,7 @@ def planned_step(
     config: Config,
     inner_size: int = 0,
     fully_sharded: FullySharded | None = None,
+    machine: Machine | None = None,
 ) -> Planned:
     """Trace and transform `model` without running it."""
     axis = Axis.in_process(world_size, inner_size)
@@ -177,7 +196,9 @@ def planned_step(
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         shards = {} if fully_sharded is None else fully_sharded.shards_of(example_inputs)
-        transformed = transform_dynamo_graph(gm, example_inputs, config=config, axis=axis, shards=shards)
+        transformed = transform_dynamo_graph(
+            gm, example_inputs, config=config, axis=axis, shards=shards, machine=machine
+        )
         made.append(Planned(transformed, tuple(example_inputs), shards, config))
 
         def stop(*args: Any) -> Any:
@@ -191,6 +212,27 @@ def planned_step(
     with contextlib.suppress(_Planned):
         compile_whole(model.forward, backend, config)(**named)
     return made[0]
+
+
+def work(transformed: Transformed, sites: Sequence[Site], machine: Machine | None) -> Work:
+    """Return what ranks compute in a step; `machine`: None for CPUs."""
+    gm, count = transformed.graph, transformed.plan.world_size
+    attentions = [sum(4 * site.head_dim * site.pairs[rank] for site in sites if site.pairs) for rank in range(count)]
+    products_of = {node: operations(node) for node in gm.graph.nodes if node.op == "call_function"}
+    whole = [n for n in products_of if isinstance(annotation(n).placement, Full) and not annotation(n).is_local]
+    repeated = sum(products_of[node] for node in whole if node.target not in REWRITTEN)
+    every = sum(operations(node) for node in transformed.analysed.graph.nodes if node.target not in REWRITTEN)
+    each = (every + repeated * (count - 1)) / count
+    products = [int(each)] * count
+    estimates = transformed.choice.estimates
+    taken = {(site.layout, site.strategy) for site in sites} & estimates.keys()
+    rate = PRODUCTS["cpu" if machine is None else "gpu"] * (
+        machine.peak / H100.peak if machine and machine.peak else 1.0
+    )
+    seconds = max((estimates[key] for key in taken), default=0.0) + 3 * each / rate
+    model_flops = 3 * (sum(products) + sum(attentions))
+    mfu = model_flops / seconds / count / machine.peak if machine and machine.peak and seconds else 0.0
+    return Work(tuple(products), tuple(attentions), seconds, mfu)
 
 
 def local_arguments(node: fx.Node, transformed: Transformed) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cpcompile.balance.layout import follows_documents
-from cpcompile.choose.rates import BYTES, CPU, FLASH2, RATES
+from cpcompile.choose.machine import Machine
+from cpcompile.choose.rates import BYTES, CPU
 from cpcompile.compile.outputs import Output
+from cpcompile.inspect.folding import fold
 from cpcompile.memory.ledger import KINDS, Ledger
 
 
@@ -117,6 +119,25 @@ class PassRun:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What ranks compute in a step.
+
+    Attributes:
+        products: for each rank, the floating-point operations of products and convolutions in a forward.
+        attentions: those of attentions.
+        seconds: what a training step takes at least at the rates of the machine: attention as it is estimated, and products in
+            forward and backward. Norms, losses, the optimizer and sums of gradients are not in it.
+        mfu: the share of the GPUs' peak that such a step reaches, where computing again counts as nothing; 0 where the peak is
+            not known.
+    """
+
+    products: tuple[int, ...]
+    attentions: tuple[int, ...]
+    seconds: float
+    mfu: float
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """The plan of a model on `world_size` ranks. `print` it, or read its fields; `to_dict` for JSON."""
 
@@ -139,6 +160,8 @@ class Explanation:
     after: str
     passes: tuple[PassRun, ...] = ()
     memory: Ledger | None = None
+    machine: Machine | None = None
+    work: Work | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data."""
@@ -168,6 +191,7 @@ class Explanation:
             *self._gathered_lines(),
             *self._collective_lines(),
             *self._estimate_lines(),
+            *self._work_lines(),
             *self._pass_lines(),
             *([] if self.memory is None else ["", *memory_lines(self.memory)]),
         ]
@@ -190,12 +214,14 @@ class Explanation:
         head = ("module", "line", "heads", "kv", "dim", "mask", "strategy", "kernel", "work", "forward", "backward")
         rows = [
             (
-                *(s.module, s.line, s.heads, s.kv_heads, s.head_dim, s.mask, s.strategy, ", ".join(s.kernels) or "-"),
+                *(path, s.line, s.heads, s.kv_heads, s.head_dim, s.mask, s.strategy, ", ".join(s.kernels) or "-"),
                 *(f"{s.imbalance:.2f}", size(s.forward_bytes), size(s.backward_bytes)),
             )
-            for s in self.sites
+            for path, (s, *_) in fold(self.sites, lambda site: site.module, lambda site: replace(site, module=""))
         ]
-        title = f"{len(rows)} attention(s): the work of the busiest rank over the mean, bytes that it sends in a step"
+        title = (
+            f"{len(self.sites)} attention(s): the work of the busiest rank over the mean, bytes that it sends in a step"
+        )
         return [title, *table(head, rows)]
 
     def _again_lines(self) -> list[str]:
@@ -219,8 +245,13 @@ class Explanation:
     def _region_lines(self) -> list[str]:
         if not self.regions:
             return []
-        rows = [(r.module, r.line, r.operators) for r in self.regions]
-        return [f"{len(rows)} token-local region(s)", *table(("module", "line", "operators"), rows), ""]
+        rows = [
+            (path, r.line, r.operators)
+            for path, (r, *_) in fold(
+                self.regions, lambda region: region.module, lambda region: (region.line, region.operators)
+            )
+        ]
+        return [f"{len(self.regions)} token-local region(s)", *table(("module", "line", "operators"), rows), ""]
 
     def _whole_lines(self) -> list[str]:
         if not self.whole:
@@ -253,9 +284,27 @@ class Explanation:
     def _estimate_lines(self) -> list[str]:
         if not self.estimates:
             return []
-        rows = [(*key.split("/"), f"{seconds * 1e3:.3g}") for key, seconds in self.estimates.items()]
+        taken = {f"{site.layout}/{site.strategy}" for site in self.sites}
+        least = min((self.estimates[key] for key in taken & self.estimates.keys()), default=0.0)
+        rows = [
+            (*key.split("/"), f"{seconds * 1e3:.3g}", "taken" if key in taken else margin(seconds, least))
+            for key, seconds in sorted(self.estimates.items(), key=lambda item: item[1])
+        ]
         title = "estimated attention time of a step, slowest rank"
-        return ["", title, *table(("layout", "strategy", "ms"), rows), *rates()]
+        return ["", title, *table(("layout", "strategy", "ms", ""), rows), *rates(self.machine)]
+
+    def _work_lines(self) -> list[str]:
+        if self.work is None:
+            return []
+        products, attentions = self.work.products, self.work.attentions
+        share = f", {self.work.mfu:.0%} of the peak (MFU) at most" if self.work.mfu else ""
+        return [
+            "",
+            f"work of the busiest rank in a forward: {max(products):.3g} FLOPs of products, {max(attentions):.3g} of attention",
+            f"work of all ranks: {sum(products):.3g} and {sum(attentions):.3g}",
+            f"a training step takes at least {self.work.seconds * 1e3:.3g} ms{share}",
+            "(attention as estimated, and products in forward and backward, without norms, losses, optimizer and gradient sums)",
+        ]
 
     def _pass_lines(self) -> list[str]:
         """Return the passes that changed something."""
@@ -276,14 +325,23 @@ def memory_lines(ledger: Ledger) -> list[str]:
     return [*text, f"  and in host memory, from forward to backward: {size(ledger.host)}"] if ledger.host else text
 
 
-def rates() -> list[str]:
+def margin(seconds: float, least: float) -> str:
+    """Return in words how much more time something takes than what takes `least`."""
+    if not least:
+        return ""
+    more = seconds / least - 1
+    return f"{more:.0%} more" if more >= 0.005 else "as much" if more > -0.005 else f"{-more:.0%} less"
+
+
+def rates(machine: Machine | None) -> list[str]:
     """Return what the estimates assume."""
-    (forward, backward), (forward2, backward2) = RATES["cudnn"], FLASH2
+    if machine is None:
+        return [f"(on CPUs, at {CPU[0] / 1e9:.0f} GFLOP/s and {BYTES['cpu'] / 1e9:.0f} GB/s between them)"]
+    (forward, backward), (forward2, backward2) = machine.rates("cudnn"), machine.rates("other")
     return [
-        f"(at {forward / 1e12:.0f} TFLOP/s forward and {backward / 1e12:.0f} backward with cudnn, flash3 or flash4, "
-        f"{forward2 / 1e12:.0f} and {backward2 / 1e12:.0f} with other kernels;",
-        f" {BYTES['symmetric'] / 1e9:.0f} GB/s between GPUs of a host, {BYTES['network'] / 1e9:.0f} beyond; "
-        f"on CPUs {CPU[0] / 1e9:.0f} GFLOP/s and {BYTES['cpu'] / 1e9:.0f} GB/s)",
+        f"(on {machine.name}, {machine.ranks_of_host} of a host: {forward / 1e12:.0f} TFLOP/s forward and {backward / 1e12:.0f} "
+        f"backward with cudnn, {forward2 / 1e12:.0f} and {backward2 / 1e12:.0f} with other kernels,",
+        f" {machine.symmetric / 1e9:.0f} GB/s between GPUs of a host, {machine.network / 1e9:.0f} beyond; {machine.source})",
     ]
 
 

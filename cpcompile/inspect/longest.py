@@ -13,6 +13,7 @@ from cpcompile.inspect.explain import explain
 from cpcompile.memory.ledger import Ledger
 
 STEP = 1024  # lengths are multiples of it for each rank
+MOST = 1 << 24  # tokens; of a small model nobody asks for more
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Longest:
     """The longest sequence that fits.
 
     Attributes:
-        tokens: its length, a multiple of 1024 for each rank; 0 where not even that fits.
+        tokens: its length, a multiple of 1024 for each rank; 0 where not even that fits, and at least `MOST` where so many do.
         ledger: what a step of it holds; of 1024 tokens a rank where nothing fits.
     """
 
@@ -70,8 +71,10 @@ def longest_sequence(
         ledgers[units] = ledger(units * unit)
         fitting = max(n for n, of in ledgers.items() if of.peak <= device_bytes)
         above = min((n for n, of in ledgers.items() if of.peak > device_bytes), default=None)
+        if above is None and fitting * unit >= MOST:
+            return Longest(fitting * unit, ledgers[fitting])
         if above is None:
-            units = 16 * fitting
+            units = min(16 * fitting, -(-MOST // unit))
             continue
         before, span = span, above - fitting
         if span <= max(1, fitting // 64):

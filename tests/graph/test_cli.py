@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import typer.main
 from typer.testing import CliRunner
 
 import cpcompile
 from cpcompile.cli import app
+from cpcompile.commands.explain import app as explain_app
 from cpcompile.errors import NoRule
 from tests.train_support import save_tiny_llama
 
@@ -45,7 +49,7 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-@pytest.mark.parametrize("command", ["train", "explain", "verify"])
+@pytest.mark.parametrize("command", ["train", "explain", "verify", "diff", "tune"])
 def test_help(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -54,7 +58,7 @@ def test_help(command: str) -> None:
 
 def test_module() -> None:
     done = subprocess.run([sys.executable, "-m", "cpcompile", "--help"], capture_output=True, text=True, check=True)
-    assert all(command in done.stdout for command in ("train", "explain", "verify"))
+    assert all(command in done.stdout for command in ("train", "explain", "verify", "diff", "tune"))
 
 
 def test_an_error_is_its_message_and_exit_code_2(tmp_path: Path) -> None:
@@ -94,6 +98,59 @@ def test_explain_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     result = invoke("explain", str(save_tiny_llama(tmp_path / "tiny")), "--length", "31", "--batch-size", "2")
     assert (result.exit_code, result.output) == (0, "a plan\n")
     assert shapes == [(2, 31)]
+
+
+def test_a_model_folder_is_explained_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny_llama(tmp_path / "tiny")
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        cpcompile, "explain", lambda model, inputs, **given: seen.append(model) or "a plan", raising=False
+    )
+    assert invoke("explain", str(folder), "--no-memory").exit_code == 0
+    assert {p.device.type for p in seen[0].parameters()} == {"meta"}
+
+
+def test_every_option_of_config_is_one_of_explain(factory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        cpcompile, "explain", lambda model, inputs, **given: seen.update(given) or "a plan", raising=False
+    )
+    shown = {parameter.name for parameter in typer.main.get_command(explain_app).params}
+    left_out = {"memory", "optimizer_states", "sync_weights", "check_inputs", "dynamic"}
+    assert {each.name for each in fields(cpcompile.Config)} - left_out <= shown
+    given = ("--no-strict", "--token-dims", "x=1", "--token-local", "a.b", "--token-local", "C", "--loss-chunk", "64")
+    assert invoke("explain", "my_factory:with_inputs", *given, "--inner-options", "shape_padding=true").exit_code == 0
+    assert (seen["strict"], seen["token_dims"], seen["token_local"]) == (False, {"x": 1}, ["a.b", "C"])
+    assert (seen["loss_chunk"], seen["inner_options"]) == (64, {"shape_padding": True})
+    assert "strategy" not in seen
+
+
+def test_a_choice_that_is_none_names_those_there_are(factory: None) -> None:
+    result = invoke("explain", "my_factory:with_inputs", "--strategy", "rign")
+    assert result.exit_code == 2
+    assert "ring" in result.stderr and "ulysses" in result.stderr
+
+
+def test_a_machine_that_is_none(factory: None) -> None:
+    result = invoke("explain", "my_factory:with_inputs", "--device", "h101")
+    assert result.exit_code == 2
+    assert "'h100'" in result.stderr
+    result = invoke("explain", "my_factory:with_inputs", "--device", "h100", "--gpus", "3", "--hosts", "2")
+    assert (result.exit_code, "3 GPUs are not on 2 hosts" in result.stderr) == (2, True)
+
+
+def test_tune_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = invoke("tune")
+    assert (result.exit_code, "torch sees none here" in result.stderr) == (2, True)
+
+
+def test_versions() -> None:
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.output.splitlines()[:2] == [f"cpcompile {cpcompile.__version__}", f"torch {torch.__version__}"]
 
 
 def test_explain_takes_the_options_of_attention(factory: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,3 +53,21 @@ def test_patches_are_sharded_before_the_first_product() -> None:
     assert (plan.tokens, plan.local_tokens, plan.token_inputs) == (26, 13, {})
     assert "tokens of the attentions" in str(plan)
     assert not plan.gathered
+
+
+class TalkingHeads(Patches):
+    """Its scores are mixed between heads, which is a form of attention that no pattern knows."""
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        x = self.cut(pixels).flatten(2).transpose(1, 2)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        scores = (q @ k.mT / 3).permute(0, 2, 3, 1) @ self.positions[0, :HEADS, :HEADS]
+        x = x + (scores.permute(0, 3, 1, 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return F.cross_entropy(self.head(x.mean(1)), labels)
+
+
+def test_rows_of_products_say_how_many_where_no_attention_is_known() -> None:
+    options = {"world_size": 2, "balancer": "contiguous"}
+    found = cpcompile.verify(TalkingHeads().double(), images(), dtype=torch.float64, **options)
+    found.raise_if_wrong()
+    assert found.transformed.plan.num_tokens == 25

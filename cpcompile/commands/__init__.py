@@ -1,0 +1,1 @@
+"""The commands of `cpcompile`, each imported when it is asked for."""

@@ -1,0 +1,121 @@
+"""`cpcompile explain`: the plan of a model, without GPUs and without its weights."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+import cpcompile
+from cpcompile.choose.machine import MACHINES, machine_named, this_machine
+from cpcompile.commands.guard import guard
+from cpcompile.commands.options import takes_config
+from cpcompile.commands.target import BatchSize, InnerSize, Length, Target, WorldSize, shape_of
+from cpcompile.inspect.explanation import Explanation, size
+from cpcompile.inspect.longest import MOST, longest_sequence
+
+
+class Graph(str, Enum):
+    """Which graph `explain` prints."""
+
+    before = "before"
+    after = "after"
+
+
+@takes_config("memory", "optimizer_states", "sync_weights", "check_inputs", "dynamic")
+def explain(
+    target: Target,
+    world_size: WorldSize = 2,
+    length: Length = 512,
+    batch_size: BatchSize = 1,
+    inner_size: InnerSize = 0,
+    device: Annotated[
+        str,
+        typer.Option(
+            help=f"GPUs that the plan is for, here or not: {', '.join(MACHINES)}, or a file that `cpcompile tune` wrote. "
+            "By default this machine."
+        ),
+    ] = "",
+    gpus: Annotated[int, typer.Option(min=0, help="Ranks that share the sequence, in the place of --world-size.")] = 0,
+    hosts: Annotated[int, typer.Option(min=1, help="Hosts that these GPUs are on.")] = 1,
+    memory: Annotated[bool, typer.Option(help="Predict what a training step holds on a rank.")] = True,
+    one_device: Annotated[
+        bool, typer.Option("--one-device", help="Predict what the untouched model holds on one device, too.")
+    ] = False,
+    fully_sharded: Annotated[
+        int, typer.Option(min=0, help="Ranks that fully_shard shards parameters over; 0: each rank has all.")
+    ] = 0,
+    ddp: Annotated[bool, typer.Option("--ddp", help="DistributedDataParallel holds copies of all gradients.")] = False,
+    optimizer_states: Annotated[
+        int, typer.Option(min=0, help="Tensors of the size of a parameter that the optimizer keeps (AdamW: 2).")
+    ] = 2,
+    device_memory: Annotated[
+        float,
+        typer.Option(
+            min=0, help="GiB of a GPU, of which the longest sequence that fits is told [default: those of --device]"
+        ),
+    ] = 0,
+    graph: Annotated[Graph | None, typer.Option(help="Print this graph as code too.")] = None,
+    longest: Annotated[
+        bool, typer.Option("--longest", help="The longest sequence that fits a GPU of --device.")
+    ] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Print what changes in the code of the graph too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
+    *,
+    config: dict[str, Any],
+) -> None:
+    """Print the plan: attentions, where inputs are sharded, what is gathered, collectives, time, memory.
+
+    Needs no GPU, no process, and of a model folder no weights.
+    """
+
+    def run() -> None:
+        model, inputs = shape_of(target, length, batch_size)
+        ranks = gpus or world_size
+        machine = machine_named(device or "h100", hosts=hosts, gpus=ranks) if device or hosts > 1 else None
+        options: dict[str, Any] = {
+            "world_size": ranks,
+            "inner_size": inner_size,
+            "optimizer_states": optimizer_states,
+            "ddp": ddp,
+            "fully_sharded": cpcompile.FullySharded(fully_sharded) if fully_sharded else None,
+            **({"device": machine} if machine else {}),
+            **config,
+        }
+        plan = cpcompile.explain(model, inputs, memory=memory, **options)
+        if as_json:
+            typer.echo(json.dumps(plan.to_dict(), indent=1))
+            return
+        typer.echo(str(plan))
+        if one_device:
+            typer.echo("\n" + beside_one_device(plan, cpcompile.explain(model, inputs, memory=True, **options | ONE)))
+        room = device_memory * 2**30 or (machine or this_machine()).memory * longest
+        if room:
+            found = longest_sequence(model, inputs, device_bytes=int(room), **options)
+            at_least = "at least " if found.tokens >= MOST else ""
+            text = f"{at_least}{found.tokens} tokens" if found.tokens else "not even 1024 tokens a rank"
+            typer.echo(f"\nlongest sequence of which a step fits {size(room)}: {text}")
+        if graph is not None:
+            typer.echo("\n" + getattr(plan, graph.value))
+        if diff:
+            from cpcompile.inspect.difference import print_difference
+
+            print_difference(plan.before, plan.after)
+
+    guard(run)
+
+
+ONE: dict[str, Any] = {"world_size": 1, "inner_size": 0, "fully_sharded": None}
+
+
+def beside_one_device(plan: Explanation, one: Explanation) -> str:
+    """Return the memory of a rank beside that of one device."""
+    assert one.memory is not None
+    text = f"on one device a step holds {size(one.memory.peak)} at the peak"
+    return text if plan.memory is None else f"{text}: {one.memory.peak / plan.memory.peak:.3g} times what a rank holds"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(explain)
