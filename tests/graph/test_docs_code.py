@@ -297,8 +297,11 @@ def fault(words: list[str]) -> str:
         case ["cpcompile", *rest] | ["python", "-m", "cpcompile", *rest]:
             if not rest or rest[0].isupper():
                 return ""
-            known = typer.main.get_command(app).commands
-            return rest[0] if rest[0] not in known else " ".join(flags(rest) - options_of(known[rest[0]]) - {"--help"})
+            group = typer.main.get_command(app)
+            if rest[0] not in group.list_commands(group.context_class(group)):
+                return rest[0]
+            _, command, _ = group.resolve_command(group.context_class(group), rest[:1])
+            return " ".join(flags(rest) - options_of(command) - {"--help"})
         case ["python", "-m", "cpcompile.zoo", *rest]:
             return " ".join(flags(rest) - options_of(typer.main.get_command(zoo)) - {"--help"})
         case ["python", "-m", module, *_]:
