@@ -21,7 +21,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in (ROOT / "docs").rglob("*.md"):
         name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
         name = name.removesuffix("index") if page.name == "index.md" else f"{name}/"
-        assert "```" not in (tmp_path / name / "index.html").read_text(), f"{page.name} has a fence that is not understood"
+        assert "```" not in (tmp_path / name / "index.html").read_text(), (
+            f"{page.name} has a fence that is not understood"
+        )
         assert f'href="{name or "."}"' in index, f"{page.name} is in no menu"
 
 
