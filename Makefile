@@ -12,7 +12,7 @@ PYTEST ?= -n 2 --dist worksteal -m "not slow and not gpu"
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test lint format reference clean help
+.PHONY: demo test lint format reference docs clean help
 
 help: ## Show the targets.
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -33,9 +33,12 @@ format: $(VENV)/dev.stamp ## Format the code in place.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-reference: $(VENV)/dev.stamp ## Write what docs/ has from the code: the picture of the architecture, passes and rules.
+reference: $(VENV)/dev.stamp ## Write what docs/ has from the code: the picture of the architecture, passes, rules and the API.
 	$(BIN)/python docs/draw_architecture.py
 	$(BIN)/python docs/write_reference.py
+
+docs: $(VENV)/dev.stamp ## Build the site of the documentation into build/site.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove the environment.
 	rm -rf $(VENV)

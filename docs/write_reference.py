@@ -1,4 +1,4 @@
-"""Write the reference: `python docs/write_reference.py` writes docs/passes.md and docs/rules.md from docstrings."""
+"""Write the reference: `python docs/write_reference.py` writes docs/passes.md, docs/rules.md and docs/api.md from docstrings."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 
+import cpcompile
 from cpcompile import rules
 from cpcompile.passes import ANALYSIS, MEMORY, PARAMETERS, PIPELINE, SHARDING
 from cpcompile.rules.along import ExtendedRule
@@ -42,6 +44,15 @@ prime (`d'`), or along which a rule is called closed, is mixed: it must not hold
 happens then. A dim that only operands have is contracted: the result of each rank is an addend of a partial sum. What no rule
 covers is refused with your line, or gathered with `strict=False`. [architecture.md](architecture.md#a-rule) says how to add one;
 `tests/graph/test_rules.py` runs every rule whole and by rank.
+"""
+
+API = """# API
+
+{by_hand}
+
+All names are those of `cpcompile`. Options of `apply`, `verify` and `explain` are the fields of [`Config`](#config). Three
+modules have pages of their own: `cpcompile.integrations` ([integrations.md](integrations.md)), `cpcompile.compat`
+([compat.md](compat.md)) and `cpcompile.balance` ([balance.md](balance.md)).
 """
 
 REFUSALS = """
@@ -201,7 +212,76 @@ def code_or_prose(paragraph: str) -> str:
     return f"```python\n{paragraph}\n```" if paragraph.startswith("before") else joined(paragraph)
 
 
-PAGES = {"passes.md": passes_page, "rules.md": rules_page}
+HEADINGS = {"Args": "Arguments", "Attributes": "Fields", "Returns": "Returns", "Raises": "Raises"}
+
+
+def api_page() -> str:
+    """Return docs/api.md."""
+    everything = {name: getattr(cpcompile, name) for name in cpcompile.__all__}
+    errors = {name: x for name, x in everything.items() if isinstance(x, type) and issubclass(x, Exception)}
+    functions = {name: x for name, x in everything.items() if isinstance(x, FunctionType)}
+    others = {name: x for name, x in everything.items() if name not in errors.keys() | functions.keys()}
+    out = [API.format(by_hand=BY_HAND).rstrip()]
+    for title, members in (("Functions", functions), ("Options and results", others), ("Errors", errors)):
+        out.append(f"## {title}")
+        for name, member in members.items():
+            out += [f"### {name}", *api_section(name, member)]
+    out.append("[diagnostics.md](diagnostics.md) has messages, with a model and a remedy for each.")
+    return "\n\n".join(out) + "\n"
+
+
+def api_section(name: str, member: Any) -> Iterator[str]:
+    """Yield the paragraphs on one public name."""
+    if isinstance(member, type) and issubclass(member, Exception):
+        yield inspect.getdoc(member) or ""
+        yield f"A kind of `{member.__bases__[0].__name__}`."
+        return
+    yield f"```python\n{signature_of(name, member)}\n```"
+    for paragraph in inspect.cleandoc(member.__doc__ or "").split("\n\n"):
+        word, colon, text = paragraph.partition(":\n")
+        if word not in HEADINGS or not colon:
+            yield paragraph if paragraph.startswith("    ") else joined(paragraph)
+        elif word == "Returns":
+            yield f"**{HEADINGS[word]}** {joined(text)}"
+        else:
+            entries = [joined(x).partition(": ") for x in re.split(r"\n(?=    \w+: )", text) if x.strip()]
+            yield f"**{HEADINGS[word]}**"
+            yield "\n".join(f"- `{entry}`: {said}" for entry, _, said in entries)
+    if isinstance(member, type):
+        told = [f"- `{key}`: {joined(inspect.getdoc(x).split(chr(10) * 2)[0])}" for key, x in methods_of(member)]
+        if told:
+            yield "**Methods and properties**"
+            yield "\n".join(told)
+
+
+def methods_of(member: type) -> list[tuple[str, Any]]:
+    """Return the public methods and properties of a class, and what has their docstrings."""
+    kinds = (FunctionType, property, classmethod)
+    return [(key, x) for key, x in vars(member).items() if key[0] != "_" and isinstance(x, kinds) and inspect.getdoc(x)]
+
+
+def signature_of(name: str, member: Any) -> str:
+    """Return how something is called, one argument a line where they are many."""
+    kinds = inspect.Parameter
+    arguments, is_marked = [], False
+    for parameter in inspect.signature(member).parameters.values():
+        if parameter.kind is kinds.KEYWORD_ONLY and not is_marked:
+            arguments.append("*")
+            is_marked = True
+        stars = {kinds.VAR_POSITIONAL: "*", kinds.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        kind = "" if parameter.annotation is kinds.empty else f": {parameter.annotation}"
+        default = "" if parameter.default is kinds.empty else f" = {default_of(parameter.default)}"
+        arguments.append(f"{stars}{parameter.name}{kind}{default}")
+    line = f"cpcompile.{name}({', '.join(arguments)})"
+    return line if len(line) <= 110 else f"cpcompile.{name}(\n" + "".join(f"    {x},\n" for x in arguments) + ")"
+
+
+def default_of(value: object) -> str:
+    """Return a default as code; what a field makes for itself is left out."""
+    return "..." if repr(value).startswith("<") else repr(value)
+
+
+PAGES = {"passes.md": passes_page, "rules.md": rules_page, "api.md": api_page}
 
 
 if __name__ == "__main__":

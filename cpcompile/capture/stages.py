@@ -1,6 +1,6 @@
-"""Stages: what a first call does for so long is said on the first rank, in a line on stderr.
+"""Stages: what a first call does for so long is said on the first rank, in lines on stderr.
 
-What takes a moment is not mentioned; what was compiled is, in one line.
+What takes a moment is not mentioned, what takes long is mentioned again, and what was compiled is told in one line.
 `logging.getLogger("cpcompile.stages").setLevel("WARNING")` silences all of it.
 """
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from cpcompile import _torch
 
 PATIENCE = 5.0  # seconds without a word
+REPEAT = 20.0  # seconds until a stage that goes on is mentioned again
 YOUNG_OBJECTS = 100_000  # how many are made before Python looks for garbage; by default it is 700
 
 
@@ -35,15 +36,13 @@ _log.propagate = False
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Surround a stage; if it takes longer than `PATIENCE` seconds, say so while it runs, and how long it took."""
-    timer = threading.Timer(PATIENCE, say, [f"{name} ..."])
-    timer.daemon = True
-    timer.start()
-    start = time.perf_counter()
+    """Surround a stage; if it takes longer than `PATIENCE` seconds, say so while it runs, now and then, and how long it took."""
+    start, is_over = time.perf_counter(), threading.Event()
+    threading.Thread(target=_say_while, args=(name, start, is_over), daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        is_over.set()
         seconds = time.perf_counter() - start
     if seconds > PATIENCE:
         say(f"{name} took {seconds:.0f} s")
@@ -85,6 +84,15 @@ class Tracing:
     def end(self) -> None:
         """End the stage: what follows is not Dynamo's."""
         self._open.close()
+
+
+def _say_while(name: str, start: float, is_over: threading.Event) -> None:
+    """Say what goes on, until it is over."""
+    if is_over.wait(PATIENCE):
+        return
+    say(f"{name} ...")
+    while not is_over.wait(REPEAT):
+        say(f"{name} goes on: {time.perf_counter() - start:.0f} s so far")
 
 
 def say(text: str) -> None:

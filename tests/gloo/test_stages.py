@@ -19,7 +19,7 @@ from tests.models import batch, make
 def first_and_second_call(rank: Any, patience: float) -> list[list[str]]:
     """The lines on stderr of two calls."""
     torch._dynamo.reset()
-    before, stages.PATIENCE = stages.PATIENCE, patience
+    before, stages.PATIENCE, stages.REPEAT = (stages.PATIENCE, stages.REPEAT), patience, 1000.0
     try:
         model = cpcompile.apply(make("llama", num_layers=1), rank.mesh(), inner="aot_eager")
         lines = []
@@ -29,7 +29,7 @@ def first_and_second_call(rank: Any, patience: float) -> list[list[str]]:
             lines.append([line for line in stderr.getvalue().splitlines() if line.startswith("cpcompile: ")])
         return lines
     finally:
-        stages.PATIENCE = before
+        stages.PATIENCE, stages.REPEAT = before
 
 
 def test_the_first_rank_says_what_the_first_call_does(pool: Any) -> None:
@@ -46,6 +46,16 @@ def test_what_is_quick_is_not_mentioned_but_for_the_plan(pool: Any) -> None:
     (((line,), second),) = pool.run(1, first_and_second_call, 1000.0)
     assert line.startswith("cpcompile: 1 ranks, ")
     assert not second
+
+
+def test_a_long_stage_is_mentioned_again(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "PATIENCE", 0.01)
+    monkeypatch.setattr(stages, "REPEAT", 0.05)
+    with stages.stage("compiling"):
+        time.sleep(0.4)
+    first, *again, last = capsys.readouterr().err.splitlines()
+    assert first == "cpcompile: compiling ..." and last.startswith("cpcompile: compiling took ")
+    assert again and set(again) == {"cpcompile: compiling goes on: 0 s so far"}
 
 
 def test_a_stage_that_fails_says_no_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

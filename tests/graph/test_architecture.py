@@ -16,7 +16,6 @@ NAMED = re.findall(r"`((?:cpcompile|passes|tests|docs)/[^`\s:]+)(?::([\w.]+))?`"
 
 @pytest.fixture
 def drawing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    pytest.importorskip("tomllib", reason="new in Python 3.11")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import draw_architecture
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import linecache
 import pkgutil
 import re
+import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import torch
 from cpcompile import CPError, explain
 
 PAGE = Path(__file__).parents[2] / "docs" / "diagnostics.md"
-SETUP = re.compile(r"```python setup\n(.*?)```", re.DOTALL)
+SETUP = re.compile(r"<!-- setup -->\n```python\n(.*?)```", re.DOTALL)
 CASE = re.compile(r"^## (.*?)\n\n```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL | re.MULTILINE)
 
 
@@ -34,7 +36,10 @@ def cases(page: str) -> list[Case]:
 
 def message(page: str, case: Case) -> str:
     """Return the message that the model of a case gets."""
-    space: dict[str, Any] = {"__name__": "model"}
+    # Dynamo looks for a module, once for each name, when it reads what the functions of a model use.
+    module = ModuleType(f"model_of_page_{zlib.crc32(case.code.encode())}")
+    sys.modules[module.__name__] = module
+    space = vars(module)
     exec(SETUP.findall(page)[0], space)
     linecache.cache["model.py"] = (len(case.code), None, case.code.splitlines(keepends=True), "model.py")
     exec(compile(case.code, "model.py", "exec"), space)

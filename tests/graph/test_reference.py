@@ -1,4 +1,4 @@
-"""docs/passes.md and docs/rules.md say what the code says."""
+"""docs/passes.md, docs/rules.md and docs/api.md say what the code says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return write_reference
 
 
-@pytest.mark.parametrize("name", ["passes.md", "rules.md"])
+@pytest.mark.parametrize("name", ["passes.md", "rules.md", "api.md"])
 def test_page_is_that_of_the_code(reference: ModuleType, name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == reference.PAGES[name](), f"docs/{name} is stale: make reference"
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 PAGE = Path(__file__).parents[2] / "docs" / "verification.md"
-SETUP = re.compile(r"```python setup\n(.*?)```", re.DOTALL)
+SETUP = re.compile(r"<!-- setup -->\n```python\n(.*?)```", re.DOTALL)
 CASE = re.compile(
     r"^## (WRONG|[^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL | re.MULTILINE
 )

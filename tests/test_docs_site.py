@@ -1,0 +1,53 @@
+"""The site of the documentation builds without a warning, and has every page in its navigation."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="mkdocs-material is in the extras docs and dev")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    index = (tmp_path / "index.html").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        name = name.removesuffix("index") if page.name == "index.md" else f"{name}/"
+        assert "```" not in (tmp_path / name / "index.html").read_text(), (
+            f"{page.name} has a fence that is not understood"
+        )
+        assert f'href="{name or "."}"' in index, f"{page.name} is in no menu"
+
+
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import link_repository
+
+    return link_repository
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "repository", "expected"),
+    [
+        ("index.md", "[a](../examples/fsdp2.py)", None, "a (`examples/fsdp2.py`)"),
+        ("index.md", "[examples/fsdp2.py](../examples/fsdp2.py)", None, "examples/fsdp2.py"),
+        ("recipes/lora.md", "[a](../../README.md#b)", "https://host/x/", "[a](https://host/x/blob/main/README.md#b)"),
+        ("recipes/lora.md", "[a](../memory.md#b)", "https://host/x/", "[a](../memory.md#b)"),
+    ],
+)
+def test_links_out_of_the_pages(hook: ModuleType, page: str, link: str, repository: str | None, expected: str) -> None:
+    assert hook.LINK.sub(lambda found: hook.linked(found, page, repository), link) == expected
+
+
+def test_a_link_to_nothing_is_a_warning(hook: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    hook.LINK.sub(lambda found: hook.linked(found, "index.md", None), "[a](../no.py)")
+    assert "index.md links to no.py, which does not exist" in caplog.text
