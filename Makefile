@@ -38,7 +38,7 @@ reference: $(VENV)/dev.stamp ## Write what docs/ has from the code: the picture 
 	$(BIN)/python docs/write_reference.py
 
 docs: $(VENV)/dev.stamp ## Build the site of the documentation into build/site.
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## Remove the environment.
 	rm -rf $(VENV)

@@ -1,6 +1,7 @@
 """The site of the documentation builds without a warning, and has every page in its navigation."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,27 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site as `make docs` does. (With --quiet, mkdocs would not see its own warnings.)"""
     pytest.importorskip("material", reason="mkdocs-material is in the extras docs and dev")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+def test_links_to_nothing_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "link_repository.py", tmp_path / "docs")
+    text = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[0]
+    (tmp_path / "mkdocs.yml").write_text(text)
+    for link in ("nothing.md", "index.md#nothing", "../nothing.py"):
+        (tmp_path / "docs" / "index.md").write_text(f"[x]({link})\n")
+        done = build(tmp_path, tmp_path / "site")
+        assert done.returncode != 0 and "nothing" in done.stderr
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    done = build(ROOT, tmp_path)
     assert done.returncode == 0, done.stderr
     index = (tmp_path / "index.html").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
