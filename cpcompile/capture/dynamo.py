@@ -79,13 +79,16 @@ def by_names(forward: Callable[..., Any], constants: Sequence[Constant]) -> Call
     where `forward` is one, so that modules keep their paths.
     """
     inner = getattr(forward, "__func__", None)
+    has_mapping = any(x.kind is x.VAR_KEYWORD for x in inspect.signature(forward).parameters.values())
+    if not (constants or has_mapping):
+        return forward  # Dynamo imports the module of what is called inside, and there may be none of its name
     if isinstance(inner, types.FunctionType):
 
         def call(self: Any, **kwargs: Any) -> Any:
             return inner(self, **kwargs, **{each.name: each.tensor() for each in constants})
 
         return types.MethodType(call, forward.__self__)  # type: ignore[attr-defined]
-    return (lambda **kwargs: forward(**kwargs, **{x.name: x.tensor() for x in constants})) if constants else forward
+    return lambda **kwargs: forward(**kwargs, **{each.name: each.tensor() for each in constants})
 
 
 def token_length(inputs: Mapping[str, Any], config: Config, *, mark_dynamic: bool) -> int | None:

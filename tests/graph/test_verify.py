@@ -201,11 +201,11 @@ def test_sees_gradients_that_are_counted_twice(monkeypatch: pytest.MonkeyPatch) 
     assert "every forward value agrees; 5 gradient(s) differ: embedding.weight" in str(result)
 
 
-class Sorted(TinyLM):
-    """An attention of tokens that are gathered to be sorted."""
+class Renormed(TinyLM):
+    """An attention of tokens that are gathered for an operator without a rule."""
 
     def attend(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2).sort(2).values for t in self.qkv(x).chunk(3, -1))
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2).renorm(2, 1, 0.5) for t in self.qkv(x).chunk(3, -1))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
 
 
@@ -213,7 +213,7 @@ def test_says_how_attentions_are_computed_in_the_end() -> None:
     with pytest.warns(
         UserWarning, match=r"1 attention\(s\) run whole on every rank, since what they read is not sharded"
     ):
-        whole = verify(Sorted(), batch(7), world_size=2, strict=False)
+        whole = verify(Renormed(), batch(7), world_size=2, strict=False)
     assert str(whole).startswith("exact for 2 ranks, layout contiguous, attention whole on every rank (")
     assert ", attention ring (" in str(verify(TinyLM(), batch(7), world_size=2, strategy="ring"))
 
