@@ -301,6 +301,10 @@ def fault(words: list[str]) -> str:
             if rest[0] not in group.list_commands(group.context_class(group)):
                 return rest[0]
             _, command, _ = group.resolve_command(group.context_class(group), rest[:1])
+            inner = getattr(command, "commands", {})  # plot has commands of its own
+            if inner and rest[1:2] and rest[1] not in inner:
+                return rest[1]
+            command = inner.get(rest[1], command) if inner and rest[1:2] else command
             return " ".join(flags(rest) - options_of(command) - {"--help"})
         case ["python", "-m", "cpcompile.zoo", *rest]:
             return " ".join(flags(rest) - options_of(typer.main.get_command(zoo)) - {"--help"})
