@@ -158,7 +158,7 @@ class Regrouper:
         """Make what an operator leaves of the tokens along a dim, or makes of them, a sequence, as far as its length is known."""
         for result in call.results:
             size = result.shape[dim] if result.dim() == len(shape) else shape[dim]
-            if str(size) != str(shape[dim]) and size != 1:
+            if str(size) not in (str(shape[dim]), "1"):  # a size that depends on values is not compared
                 with contextlib.suppress(NoChunks, LengthDependent):
                     self.joiner.sequence(size, node)
 
