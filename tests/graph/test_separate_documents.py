@@ -144,7 +144,7 @@ def test_experts_are_regions_of_tokens() -> None:
 
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
-    model = MixtralForCausalLM(MixtralConfig(**models.SIZES | sizes, experts_implementation="batched_mm")).double()
+    model = MixtralForCausalLM(MixtralConfig(**models.sizes(1) | sizes, experts_implementation="batched_mm")).double()
     inputs = batch_of("mixtral", KEPT)
     found = in_lockstep(model, inputs, 2, documents=f"eos:{EOS}", mask_labels=True)
     assert_same(found, alone(model, inputs, KEPT, masked=True))
