@@ -19,7 +19,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import time
@@ -34,7 +33,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
+from fsdp_step import free_port
 from torch import Tensor, nn
+from train_step import synchronize
 
 import cpcompile
 
@@ -177,12 +178,6 @@ def main() -> None:
                 print(f"{name}, {system}: {error}", flush=True)
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def run(rank: int, options: argparse.Namespace, system: str, name: str, port: int) -> None:
     """Measure one system in processes of its own, and add its row to the file."""
     is_cuda = options.device == "cuda"
@@ -262,11 +257,6 @@ def timed_steps(options: argparse.Namespace, one: Callable[[], None]) -> list[fl
         dist.all_reduce(took, op=dist.ReduceOp.MAX)
         seconds.append(took.item())
     return seconds
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def prepare(model: nn.Module, mesh: Any, system: str, case: Case) -> nn.Module:

@@ -55,17 +55,10 @@ Strategy = Annotated[
 Kernel = Annotated[
     str, typer.Option(help="What computes a block of attention: auto, cudnn, flash, triton, flex, math, ...")
 ]
-InnerSize = Annotated[
-    int, typer.Option(min=0, help="How many of the ranks exchange heads in usp; 0: they are no grid.")
-]
 Balancer = Annotated[
     str, typer.Option(help="Which tokens each rank holds: auto, contiguous, zig_zag, balanced, zig_zag_by_document.")
 ]
 Inner = Annotated[str, typer.Option(help="What compiles the graph: auto, inductor, aot_eager or eager.")]
-Target = Annotated[
-    str, typer.Argument(help="A transformers model folder, or module:factory that returns a model or (model, inputs).")
-]
-WorldSize = Annotated[int, typer.Option(min=1, help="Ranks that share the sequence.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens of one sequence, over all ranks.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences of one step.")]
 

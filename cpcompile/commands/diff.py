@@ -8,13 +8,13 @@ import typer
 
 import cpcompile
 from cpcompile.commands.guard import guard
-from cpcompile.commands.options import takes_config
+from cpcompile.commands.options import NOT_OF_A_PLAN, takes_config
 from cpcompile.commands.target import BatchSize, InnerSize, Length, Target, WorldSize, shape_of
 from cpcompile.inspect.difference import CONTEXT, print_difference
 from cpcompile.inspect.listings import listings_of_passes
 
 
-@takes_config("memory", "optimizer_states", "sync_weights", "check_inputs", "dynamic")
+@takes_config(*NOT_OF_A_PLAN)
 def diff(
     target: Target,
     world_size: WorldSize = 2,

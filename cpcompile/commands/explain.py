@@ -12,7 +12,7 @@ import typer
 import cpcompile
 from cpcompile.choose.machine import MACHINES, machine_named, this_machine
 from cpcompile.commands.guard import guard
-from cpcompile.commands.options import takes_config
+from cpcompile.commands.options import NOT_OF_A_PLAN, takes_config
 from cpcompile.commands.target import BatchSize, InnerSize, Length, Target, WorldSize, shape_of
 from cpcompile.inspect.explanation import Explanation
 from cpcompile.inspect.longest import MOST, longest_sequence
@@ -27,7 +27,7 @@ class Graph(str, Enum):
     after = "after"
 
 
-@takes_config("memory", "optimizer_states", "sync_weights", "check_inputs", "dynamic")
+@takes_config(*NOT_OF_A_PLAN)
 def explain(
     target: Target,
     world_size: WorldSize = 2,

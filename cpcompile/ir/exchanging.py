@@ -92,8 +92,8 @@ class Exchanger:
 
     def _channels(self, size: int) -> int:
         """Return the number of the sequence of so many channels."""
-        for number, lengths in enumerate(Lengths.all_of(self.gm)):
-            if lengths.is_of_channels and lengths.value == size:
-                return number
+        known = Lengths.find(self.gm, size, lambda x: x.is_of_channels)
+        if known is not None:
+            return known
         slots = local_length(size, self.resharder.plan.world_size, self.resharder.plan.layout)
         return Lengths(size, size, slots, is_of_channels=True).add(self.gm)

@@ -48,9 +48,9 @@ class Joiner:
         Raises:
             NoRule: the size is not known from the inputs.
         """
-        for number, lengths in enumerate(Lengths.all_of(self.gm)):
-            if (lengths.is_of_tokens or self._is_in_chunks(lengths)) and str(lengths.value) == str(size):
-                return number
+        known = Lengths.find(self.gm, size, lambda x: x.is_of_tokens or self._is_in_chunks(x))
+        if known is not None:
+            return known
         with self._at_the_top():
             total = size if isinstance(size, int) else self._derived(size, node)
             lengths = Lengths.of_total(self.gm, self.plan, size, total)
@@ -61,19 +61,14 @@ class Joiner:
         of = Lengths.of(self.gm, at.sequence)
         if not (of.is_of_tokens and follows_documents(self.plan.layout)):
             return at
-        for number, lengths in enumerate(Lengths.all_of(self.gm)):
-            if self._is_in_chunks(lengths) and str(lengths.value) == str(of.value):
-                return replace(at, sequence=number)
-        return replace(at, sequence=replace(of, layout=CHUNKED, bounds=None).add(self.gm))
+        known = Lengths.find(self.gm, of.value, self._is_in_chunks)
+        return replace(at, sequence=replace(of, layout=CHUNKED, bounds=None).add(self.gm) if known is None else known)
 
     def in_order(self, at: Sharded) -> Sharded:
         """Return the placement of the same tokens as the layout deals those of inputs."""
         of = Lengths.of(self.gm, at.sequence)
-        if self._is_in_chunks(of):
-            for number, lengths in enumerate(Lengths.all_of(self.gm)):
-                if lengths.is_of_tokens and str(lengths.value) == str(of.value):
-                    return replace(at, sequence=number)
-        return at
+        known = Lengths.find(self.gm, of.value, lambda x: x.is_of_tokens) if self._is_in_chunks(of) else None
+        return at if known is None else replace(at, sequence=known)
 
     def _is_in_chunks(self, lengths: Lengths) -> bool:
         return lengths.layout == CHUNKED and follows_documents(self.plan.layout)
@@ -99,10 +94,9 @@ class Joiner:
         with self._at_the_top():
             total = times(self.gm.graph, of.local, self.plan.world_size)
         value = total if isinstance(total, int) else total.meta["val"]
-        for number, lengths in enumerate(Lengths.all_of(self.gm)):
-            if lengths.layout == "contiguous" and str(lengths.value) == str(value):
-                return number
-        return Lengths(value, total, of.local, is_padded=False, layout="contiguous").add(self.gm)
+        known = Lengths.find(self.gm, value, lambda x: x.layout == "contiguous")
+        slots = Lengths(value, total, of.local, is_padded=False, layout="contiguous")
+        return slots.add(self.gm) if known is None else known
 
     def parts_of(self, at: Sharded) -> Parts:
         """Return what one period of the dim of a placement is made of."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,6 +123,12 @@ class Lengths:
         """Return the lengths of every sequence, in the order of their numbers."""
         lengths: tuple[Lengths, ...] = gm.meta["cpcompile_lengths"]
         return lengths
+
+    @classmethod
+    def find(cls, gm: fx.GraphModule, value: Any, matches: Callable[[Lengths], bool]) -> int | None:
+        """Return the number of the first sequence of so many tokens that `matches`; None if there is none."""
+        known = enumerate(cls.all_of(gm))
+        return next((number for number, x in known if str(x.value) == str(value) and matches(x)), None)
 
     def add(self, gm: fx.GraphModule) -> int:
         """Return the number of this sequence, which is new."""
