@@ -123,11 +123,12 @@ class Pool:
         self.started.append(self)
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._store = ""
 
     def _start(self) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        store = tempfile.mktemp(prefix="cpcompile_pool_")
+        self._store = store = tempfile.mktemp(prefix="cpcompile_pool_")
         for rank in range(NUM_RANKS):
             pipe, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, store, theirs), daemon=True)
@@ -143,6 +144,8 @@ class Pool:
             process.join()
         for pipe in self._pipes:
             pipe.close()
+        if self._processes:
+            Path(self._store).unlink(missing_ok=True)
         self._processes, self._pipes = [], []
 
     def run(self, world_size: int, job: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
