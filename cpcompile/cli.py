@@ -18,11 +18,17 @@ from cpcompile.commands.guard import guard
 # once. These are modules of `cpcompile.commands`, imported when they are asked for.
 LAZY = {
     "explain": "Print the plan: attentions, where inputs are sharded, what is gathered, collectives, time, memory.",
+    "explain-profile": "Print where the time of a step went, out of traces of torch.profiler.",
     "tune": "Measure the attention kernels and links of this machine once, for the cost model.",
     "verify": "Run all ranks against the untouched model; exit code 1 if something is WRONG, 2 if refused or failed.",
     "plot": "Draw masks, balance, benchmarks and traces.",
     "diff": "Print what cpcompile changes in a model, as a patch of its graph with your lines.",
 }
+
+
+def module_of(command: str) -> str:
+    """Return the module of a command that is imported when it is asked for."""
+    return f"cpcompile.commands.{command.replace('-', '_')}"
 
 
 class Commands(typer.core.TyperGroup):
@@ -41,7 +47,7 @@ class Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Import the command that is run."""
         if args and args[0] in LAZY:
-            command = typer.main.get_command(importlib.import_module(f"cpcompile.commands.{args[0]}").app)
+            command = typer.main.get_command(importlib.import_module(module_of(args[0])).app)
             return args[0], command, args[1:]
         return super().resolve_command(ctx, args)
 

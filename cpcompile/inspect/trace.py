@@ -1,19 +1,18 @@
-"""Trace: what torch's profiler wrote as lanes, a line for each stream of a rank and for its host."""
+"""Trace: what torch's profiler wrote of each rank, and the same as lanes, one for each stream of its device and for its host."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cpcompile.errors import ConfigError
-from cpcompile.inspect.plots.canvas import canvas
 
-# The first that a name fits is its kind.
+# The first that the name of an operator fits is its kind.
 KINDS = {
     "attention": re.compile(r"attention|attn|fmha|flash|sdpa|flex", re.IGNORECASE),
     "transfer": re.compile(
@@ -21,9 +20,22 @@ KINDS = {
     ),
     "other": re.compile(""),
 }
-COLORS = {"attention": "#4e79a7", "transfer": "#f28e2b", "other": "#b8bfc7"}
+# Of what runs on a device, what goes over links; copies within its memory do not.
+LINKS = re.compile(r"nccl|nvshmem|symm_?mem|barrier|multimem|PtoP|HtoD|DtoH", re.IGNORECASE)
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 ON_HOST = ("cpu_op", "cuda_runtime", "cuda_driver")
+
+
+@dataclass(frozen=True, slots=True)
+class RankTrace:
+    """The trace of a rank: `events` are those that last, as the profiler wrote them. `offset`: seconds by which its clock began
+    later than that of the first.
+    """
+
+    path: Path
+    rank: int
+    offset: float
+    events: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +56,33 @@ class TraceLane:
     events: tuple[Event, ...]
 
 
-def read_lanes(paths: Sequence[Path]) -> list[TraceLane]:
-    """Return the lanes of the traces of some ranks; a trace without a rank has the number of its file.
+def read_traces(paths: Sequence[Path]) -> list[RankTrace]:
+    """Return the traces of some ranks, in their order; one without a rank has the number of its file.
 
     Raises:
-        ConfigError: a file is no trace of torch's profiler, or nothing ran in it.
+        ConfigError: a file is no trace of torch's profiler.
     """
-    lanes: list[TraceLane] = []
-    first = 0
+    traces, first = [], 0
     for number, path in enumerate(paths):
         trace = load(path)
         base = int(trace.get("baseTimeNanoseconds", 0))  # of a trace's times; ranks of one host have one clock
         first = first or base
         rank = int((trace.get("distributedInfo") or {}).get("rank", number))
-        lanes += lanes_of(rank, trace["traceEvents"], (base - first) / 1e9)
+        events = tuple(event for event in trace["traceEvents"] if event.get("ph") == "X")
+        traces.append(RankTrace(path, rank, (base - first) / 1e9, events))
+    return sorted(traces, key=lambda trace: trace.rank)
+
+
+def read_lanes(paths: Sequence[Path]) -> list[TraceLane]:
+    """Return the lanes of the traces of some ranks.
+
+    Raises:
+        ConfigError: a file is no trace of torch's profiler, or nothing ran in it.
+    """
+    lanes = [lane for trace in read_traces(paths) for lane in lanes_of(trace)]
     if not lanes:
         raise ConfigError(f"nothing ran in {', '.join(map(str, paths))}: neither operators nor kernels.")
-    return sorted(lanes, key=lambda lane: lane.rank)
+    return lanes
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -75,41 +97,30 @@ def load(path: Path) -> dict[str, Any]:
     return trace
 
 
-def lanes_of(rank: int, events: Iterable[dict[str, Any]], offset: float = 0.0) -> list[TraceLane]:
-    """Return the lanes of one rank, its host last; `offset`: seconds by which its clock began later."""
+def lanes_of(trace: RankTrace) -> list[TraceLane]:
+    """Return the lanes of one rank, its host last."""
     found: dict[str, list[Event]] = {}
-    for event in events:
+    for event in trace.events:
         category = event.get("cat")
-        if event.get("ph") != "X" or category not in (*ON_DEVICE, *ON_HOST):
+        if category not in (*ON_DEVICE, *ON_HOST):
             continue
         lane = f"stream {event['args']['stream']}" if category in ON_DEVICE else "host"
-        start, length = offset + float(event["ts"]) / 1e6, float(event.get("dur", 0)) / 1e6
-        found.setdefault(lane, []).append(Event(kind_of(event["name"], category), start, start + length))
+        start, end = span_of(event)
+        found.setdefault(lane, []).append(Event(kind_of(event), trace.offset + start, trace.offset + end))
     order = sorted(found, key=lambda name: (name == "host", len(name), name))
-    return [TraceLane(rank, name, tuple(sorted(found[name], key=lambda e: (e.start, -e.end)))) for name in order]
+    return [TraceLane(trace.rank, name, tuple(sorted(found[name], key=lambda e: (e.start, -e.end)))) for name in order]
 
 
-def kind_of(name: str, category: str) -> str:
-    """Return what kind of work an event is."""
-    if category == "gpu_memcpy":
-        return "transfer"
+def span_of(event: dict[str, Any]) -> tuple[float, float]:
+    """Return when an event began and ended, in seconds."""
+    start = float(event["ts"]) / 1e6
+    return start, start + float(event.get("dur", 0)) / 1e6
+
+
+def kind_of(event: dict[str, Any]) -> str:
+    """Return what kind of work an event is, by its name."""
+    name = event["name"]
+    if event["cat"] in ON_DEVICE:
+        is_attention = KINDS["attention"].search(name)
+        return "transfer" if LINKS.search(name) else "attention" if is_attention else "other"
     return next(kind for kind, wanted in KINDS.items() if wanted.search(name))
-
-
-def plot_trace(lanes: Sequence[TraceLane], title: str, out: Path) -> None:
-    """Draw a line for each lane, kinds in colours."""
-    first = min(lane.events[0].start for lane in lanes)
-    with canvas(out, 1, 1, (12, 1.4 + 0.42 * len(lanes))) as (figure, panels):
-        axes = panels[0, 0]
-        for line, lane in enumerate(lanes):
-            # What is nested in another operator is drawn over it.
-            for kind in reversed(KINDS):
-                bars = [((e.start - first) * 1e3, (e.end - e.start) * 1e3) for e in lane.events if e.kind == kind]
-                axes.broken_barh(bars, (line - 0.38, 0.76), facecolor=COLORS[kind], linewidth=0)
-        axes.set_yticks(range(len(lanes)), [f"rank {lane.rank}, {lane.name}" for lane in lanes], fontsize=8)
-        axes.set_ylim(len(lanes) - 0.5, -0.5)
-        axes.set_xlabel("ms")
-        for kind, color in COLORS.items():
-            axes.barh(0, 0, color=color, label=kind)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-        axes.set_title(title, fontsize=11)
