@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,16 +56,48 @@ class Commands(typer.core.TyperGroup):
 app = typer.Typer(name="cpcompile", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-Strategy = Annotated[
-    str, typer.Option(help="How attention is computed: auto, ulysses, ring, gather, halo, usp, latent or latent_heads.")
-]
-Kernel = Annotated[
-    str, typer.Option(help="What computes a block of attention: auto, cudnn, flash, triton, flex, math, ...")
-]
-Balancer = Annotated[
-    str, typer.Option(help="Which tokens each rank holds: auto, contiguous, zig_zag, balanced, zig_zag_by_document.")
-]
-Inner = Annotated[str, typer.Option(help="What compiles the graph: auto, inductor, aot_eager or eager.")]
+class Strategy(str, Enum):
+    """How attention is computed; as in `cpcompile.Config`, which would import torch."""
+
+    auto = "auto"
+    halo = "halo"
+    ulysses = "ulysses"
+    usp = "usp"
+    ring = "ring"
+    gather = "gather"
+    latent_heads = "latent_heads"
+    latent = "latent"
+
+
+class Kernel(str, Enum):
+    """What computes a block of attention."""
+
+    auto = "auto"
+    cudnn = "cudnn"
+    cudnn_varlen = "cudnn_varlen"
+    flash3 = "flash3"
+    flash4 = "flash4"
+    triton = "triton"
+    flash = "flash"
+    flash_attn = "flash_attn"
+    ring_flash_attn = "ring_flash_attn"
+    efficient = "efficient"
+    flex = "flex"
+    cpu_flash = "cpu_flash"
+    math = "math"
+
+
+class Inner(str, Enum):
+    """What compiles the graph: `auto` is Inductor where its own compiler is installed, else `aot_eager`."""
+
+    auto = "auto"
+    inductor = "inductor"
+    aot_eager = "aot_eager"
+    eager = "eager"
+
+
+# Groups of ranks are named by their number, balanced:4, so that these are no enumeration.
+BALANCERS = ("auto", "contiguous", "zig_zag", "zig_zag_by_document", "balanced")
 Length = Annotated[int, typer.Option(min=2, help="Tokens of one sequence, over all ranks.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences of one step.")]
 
@@ -112,10 +145,10 @@ def train(
     batch_size: BatchSize = 1,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, constant.")] = 2e-5,
     max_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
-    strategy: Strategy = "auto",
-    balancer: Balancer = "auto",
-    kernel: Kernel = "auto",
-    inner: Inner = "auto",
+    strategy: Annotated[Strategy, typer.Option(help="How attention is computed.")] = Strategy.auto,
+    balancer: Annotated[str, typer.Option(help="Which tokens each rank holds.", metavar="|".join(BALANCERS))] = "auto",
+    kernel: Annotated[Kernel, typer.Option(help="What computes a block of attention.")] = Kernel.auto,
+    inner: Annotated[Inner, typer.Option(help="What compiles the graph.")] = Inner.auto,
     dtype: Annotated[
         str, typer.Option(help="Of parameters and optimizer: float32, bfloat16, float16 or float64.")
     ] = "float32",
@@ -150,10 +183,10 @@ def train(
             batch_size=batch_size,
             learning_rate=learning_rate,
             max_norm=max_norm,
-            strategy=strategy,
+            strategy=strategy.value,
             balancer=balancer,
-            kernel=kernel,
-            inner=inner,
+            kernel=kernel.value,
+            inner=inner.value,
             dtype=dtype,
             seed=seed,
             save=save,

@@ -17,4 +17,4 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
 
 def is_profiled() -> bool:
     """Tell whether a profiler records this thread; a quarter of a microsecond."""
-    return torch.autograd._profiler_enabled()
+    return torch._C._autograd._profiler_enabled()
