@@ -20,13 +20,10 @@ class CPError(ValueError):
     """Base of every error that cpcompile raises for a user's model, inputs or configuration.
 
     A note says where to read more; tracebacks and the command line show it behind the message.
-
-    Args:
-        message: what, where, with which values, and what to do.
-        page: a page of the documentation and an anchor of it; by default that of the class.
     """
 
     def __init__(self, *message: object, page: str = "") -> None:
+        """Make an error with a message, and a page of the documentation with an anchor; by default that of the class."""
         super().__init__(*message)
         self.see(page or f"diagnostics.md#{type(self).__name__.lower()}")
 
