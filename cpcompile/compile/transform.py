@@ -259,7 +259,11 @@ def run_pass(
     """Run one pass with the chores around it: lint, recompile, counts and times; dead code while no pass keeps nodes."""
     start = time.perf_counter()
     with faults_of(f"the pass {function.__name__}"):
-        changes[function.__name__] = function(gm, **config)
+        try:
+            changes[function.__name__] = function(gm, **config)
+        except CPError as error:
+            error.see(f"passes.md#{function.__name__}")
+            raise
     if function in ANALYSIS or function is separate_documents:
         gm.graph.eliminate_dead_code()
     gm.graph.lint()
