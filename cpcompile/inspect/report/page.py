@@ -182,9 +182,11 @@ def passes(plan: Explanation) -> Markup:
 
 
 def stages(plan: Explanation) -> dict[str, str]:
-    """Return the graph before and after the passes, and between."""
+    """Return the graph before and after the passes, and between: behind each pass, or where the attentions were found."""
+    places = {run.name: run.changes for run in plan.passes}
+    behind = {f"{name}: {places[name]} place(s)": code for name, code in plan.graphs.items()}
     return {
         "before: the model on one device": plan.before,
-        "attention found: still on one device": plan.analysed,
+        **(behind or {"attention found: still on one device": plan.analysed}),
         "after: the program of every rank": plan.after,
     }
