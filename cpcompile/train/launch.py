@@ -1,4 +1,8 @@
-"""Launch: start the local ranks, pass on what they report, and end all of them when one fails or falls silent."""
+"""Launch: start the local ranks, pass on what they report, and end all of them when one fails or falls silent.
+
+torchrun does without this (`join`). Its agent sees when a process ends, but neither one that is stopped nor which error came
+first, and gives a rank that saves after a signal 30 seconds.
+"""
 
 from __future__ import annotations
 

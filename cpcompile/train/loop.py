@@ -131,7 +131,7 @@ def build(options: TrainOptions, rank: int, device: torch.device, emit: Callable
     batches, text = None, ""
     if rank == 0:
         emit(Phase("reading the text"))
-        documents, num_skipped = data.read_documents(options.text)
+        documents, num_skipped = data.read_documents(options.text, options.source)
         tokens = data.tokenize(documents, load_tokenizer(source))
         check_vocabulary(tokens, model)
         batches = data.Batches(data.pack(tokens, options.length), options.batch_size, options.seed)

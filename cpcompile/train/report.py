@@ -17,6 +17,7 @@ from cpcompile.errors import StorageError
 from cpcompile.train.events import Comparison, Event, Note, Phase, Resumed, Saved, Step
 from cpcompile.train.loop import relative
 from cpcompile.train.options import TrainOptions
+from cpcompile.train.tracking import Tracker, open_tracker, tracking_errors
 
 GIB = 2**30
 
@@ -28,6 +29,7 @@ class Reporter:
         self.options = options
         self.console = console
         self.comparison: Comparison | None = None
+        self.tracker: Tracker | None = None
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -44,6 +46,8 @@ class Reporter:
         if self.options.log is not None and not self.options.resume:
             with log_errors(self.options.log):
                 self.options.log.write_text("")
+        if not self.options.resume:
+            self.tracker = open_tracker(self.options)
         self.progress.start()
         return self
 
@@ -51,6 +55,13 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
+        if self.tracker is not None:
+            # What ended the run is to be told, not what a tracker says of it.
+            with (
+                contextlib.suppress(*([] if error is None else [StorageError])),
+                tracking_errors(self.options.report_to),
+            ):
+                self.tracker.finish(exit_code=0 if error is None else 1)
         if self.comparison is not None and error is None:
             self.console.print(comparison_table(self.comparison))
 
@@ -70,11 +81,17 @@ class Reporter:
                 if self.options.log is not None:
                     for note in keep_log(self.options.log, step):
                         self.print(note)
+                self.progress.stop()  # a tracker may ask for a key
+                self.tracker = open_tracker(self.options, step)
+                self.progress.start()
             case Step():
                 self.progress.update(self.task, completed=event.step, description="training")
                 self.print(step_line(event, self.options.steps))
                 if self.options.log is not None:
                     append_log(self.options.log, event)
+                if self.tracker is not None:
+                    with tracking_errors(self.options.report_to):
+                        self.tracker.log(numbers(event), event.step)
             case Comparison():
                 self.comparison = event
             case _:
@@ -96,16 +113,19 @@ def step_line(step: Step, steps: int) -> str:
 
 def append_log(path: Path, step: Step) -> None:
     """Add a step to the log."""
-    record = {
-        "step": step.step,
+    with log_errors(path), path.open("a") as file:
+        file.write(json.dumps({"step": step.step, **numbers(step)}) + "\n")
+
+
+def numbers(step: Step) -> dict[str, float]:
+    """Return what is written of a step, by name."""
+    return {
         "loss": step.loss,
         "grad_norm": step.grad_norm,
         "tokens_per_second": step.tokens_per_second,
         "seconds": step.seconds,
         "memory_bytes": step.memory,
     }
-    with log_errors(path), path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def keep_log(path: Path, step: int) -> list[str]:
