@@ -137,6 +137,8 @@ def train(
     """Fine-tune a causal language model on long documents, each sequence sharded over the ranks."""
 
     def run() -> None:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo("importing torch ...")
         from cpcompile.errors import ConfigError
         from cpcompile.train import TrainOptions
         from cpcompile.train import train as run_training

@@ -24,7 +24,7 @@ from typing import Any
 
 from cpcompile.errors import CPError, StorageError
 from cpcompile.train import checkpoint, loop
-from cpcompile.train.events import Beat, Event, Failed, Finished, Note, Step
+from cpcompile.train.events import Beat, Event, Failed, Finished, Note, Phase, Step
 from cpcompile.train.failures import RankError, as_error, died, failed, root_cause
 from cpcompile.train.group import process_group
 from cpcompile.train.heartbeat import START_SECONDS, Watch, interval, silence, start_beating, state_of
@@ -58,6 +58,7 @@ def launch(options: TrainOptions, report: Callable[[Event], None]) -> None:
     context = multiprocessing.get_context("spawn")
     ranks: list[Rank] = []
     interrupt = Interrupt()
+    report(Phase(f"starting {options.ranks} rank{'s' if options.ranks > 1 else ''}"))
     with tempfile.TemporaryDirectory(prefix="cpcompile-") as folder, catching(interrupt):
         try:
             for number in range(options.ranks):

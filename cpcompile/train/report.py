@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -20,16 +22,22 @@ from cpcompile.train.options import TrainOptions
 from cpcompile.train.tracking import Tracker, open_tracker, tracking_errors
 
 GIB = 2**30
+PATIENCE = 5.0  # seconds without a line, until the first step is done
 
 
 class Reporter:
-    """Shows the events of a run, one after the other; the comparison with one device comes last."""
+    """Shows the events of a run, one after the other; the comparison with one device comes last.
+
+    What is no terminal has no clock that goes on, so a phase that takes long says so now and then.
+    """
 
     def __init__(self, options: TrainOptions, console: Console) -> None:
         self.options = options
         self.console = console
         self.comparison: Comparison | None = None
         self.tracker: Tracker | None = None
+        self.phase, self.begun, self.spoken = "", 0.0, 0.0
+        self.is_over = threading.Event()
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -49,11 +57,14 @@ class Reporter:
         if not self.options.resume:
             self.tracker = open_tracker(self.options)
         self.progress.start()
+        if not (self.console.is_terminal or self.console.quiet):
+            threading.Thread(target=self.tell_time, name="time", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.is_over.set()
         self.progress.stop()
         if self.tracker is not None:
             # What ended the run is to be told, not what a tracker says of it.
@@ -69,6 +80,7 @@ class Reporter:
         match event:
             case Phase(text):
                 self.progress.update(self.task, description=text)
+                self.phase, self.begun = text, time.monotonic()
                 if not self.console.is_terminal:
                     self.print(f"{text} ...")
             case Note(text):
@@ -86,6 +98,7 @@ class Reporter:
                 self.progress.start()
             case Step():
                 self.progress.update(self.task, completed=event.step, description="training")
+                self.phase = ""
                 self.print(step_line(event, self.options.steps))
                 if self.options.log is not None:
                     append_log(self.options.log, event)
@@ -97,8 +110,16 @@ class Reporter:
             case _:
                 raise AssertionError(f"no way to show {event!r}")
 
+    def tell_time(self) -> None:
+        """Say how long a phase has taken, whenever nothing was said for a while."""
+        while not self.is_over.wait(PATIENCE / 5):
+            now = time.monotonic()
+            if self.phase and now - self.spoken >= PATIENCE:
+                self.print(f"{self.phase}: {now - self.begun:.0f} s so far")
+
     def print(self, text: str) -> None:
         """Print a line as it is, above the progress bar."""
+        self.spoken = time.monotonic()
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
