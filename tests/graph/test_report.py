@@ -150,7 +150,11 @@ def test_graph_behind_each_pass() -> None:
     rewritten = stage("", plan.graphs["rewrite_attention"], statements_of(plan.graphs["place_tokens"]))
     assert rewritten.count('class="collective new">') == 1  # of equal layers, the first
     assert 'new"' not in stage("first", plan.before, set())
-    assert all(f"{name}: " in Page(plan.to_html()).text for name in plan.graphs)
+    text = Page(plan.to_html()).text
+    codes = [plan.before, *plan.graphs.values()]
+    assert "choose_strategies" in plan.graphs
+    for (name, code), old in zip(plan.graphs.items(), codes, strict=False):
+        assert (f"{name}: " in text) == (code != old)
 
 
 def test_unequal_layers_are_apart() -> None:

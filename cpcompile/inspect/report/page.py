@@ -182,9 +182,17 @@ def passes(plan: Explanation) -> Markup:
 
 
 def stages(plan: Explanation) -> dict[str, str]:
-    """Return the graph before and after the passes, and between: behind each pass, or where the attentions were found."""
+    """Return the graph before and after the passes, and between: behind each pass, or where the attentions were found.
+
+    A pass that only notes what it decided leaves the code as it is, and is left out.
+    """
     places = {run.name: run.changes for run in plan.passes}
-    behind = {f"{name}: {places[name]} place(s)": code for name, code in plan.graphs.items()}
+    codes = [plan.before, *plan.graphs.values()]
+    behind = {
+        f"{name}: {places[name]} place(s)": code
+        for (name, code), old in zip(plan.graphs.items(), codes, strict=False)
+        if code != old
+    }
     return {
         "before: the model on one device": plan.before,
         **(behind or {"attention found: still on one device": plan.analysed}),
