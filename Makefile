@@ -6,8 +6,8 @@ VENV ?= .venv
 TORCH ?= torch
 # Options for the main job, e.g. DEMO="--ranks 4 --steps 10".
 DEMO ?=
-# What keeps it short on two cores: Inductor would compile for longer than these steps take. Options in DEMO go before these.
-QUICK := --steps 8 --inner aot_eager
+# What keeps it short on two cores: an inner compiler would take longer than these steps. Options in DEMO go before these.
+QUICK := --steps 8 --inner eager
 # Options for pytest, e.g. PYTEST="-m slow" or PYTEST="tests/graph -x".
 PYTEST ?= -n 2 --dist worksteal -m "not slow and not gpu"
 
