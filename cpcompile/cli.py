@@ -137,6 +137,12 @@ def train(
         list[Path] | None,
         typer.Option(help="A text file or a folder of them; may repeat [default: Python's documentation]"),
     ] = None,
+    dataset: Annotated[
+        str, typer.Option(help="A data set in the place of --text: a name on the Hugging Face hub, a folder or a file.")
+    ] = "",
+    dataset_config: Annotated[str, typer.Option(help="Its configuration, where it has several.")] = "",
+    dataset_split: Annotated[str, typer.Option(help="Its split; train[:1000] is the first 1000 rows.")] = "train",
+    dataset_column: Annotated[str, typer.Option(help="Its column of texts.")] = "text",
     ranks: Annotated[
         int | None, typer.Option(help="Processes that share each sequence [default: 2, or torchrun's]")
     ] = None,
@@ -157,6 +163,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --save.")] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 10,
     log: Annotated[Path | None, typer.Option(help="Write one JSON line a step to this file.")] = None,
+    report_to: Annotated[
+        str, typer.Option(help="Send the numbers of each step to tensorboard, wandb or trackio, too.")
+    ] = "none",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     check: Annotated[bool, typer.Option(help="Compute the first step on one device too, and compare.")] = True,
     check_ranks: Annotated[bool, typer.Option(help="Compare the parameters of all ranks at each checkpoint.")] = True,
@@ -167,6 +176,8 @@ def train(
     """Fine-tune a causal language model on long documents, each sequence sharded over the ranks."""
 
     def run() -> None:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo("importing torch ...")
         from cpcompile.errors import ConfigError
         from cpcompile.train import TrainOptions
         from cpcompile.train import train as run_training
@@ -177,6 +188,10 @@ def train(
         options = TrainOptions(
             model=model,
             text=tuple(text or ()),
+            dataset=dataset,
+            dataset_config=dataset_config,
+            dataset_split=dataset_split,
+            dataset_column=dataset_column,
             ranks=num_ranks,
             steps=steps,
             length=length,
@@ -193,6 +208,7 @@ def train(
             resume=resume,
             save_every=save_every,
             log=log,
+            report_to=report_to,
             device=device,
             check=check,
             check_ranks=check_ranks,

@@ -90,7 +90,7 @@ def explain(
             **({"device": machine} if machine else {}),
             **config,
         }
-        plan = cpcompile.explain(model, inputs, memory=memory, **options)
+        plan = cpcompile.explain(model, inputs, memory=memory, graphs=html is not None, **options)
         if html is not None:
             html.write_text(plan.to_html(target))
         if as_json:

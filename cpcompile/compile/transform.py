@@ -104,7 +104,7 @@ class Count:
     places: int = 0
 
 
-Watcher = Callable[[str, fx.GraphModule], None]
+Watcher = Callable[[str, fx.GraphModule, int], None]
 _log = logging.getLogger(__name__)
 _WATCHERS: ContextVar[tuple[Watcher, ...]] = ContextVar("watchers of passes", default=())
 
@@ -274,12 +274,12 @@ def run_pass(
     if places:
         _torch.trace_artifact(f"cpcompile_after_{name}", lambda: gm.print_readable(print_output=False))
     for see in _WATCHERS.get():
-        see(name, gm)
+        see(name, gm, places)
 
 
 @contextlib.contextmanager
 def watching_passes(see: Watcher) -> Iterator[None]:
-    """Call `see` with the name of each pass and the graph that it left, of whatever is transformed inside."""
+    """Call `see` with the name of each pass inside, the graph that it left, and how many places it changed."""
     token = _WATCHERS.set((*_WATCHERS.get(), see))
     try:
         yield

@@ -20,7 +20,7 @@ def difference(before: str, after: str, context: int = CONTEXT) -> list[str]:
     A statement whose placement alone changed is no change: nearly every value becomes sharded.
     """
     old, new = before.splitlines(), after.splitlines()
-    bare_old, bare_new = ([_without_type(line) for line in lines] for lines in (old, new))
+    bare_old, bare_new = ([without_type(line) for line in lines] for lines in (old, new))
     found: list[str] = []
     matcher = difflib.SequenceMatcher(None, bare_old, bare_new, autojunk=False)
     for group in matcher.get_grouped_opcodes(context):
@@ -35,7 +35,8 @@ def difference(before: str, after: str, context: int = CONTEXT) -> list[str]:
     return found
 
 
-def _without_type(line: str) -> str:
+def without_type(line: str) -> str:
+    """Return a statement without dtype, shape and placement of its value."""
     return _TYPE.sub(r"\1 = ", line)
 
 

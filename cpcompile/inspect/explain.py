@@ -22,7 +22,7 @@ from cpcompile.choose.rates import PRODUCTS
 from cpcompile.compile.inner import transform_dynamo_graph
 from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.compile.outputs import outputs_of
-from cpcompile.compile.transform import Transformed
+from cpcompile.compile.transform import Transformed, watching_passes
 from cpcompile.errors import ConfigError, module_path, source_place
 from cpcompile.inspect.explanation import (
     Collective,
@@ -63,6 +63,7 @@ def explain(
     fully_sharded: FullySharded | None = None,
     ddp: bool = False,
     device: str | Machine = "",
+    graphs: bool = False,
     **options: Any,
 ) -> Explanation:
     """Return the plan for `model` on `world_size` ranks: nothing is run, and neither GPUs nor processes are needed.
@@ -78,6 +79,7 @@ def explain(
         device: what costs are estimated for: `h100`, `h200`, `a100`, a file that `cpcompile tune` wrote, or a `Machine`
             (`cpcompile.choose.machine`); '' is this machine. It says how fast kernels and links are, for a model on a GPU or on
             `meta`.
+        graphs: also list the graph behind each pass that changes something, which `to_html` shows.
         options: the fields of `cpcompile.Config`.
 
     Raises:
@@ -91,19 +93,26 @@ def explain(
         raise ConfigError("explain takes ddp or fully_sharded: a model is wrapped by one of them.")
     config = Config.of({**options, "dynamic": False})
     machine = device if isinstance(device, Machine) else machine_named(device) if device else this_machine()
-    planned = planned_step(
-        model,
-        inputs,
-        world_size=world_size,
-        inner_size=inner_size,
-        config=config,
-        fully_sharded=fully_sharded,
-        machine=machine,
-    )
+    seen: dict[str, str] = {}
+
+    def see(name: str, gm: fx.GraphModule, places: int) -> None:
+        if places:
+            seen[name] = listing(gm)
+
+    with watching_passes(see) if graphs else contextlib.nullcontext():
+        planned = planned_step(
+            model,
+            inputs,
+            world_size=world_size,
+            inner_size=inner_size,
+            config=config,
+            fully_sharded=fully_sharded,
+            machine=machine,
+        )
     gm = planned.transformed.graph
     found = explanation_of(planned.transformed, planned.inputs, machine)
     before, analysed = (listing(graph) for graph in (planned.transformed.original, planned.transformed.analysed))
-    found = replace(found, before=before, analysed=analysed, after=listing(gm))
+    found = replace(found, before=before, analysed=analysed, after=listing(gm), graphs=seen)
     # Both change the graph, and are looked at last; the ledger is of outlined layers, and counts them.
     ledger = planned.ledger(ddp) if memory or config.offload != "none" else None
     if ledger is None and config.outlines:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -153,6 +153,7 @@ class Explanation:
 
     Attributes:
         before, analysed, after: the graph as code: as it was captured, with its attentions found, and of every rank.
+        graphs: the graph behind each pass that changed something, if it was asked for.
     """
 
     world_size: int
@@ -177,6 +178,7 @@ class Explanation:
     analysed: str = ""
     machine: Machine | None = None
     work: Work | None = None
+    graphs: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data."""

@@ -24,7 +24,7 @@ def listings_of_passes(
     """
     seen: list[tuple[str, str]] = []
 
-    def see(name: str, gm: fx.GraphModule) -> None:
+    def see(name: str, gm: fx.GraphModule, places: int) -> None:
         seen.append((name, listing(gm)))
 
     config = Config.of({**options, "dynamic": False})

@@ -28,6 +28,8 @@ def train(options: TrainOptions, console: Console | None = None) -> None:
     started is left.
     """
     is_quiet = is_launched() and os.environ["RANK"] != "0"
+    if is_quiet:
+        options, console = replace(options, log=None, report_to="none"), Console(quiet=True)
     try:
         options, notes = validated(options)
     except CPError:
@@ -35,13 +37,10 @@ def train(options: TrainOptions, console: Console | None = None) -> None:
         if is_quiet:
             raise SystemExit(2) from None
         raise
-    console = console or Console()
-    if is_quiet:
-        options, console = replace(options, log=None), Console(quiet=True)
     with contextlib.ExitStack() as stack:
         if options.save is not None and not is_quiet:
             stack.enter_context(locked(options.save, notes.append))
-        report = stack.enter_context(Reporter(options, console))
+        report = stack.enter_context(Reporter(options, console or Console()))
         for note in notes:
             report.print(note)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,59 @@ class Document:
     text: str
 
 
+# What `datasets` reads a file as, by its suffix.
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSource:
+    """A data set: its name on the Hugging Face hub, a folder or a file; each row of `column` is a document."""
+
+    name: str
+    config: str = ""
+    split: str = "train"
+    column: str = "text"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this host."""
+        return Path(self.name).exists()
+
+    def load(self) -> Any:
+        """Return the split as `datasets` reads it."""
+        datasets = importlib.import_module("datasets")
+        datasets.disable_progress_bars()
+        path = Path(self.name)
+        if path.suffix in FORMATS and path.is_file():
+            return datasets.load_dataset(FORMATS[path.suffix], data_files=self.name, split=self.split)
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):  # of `save_to_disk`
+            found = datasets.load_from_disk(self.name)
+            return found[self.split] if isinstance(found, dict) else found
+        return datasets.load_dataset(self.name, self.config or None, split=self.split)
+
+    def documents(self) -> list[Document]:
+        """Return the rows as documents. Raises `InputError`."""
+        try:
+            rows = self.load()
+        except Exception as error:
+            # A folder, a format and the network fail in many ways.
+            raise InputError(f"--dataset {self.name} does not load: {type(error).__name__}: {error}") from error
+        if self.column not in rows.column_names:
+            names = ", ".join(rows.column_names)
+            raise InputError(
+                f"--dataset {self.name} has no column {self.column}: choose one of {names} by --dataset-column."
+            )
+        texts = rows[self.column]
+        documents = [
+            Document(f"{self.name}[{index}]", text)
+            for index, text in enumerate(texts)
+            if isinstance(text, str) and text
+        ]
+        if not documents:
+            raise InputError(f"--dataset {self.name}: no text in column {self.column}.")
+        return documents
+
+
 def check_paths(paths: Sequence[Path]) -> None:
     """Refuse a path that is not there, or has nothing in it."""
     for path in paths:
@@ -44,8 +98,10 @@ def list_files(path: Path) -> list[Path]:
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))
 
 
-def read_documents(paths: Sequence[Path]) -> tuple[list[Document], int]:
-    """Return the texts of `paths` (or the default ones), and how many files of folders were skipped as not UTF-8 text."""
+def read_documents(paths: Sequence[Path], source: DatasetSource | None = None) -> tuple[list[Document], int]:
+    """Return the texts of `source` or `paths` (or the default ones), and how many files of folders were skipped as no UTF-8."""
+    if source is not None:
+        return source.documents(), 0
     if not paths:
         return default_documents(), 0
     documents, num_skipped = [], 0

@@ -19,8 +19,8 @@ from cpcompile.train.heartbeat import NeighbourWatch
 from cpcompile.train.interrupt import Interrupt, Interrupted, catching
 from cpcompile.train.options import TrainOptions, flag
 
-# What may differ: only rank 0 writes a log, and paths, devices and compilers are those of the host.
-_OWN = ("log", "save", "model", "text", "device", "inner")
+# What may differ: only rank 0 writes a log and tracks, and paths, devices and compilers are those of the host.
+_OWN = ("log", "report_to", "save", "model", "text", "dataset", "device", "inner")
 
 
 def is_launched() -> bool:

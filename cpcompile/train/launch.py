@@ -1,4 +1,8 @@
-"""Launch: start the local ranks, pass on what they report, and end all of them when one fails or falls silent."""
+"""Launch: start the local ranks, pass on what they report, and end all of them when one fails or falls silent.
+
+torchrun does without this (`join`). Its agent sees when a process ends, but neither one that is stopped nor which error came
+first, and gives a rank that saves after a signal 30 seconds.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from typing import Any
 
 from cpcompile.errors import CPError, StorageError
 from cpcompile.train import checkpoint, loop
-from cpcompile.train.events import Beat, Event, Failed, Finished, Note, Step
+from cpcompile.train.events import Beat, Event, Failed, Finished, Note, Phase, Step
 from cpcompile.train.failures import RankError, as_error, died, failed, root_cause
 from cpcompile.train.group import process_group
 from cpcompile.train.heartbeat import START_SECONDS, Watch, interval, silence, start_beating, state_of
@@ -54,6 +58,7 @@ def launch(options: TrainOptions, report: Callable[[Event], None]) -> None:
     context = multiprocessing.get_context("spawn")
     ranks: list[Rank] = []
     interrupt = Interrupt()
+    report(Phase(f"starting {options.ranks} rank{'s' if options.ranks > 1 else ''}"))
     with tempfile.TemporaryDirectory(prefix="cpcompile-") as folder, catching(interrupt):
         try:
             for number in range(options.ranks):

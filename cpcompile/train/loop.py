@@ -26,7 +26,7 @@ from cpcompile.train import checkpoint, data
 from cpcompile.train.events import Comparison, Event, Gradients, Note, Phase, Resumed, Saved, Step
 from cpcompile.train.interrupt import Interrupt, Interrupted
 from cpcompile.train.job import check_same_job, describe_job
-from cpcompile.train.model import active_dropout, find_model, load_model, load_tokenizer
+from cpcompile.train.model import active_dropout, find_model, load_model, load_tokenizer, reading_once
 from cpcompile.train.not_finite import explain_not_finite, is_finite
 from cpcompile.train.options import DTYPES, TrainOptions
 from cpcompile.train.state import (
@@ -83,7 +83,8 @@ def train(
 
     Raises `Interrupted` on all ranks, after a checkpoint, when `interrupt` of one of them asks for the end.
     """
-    trainer = build(options, rank, device, emit)
+    with reading_once(find_model(options.model)):
+        trainer = build(options, rank, device, emit)
     start = resume(trainer) if options.resume else 0
     if start < options.steps:
         take_steps(trainer, start, interrupt or Interrupt())
@@ -131,7 +132,7 @@ def build(options: TrainOptions, rank: int, device: torch.device, emit: Callable
     batches, text = None, ""
     if rank == 0:
         emit(Phase("reading the text"))
-        documents, num_skipped = data.read_documents(options.text)
+        documents, num_skipped = data.read_documents(options.text, options.source)
         tokens = data.tokenize(documents, load_tokenizer(source))
         check_vocabulary(tokens, model)
         batches = data.Batches(data.pack(tokens, options.length), options.batch_size, options.seed)

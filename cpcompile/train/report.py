@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -17,17 +19,25 @@ from cpcompile.errors import StorageError
 from cpcompile.train.events import Comparison, Event, Note, Phase, Resumed, Saved, Step
 from cpcompile.train.loop import relative
 from cpcompile.train.options import TrainOptions
+from cpcompile.train.tracking import Tracker, open_tracker, tracking_errors
 
 GIB = 2**30
+PATIENCE = 5.0  # seconds without a line, until the first step is done
 
 
 class Reporter:
-    """Shows the events of a run, one after the other; the comparison with one device comes last."""
+    """Shows the events of a run, one after the other; the comparison with one device comes last.
+
+    What is no terminal has no clock that goes on, so a phase that takes long says so now and then.
+    """
 
     def __init__(self, options: TrainOptions, console: Console) -> None:
         self.options = options
         self.console = console
         self.comparison: Comparison | None = None
+        self.tracker: Tracker | None = None
+        self.phase, self.begun, self.spoken = "", 0.0, 0.0
+        self.is_over = threading.Event()
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -44,13 +54,25 @@ class Reporter:
         if self.options.log is not None and not self.options.resume:
             with log_errors(self.options.log):
                 self.options.log.write_text("")
+        if not self.options.resume:
+            self.tracker = open_tracker(self.options)
         self.progress.start()
+        if not (self.console.is_terminal or self.console.quiet):
+            threading.Thread(target=self.tell_time, name="time", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.is_over.set()
         self.progress.stop()
+        if self.tracker is not None:
+            # What ended the run is to be told, not what a tracker says of it.
+            with (
+                contextlib.suppress(*([] if error is None else [StorageError])),
+                tracking_errors(self.options.report_to),
+            ):
+                self.tracker.finish(exit_code=0 if error is None else 1)
         if self.comparison is not None and error is None:
             self.console.print(comparison_table(self.comparison))
 
@@ -58,6 +80,7 @@ class Reporter:
         match event:
             case Phase(text):
                 self.progress.update(self.task, description=text)
+                self.phase, self.begun = text, time.monotonic()
                 if not self.console.is_terminal:
                     self.print(f"{text} ...")
             case Note(text):
@@ -70,18 +93,33 @@ class Reporter:
                 if self.options.log is not None:
                     for note in keep_log(self.options.log, step):
                         self.print(note)
+                self.progress.stop()  # a tracker may ask for a key
+                self.tracker = open_tracker(self.options, step)
+                self.progress.start()
             case Step():
                 self.progress.update(self.task, completed=event.step, description="training")
+                self.phase = ""
                 self.print(step_line(event, self.options.steps))
                 if self.options.log is not None:
                     append_log(self.options.log, event)
+                if self.tracker is not None:
+                    with tracking_errors(self.options.report_to):
+                        self.tracker.log(numbers(event), event.step)
             case Comparison():
                 self.comparison = event
             case _:
                 raise AssertionError(f"no way to show {event!r}")
 
+    def tell_time(self) -> None:
+        """Say how long a phase has taken, whenever nothing was said for a while."""
+        while not self.is_over.wait(PATIENCE / 5):
+            now = time.monotonic()
+            if self.phase and now - self.spoken >= PATIENCE:
+                self.print(f"{self.phase}: {now - self.begun:.0f} s so far")
+
     def print(self, text: str) -> None:
         """Print a line as it is, above the progress bar."""
+        self.spoken = time.monotonic()
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -96,16 +134,19 @@ def step_line(step: Step, steps: int) -> str:
 
 def append_log(path: Path, step: Step) -> None:
     """Add a step to the log."""
-    record = {
-        "step": step.step,
+    with log_errors(path), path.open("a") as file:
+        file.write(json.dumps({"step": step.step, **numbers(step)}) + "\n")
+
+
+def numbers(step: Step) -> dict[str, float]:
+    """Return what is written of a step, by name."""
+    return {
         "loss": step.loss,
         "grad_norm": step.grad_norm,
         "tokens_per_second": step.tokens_per_second,
         "seconds": step.seconds,
         "memory_bytes": step.memory,
     }
-    with log_errors(path), path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def keep_log(path: Path, step: int) -> list[str]:

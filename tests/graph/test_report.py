@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
@@ -16,10 +18,12 @@ from cpcompile import Explanation
 from cpcompile.choose.machine import H100
 from cpcompile.cli import app
 from cpcompile.inspect.areas import by_own_rows, cells, matrices_of, matrix_of
+from cpcompile.inspect.difference import without_type
 from cpcompile.inspect.explanation import GatheredValue
 from cpcompile.inspect.folded_graph import sections
 from cpcompile.inspect.report.attention import names_of, site_groups
 from cpcompile.inspect.report.elements import VOID, element, table
+from cpcompile.inspect.report.graphs import stage, statements_of
 from cpcompile.inspect.report.pictures import matrix_picture, memory_picture
 from cpcompile.inspect.ring_step import ring_step
 from cpcompile.memory.ledger import Ledger, Phase
@@ -132,6 +136,25 @@ def test_graphs_have_equal_layers_once(plan: Explanation) -> None:
         assert [part.layers for part in layers] == [tuple(f"blocks.{i}" for i in range(LAYERS))]
         statements = sum(part.num_statements * max(1, len(part.layers)) for part in found)
         assert statements == sum(bool(line) and not line.startswith("#") for line in listing.split("\n"))
+
+
+def test_graph_behind_each_pass() -> None:
+    plan = cpcompile.explain(Stack(), tokens(LENGTH), world_size=P, strategy="ring", graphs=True)
+    changed = [run.name for run in plan.passes if run.changes]
+    assert list(plan.graphs) == [name for name in changed if name != "outline_layers"]
+    stages = {"first": plan.before, **plan.graphs, "last": plan.after}
+    for (_, old), (title, new) in itertools.pairwise(stages.items()):
+        marked = re.findall(r'<code class="[^"]*new">([^<]*)', stage(title, new, statements_of(old)))
+        assert all(without_type(unescape(line)) not in statements_of(old) for line in marked)
+        assert bool(marked) == bool(statements_of(new) - statements_of(old))
+    rewritten = stage("", plan.graphs["rewrite_attention"], statements_of(plan.graphs["place_tokens"]))
+    assert rewritten.count('class="collective new">') == 1  # of equal layers, the first
+    assert 'new"' not in stage("first", plan.before, set())
+    text = Page(plan.to_html()).text
+    codes = [plan.before, *plan.graphs.values()]
+    assert "choose_strategies" in plan.graphs
+    for (name, code), old in zip(plan.graphs.items(), codes, strict=False):
+        assert (f"{name}: " in text) == (code != old)
 
 
 def test_unequal_layers_are_apart() -> None:

@@ -106,3 +106,32 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Path, "exists", refuse)
     with pytest.raises(StorageError, match=r"--text .*secret\.txt: Permission denied"):
         data.check_paths([tmp_path / "secret.txt"])
+
+
+@pytest.mark.parametrize("suffix", sorted({*data.FORMATS} - {".arrow", ".csv"}))
+def test_files_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = datasets.Dataset.from_dict({"text": ["first", "second", "third"]})
+    file = tmp_path / f"rows{suffix}"
+    if suffix == ".txt":
+        file.write_text("first\nsecond\nthird\n")
+    else:
+        getattr(rows, f"to_{'json' if suffix == '.jsonl' else suffix[1:]}")(file)
+    found = data.DatasetSource(str(file), split="train[:2]").documents()
+    assert [document.text for document in found] == ["first", "second"]
+    assert found[1].name == f"{file}[1]"
+
+
+@pytest.mark.parametrize("split", ["", "test"])
+def test_data_sets_that_were_saved(tmp_path: Path, split: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"body": ["first", "", None, "second"]})
+    (datasets.DatasetDict({split: rows}) if split else rows).save_to_disk(tmp_path)
+    source = data.DatasetSource(str(tmp_path), split=split, column="body")
+    assert [document.text for document in source.documents()] == ["first", "second"]
+    with pytest.raises(InputError, match=r"has no column text: choose one of body by --dataset-column\.$"):
+        data.DatasetSource(str(tmp_path), split=split).documents()
+    if split:
+        with pytest.raises(InputError, match=r"^--dataset .* does not load: KeyError: 'train'$"):
+            data.DatasetSource(str(tmp_path)).documents()

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 
 from cpcompile.errors import ConfigError
-from cpcompile.train.model import find_model, load_model, load_tokenizer
+from cpcompile.train.model import ModelSource, find_model, load_model, load_tokenizer, reading_once
 from tests.train_support import save_tiny_llama
 
 Weights = dict[str, torch.Tensor]
@@ -112,3 +112,16 @@ def test_code_in_the_folder_is_refused_without_a_question(tmp_path: Path, monkey
     monkeypatch.setattr("builtins.input", asked)
     with pytest.raises(ConfigError, match=r"its tokenizer does not load: it needs code (.*)cpcompile\.apply\(model"):
         load_tokenizer(find_model(folder))
+
+
+def test_a_gguf_file_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    parsed: list[str] = []
+    monkeypatch.setattr(gguf, "GGUFReader", parsed.append)
+    with reading_once(ModelSource(Path("folder"), "model.gguf", "model")):
+        for path in ("a.gguf", "b.gguf", "a.gguf"):
+            gguf.GGUFReader(path)
+    assert parsed == ["a.gguf", "b.gguf"]
+    with reading_once(ModelSource(Path("folder"), None, "model")):
+        gguf.GGUFReader("a.gguf")
+    assert parsed == ["a.gguf", "b.gguf", "a.gguf"]

@@ -25,6 +25,7 @@ from tests.train_support import tiny_options
         ({"strategy": "rings"}, r"strategy='rings' is not an option"),
         ({"inner": "gcc"}, r"inner='gcc' is not an option"),
         ({"text": (Path("nowhere.txt"),)}, r"--text nowhere\.txt: no such file or folder"),
+        ({"dataset": "books"}, r"--text and --dataset are two sources of texts: choose one"),
         ({"model": Path("nowhere")}, r"--model nowhere: no such folder or GGUF file"),
         ({"seed": 2**64}, r"--seed 18446744073709551616 has more than 64 bits"),
         ({"seed": -(2**63) - 1}, r"--seed -9223372036854775809 has more than 64 bits"),
@@ -37,6 +38,25 @@ from tests.train_support import tiny_options
 def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CPError, match=message):
         validated(tiny_options(tmp_path, **changes))
+
+
+def test_datasets_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        CPError, match=r"--dataset books needs datasets, which is not installed: pip install datasets\."
+    ):
+        validated(tiny_options(tmp_path, text=(), dataset="books"))
+
+
+@pytest.mark.parametrize("is_local", [False, True])
+def test_the_hub_is_asked_for_a_data_set_by_name_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(options.os, "environ", dict(options.os.environ))
+    validated(tiny_options(tmp_path, text=(), dataset=str(tmp_path) if is_local else "someone/books"))
+    assert options.os.environ["HF_HUB_OFFLINE"] == ("1" if is_local else "0")
 
 
 def test_more_ranks_than_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,15 @@
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from cpcompile.errors import StorageError
-from cpcompile.train.events import Resumed, Step
+from cpcompile.train import report as reporting
+from cpcompile.train.events import Phase, Resumed, Step
 from cpcompile.train.report import Reporter, append_log, keep_log
 from tests.train_support import tiny_options
 
@@ -61,3 +63,23 @@ def test_a_log_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.raises(StorageError, match=r"log\.jsonl cannot be written: Permission denied"):
         Reporter(options, Console(quiet=True)).__enter__()
+
+
+def test_a_long_phase_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "PATIENCE", 0.05)
+    console = Console(width=200, file=io.StringIO())
+
+    def lines() -> list[str]:
+        return console.file.getvalue().splitlines()
+
+    with Reporter(tiny_options(tmp_path), console) as report:
+        report(Phase("loading"))
+        deadline = time.monotonic() + 10
+        while len(lines()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert lines()[:3] == ["loading ...", *["loading: 0 s so far"] * 2]
+        report(step(1))
+        told = len(lines())
+        time.sleep(0.2)
+        # One that was on its way may still come.
+        assert len(lines()) <= told + 1

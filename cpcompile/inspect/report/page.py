@@ -182,9 +182,19 @@ def passes(plan: Explanation) -> Markup:
 
 
 def stages(plan: Explanation) -> dict[str, str]:
-    """Return the graph before and after the passes, and between."""
+    """Return the graph before and after the passes, and between: behind each pass, or where the attentions were found.
+
+    A pass that only notes what it decided leaves the code as it is, and is left out.
+    """
+    places = {run.name: run.changes for run in plan.passes}
+    codes = [plan.before, *plan.graphs.values()]
+    behind = {
+        f"{name}: {places[name]} place(s)": code
+        for (name, code), old in zip(plan.graphs.items(), codes, strict=False)
+        if code != old
+    }
     return {
         "before: the model on one device": plan.before,
-        "attention found: still on one device": plan.analysed,
+        **(behind or {"attention found: still on one device": plan.analysed}),
         "after: the program of every rank": plan.after,
     }

@@ -56,12 +56,13 @@ details.stage { border: 1px solid var(--line); border-radius: 8px; background: v
 summary { cursor: pointer; padding: 8px 0; overflow-wrap: anywhere; }
 details.stage > summary { font-weight: 600; }
 summary small { font-weight: 400; color: var(--muted); }
-.code { overflow-x: auto; font: 12.5px/1.55 ui-monospace, monospace; padding: 2px 0 10px; }
+.code { overflow-x: auto; font: 12.5px/1.55 ui-monospace, monospace; padding: 2px 0 10px 8px; }
 .code > div { width: max-content; min-width: 100%; }
 .block { margin-top: 8px; }
 .block code { display: block; white-space: pre; font: inherit; }
 .block .source { color: var(--muted); }
 .block .collective { color: var(--accent); font-weight: 600; }
+.block .new { border-left: 3px solid var(--accent); padding-left: 5px; margin-left: -8px; }
 .hit { background: var(--mark); }
 [hidden] { display: none !important; }
 footer { color: var(--muted); font-size: 13px; padding: 40px 0 24px; }
