@@ -47,9 +47,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
     factor, states = ctx.saved_tensors
     dim, by_matrix = ctx.dim, ctx.by_matrix
-    following = (factor.mT if by_matrix else factor).roll(
-        -1, dim
-    )  # at t, that of t + 1; at the end, what counts for nothing
+    # At t, the factor of t + 1; the last one counts for nothing.
+    following = (factor.mT if by_matrix else factor).roll(-1, dim)
     of_states = recurrence(following.flip(dim), grad.flip(dim), dim, by_matrix).flip(dim)
     before = torch.cat([torch.zeros_like(states.narrow(dim, 0, 1)), states.narrow(dim, 0, states.shape[dim] - 1)], dim)
     of_factors = of_states @ before.mT if by_matrix else of_states * before
