@@ -115,7 +115,7 @@ def of_channels(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Read the state that a turn leaves, as Mamba does, and join what is read along a dim."""
     state, out = torch.zeros_like(v[:, :, 0]), []
     for q_i, k_i, v_i in zip(q.unbind(2), k.unbind(2), v.unbind(2), strict=True):
-        state = q_i.sigmoid() * state - k_i * v_i
+        state = (q_i.sigmoid() * state - k_i * v_i).to(q.dtype)  # traced, although it is the same tensor
         out.append((state * q_i).sum(-1))
     return torch.cat(out, dim=1)
 

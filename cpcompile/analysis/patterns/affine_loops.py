@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cpcompile.analysis.masks.operands import CONVERSIONS
 from cpcompile.analysis.masks.read import Reader, constant
 from cpcompile.analysis.patterns.nodes import same_shape, switches_mode
 from cpcompile.analysis.patterns.turns import NotOneLoop, Turns, Writer, apply, operands_of_turns, read_of
@@ -192,6 +193,8 @@ class Loop:
         given = {name: x for name, x in operands.items() if isinstance(x, Turns)}
         if len(given) == len(operands):
             return apply(self.writer, call, given)
+        if call.target in CONVERSIONS and isinstance(operands["self"], Affine) and self._is_like_state(call.node):
+            return operands["self"]
         match call.target, [operands.get(name, call[name]) for name in list(call.arguments)[:2]]:
             case aten.add.Tensor, [a, b] if call["alpha"] == 1:
                 return self._sum(a, b)
@@ -204,6 +207,11 @@ class Loop:
             case aten.matmul.default, [Turns() as a, Affine() as b]:
                 return self._product(a, b)
         raise NotOneLoop
+
+    def _is_like_state(self, node: fx.Node) -> bool:
+        """Tell whether a node has the dtype and the device of the state."""
+        value, state = value_of(node), value_of(self.state[0])
+        return bool(value.dtype == state.dtype and value.device == state.device)
 
     def _times(self, a: Any, b: Turns | float) -> Turns:
         if not isinstance(a, Turns):
