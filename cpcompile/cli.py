@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,17 @@ from cpcompile.commands.guard import guard
 # once. These are modules of `cpcompile.commands`, imported when they are asked for.
 LAZY = {
     "explain": "Print the plan: attentions, where inputs are sharded, what is gathered, collectives, time, memory.",
+    "explain-profile": "Print where the time of a step went, out of traces of torch.profiler.",
     "tune": "Measure the attention kernels and links of this machine once, for the cost model.",
     "verify": "Run all ranks against the untouched model; exit code 1 if something is WRONG, 2 if refused or failed.",
     "plot": "Draw masks, balance, benchmarks and traces.",
     "diff": "Print what cpcompile changes in a model, as a patch of its graph with your lines.",
 }
+
+
+def module_of(command: str) -> str:
+    """Return the module of a command that is imported when it is asked for."""
+    return f"cpcompile.commands.{command.replace('-', '_')}"
 
 
 class Commands(typer.core.TyperGroup):
@@ -41,7 +48,7 @@ class Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Import the command that is run."""
         if args and args[0] in LAZY:
-            command = typer.main.get_command(importlib.import_module(f"cpcompile.commands.{args[0]}").app)
+            command = typer.main.get_command(importlib.import_module(module_of(args[0])).app)
             return args[0], command, args[1:]
         return super().resolve_command(ctx, args)
 
@@ -49,16 +56,48 @@ class Commands(typer.core.TyperGroup):
 app = typer.Typer(name="cpcompile", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-Strategy = Annotated[
-    str, typer.Option(help="How attention is computed: auto, ulysses, ring, gather, halo, usp, latent or latent_heads.")
-]
-Kernel = Annotated[
-    str, typer.Option(help="What computes a block of attention: auto, cudnn, flash, triton, flex, math, ...")
-]
-Balancer = Annotated[
-    str, typer.Option(help="Which tokens each rank holds: auto, contiguous, zig_zag, balanced, zig_zag_by_document.")
-]
-Inner = Annotated[str, typer.Option(help="What compiles the graph: auto, inductor, aot_eager or eager.")]
+class Strategy(str, Enum):
+    """How attention is computed; as in `cpcompile.Config`, which would import torch."""
+
+    auto = "auto"
+    halo = "halo"
+    ulysses = "ulysses"
+    usp = "usp"
+    ring = "ring"
+    gather = "gather"
+    latent_heads = "latent_heads"
+    latent = "latent"
+
+
+class Kernel(str, Enum):
+    """What computes a block of attention."""
+
+    auto = "auto"
+    cudnn = "cudnn"
+    cudnn_varlen = "cudnn_varlen"
+    flash3 = "flash3"
+    flash4 = "flash4"
+    triton = "triton"
+    flash = "flash"
+    flash_attn = "flash_attn"
+    ring_flash_attn = "ring_flash_attn"
+    efficient = "efficient"
+    flex = "flex"
+    cpu_flash = "cpu_flash"
+    math = "math"
+
+
+class Inner(str, Enum):
+    """What compiles the graph: `auto` is Inductor where its own compiler is installed, else `aot_eager`."""
+
+    auto = "auto"
+    inductor = "inductor"
+    aot_eager = "aot_eager"
+    eager = "eager"
+
+
+# Groups of ranks are named by their number, balanced:4, so that these are no enumeration.
+BALANCERS = ("auto", "contiguous", "zig_zag", "zig_zag_by_document", "balanced")
 Length = Annotated[int, typer.Option(min=2, help="Tokens of one sequence, over all ranks.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences of one step.")]
 
@@ -106,10 +145,10 @@ def train(
     batch_size: BatchSize = 1,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, constant.")] = 2e-5,
     max_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
-    strategy: Strategy = "auto",
-    balancer: Balancer = "auto",
-    kernel: Kernel = "auto",
-    inner: Inner = "auto",
+    strategy: Annotated[Strategy, typer.Option(help="How attention is computed.")] = Strategy.auto,
+    balancer: Annotated[str, typer.Option(help="Which tokens each rank holds.", metavar="|".join(BALANCERS))] = "auto",
+    kernel: Annotated[Kernel, typer.Option(help="What computes a block of attention.")] = Kernel.auto,
+    inner: Annotated[Inner, typer.Option(help="What compiles the graph.")] = Inner.auto,
     dtype: Annotated[
         str, typer.Option(help="Of parameters and optimizer: float32, bfloat16, float16 or float64.")
     ] = "float32",
@@ -144,10 +183,10 @@ def train(
             batch_size=batch_size,
             learning_rate=learning_rate,
             max_norm=max_norm,
-            strategy=strategy,
+            strategy=strategy.value,
             balancer=balancer,
-            kernel=kernel,
-            inner=inner,
+            kernel=kernel.value,
+            inner=inner.value,
             dtype=dtype,
             seed=seed,
             save=save,

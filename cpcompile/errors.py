@@ -13,8 +13,23 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 TORCH = str(Path(torch.__file__).parent)
 
 
+DOCS = "docs"  # the documentation: the folder of the repository, until its site has an address
+
+
 class CPError(ValueError):
-    """Base of every error that cpcompile raises for a user's model, inputs or configuration."""
+    """Base of every error that cpcompile raises for a user's model, inputs or configuration.
+
+    A note says where to read more; tracebacks and the command line show it behind the message.
+    """
+
+    def __init__(self, *message: object, page: str = "") -> None:
+        """Make an error with a message, and a page of the documentation with an anchor; by default that of the class."""
+        super().__init__(*message)
+        self.see(page or f"diagnostics.md#{type(self).__name__.lower()}")
+
+    def see(self, page: str) -> None:
+        """Add a place to read more at."""
+        self.add_note(f"Read more: {DOCS}/{page}")
 
 
 class ConfigError(CPError):

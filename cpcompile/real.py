@@ -26,7 +26,7 @@ from cpcompile.front.apply import apply, parallel_forward
 from cpcompile.inspect.model_runs import Objective, run_and_differentiate
 from cpcompile.inspect.state import State, own_inputs
 from cpcompile.inspect.sweep import EXACT, FAILED, WRONG, Case
-from cpcompile.inspect.verification import LOSS, worst
+from cpcompile.inspect.verification import LOSS, compared
 from cpcompile.inspect.verify import (
     Outcome,
     changed_inputs,
@@ -263,26 +263,13 @@ class RankRun:
             tolerance=self.tolerance,
             stand_in=self.objective.stand_in,
         )
-        return replace(found, text=self.text(found, unfit, one))
-
-    def text(self, found: Case, unfit: set[str], one: Outcome) -> str:
-        """Return the comparison in lines for people."""
         kind = next(self.model.parameters()).device.type
-        name, error = worst(found.gradient_errors)
-        lines = [
-            f"{found.verdict} for {found.world_size} processes ({'NCCL' if kind == 'cuda' else 'gloo'}), layout {found.layout}, "
-            f"inner {self.config.inner} (tolerance {found.tolerance:.1e}, relative)",
-            f"  loss       {found.loss[0]:.10g}   single device {found.reference_loss:.10g}   error {found.loss_error:.1e}",
-            f"  gradients  {len(found.gradient_errors)} compared   worst {name or '-'}   error {error:.1e}",
-        ]
-        if found.stand_in:
-            lines.insert(2, f"             the model returns none: {found.stand_in} stands for it")
-        if found.state_errors:
-            name, error = worst(found.state_errors)
-            lines.append(f"  buffers    {len(found.state_errors)} changed   worst {name}   error {error:.1e}")
+        processes = f"{found.world_size} processes ({'NCCL' if kind == 'cuda' else 'gloo'})"
+        how = f"{processes}, layout {found.layout}, inner {self.config.inner}"
+        lines = compared(found, how, has_loss=LOSS not in unfit)
         if unfit:
             lines.append(f"  on one device not finite: {', '.join(sorted(unfit)[:4])}")
-        return "\n".join(lines)
+        return replace(found, text="\n".join(lines))
 
 
 def moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

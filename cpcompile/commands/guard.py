@@ -18,7 +18,8 @@ def guard(run: Callable[[], None], *, traceback: bool = False) -> None:
     except CPError as error:
         if traceback:
             raise
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        text = "\n".join([f"error: {error}", *error.__notes__])
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except SystemExit as end:
         # What training says of the signal that ended it.

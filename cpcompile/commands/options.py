@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
+from cpcompile.commands.guard import guard
 from cpcompile.errors import ConfigError
 from cpcompile.options.config import CHOICES, Config
 
@@ -35,8 +36,10 @@ def takes_config(*left_out: str) -> Callable[[Callable[..., None]], Callable[...
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            chosen = {name: given.pop(name) for name in names}
-            command(**given, config={n: value_of(n, x) for n, x in chosen.items() if x not in (None, [])})
+            chosen = {name: x for name in names if (x := given.pop(name)) not in (None, [])}
+            config: dict[str, Any] = {}
+            guard(lambda: config.update({name: value_of(name, x) for name, x in chosen.items()}))
+            command(**given, config=config)
 
         kept = [p for p in own.parameters.values() if p.name != "config"]
         run.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]

@@ -117,7 +117,8 @@ def timeline(
     """Draw attention kernels, transfers and the host of each rank along the time."""
 
     def run() -> None:
-        from cpcompile.inspect.plots.trace import plot_trace, read_lanes
+        from cpcompile.inspect.plots.trace import plot_trace
+        from cpcompile.inspect.trace import read_lanes
 
         plot_trace(read_lanes(traces), ", ".join(path.name for path in traces), out)
 

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cpcompile.commands.guard import guard
+from cpcompile.commands.options import takes_config
+from cpcompile.commands.target import InnerSize
 
 if TYPE_CHECKING:
     from cpcompile.inspect.sweep import Case
@@ -32,6 +34,7 @@ LEFT_OUT = {
 DEFAULT_LENGTH = 97  # of no use to any number of ranks, so that all have slots without a token
 
 
+@takes_config(*LEFT_OUT)
 def verify(
     target: Annotated[
         str,
@@ -61,124 +64,53 @@ def verify(
         Path | None, typer.Option(help="Write the smallest program that shows the first failure to this Python file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything that was found as JSON.")] = False,
-    strategy: Annotated[
-        str,
-        typer.Option(help="How attention is computed: auto, ulysses, ring, gather, halo, usp, latent, latent_heads."),
-    ] = "auto",
-    balancer: Annotated[
-        str, typer.Option(help="Which tokens a rank holds: auto, contiguous, zig_zag, balanced, zig_zag_by_document.")
-    ] = "auto",
-    inner_size: Annotated[
-        int, typer.Option(min=0, help="How many of the ranks exchange heads in usp; 0: they are no grid.")
-    ] = 0,
-    heads_per_message: Annotated[int, typer.Option(min=0, help="Key heads that a rank receives at once; 0: all.")] = 0,
-    token_dims: Annotated[
-        list[str] | None, typer.Option("--token-dim", help="An input with tokens, and their dim: x=1; may repeat.")
-    ] = None,
-    token_local: Annotated[
-        list[str] | None, typer.Option(help="A module that computes each token alone, by path or class; may repeat.")
-    ] = None,
-    constants: Annotated[
-        list[str] | None, typer.Option("--constant", help="An input whose values decide sizes; may repeat.")
-    ] = None,
-    documents: Annotated[str, typer.Option(help="What tells packed documents apart: eos:2, positions, ...")] = "",
-    mask_labels: Annotated[
-        bool, typer.Option("--mask-labels", help="Losses ignore labels of another document; with --documents.")
-    ] = False,
-    exact_dropout: Annotated[
-        bool, typer.Option("--exact-dropout", help="Dropout draws what one device draws.")
-    ] = False,
-    strict: Annotated[bool, typer.Option(help="--no-strict gathers hidden states where there is no rule.")] = True,
-    dynamic: Annotated[bool, typer.Option(help="--no-dynamic compiles each length by itself.")] = True,
-    outputs: Annotated[str, typer.Option(help="Sequence-shaped outputs come back local or full.")] = "local",
-    logits: Annotated[str, typer.Option(help="Logits beside a loss are made when they are read, or keep.")] = "auto",
-    loss_chunk: Annotated[int, typer.Option(min=0, help="Tokens of which logits are in memory at once.")] = 4096,
-    loss_provider: Annotated[
-        str, typer.Option(help="What computes the loss: auto, own, torch, liger or cut_cross_entropy.")
-    ] = "auto",
-    tile: Annotated[int, typer.Option(min=0, help="Tokens that MLPs run for at once; 0: all.")] = 0,
-    memory_budget: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the blocks that keep intermediate results for backward.")
-    ] = 1.0,
-    offload: Annotated[
-        str, typer.Option(help="What recomputed blocks keep in host memory: none, inputs or all.")
-    ] = "none",
-    kernel: Annotated[str, typer.Option(help="Of --real: what computes a block of attention.")] = "auto",
-    transport: Annotated[str, typer.Option(help="Of --real: how keys travel: auto, symmetric or p2p.")] = "auto",
-    inner: Annotated[str, typer.Option(help="Of --real: inductor, aot_eager or eager.")] = "inductor",
-    mode: Annotated[str, typer.Option(help="Of --real: the mode of Inductor.")] = "",
-    recompute_attention: Annotated[
-        bool, typer.Option("--recompute-attention", help="Of --real: activation checkpoints run attention again.")
-    ] = False,
-    recompute_elementwise: Annotated[bool, typer.Option(help="Of --real: norms and activations are run again.")] = True,
-    outline_layers: Annotated[bool, typer.Option(help="Of --real: equal layers are compiled once.")] = True,
+    inner_size: InnerSize = 0,
+    *,
+    config: dict[str, Any],
 ) -> None:
     """Run all ranks against the untouched model: exit code 0 if all is exact, 1 if something is WRONG, 2 if refused or failed.
 
     Without --real all ranks run in this process, node by node.
     """
-    from cpcompile.commands.target import load_target
-    from cpcompile.inspect.minify import minify as minimal
-    from cpcompile.inspect.sweep import Sweep, verify_sweep
 
-    options: dict[str, Any] = {
-        "strategy": strategy,
-        "balancer": balancer,
-        "heads_per_message": heads_per_message,
-        "token_dims": dict(map(token_dim, token_dims or ())),
-        "token_local": tuple(token_local or ()),
-        "constants": tuple(constants or ()),
-        "documents": documents,
-        "mask_labels": mask_labels,
-        "exact_dropout": exact_dropout,
-        "strict": strict,
-        "dynamic": dynamic,
-        "outputs": outputs,
-        "logits": logits,
-        "loss_chunk": loss_chunk,
-        "loss_provider": loss_provider,
-        "tile": tile,
-        "memory_budget": memory_budget,
-        "offload": offload,
-        "kernel": kernel,
-        "transport": transport,
-        "inner": inner,
-        "mode": mode,
-        "recompute_attention": recompute_attention,
-        "recompute_elementwise": recompute_elementwise,
-        "outline_layers": outline_layers,
-    }
-    run = {"inner_size": inner_size, "dtype": dtype_of(dtype), "tolerance": tolerance}
-    sizes = world_size or [2]
-    cases: list[Case] = []
-    first_wrong: tuple[Callable[[], tuple[Any, Any]], Case] | None = None
-    with progress(len(sizes) * len(length or [0])) as advance:
-        for tokens in length or [DEFAULT_LENGTH]:
-            make: Callable[[], tuple[Any, Any]] = functools.partial(
-                load_target, target, tokens, batch_size, seed, bool(length)
-            )
-            if real:
-                from cpcompile.real import verify_real
+    def run() -> None:
+        from cpcompile.commands.target import load_target
+        from cpcompile.inspect.minify import minify as minimal
+        from cpcompile.inspect.sweep import Sweep, verify_sweep
 
-                found = []
-                for size in sizes:
-                    found.append(verify_real(make, world_size=size, device=device, **run, **options))
-                    advance(found[-1])
-            else:
-                model, inputs = make()
-                found = [*verify_sweep(model, inputs, world_sizes=sizes, told=advance, **run, **options).cases]
-            wrong = next((case for case in found if not case.ok), None)
-            first_wrong = first_wrong or (None if wrong is None else (make, wrong))
-            cases += found
-    report = Sweep(tuple(cases))
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-    if minify is not None and first_wrong is not None:
-        make, wrong = first_wrong
-        model, inputs = make()
-        small = minimal(model, inputs, world_size=wrong.world_size, path=minify, **run, **options)
-        typer.echo(f"{minify}: {small}", err=as_json)
-    if report.exit_code:
-        raise typer.Exit(report.exit_code)
+        given: dict[str, Any] = {"inner_size": inner_size, "dtype": dtype_of(dtype), "tolerance": tolerance, **config}
+        sizes = world_size or [2]
+        cases: list[Case] = []
+        first_wrong: tuple[Callable[[], tuple[Any, Any]], Case] | None = None
+        with progress(len(sizes) * len(length or [0])) as advance:
+            for tokens in length or [DEFAULT_LENGTH]:
+                make: Callable[[], tuple[Any, Any]] = functools.partial(
+                    load_target, target, tokens, batch_size, seed, bool(length)
+                )
+                if real:
+                    from cpcompile.real import verify_real
+
+                    found = []
+                    for size in sizes:
+                        found.append(verify_real(make, world_size=size, device=device, **given))
+                        advance(found[-1])
+                else:
+                    model, inputs = make()
+                    found = [*verify_sweep(model, inputs, world_sizes=sizes, told=advance, **given).cases]
+                wrong = next((case for case in found if not case.ok), None)
+                first_wrong = first_wrong or (None if wrong is None else (make, wrong))
+                cases += found
+        report = Sweep(tuple(cases))
+        typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+        if minify is not None and first_wrong is not None:
+            make, wrong = first_wrong
+            model, inputs = make()
+            small = minimal(model, inputs, world_size=wrong.world_size, path=minify, **given)
+            typer.echo(f"{minify}: {small}", err=as_json)
+        if report.exit_code:
+            raise typer.Exit(report.exit_code)
+
+    guard(run)
 
 
 @contextmanager
@@ -193,20 +125,6 @@ def progress(total: int) -> Iterator[Callable[[Case], None]]:
             bar.update(task, advance=1, description=f"{case.world_size} ranks, {case.tokens} tokens: {case.verdict}")
 
         yield advance
-
-
-def token_dim(text: str) -> tuple[str, int]:
-    """Return the name and the dim of `x=1`.
-
-    Raises:
-        ConfigError: it is not of this form.
-    """
-    from cpcompile.errors import ConfigError
-
-    name, _, dim = text.partition("=")
-    if not name or not dim.removeprefix("-").isdigit():
-        raise ConfigError(f"--token-dim {text}: write the name of an input and the dim of its tokens, x=1.")
-    return name, int(dim)
 
 
 def dtype_of(name: str) -> Any:
@@ -227,11 +145,10 @@ def dtype_of(name: str) -> Any:
     return found
 
 
-@functools.wraps(verify)
-def guarded(**given: Any) -> None:
-    """Run the command, and tell its errors."""
-    guard(lambda: verify(**given))
+def full_name(option: str) -> str:
+    """Return the option of an abbreviation."""
+    return {"token-dim": "token-dims", "constant": "constants"}.get(option, option)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command("verify")(guarded)
+app.command(context_settings={"token_normalize_func": full_name})(verify)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from cpcompile import runtime  # noqa: F401  (registers the operators)
 from cpcompile.analysis.gradient_flow import gradient_flow
 from cpcompile.capture.writes.aliases import hidden_writes, source_of
+from cpcompile.compile.layers import LAYER
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.checkpoint_answers import answers_of
 from cpcompile.ir.operator_call import is_tensor, size_hint, value_of, values_of
@@ -196,7 +197,7 @@ def is_aligned(value: Any) -> bool:
 
 def key_of(node: fx.Node) -> tuple[Any, ...]:
     """Return what a node computes: its operator, its fixed arguments, what its results are, and whether they are kept."""
-    flat, spec = tree_flatten((node.args, node.kwargs))
+    flat, spec = tree_flatten((node.args, {name: x for name, x in node.kwargs.items() if name != LAYER}))
     fixed = tuple("a result" if isinstance(x, fx.Node) else repr(x) for x in flat)
     kept = str(node.meta.get("recompute")), "ac_graph_id" in node.meta, repr(answers_of(node))
     return node.target, repr(spec), fixed, signature(value_of(node)), repr(annotation(node).placement), kept

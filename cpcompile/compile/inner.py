@@ -19,6 +19,7 @@ from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.capture.stages import stage
 from cpcompile.choose.machine import Machine
 from cpcompile.compile.joined_transfers import join_transfers
+from cpcompile.compile.layers import name_layers
 from cpcompile.compile.offload import move_to_host, note_tokens
 from cpcompile.compile.outline_layers import outline_layers, pass_operands_by
 from cpcompile.compile.overlap import overlapped
@@ -235,6 +236,7 @@ def prepare_for_autograd(
     tags = tags_of(graph.graph)
     if config.offload != "none":
         note_tokens(graph.graph)
+    name_layers(graph)
     if outlines:
         with transformed.counting(outline_layers.__name__) as count:
             count.places = outline_layers(graph)

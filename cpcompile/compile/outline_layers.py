@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
+from cpcompile.compile.layers import share_layer
 from cpcompile.compile.stored import body_of, invoke_subgraph
 from cpcompile.ir.insertion import insert_call, keep_source
 from cpcompile.ir.operator_call import expression, is_view, value_of, values_of
@@ -50,7 +51,7 @@ def outline(gm: fx.GraphModule, layers: Sequence[Layer], name: str, reached: Abs
     read = [i for i in places if any(read_outside(layer[i], of) for layer, of in zip(layers, own, strict=True))]
     first = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
     sizes = sizes_of(layers[0], first)
-    setattr(gm, name, subgraph_of(layers[0], [*externals_of(layers[0]), *sizes], read))
+    setattr(gm, name, subgraph_of(layers, [*externals_of(layers[0]), *sizes], read))
     with gm.graph.inserting_before(first):
         body = gm.graph.get_attr(name)
     for layer in layers:
@@ -87,14 +88,15 @@ def make_outside(layer: Layer) -> None:
                 user.replace_input_with(node, outside)
 
 
-def subgraph_of(layer: Layer, operands: Sequence[fx.Node], read: Sequence[int]) -> fx.GraphModule:
-    """Return a graph of a layer that takes `operands` and returns its results at the places `read`."""
+def subgraph_of(layers: Sequence[Layer], operands: Sequence[fx.Node], read: Sequence[int]) -> fx.GraphModule:
+    """Return a graph of equal layers: the first takes `operands` and returns its results at the places `read`."""
     graph = fx.Graph()
     known = {x: graph.placeholder(f"operand_{i}") for i, x in enumerate(operands)}
-    for node in layer:
+    for node, *others in zip(*layers, strict=True):
         known[node] = graph.node_copy(node, known.__getitem__)
         known[node].meta.pop("val", None)  # it is of the whole model, and torch finds what is this rank's
-    graph.output(tuple(known[layer[i]] for i in read))
+        share_layer(known[node], [node, *others])
+    graph.output(tuple(known[layers[0][i]] for i in read))
     return fx.GraphModule(torch.nn.Module(), graph)
 
 

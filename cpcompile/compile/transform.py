@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile import _torch
-from cpcompile.analysis.patterns.latent_heads import expansion_of
+from cpcompile.analysis.patterns.latent_heads import expansions_of
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.token_inputs import find_token_dims
 from cpcompile.choose.attention import AttentionSite, Ranks
@@ -155,7 +155,7 @@ def transform(
     ranks = Ranks(axis.world_size, axis.inner_size, config.heads_per_message, config.transport, on)
     sites = [attention_site(node, likely_kernel(node, config.kernel)) for node in attention_nodes(captured)]
     if config.strategy in ("auto", "latent", "latent_heads"):
-        found = [expansion_of(node, token_dims) for node in attention_nodes(captured)]
+        found = expansions_of(attention_nodes(captured), token_dims)
         sites = [replace(site, latent=latent) for site, latent in zip(sites, found, strict=True)]
     sites = with_recomputation(captured, sites, config)
     choice = choose(sites, config.strategy, config.balancer, ranks)
@@ -259,7 +259,11 @@ def run_pass(
     """Run one pass with the chores around it: lint, recompile, counts and times; dead code while no pass keeps nodes."""
     start = time.perf_counter()
     with faults_of(f"the pass {function.__name__}"):
-        changes[function.__name__] = function(gm, **config)
+        try:
+            changes[function.__name__] = function(gm, **config)
+        except CPError as error:
+            error.see(f"passes.md#{function.__name__}")
+            raise
     if function in ANALYSIS or function is separate_documents:
         gm.graph.eliminate_dead_code()
     gm.graph.lint()

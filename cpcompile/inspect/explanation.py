@@ -14,10 +14,10 @@ from cpcompile.choose.machine import Machine
 from cpcompile.choose.rates import BYTES, CPU
 from cpcompile.compile.outputs import Output
 from cpcompile.inspect.areas import matrices_of
-from cpcompile.inspect.folding import fold
 from cpcompile.inspect.report import page
 from cpcompile.inspect.text import size, sizes, table
 from cpcompile.inspect.visualize import picture
+from cpcompile.ir.folding import fold
 from cpcompile.memory.ledger import KINDS, Ledger
 from cpcompile.runtime.attention.workload import Workload
 

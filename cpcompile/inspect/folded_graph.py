@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from cpcompile.inspect.folding import grouped, one_path
+from cpcompile.ir.folding import grouped, one_path
 
 _HEAD = re.compile(r"^# .*, in (?P<module>[\w.]+)$")
 _LAYER = re.compile(r"^(?P<path>.*?\.\d+|\d+)(?:\.|$)")

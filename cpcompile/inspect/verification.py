@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import VerificationError
@@ -88,19 +89,8 @@ class Verification:
             raise VerificationError(str(self))
 
     def __str__(self) -> str:
-        plan, (name, error) = self.transformed.plan, self.worst_gradient
-        loss_error = f"error {self.loss_error:.1e}" if self._has_loss else "not compared"
-        lines = [
-            f"{self.verdict} for {self.world_size} ranks, layout {plan.layout}, attention "
-            f"{', '.join(self.attentions) or 'none'} (tolerance {self.tolerance:.1e}, relative)",
-            f"  loss       {self.loss[0]:.10g}   single device {self.reference_loss:.10g}   {loss_error}",
-            f"  gradients  {len(self.gradient_errors)} compared   worst {name or '-'}   error {error:.1e}",
-        ]
-        if self.stand_in:
-            lines.insert(2, f"             the model returns none: {self.stand_in} stands for it")
-        if self.state_errors:
-            name, error = worst(self.state_errors)
-            lines.append(f"  buffers    {len(self.state_errors)} changed   worst {name}   error {error:.1e}")
+        ranks = f"{self.world_size} ranks, layout {self.transformed.plan.layout}"
+        lines = compared(self, f"{ranks}, attention {', '.join(self.attentions) or 'none'}", has_loss=self._has_loss)
         if self.not_finite is not None:
             lines += [f"  {self.not_finite}", "  take inputs and weights with which the model is finite on one device"]
         if self.first_difference is not None:
@@ -116,6 +106,50 @@ class Verification:
         """Return which of one kind differ, or ''."""
         wrong = [name for name, error in errors.items() if not error <= self.tolerance]
         return f"{len(wrong)} {kind} differ: {', '.join(wrong[:8])}" if wrong else ""
+
+
+class Compared(Protocol):
+    """What every comparison with one device has, as in `Verification`."""
+
+    @property
+    def verdict(self) -> str: ...
+    @property
+    def loss(self) -> tuple[float, ...]: ...
+    @property
+    def reference_loss(self) -> float: ...
+    @property
+    def loss_error(self) -> float: ...
+    @property
+    def gradient_errors(self) -> Mapping[str, float]: ...
+    @property
+    def state_errors(self) -> Mapping[str, float]: ...
+    @property
+    def tolerance(self) -> float: ...
+    @property
+    def stand_in(self) -> str: ...
+
+
+def compared(found: Compared, ranks: str, *, has_loss: bool) -> list[str]:
+    """Return a comparison in lines for people.
+
+    Args:
+        found: the comparison.
+        ranks: who was compared with one device.
+        has_loss: the loss is finite on one device.
+    """
+    name, error = worst(found.gradient_errors)
+    loss_error = f"error {found.loss_error:.1e}" if has_loss else "not compared"
+    lines = [
+        f"{found.verdict} for {ranks} (tolerance {found.tolerance:.1e}, relative)",
+        f"  loss       {found.loss[0]:.10g}   single device {found.reference_loss:.10g}   {loss_error}",
+        f"  gradients  {len(found.gradient_errors)} compared   worst {name or '-'}   error {error:.1e}",
+    ]
+    if found.stand_in:
+        lines.insert(2, f"             the model returns none: {found.stand_in} stands for it")
+    if found.state_errors:
+        name, error = worst(found.state_errors)
+        lines.append(f"  buffers    {len(found.state_errors)} changed   worst {name}   error {error:.1e}")
+    return lines
 
 
 def worst(errors: Mapping[str, float]) -> tuple[str, float]:

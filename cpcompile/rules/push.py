@@ -14,6 +14,7 @@ from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Partial, Placement, Sharded
 from cpcompile.rules import KEEPS_OUTSIDE, REASONS, RULES, Decision, no_rule
 from cpcompile.rules.loops import MAX_READS, READS_A_FEW
+from cpcompile.rules.registry import REFUSED_PAGE
 
 LengthOf = Callable[[Sharded], Any]
 
@@ -30,7 +31,7 @@ def push(call: Call, sharded: Mapping[str, Sharded], length_of: LengthOf) -> Dec
     if call.target not in RULES:
         reason = REASONS.get(call.target)
         missing = "there is no rule for this operator, so its operands cannot stay sharded"
-        raise no_rule(call, sharded, reason(call) if reason else missing)
+        raise no_rule(call, sharded, reason(call) if reason else missing, page=REFUSED_PAGE if reason else "")
     at = next(iter(sharded.values()))
     decision = RULES[call.target].push(call, sharded, length_of(at))
     if not all(is_cut_back(call.node, result, length_of) for result in decision.results):

@@ -12,7 +12,7 @@ from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
 from cpcompile.rules import counts, reduction  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along import Along, along_tokens
-from cpcompile.rules.registry import REASONS, RULES, Decision, no_rule
+from cpcompile.rules.registry import REASONS, REFUSED_PAGE, RULES, Decision, no_rule
 
 aten = torch.ops.aten
 
@@ -84,7 +84,7 @@ def refusal(reason: str) -> Along:
 
     def refused(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
         """not possible"""
-        raise no_rule(call, operands, reason)
+        raise no_rule(call, operands, reason, page=REFUSED_PAGE)
 
     return refused
 

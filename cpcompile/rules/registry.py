@@ -248,15 +248,19 @@ def after(call: Call, at: Placement) -> Placement:
     return at if not isinstance(at, Sharded) or call.target in KEEPS_OUTSIDE else replace(at, outside=None)
 
 
-def no_rule(call: Call, operands: Mapping[str, Placement], reason: str, notation: str = "") -> NoRule:
-    """Return the error for an operator whose operands cannot stay sharded, with the user's line and the remedy."""
+def no_rule(call: Call, operands: Mapping[str, Placement], reason: str, notation: str = "", page: str = "") -> NoRule:
+    """Return the error for an operator whose operands cannot stay sharded, with the user's line and the remedy.
+
+    `page` of the documentation says more.
+    """
     shapes = {name: list(call.shape(name)) for name, _ in call.operands()}
     lines = "\n".join(f"  {name}: {operands[name]} of {shapes.get(name)}" for name in operands)
     return NoRule(
         f"{call.target}: {reason}.\n\n{where(call.node)}\n{lines}\n"
         + (f"  rule: {notation}\n" if notation else "")
         + "\nCompute this value from inputs that every rank holds whole, move it out of the model (after cpcompile.unshard), "
-        "pass strict=False to gather it on every rank, or register a rule for this case (cpcompile.rules.rule)."
+        "pass strict=False to gather it on every rank, or register a rule for this case (cpcompile.rules.rule).",
+        page=page,
     )
 
 
@@ -278,6 +282,7 @@ KEEPS_OUTSIDE = {
     aten.unsqueeze.default,
 }
 
+REFUSED_PAGE = "rules.md#refused-along-the-tokens"
 # For operators without a rule: why there is none, where more can be said than that.
 REASONS: dict[torch._ops.OpOverload, Callable[[Call], str]] = {}
 

@@ -18,11 +18,13 @@ import typer.main
 from typer.testing import CliRunner
 
 import cpcompile
+from cpcompile import cli
 from cpcompile.cli import app
 from cpcompile.commands import verify as command
 from cpcompile.commands.explain import app as explain_app
 from cpcompile.errors import NoRule
 from cpcompile.inspect import sweep
+from cpcompile.options.config import CHOICES
 from tests.train_support import save_tiny_llama
 
 FACTORY = """
@@ -73,6 +75,12 @@ def test_module() -> None:
     assert all(command in done.stdout for command in ("train", "explain", "verify", "diff", "tune"))
 
 
+def test_train_has_the_choices_of_config() -> None:
+    for name, offered in (("strategy", cli.Strategy), ("kernel", cli.Kernel), ("inner", cli.Inner)):
+        assert {"auto", *CHOICES[name]} == {choice.value for choice in offered}
+    assert CHOICES["balancer"] == cli.BALANCERS
+
+
 def test_an_error_is_its_message_and_exit_code_2(tmp_path: Path) -> None:
     result = invoke("train", "--text", str(tmp_path / "nowhere.txt"))
     assert result.exit_code == 2
@@ -82,7 +90,7 @@ def test_an_error_is_its_message_and_exit_code_2(tmp_path: Path) -> None:
 
 def test_the_untouched_model_is_for_one_rank() -> None:
     result = invoke("train", "--no-apply", "--ranks", "2")
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 2)  # the message, and where to read more
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("exact", 0), ("WRONG", 1), ("refused", 2), ("failed", 2)])
@@ -91,10 +99,13 @@ def test_verify_exit_code(factory: None, monkeypatch: pytest.MonkeyPatch, verdic
     found = sweep.Sweep((sweep.Case(world_size=4, tokens=4, verdict=verdict, text="the report"),))
     monkeypatch.setattr(sweep, "verify_sweep", lambda model, inputs, **given: seen.update(given) or found)
     given = ("--world-size", "4", "--world-size", "6", "--inner-size", "2", "--strategy", "usp", "--exact-dropout")
-    result = invoke("verify", "my_factory:with_inputs", *given, "--token-dim", "input=1", "--dtype", "float64")
+    result = invoke(
+        "verify", "my_factory:with_inputs", *given, "--token-dim", "input=1", "--dtype", "float64", "--constant", "a"
+    )
     assert (result.exit_code, result.output) == (code, "the report\n")
     assert (seen["world_sizes"], seen["inner_size"], seen["dtype"]) == ([4, 6], 2, torch.float64)
     assert (seen["strategy"], seen["exact_dropout"], seen["token_dims"]) == ("usp", True, {"input": 1})
+    assert seen["constants"] == ["a"]
 
 
 def test_verify_prints_json(factory: None) -> None:
@@ -115,7 +126,7 @@ def test_verify_takes_the_options_of_config() -> None:
     ("given", "message"),
     [
         (("my_factory:with_inputs", "--length", "6"), "--length 6: my_factory:with_inputs returns inputs of its own"),
-        (("my_factory:with_inputs", "--token-dim", "input"), "--token-dim input: write the name of an input"),
+        (("my_factory:with_inputs", "--token-dim", "input"), "--token-dims input: give it as name=value"),
         (("my_factory:with_inputs", "--dtype", "int8"), "--dtype int8: choose one of float64"),
         (("my_factory:fails",), "RuntimeError: no weights"),
     ],
@@ -250,7 +261,8 @@ def test_an_error_of_the_pass_is_shown_whole(factory: None, monkeypatch: pytest.
 
     monkeypatch.setattr(cpcompile, "explain", refuse, raising=False)
     result = invoke("explain", "my_factory:with_inputs")
-    assert (result.exit_code, result.stderr) == (2, "error: aten.foo cannot be sharded:\n  the user's line\n")
+    shown = "error: aten.foo cannot be sharded:\n  the user's line\nRead more: docs/diagnostics.md#norule\n"
+    assert (result.exit_code, result.stderr) == (2, shown)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cpcompile.inspect.folding import fold, one_path, ranges
+from cpcompile.ir.folding import fold, one_path, ranges
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import cpcompile
-from cpcompile.analysis.patterns.latent import find_latent
-from cpcompile.analysis.patterns.latent_heads import expansion_of
+from cpcompile.analysis.patterns.latent import LatentWalk, find_latent, sharded_values
+from cpcompile.analysis.patterns.latent_heads import expansions_of
 from cpcompile.balance.layout import local_length
 from cpcompile.choose.attention import MOST_HELD, AttentionSite, Expansion, Ranks
 from cpcompile.choose.attention_sites import attention_nodes
@@ -25,7 +26,7 @@ from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Full
 from cpcompile.passes import find_token_local, gather_latents, place_tokens
 from tests.graph.small_models import TinyLM, batch, before, count, planned
-from tests.models import rotate
+from tests.models import llama, rotate
 
 cp = torch.ops.cpcompile
 HEADS, NOPE, ROPE, VALUE, RANK, WIDTH = 3, 4, 2, 5, 6, 8
@@ -280,17 +281,15 @@ class Mixed(MLA):
 
 def test_heads_that_depend_on_each_other_are_not_computed_apart() -> None:
     transformed = planned(Mixed(), batch(), world_size=3, strategy="ring")
-    found = [expansion_of(node, transformed.plan.token_dims) for node in attention_nodes(transformed.analysed)]
+    found = expansions_of(attention_nodes(transformed.analysed), transformed.plan.token_dims)
     transformed = planned(MLA(), batch(), world_size=3, strategy="ring")
-    found += [expansion_of(node, transformed.plan.token_dims) for node in attention_nodes(transformed.analysed)]
+    found += expansions_of(attention_nodes(transformed.analysed), transformed.plan.token_dims)
     assert [expansion is not None and expansion.by_heads for expansion in found] == [False, True]
     assert found[0] is not None
 
 
 def test_the_residual_stream_is_no_latent_of_narrow_keys() -> None:
     """Two key heads of 4 are narrower than the 24 numbers that they come from, and their own copies for more heads are wider."""
-    from tests.models import llama
-
     model = llama(num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=1)
     with pytest.warns(UserWarning, match="use gather in place of latent: nothing narrower than its keys and values"):
         explanation = cpcompile.explain(model, tokens(16), world_size=2, strategy="latent")
@@ -418,3 +417,32 @@ def test_a_stream_that_begins_inside(strategy: str, world_size: int) -> None:
         found = cpcompile.verify(BeginsInside(), inputs, world_size=world_size, dtype=torch.float64, **options)
     found.raise_if_wrong()
     assert found.transformed.choice.strategies[-1] == strategy
+
+
+class Tall(MLA):
+    """Four layers along one residual stream."""
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for _ in range(4):
+            x = x + F.gelu(x + self.attend(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("make", [Tall, lambda: llama(num_hidden_layers=4)])
+def test_the_walk_ends_within_a_layer_with_the_cut_of_all_layers(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformed = planned(make(), tokens(16), strategy="ring")
+    sharded = sharded_values(transformed.analysed.graph, transformed.plan.token_dims)
+
+    def walked() -> list[tuple[int, tuple[fx.Node, ...]]]:
+        walks = [LatentWalk(node, sharded) for node in attention_nodes(transformed.analysed)]
+        cuts = [walk.narrowest() for walk in walks]
+        return [(len(walk.operands), cut) for walk, cut in zip(walks, cuts, strict=True)]
+
+    early, cut = walked(), LatentWalk._cut
+    monkeypatch.setattr(LatentWalk, "_cut", lambda self, more=(): (len(more), cut(self)[1]))  # is never done early
+    whole = walked()
+    assert [cut for _, cut in early] == [cut for _, cut in whole]
+    assert early[3][0] == early[2][0] < whole[2][0] < whole[3][0]

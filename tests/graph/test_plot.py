@@ -20,7 +20,7 @@ from cpcompile.cli import app
 from cpcompile.commands.plot import bounds_of
 from cpcompile.inspect.masks import matrices
 from cpcompile.inspect.plots.balance import work_by_balancer
-from cpcompile.inspect.plots.trace import read_lanes
+from cpcompile.inspect.trace import read_lanes
 from cpcompile.inspect.visualize import picture
 from tests.graph.small_models import TinyLM, batch
 

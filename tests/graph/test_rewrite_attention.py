@@ -39,7 +39,7 @@ def test_rewrites_each_attention_to_its_strategy(strategy: str) -> None:
     assert annotation(out).origin
     assert count(gm, cp.attention.default) == 0
     names = {argument.name for argument in OPERATORS[strategy]._schema.arguments if argument.kwarg_only}
-    assert set(collective.kwargs) == names
+    assert set(collective.kwargs) == names - {"layer"}  # profiles are told of it when the graph is compiled
     assert [collective.kwargs[name] for name in ("length", "layout", "world_size", "group")] == [
         8,
         transformed.plan.layout,

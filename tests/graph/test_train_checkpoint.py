@@ -156,7 +156,7 @@ def test_a_full_disk_is_named_and_the_last_one_stays(tmp_path: Path, monkeypatch
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(
         StorageError,
-        match=r"^the checkpoint of step 2 cannot be written to .*: No space left on device \([\d,]+ MiB are free\); "
+        match=r"(?m)^the checkpoint of step 2 cannot be written to .*: No space left on device \([\d,]+ MiB are free\); "
         r"that of step 1 is whole, --resume continues from it\.$",
     ):
         write(tmp_path, 2)

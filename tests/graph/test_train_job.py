@@ -58,7 +58,7 @@ def test_entries_of_another_version_of_transformers_do_not_count(tmp_path: Path)
     wanted["transformers"] = "99.0.0"
     check_same_job(saved, wanted, "checkpoint-000001")
     wanted["model"]["hidden_act"] = "gelu"
-    with pytest.raises(InputError, match=r"another run: model\.hidden_act was 'silu' and is 'gelu'\.$"):
+    with pytest.raises(InputError, match=r"(?m)another run: model\.hidden_act was 'silu' and is 'gelu'\.$"):
         check_same_job(saved, wanted, "checkpoint-000001")
 
 

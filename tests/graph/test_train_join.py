@@ -15,7 +15,7 @@ def test_other_options_on_a_rank() -> None:
     other = dataclasses.replace(options, steps=20, batch_size=2)
     with pytest.raises(
         ConfigError,
-        match=r"different options: --steps 20 on rank 1 and 10 on rank 0; --batch-size 2 on rank 1 and 1 on rank 0\.$",
+        match=r"(?m)different options: --steps 20 on rank 1 and 10 on rank 0; --batch-size 2 on rank 1 and 1 on rank 0\.$",
     ):
         check_same_options([options, other])
 

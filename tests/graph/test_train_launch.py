@@ -58,7 +58,9 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
             killed.append(time.monotonic())
 
     options = tiny_options(tmp_path, ranks=2, steps=1_000_000, apply=False)
-    with pytest.raises(RankError, match=r"^rank 1 was killed by SIGKILL \(out of memory\?\); all ranks were ended\.$"):
+    with pytest.raises(
+        RankError, match=r"(?m)^rank 1 was killed by SIGKILL \(out of memory\?\); all ranks were ended\.$"
+    ):
         launch(options, kill_second_rank)
     assert time.monotonic() - killed[0] < 10
     assert not ranks_alive()
@@ -66,7 +68,7 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
 
 def test_an_error_of_a_rank_is_one_line(tmp_path: Path) -> None:
     options = tiny_options(tmp_path, ranks=2, length=100_000, apply=False)
-    with pytest.raises(RankError, match=r"^the text has \d+ tokens, fewer than one sequence of --length 100000\.$"):
+    with pytest.raises(RankError, match=r"(?m)^the text has \d+ tokens, fewer than one sequence of --length 100000\.$"):
         launch(options, lambda event: None)
     assert not ranks_alive()
 

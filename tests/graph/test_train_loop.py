@@ -109,7 +109,7 @@ def test_another_model_of_equal_shapes_is_not_resumed(tmp_path: Path) -> None:
     save, config = tmp_path / "run", tmp_path / "tiny" / "config.json"
     run(tmp_path, apply=False, save=save, steps=1)
     config.write_text(config.read_text().replace('"silu"', '"gelu"'))
-    with pytest.raises(InputError, match=r"belongs to another run: model\.hidden_act was 'silu' and is 'gelu'\.$"):
+    with pytest.raises(InputError, match=r"(?m)belongs to another run: model\.hidden_act was 'silu' and is 'gelu'\.$"):
         run(tmp_path, apply=False, save=save, resume=True)
     dist.destroy_process_group()
 

@@ -69,7 +69,7 @@ def same(weights: Weights) -> None:
 )
 def test_refused(original: Path, tmp_path: Path, change: Any, config: dict[str, Any], message: str) -> None:
     folder = changed(original, tmp_path, change, **config)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"(?m){message}"):
         load(folder, [])
 
 

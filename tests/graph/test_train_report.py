@@ -49,7 +49,7 @@ def test_a_half_written_line_is_left_out_with_a_word(tmp_path: Path, half: bytes
 def test_a_full_disk(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    with pytest.raises(StorageError, match=r"^--log /dev/full cannot be written: No space left on device\.$"):
+    with pytest.raises(StorageError, match=r"(?m)^--log /dev/full cannot be written: No space left on device\.$"):
         append_log(Path("/dev/full"), step(1))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -50,23 +51,29 @@ class Latent:
     numbers: Expansion
 
 
-def find_latent(attention: fx.Node, token_dims: Mapping[str, int] = MappingProxyType({})) -> Latent | None:
+def find_latent(
+    attention: fx.Node,
+    token_dims: Mapping[str, int] = MappingProxyType({}),
+    sharded: AbstractSet[fx.Node] | None = None,
+) -> Latent | None:
     """Return the latent of an attention, or None where nothing narrower than its keys and values determines them.
 
-    `token_dims` has the placeholders that hold tokens, and the dim of these; without any, the model makes its tokens itself.
+    Args:
+        attention: the node.
+        token_dims: the placeholders that hold tokens, and the dim of these; without any, the model makes its tokens itself.
+        sharded: the `sharded_values` of its graph, if they are known.
     """
     call = Call.of(attention)
     if str(call.shape("q")[2]) != str(call.shape("k")[2]) or not attends_to_tokens(attention, token_dims):
         return None
-    walk = LatentWalk(attention, token_dims)
+    walk = LatentWalk(attention, sharded_values(attention.graph, token_dims) if sharded is None else sharded)
     if call["q"] not in walk.sharded:
         return None
-    keys = list(dict.fromkeys((call["k"], call["v"])))
-    width = sum(walk.width(node) for node in keys)
-    narrow = walk.cut(keys)
+    width = sum(walk.width(node) for node in walk.keys)
+    narrow = walk.narrowest()
     if not narrow or not 0 < sum(walk.width(node) for node in narrow) < width:
         return None
-    expansion = walk.between(narrow, keys)
+    expansion = walk.between(narrow)
     numbers = Expansion(
         latent_bytes=sum(walk.width(node) for node in narrow),
         key_bytes=width,
@@ -84,29 +91,48 @@ def attends_to_tokens(attention: fx.Node, token_dims: Mapping[str, int]) -> bool
 
 
 class LatentWalk:
-    """What the keys and values of one attention are computed from, up to where tokens mix.
+    """What the keys and values of one attention are computed from, up to where tokens mix, or nothing narrower can come.
 
     Attributes:
+        keys: the keys and values.
         length: the number of tokens, possibly symbolic.
-        placements: where the tokens of each value are that was walked.
-        operands: for each of them, the values that its tokens come from; None where it cannot be computed by token.
+        sharded: the values of the graph that may be sharded.
+        placements: where the tokens of each value are that was met.
+        operands: for each value that was walked, those that its tokens come from; None where it cannot be computed by token.
     """
 
-    def __init__(self, attention: fx.Node, token_inputs: Collection[str]) -> None:
+    def __init__(self, attention: fx.Node, sharded: AbstractSet[fx.Node]) -> None:
         call = Call.of(attention)
+        self.keys = list(dict.fromkeys((call["k"], call["v"])))
         self.length = call.shape("k")[2]
-        self.sharded = sharded_values(attention, token_inputs)
-        self.placements: dict[fx.Node, Sharded] = {}
+        self.sharded = sharded
+        self.placements: dict[fx.Node, Sharded] = dict.fromkeys(self.keys, KEYS)
         self.operands: dict[fx.Node, dict[fx.Node, Sharded] | None] = {}
-        pending = [(call["k"], KEYS), (call["v"], KEYS)]
+
+    def narrowest(self) -> tuple[fx.Node, ...]:
+        """Return the values of the fewest bytes that all paths to the keys go through; none where no path starts.
+
+        Paths lead up through the residual stream to the first layer. The walk ends where what is above it cannot matter: where
+        the sources that were met carry as much to the keys as they would with all that is left to walk.
+        """
+        pending, tested = set(self.keys), 0
         while pending:
-            node, at = pending.pop()
-            if node not in self.placements:
-                self.placements[node] = at
-                self.operands[node] = self._operands(node, at)
-                pending += (self.operands[node] or {}).items()
-            elif self.placements[node] != at:
-                self.operands[node] = None
+            # What every rank has anyway comes first: it has no source, which is known once it has been walked.
+            node = max(pending, key=lambda node: (node not in self.sharded, node))
+            pending.remove(node)
+            self.operands[node] = operands = self._operands(node, self.placements[node])
+            for operand, at in (operands or {}).items():
+                if operand not in self.placements:
+                    self.placements[operand] = at
+                    pending.add(operand)
+                elif self.placements[operand] != at:
+                    self.operands[operand] = None
+                    pending.discard(operand)
+            if operands is None and len(self.operands) >= 2 * tested:
+                tested = len(self.operands)
+                if self._cut()[0] == self._cut(pending)[0]:
+                    break
+        return self._cut()[1]
 
     def _operands(self, node: fx.Node, at: Sharded) -> dict[fx.Node, Sharded] | None:
         """Return the operands whose tokens are those of `node`; none for a value that every rank has anyway."""
@@ -143,9 +169,10 @@ class LatentWalk:
         value = value_of(node)
         return int(prod(size_hint(n) for n in value.shape) * value.element_size()) // size_hint(self.length)
 
-    def cut(self, keys: list[fx.Node]) -> tuple[fx.Node, ...]:
-        """Return the values of the fewest bytes that all paths to `keys` go through; none where no path starts."""
+    def _cut(self, more: Collection[fx.Node] = ()) -> tuple[float, tuple[fx.Node, ...]]:
+        """Return the least bytes of values that separate the keys from all sources, and from `more`, and these values."""
         graph = networkx.DiGraph()
+        graph.add_node("start")
         for node, operands in self.operands.items():
             capacity = {"capacity": self.width(node) + MESSAGE} if is_tensor(node) else {}
             graph.add_edge((node, "in"), (node, "out"), **capacity)
@@ -153,18 +180,18 @@ class LatentWalk:
                 graph.add_edge("start", (node, "in"))
             for operand in operands or {}:
                 graph.add_edge((operand, "out"), (node, "in"))
-        for node in keys:
+        for node in more:
+            graph.add_edge("start", (node, "out"))
+        for node in self.keys:
             graph.add_edge((node, "out"), "end")
-        if "start" not in graph:
-            return ()
         # Of several minimal cuts, networkx finds the one nearest to the end.
-        _, (before, after) = networkx.minimum_cut(graph, "start", "end")
-        return tuple(node for node in self.operands if (node, "in") in before and (node, "out") in after)
+        bytes_cut, (before, after) = networkx.minimum_cut(graph, "start", "end")
+        return bytes_cut, tuple(node for node in self.operands if (node, "in") in before and (node, "out") in after)
 
-    def between(self, cut: tuple[fx.Node, ...], keys: list[fx.Node]) -> tuple[fx.Node, ...]:
-        """Return what must be computed of the values of `cut` to get `keys`, in the order of the graph."""
+    def between(self, cut: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+        """Return what must be computed of the values of `cut` to get the keys, in the order of the graph."""
         found: set[fx.Node] = set()
-        pending = [node for node in keys if node not in cut]
+        pending = [node for node in self.keys if node not in cut]
         while pending:
             node = pending.pop()
             if node not in found and node in self.sharded:
@@ -173,13 +200,11 @@ class LatentWalk:
         return tuple(sorted(found))
 
 
-def sharded_values(attention: fx.Node, token_inputs: Collection[str]) -> set[fx.Node]:
-    """Return the values before an attention that may be sharded: those of tokens that products come before."""
+def sharded_values(graph: fx.Graph, token_inputs: Collection[str]) -> set[fx.Node]:
+    """Return the values of a graph that may be sharded: those of tokens that products come before."""
     found: set[fx.Node] = set()
-    of_tokens = {node for node in attention.graph.find_nodes(op="placeholder") if node.name in token_inputs}
-    for node in attention.graph.nodes:
-        if node is attention:
-            break
+    of_tokens = {node for node in graph.find_nodes(op="placeholder") if node.name in token_inputs}
+    for node in graph.nodes:
         if any(operand in of_tokens for operand in node.all_input_nodes):
             of_tokens.add(node)
         is_first = node.target in HEAVY and (node in of_tokens or not token_inputs)

@@ -7,12 +7,12 @@ weight, a rank needs its own rows of it; where a dim holds none, as that of a ro
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from cpcompile.analysis.patterns.latent import Latent, find_latent
+from cpcompile.analysis.patterns.latent import Latent, find_latent, sharded_values
 from cpcompile.choose.attention import Expansion
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, Full, Sharded
@@ -83,9 +83,11 @@ def operands_of(node: fx.Node, decision: Decision) -> dict[fx.Node, Full | Shard
     return found
 
 
-def expansion_of(attention: fx.Node, token_dims: Mapping[str, int]) -> Expansion | None:
-    """Return what the cost of an attention's latent depends on, if it has one."""
-    latent = find_latent(attention, token_dims)
-    if latent is None:
-        return None
-    return replace(latent.numbers, by_heads=plan_heads(attention, latent) is not None)
+def expansions_of(attentions: Sequence[fx.Node], token_dims: Mapping[str, int]) -> list[Expansion | None]:
+    """Return what the cost of the latent of each attention of a graph depends on, None for one that has none."""
+    sharded = sharded_values(attentions[0].graph, token_dims) if attentions else set()
+    found: list[Expansion | None] = []
+    for attention in attentions:
+        latent = find_latent(attention, token_dims, sharded)
+        found.append(latent and replace(latent.numbers, by_heads=plan_heads(attention, latent) is not None))
+    return found

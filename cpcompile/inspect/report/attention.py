@@ -10,11 +10,11 @@ from cpcompile.balance.layout import follows_documents
 from cpcompile.choose.machine import Machine
 from cpcompile.inspect.areas import Matrix, by_own_rows, matrices_of
 from cpcompile.inspect.colors import color_of
-from cpcompile.inspect.folding import fold, grouped
 from cpcompile.inspect.report.elements import Markup, element, figure, join, legend
 from cpcompile.inspect.report.pictures import matrix_picture, ring_picture, work_picture
 from cpcompile.inspect.ring_step import MOST_PLACES, is_ring, ring_step
 from cpcompile.inspect.text import duration
+from cpcompile.ir.folding import fold, grouped
 from cpcompile.runtime.attention.workload import Workload
 
 if TYPE_CHECKING:

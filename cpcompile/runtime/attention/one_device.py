@@ -52,14 +52,14 @@ registration.define(
 )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *values: Any, layer: str = "") -> Tensor:
     """Return attention `[B, H, Sq, Dv]` of q `[B, H, Sq, D]`, k `[B, K, Skv, D]`, v `[B, K, Skv, Dv]`; H is a multiple of K.
 
     What hides keys and changes scores: see `AttentionArguments`. Dropout without a seed draws as torch does.
     """
     terms = _terms(q, k, values)
     if terms.dropout == 0 or terms.seed is not None:
-        return torch.ops.cpcompile.attention_forward(q, k, v, *values)[0]  # type: ignore[no-any-return]
+        return torch.ops.cpcompile.attention_forward(q, k, v, *values, layer=layer)[0]  # type: ignore[no-any-return]
     return dropped(q, k, v, terms)
 
 
@@ -76,7 +76,7 @@ def dropped(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments) -> Tenso
 # Composite: it differentiates and compiles as what it calls, and survives in graphs traced before dispatch.
 torch.library.define(
     "cpcompile::attention",
-    f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> Tensor",
+    f"(Tensor q, Tensor k, Tensor v, {SCHEMA}, *, {registration.LAYER}) -> Tensor",
     tags=registration.TAGS,
 )
 torch.library.impl("cpcompile::attention", "CompositeImplicitAutograd")(attention)

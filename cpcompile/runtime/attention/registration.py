@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from cpcompile.runtime.attention.arguments import NAMES, SCHEMA
+from cpcompile.runtime.attention.profiling import attention_range
 
 Tensor = torch.Tensor
 # Plans are made on the host at each call, so that no CUDA graph may hold one.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+LAYER = "str layer=''"  # the module whose attention this is, for profiles: no result depends on it
 _TENSORS = [i for i, argument in enumerate(SCHEMA.split(",")) if argument.strip().startswith("Tensor")]
 _SINKS = NAMES.index("sinks")
 _OPERANDS = ("q", "k", "v", "out")
@@ -57,10 +59,10 @@ def define(
         name: of the operator.
         forward, backward: as above.
         results: returns what `forward` returns, without values, for tracing.
-        axis: the keyword arguments of the operator, as a schema.
+        axis: the keyword arguments of the operator, as a schema, beside its layer.
         kept: what `forward` returns behind out and lse.
     """
-    keywords = f", *, {axis}" if axis else ""
+    keywords = f", *, {LAYER}{', ' * bool(axis)}{axis}"
     _register(
         name, f"(Tensor q, Tensor k, Tensor v, {SCHEMA}{keywords}) -> ({_tensors(2 + kept.count)})", forward, results
     )
@@ -130,7 +132,14 @@ def _tensors(count: int) -> str:
 
 
 def _register(name: str, schema: str, run: Callable[..., Any], results: Callable[..., Any]) -> None:
+    def run_in_range(*args: Any, layer: str = "", **axis: Any) -> Any:
+        with attention_range(name, axis.get("layout", ""), layer):
+            return run(*args, **axis)
+
+    def results_of(*args: Any, layer: str = "", **axis: Any) -> Any:
+        return results(*args, **axis)
+
     qualname = f"cpcompile::{name}"
     torch.library.define(qualname, schema, tags=TAGS)
-    torch.library.impl(qualname, ("cpu", "cuda"), run)
-    torch.library.register_fake(qualname, results)
+    torch.library.impl(qualname, ("cpu", "cuda"), run_in_range)
+    torch.library.register_fake(qualname, results_of)

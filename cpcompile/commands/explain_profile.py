@@ -1,0 +1,29 @@
+"""`cpcompile explain-profile`: where the time of a step went, out of traces of torch's profiler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cpcompile.commands.guard import guard
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def explain_profile(
+    traces: Annotated[list[Path], typer.Argument(help="Traces of torch.profiler, one for each rank: .json, .json.gz.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything that was found as JSON.")] = False,
+) -> None:
+    """Print what of a step was attention, by layer and strategy, transfers (overlapped or exposed), other kernels, host gaps."""
+
+    def run() -> None:
+        from cpcompile.inspect.profile import read_profile, to_dict, to_text
+
+        found = read_profile(traces)
+        typer.echo(json.dumps(to_dict(found), indent=1) if as_json else to_text(found))
+
+    guard(run)
