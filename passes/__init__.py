@@ -7,6 +7,7 @@ from cpcompile.passes.choose_strategies import choose_strategies
 from cpcompile.passes.chunk_losses import chunk_losses
 from cpcompile.passes.cut_hidden_rows import cut_hidden_rows
 from cpcompile.passes.find_attention import find_attention
+from cpcompile.passes.find_recurrences import find_recurrences
 from cpcompile.passes.find_softmax import find_softmax
 from cpcompile.passes.find_token_local import find_token_local
 from cpcompile.passes.finish_outputs import finish_outputs
@@ -37,6 +38,7 @@ ANALYSIS = (
     stack_writes,
     open_masked_rows,
     open_products,
+    find_recurrences,
     open_transforms,
     open_skewed_rows,
     open_flex_attention,
@@ -79,6 +81,7 @@ __all__ = [
     "chunk_losses",
     "cut_hidden_rows",
     "find_attention",
+    "find_recurrences",
     "find_softmax",
     "find_token_local",
     "finish_outputs",

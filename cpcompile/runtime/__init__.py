@@ -28,6 +28,7 @@ from cpcompile.runtime.tokens.pick import positions as positions
 from cpcompile.runtime.tokens.pick import put_tokens as put_tokens
 from cpcompile.runtime.tokens.rearrange import arranged_positions as arranged_positions
 from cpcompile.runtime.tokens.rearrange import rearrange_tokens as rearrange_tokens
+from cpcompile.runtime.tokens.recurrence import recurrence as recurrence
 from cpcompile.runtime.tokens.reduce import all_reduce as all_reduce
 from cpcompile.runtime.tokens.reduce import scale_gradient as scale_gradient
 from cpcompile.runtime.tokens.reduce import stack_ranks as stack_ranks

@@ -671,6 +671,16 @@ def along_dim(target: Any, s: int) -> Iterator[Case]:
         yield Case(target, (x(B, s, 4), [1]))  # rolls the flattened tensor
 
 
+@cases(torch.ops.cpcompile.recurrence.default)
+def recurrence(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), x(B, s, D), 1, False))
+    yield Case(target, (x(B, s, 1, 1), x(B, s, D, 2), 1, False))
+    yield Case(target, (x(1, 2, s), x(B, 2, s), 2, False))
+    yield Case(target, (x(B, 3, s), x(B, 3, s), 1, False))
+    yield Case(target, (x(B, s, D, D), x(B, s, D, 2), 1, True))
+    yield Case(target, (x(1, 3, D, D), x(s, 3, D, s), 1, True))
+
+
 REDUCTIONS_OF_ONE_DIM = (
     aten.argmax.default, aten.argmin.default, aten.all.dim, aten.any.dim, aten.max.dim, aten.min.dim, aten.prod.dim_int,
 )  # fmt: skip

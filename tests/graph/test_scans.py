@@ -78,10 +78,14 @@ class StateSpace(nn.Module):
 
 
 class GatedDelta(nn.Module):
-    """The gated delta rule in padded chunks: a triangular system inside of each, and a loop that carries the state."""
+    """The gated delta rule in padded chunks: a triangular system inside of each, and a loop that carries the state.
 
-    def __init__(self) -> None:
+    A state that is kept in bounds is not linear in the one before.
+    """
+
+    def __init__(self, is_bounded: bool = False) -> None:
         super().__init__()
+        self.is_bounded = is_bounded
         self.qkv, self.gates, self.out = (
             nn.Linear(WIDTH, 3 * WIDTH),
             nn.Linear(WIDTH, 2 * HEADS),
@@ -112,6 +116,7 @@ class GatedDelta(nn.Module):
             value = new[:, :, i] - seen[:, :, i] @ state
             y[:, :, i] = q[:, :, i] @ state + scores[:, :, i] @ value
             state = state * last[:, :, i] + k[:, :, i].transpose(-1, -2) @ value
+            state = state.tanh() if self.is_bounded else state
         y = y.reshape(batch, HEADS, -1, v.shape[-1])[:, :, :length]
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -223,8 +228,9 @@ class Associative(nn.Module):
 class Selective(nn.Module):
     """Mamba as a listing: a causal convolution, then a loop over the tokens, of which one value has no channels."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_bounded: bool = False) -> None:
         super().__init__()
+        self.is_bounded = is_bounded
         self.project, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.conv = nn.Conv1d(WIDTH, WIDTH, 4, padding=3, groups=WIDTH)
         self.gates, self.rates = nn.Linear(WIDTH, 1 + 2 * 3), nn.Parameter(torch.randn(WIDTH, 3))
@@ -239,6 +245,7 @@ class Selective(nn.Module):
         state, outputs = torch.zeros_like(given[:, 0]), torch.zeros_like(u)
         for t in range(length):
             state = decay[:, t] * state + given[:, t]
+            state = state.tanh() if self.is_bounded else state
             outputs[:, t] = (state * c[:, t, None, :]).sum(-1)
         return self.out(outputs * F.silu(gate))
 
@@ -271,20 +278,22 @@ PROGRAMS: dict[str, Case] = {
     "mingru": (lambda: Model(MinGRU()), lambda: text(13), {}),
     "associative": (lambda: Model(Associative()), lambda: text(7), {"exact_dropout": True}),
     "loop": (lambda: Model(Selective()), lambda: text(7), {}),
+    "bounded loop": (lambda: Model(Selective(is_bounded=True)), lambda: text(7), {}),
     "patches": (lambda: Model(Patches()), lambda: text(13), {}),
     "packed": (Packed, lambda: packed(23), {"token_dims": {"input_ids": 1, "labels": 1, "documents": 1}}),
     "frames": (Frames, lambda: floats(2, 41, 4), X),
     "pools": (Pools, lambda: floats(2, 23, 4), X),
     "state space": (lambda: Model(StateSpace()), lambda: text(22), {}),
     "gated delta": (lambda: Model(GatedDelta()), lambda: text(22), {}),
-    "gated delta, many chunks": (lambda: Model(GatedDelta()), lambda: text(75), {}),
+    "bounded gated delta": (lambda: Model(GatedDelta(is_bounded=True)), lambda: text(22), {}),
+    "bounded gated delta, many chunks": (lambda: Model(GatedDelta(is_bounded=True)), lambda: text(75), {}),
 }
 
 
-QUICK = {"state space", "loop", "frames", "pools"}
+QUICK = {"state space", "gated delta", "loop", "bounded loop", "frames", "pools"}
 SETTINGS = [(2, "zig_zag"), (3, "contiguous"), (4, "zig_zag"), (3, "balanced")]
-# Loops over chunks need the layout of the inputs.
-NOT_BY_DOCUMENTS = {"gated delta", "gated delta, many chunks"}
+# Loops over chunks that are no linear recurrences need the layout of the inputs.
+NOT_BY_DOCUMENTS = {"bounded gated delta", "bounded gated delta, many chunks"}
 CASES = [
     pytest.param(
         name,
@@ -308,6 +317,24 @@ def test_exact(name: str, world_size: int, layout: str) -> None:
     found.raise_if_wrong()
 
 
+@pytest.mark.parametrize("mixer", [StateSpace, GatedDelta])
+def test_what_travels_does_not_depend_on_the_length(mixer: type[nn.Module]) -> None:
+    """With chunks that ranks share evenly, so that no tokens travel to the rank of their chunk."""
+    torch.manual_seed(0)
+    model = Model(mixer())
+    found = [cpcompile.explain(model, text(n), world_size=2, balancer="contiguous", dynamic=False) for n in (24, 32)]
+    short, long = ([c for c in each.collectives if c.operator != "cp.rearrange_tokens"] for each in found)
+    assert short == long
+    state = 2 * HEADS * (WIDTH // HEADS) ** 2 * 4  # bytes of float32
+    product = 2 * HEADS * 4 if mixer is StateSpace else state
+    numbers_of_chunks = 8
+    sent = {c.operator: c.forward_bytes for c in long}
+    assert sent["cp.stack_ranks"] == state + product + numbers_of_chunks
+    assert sent["cp.move_tokens"] == state
+
+
 def test_chunks_of_a_loop_and_documents_are_refused_with_the_remedy() -> None:
     with pytest.raises(NoRule, match=r"(?s)solve_triangular.*Use balancer='zig_zag' or 'contiguous'"):
-        cpcompile.explain(Model(GatedDelta()), text(22), world_size=2, balancer="balanced", dynamic=False)
+        cpcompile.explain(
+            Model(GatedDelta(is_bounded=True)), text(22), world_size=2, balancer="balanced", dynamic=False
+        )

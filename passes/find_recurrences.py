@@ -1,0 +1,48 @@
+"""Find recurrences: what passes states on, from one place to the next, becomes one operator.
+
+before  m = aten.exp(aten.masked_fill(aten.cumsum(aten.masked_fill(a[..., None], ~strictly_below, 0), -2), ~below, -inf))
+        y = aten.matmul(m, x)                                          # states of chunks, as Mamba-2 passes them on
+        y = aten.stack([s_0, s_1, ...])                                # a loop: s_1 = g[1] * s_0 + k[1]^T @ (u[1] - w[1] @ s_0)
+after   y = cp.recurrence(aten.exp(a)[..., None], x, -2, False)        # y[t] = exp(a[t]) * y[t - 1] + x[t]
+        y = cp.recurrence(g * eye - k^T @ w, k^T @ u, 0, True)         # y[t] = (g[t] - k[t]^T @ w[t]) @ y[t - 1] + k[t]^T @ u[t]
+
+Along sharded tokens, each rank computes its own part of a recurrence, and one state and one factor for each rank travel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from cpcompile import runtime  # noqa: F401  (registers the operator)
+from cpcompile.analysis.masks.read import Reader
+from cpcompile.analysis.patterns.affine_loops import counts_of_turns, loop_for_all_turns
+from cpcompile.analysis.patterns.decays import recurrence_of_product
+from cpcompile.analysis.patterns.nodes import value_numbers
+from cpcompile.ir.insertion import replace_uses
+from cpcompile.ir.operator_call import Call
+
+aten = torch.ops.aten
+PRODUCTS = {aten.matmul.default, aten.bmm.default}
+JOINS = {aten.stack.default, aten.cat.default, aten.concat.default, aten.concatenate.default}
+
+
+def find_recurrences(gm: fx.GraphModule) -> int:
+    """Return how many recurrences were found.
+
+    Needs: no `einsum` of two tensors (`open_products`).
+    Gives: `cp.recurrence` in their place.
+    """
+    count, reader, number = 0, Reader(gm), value_numbers(gm.graph).__getitem__
+    counts = counts_of_turns(gm.graph, number)
+    for node in list(gm.graph.nodes):
+        new = None
+        if node.target in PRODUCTS:
+            new = recurrence_of_product(node, reader)
+        elif node.target in JOINS and len(Call.of(node)["tensors"]) in counts:
+            new = loop_for_all_turns(node, reader, number)
+        if new is not None:
+            replace_uses(node, new)
+            gm.graph.erase_node(node)
+            count += 1
+    return count

@@ -1,0 +1,249 @@
+"""What passes states on becomes a recurrence: products with all sums of decays, and loops that are affine in what they carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from cpcompile.passes import find_recurrences, functionalise_writes, open_products, stack_writes
+
+aten, cp = torch.ops.aten, torch.ops.cpcompile
+TURNS = 5
+
+
+def traced(function: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
+    """Return the graph as the pass gets it."""
+    gm = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*inputs)
+    for before in (functionalise_writes, stack_writes, open_products):
+        before(gm)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def check_found(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    gm = traced(function, *inputs)
+    assert find_recurrences(gm) == 1
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    assert len(gm.graph.find_nodes(op="call_function", target=cp.recurrence.default)) == 1
+    text = str(gm.graph)
+    assert (find_recurrences(gm), str(gm.graph)) == (0, text)
+    outs = gm(*inputs), function(*inputs)
+    torch.testing.assert_close(*outs)
+    weights = torch.rand_like(outs[0])
+    torch.testing.assert_close(*(torch.autograd.grad((x * weights).sum(), inputs, allow_unused=True) for x in outs))
+
+
+def check_left_alone(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    gm = traced(function, *inputs)
+    text = str(gm.graph)
+    assert (find_recurrences(gm), str(gm.graph)) == (0, text)
+
+
+def numbers(*shape: int) -> Tensor:
+    return (torch.rand(shape, dtype=torch.float64) - 0.5).requires_grad_()
+
+
+def triangle(x: Tensor, diagonal: int) -> Tensor:
+    return torch.ones(x.size(-1), x.size(-1), dtype=torch.bool).tril(diagonal)
+
+
+def sums_by_column(a: Tensor, *, kept: int = -1, shown: int = 0, fill: float = -torch.inf) -> Tensor:
+    """Return the sums between any two places, as Mamba-2 has them: a cumulative sum of each column."""
+    columns = a[..., None].expand(*a.size(), a.size(-1)).masked_fill(~triangle(a, kept), 0)
+    return columns.cumsum(-2).masked_fill(~triangle(a, shown), fill)
+
+
+def sums_by_difference(a: Tensor) -> Tensor:
+    total = a.cumsum(-1)
+    return (total[..., :, None] - total[..., None, :]).masked_fill(~triangle(a, 0), -torch.inf)
+
+
+def of_mamba(a: Tensor, x: Tensor) -> Tensor:
+    """Pass on the states of chunks as transformers does: `a` [B, H, C], `x` [B, C, H, N]."""
+    x = torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
+    decay = sums_by_column(F.pad(a, (1, 0))).exp().transpose(1, 3)
+    return torch.einsum("bzch,bzhn->bchn", decay, x)[:, :-1]
+
+
+PRODUCTS = {
+    "by column": lambda a, x: sums_by_column(a).exp() @ x.transpose(1, 2),
+    "by difference": lambda a, x: sums_by_difference(a).exp() @ x.transpose(1, 2),
+    "padded, with zeros first": of_mamba,
+    "padded, with a state first": lambda a, x: torch.einsum(
+        "bhzc,bchn->bhzn", sums_by_column(F.pad(a, (1, 0))).exp(), torch.cat([x[:, :1], x], dim=1)
+    ),
+}
+NO_PRODUCTS = {
+    "sums of other places": lambda a, x: sums_by_column(a, kept=0).exp() @ x.transpose(1, 2),
+    "a place more is seen": lambda a, x: sums_by_column(a, shown=1).exp() @ x.transpose(1, 2),
+    "what is behind counts": lambda a, x: sums_by_column(a, fill=0.0).exp() @ x.transpose(1, 2),
+    "rows are summed": lambda a, x: sums_by_column(a).exp().mT @ x.transpose(1, 2),
+    "no exponentials": lambda a, x: sums_by_column(a, fill=0.0) @ x.transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_with_all_sums_of_decays(name: str) -> None:
+    torch.manual_seed(0)
+    check_found(PRODUCTS[name], numbers(2, 3, 6), numbers(2, 6, 3, 4))
+
+
+@pytest.mark.parametrize("name", NO_PRODUCTS)
+def test_other_products_are_left_alone(name: str) -> None:
+    check_left_alone(NO_PRODUCTS[name], numbers(2, 3, 6), numbers(2, 6, 3, 4))
+
+
+def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Write what each chunk reads of the state, as transformers does: `[B, H, C, S, D]`, `g` [B, H, C]."""
+    state, out = q.new_zeros(2, 2, 3, 3), torch.zeros_like(v)
+    for i in range(TURNS):
+        value = v[:, :, i] - k[:, :, i] @ state
+        out[:, :, i] = q[:, :, i] @ state + q[:, :, i] @ k[:, :, i].transpose(-1, -2) @ value
+        state = state * g[:, :, i, None, None].exp() + k[:, :, i].transpose(-1, -2) @ value
+    return out
+
+
+def of_channels(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Read the state that a turn leaves, as Mamba does, and join what is read along a dim."""
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for q_i, k_i, v_i in zip(q.unbind(2), k.unbind(2), v.unbind(2), strict=True):
+        state = (q_i.sigmoid() * state - k_i * v_i).to(q.dtype)  # traced, although it is the same tensor
+        out.append((state * q_i).sum(-1))
+    return torch.cat(out, dim=1)
+
+
+def without_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.zeros(2, 2, 3, 3, dtype=q.dtype), []
+    for i in range(TURNS):
+        state = state + k[:, :, i].mT @ v[:, :, i]
+        out.append(q[:, :, i] @ state)
+    return torch.stack(out, dim=2)
+
+
+def constant_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.zeros(2, 2, 3, 3, dtype=q.dtype), []
+    for i in range(TURNS):
+        out.append(q[:, :, i] @ state)
+        state = k[0, 0, 0, :3] @ (0.9 * state) + v[:, :, i, :1].mT * v[:, :, i, 1:2]
+    return torch.stack(out)
+
+
+def rows_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Decay each row by itself, as Kimi's delta rule does."""
+    state, out = torch.zeros(2, 2, 3, 3, dtype=q.dtype), []
+    for i in range(TURNS):
+        out.append(q[:, :, i] @ state)
+        state = state * q[:, :, i, 0, :, None]
+        state = state + k[:, :, i].mT @ (v[:, :, i] - k[:, :, i] @ state)
+    return torch.stack(out, dim=1)
+
+
+def two_states(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Divide by a state of its own."""
+    state, total, out = torch.zeros(2, 2, 3, 3, dtype=q.dtype), torch.zeros(2, 2, 3, 1, dtype=q.dtype), []
+    for i in range(TURNS):
+        state = state + k[:, :, i].mT @ v[:, :, i]
+        total = total + k[:, :, i].mT.sum(-1, keepdim=True)
+        out.append(q[:, :, i] @ state / (1 + (q[:, :, i] @ total).square()))
+    return torch.stack(out, dim=2)
+
+
+def nonlinear(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = torch.tanh(q[:, :, i] * state + v[:, :, i])
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def backwards(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = q[:, :, i] * state + v[:, :, -1 - i]
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def coupled(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, other, out = torch.zeros_like(v[:, :, 0]), torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state, other = q[:, :, i] * other + v[:, :, i], k[:, :, i] * state - v[:, :, i]
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def begun(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.ones_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = q[:, :, i] * state + v[:, :, i]
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def last_turn_differs(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = q[:, :, i] * state + (v if i < TURNS - 1 else k)[:, :, i]
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def detached(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = q[:, :, i] * state.detach() + v[:, :, i]
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def operands() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [*(numbers(2, 2, TURNS, 4, 3) for _ in range(3)), numbers(2, 2, TURNS)]
+
+
+@pytest.mark.parametrize("loop", [gated_delta, of_channels, without_decay, constant_decay, rows_decay])
+def test_loops_that_are_affine_in_their_state(loop: Callable[..., Tensor]) -> None:
+    check_found(loop, *operands())
+
+
+def test_a_loop_may_carry_two_states() -> None:
+    gm, inputs = traced(two_states, *operands()), operands()
+    assert find_recurrences(gm) == 1
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    assert len(gm.graph.find_nodes(op="call_function", target=cp.recurrence.default)) == 2
+    torch.testing.assert_close(gm(*inputs), two_states(*inputs))
+
+
+@pytest.mark.parametrize("loop", [nonlinear, backwards, coupled, begun, last_turn_differs, detached])
+def test_other_loops_are_left_alone(loop: Callable[..., Tensor]) -> None:
+    check_left_alone(loop, *operands())
+
+
+@pytest.mark.parametrize("by_matrix", [False, True])
+def test_the_operator_and_its_gradients(by_matrix: bool) -> None:
+    torch.manual_seed(0)
+    factor, x = numbers(2, 4, 3, 3 if by_matrix else 1), numbers(2, 4, 3, 2)
+
+    def by_definition(factor: Tensor, x: Tensor) -> Tensor:
+        states = [x[:, 0]]
+        for t in range(1, 4):
+            before = factor[:, t] @ states[-1] if by_matrix else factor[:, t] * states[-1]
+            states.append(before + x[:, t])
+        return torch.stack(states, dim=1)
+
+    torch.testing.assert_close(cp.recurrence(factor, x, 1, by_matrix), by_definition(factor, x))
+    assert torch.autograd.gradcheck(lambda *given: cp.recurrence(*given, 1, by_matrix), (factor, x))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(cp.recurrence.default, (factor, x, 1, by_matrix), test_utils=checks)
+    halves = [t.detach().bfloat16() for t in (factor, x)]
+    in_float32 = by_definition(*(t.float() for t in halves)).bfloat16()
+    assert torch.equal(cp.recurrence(*halves, 1, by_matrix), in_float32)
