@@ -215,6 +215,21 @@ def test_inside_a_checkpoint() -> None:
     assert attend(function, *operands()) == ["causal"]
 
 
+def test_what_a_checkpoint_reads_behind_the_lists_of_blocks() -> None:
+    """The lists are not traced; what comes after them among the inputs of the body keeps its place."""
+    weight = torch.randn(D, D, dtype=torch.float64, requires_grad=True)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        mask = create_block_mask(causal, None, None, S, S, device="cpu")
+
+        def block(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, weight: Tensor) -> Tensor:
+            return flex_attention(q, k, v, block_mask=mask, enable_gqa=True) @ weight
+
+        return checkpoint(block, q, k, v, mask, weight, use_reentrant=False)
+
+    assert attend(function, *operands(), weight) == ["causal"]
+
+
 def listed_by_hand(full: bool) -> BlockMask:
     """Return a block mask that lists other blocks than those of its mask_mod: the second row of blocks sees two of three."""
     num = torch.tensor([[[1, 2, 1]]], dtype=torch.int32)
