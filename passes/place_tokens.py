@@ -150,7 +150,9 @@ class Placer:
         if node.target in HEAVY and decision.lower is None and any(isinstance(p, Sharded) for p in decision.results):
             self._localise_call(node, call, decision)
         else:
-            hinted = tuple(Full(at if isinstance(at, Sharded) and not at.reaches_outside else None) for at in decision.results)
+            hinted = tuple(
+                Full(at if isinstance(at, Sharded) and not at.reaches_outside else None) for at in decision.results
+            )
             annotate(node, placement=hinted if call.is_tuple else hinted[0])
 
     def _decide_by_hints(self, call: Call, hints: Mapping[str, Sharded]) -> Decision | None:

@@ -83,14 +83,15 @@ def rows_of_products(gm: fx.GraphModule, inputs: Container[str]) -> list[int]:
 
 def rows_of(node: fx.Node) -> tuple[Any, Sequence[Any], int]:
     """Return the batch and the other sizes of the rows that a product with a weight reads, and the channels of both sides."""
+    if node.target not in {aten.linear.default, *CONVOLUTIONS}:
+        return 0, (), 0
+    call = Call.of(node)
+    shape, weight = call.shape("input"), call.shape("weight")
+    channels = sum(map(size_hint, weight[:2]))
     if node.target is aten.linear.default:
-        shape, channels = value_of(node.args[0]).shape, value_of(node).shape[-1]
-        return shape[0], shape[1:-1], size_hint(shape[-1]) + size_hint(channels)
-    if node.target in CONVOLUTIONS and len(shape := value_of(node.args[0]).shape) > 2:
-        _, _, *reach = value_of(node.args[1]).shape
-        if all(size == 1 for size in reach):  # a product in another layout
-            return shape[0], shape[2:], size_hint(shape[1]) + size_hint(value_of(node).shape[1])
-    return 0, (), 0
+        return shape[0], shape[1:-1], channels
+    is_product = len(shape) == len(weight) and all(size == 1 for size in weight[2:])  # in another layout
+    return (shape[0], shape[2:], channels) if is_product else (0, (), 0)
 
 
 def tokens_of_attention(gm: fx.GraphModule) -> int:
