@@ -15,7 +15,7 @@ from cpcompile.choose.attention import AttentionSite
 from cpcompile.choose.kernels import sized
 from cpcompile.errors import LengthDependent, where
 from cpcompile.ir.annotation import annotation
-from cpcompile.ir.operator_call import Call, size_estimate, size_hint, value_of, values_of
+from cpcompile.ir.operator_call import Call, size_estimate, size_hint, values_of
 from cpcompile.ir.placement import Sharded
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 

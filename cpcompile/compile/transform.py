@@ -305,7 +305,7 @@ def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
 def warn_of_whole_attentions(gm: fx.GraphModule, strict: bool) -> None:
     """Say, once, which attentions every rank computes whole, so that nothing is gained by the ranks.
 
-    In strict mode these never meet the tokens (images beside a text): the log says so. Otherwise, something may have been gathered.
+    In strict mode these never meet the tokens (images beside a text): the log says so. Otherwise, they may have been gathered.
     """
     whole = whole_attentions(gm)
     if not whole:

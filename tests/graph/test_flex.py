@@ -240,7 +240,7 @@ def listed_by_hand(full: bool) -> BlockMask:
 
 
 def test_the_zoo_lets_torch_read_lists_that_have_no_mask_mod() -> None:
-    """Kernels skip blocks that are not listed, uncompiled attention reads the mask_mod: the reference of the zoo is to do as kernels."""
+    """Kernels skip blocks that are not listed; uncompiled attention reads the mask_mod only."""
     num, indices = torch.tensor([[[1, 2, 0]]], dtype=torch.int32), torch.tensor([[[[0, 1, 2], [1, 0, 2], [2, 1, 0]]]])
     full = torch.tensor([[[0, 0, 1]]], dtype=torch.int32), indices.flip(-1).int().contiguous()
     made = saying_blocks(BlockMask.from_kv_blocks)(num, indices.int(), *full, BLOCK_SIZE=4, seq_lengths=(12, 12))
