@@ -45,6 +45,7 @@ UNTAGGED = (
     aten.fill.Tensor,
     aten.float_power.Tensor_Scalar,
     aten.full_like.default,
+    aten.hardswish.default,
     aten.lift_fresh_copy.default,
     aten.masked_fill.Scalar,
     aten.masked_fill.Tensor,
