@@ -7,6 +7,7 @@ after   ids = cp.shard_tokens(input_ids, 1); h = aten.embedding(wte, ids)       
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -21,7 +22,7 @@ from cpcompile.errors import LengthDependent, NoChunks, NoRule, where
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.exchanging import Exchanger
 from cpcompile.ir.joining import Joiner
-from cpcompile.ir.operator_call import Call, expression, is_tensor, value_of, values_of
+from cpcompile.ir.operator_call import Call, depends_on_length, is_tensor, value_of
 from cpcompile.ir.placement import CHANNELS, Full, Partial, Placement, Sharded
 from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.ir.resharding import Resharder, Writer, whole_placement
@@ -143,17 +144,23 @@ class Placer:
         hints = self.joined.regrouper.stem(node, call, hints) if hints else hints
         if not hints or node.target not in RULES:
             return
-        try:
-            decision = self._push(call, hints)
-        except NoRule:
+        decision = self._decide_by_hints(call, hints)
+        if decision is None or decision.exchanges or (decision.gathers and node.target not in HEAVY):
             return
-        if decision.lower is not None or decision.exchanges or (decision.gathers and node.target not in HEAVY):
-            return
-        first = decision.results[0]
-        if node.target in HEAVY and any(isinstance(p, Sharded) for p in decision.results):
+        if node.target in HEAVY and decision.lower is None and any(isinstance(p, Sharded) for p in decision.results):
             self._localise_call(node, call, decision)
-        elif len(decision.results) == 1 and isinstance(first, Sharded) and first.covers_all:
-            annotate(node, placement=Full(first))
+        else:
+            hinted = tuple(
+                Full(at if isinstance(at, Sharded) and not at.reaches_outside else None) for at in decision.results
+            )
+            annotate(node, placement=hinted if call.is_tuple else hinted[0])
+
+    def _decide_by_hints(self, call: Call, hints: Mapping[str, Sharded]) -> Decision | None:
+        """Return what happens if operands hold tokens where they may: all of them, or else one, which the others then follow."""
+        for given in (hints, *({name: at} for name, at in hints.items() if len(hints) > 1)):
+            with contextlib.suppress(NoRule):
+                return self._push(call, given)
+        return None
 
     def _hint_by_size(self, call: Call) -> Mapping[str, Sharded]:
         """Return where an operand may hold tokens, by its sizes: any dim of a whole value is right to shard."""
@@ -161,8 +168,8 @@ class Placer:
         sizes = call.shape(name)[: None if name == "indices" else -1]
         for sequence, lengths in enumerate(Lengths.all_of(self.gm)[: self.num_given]):
             dims = [dim for dim, size in enumerate(sizes) if str(size) == str(lengths.value)]
-            if len(dims) == 1:
-                return {name: Sharded(dims[0], sequence=sequence)}
+            if dims:
+                return {name: Sharded(dims[-1], sequence=sequence)}
         return {}
 
     def _place_sharded(self, node: fx.Node, call: Call) -> None:
@@ -456,13 +463,6 @@ class Placer:
                     f"no rule for {node.target} on an operand that is {placement}.\n\n{where(node)}\n\n"
                     "Move it out of the model, or pass strict=False to gather its operands."
                 )
-
-
-def depends_on_length(node: fx.Node) -> bool:
-    """Tell whether a size of a call is a quotient of lengths, which some lengths divide."""
-    values = [value for each in (node, *node.all_input_nodes) for value in values_of(each)]
-    sizes = [expression(size) for value in values if isinstance(value, torch.Tensor) for size in value.shape]
-    return any(not size.is_polynomial(*size.free_symbols) for size in sizes)
 
 
 def sharded_operands(call: Call) -> dict[str, Sharded]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from cpcompile.choose.attention import AttentionSite
 from cpcompile.choose.kernels import sized
 from cpcompile.errors import LengthDependent, where
 from cpcompile.ir.annotation import annotation
-from cpcompile.ir.operator_call import Call, size_estimate, size_hint, value_of, values_of
+from cpcompile.ir.operator_call import Call, size_estimate, size_hint, values_of
 from cpcompile.ir.placement import Sharded
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
@@ -33,6 +34,7 @@ REWRITTEN = {cp.attention.default, *(getattr(cp, f"{name}_attention").default fo
 
 # What each token goes through by itself before it attends: it has one row for each.
 PRODUCTS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
+CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 JOINS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
 
 MOST_NUMBERS = 3  # of tokens that are tried
@@ -64,17 +66,32 @@ def numbers_of_tokens(gm: fx.GraphModule, inputs: Container[str]) -> list[int]:
 def rows_of_products(gm: fx.GraphModule, inputs: Container[str]) -> list[int]:
     """Return how many rows of each sample products with a weight read, those first on which most is computed.
 
-    Those that are the size of an input are left out: users know what it means, and name it.
+    Rows may have several dims, those of an image. Those that are the size of an input are left out: users know what it means, and
+    name it.
     """
     values = [x.meta.get("val") for x in gm.graph.find_nodes(op="placeholder") if x.name in inputs]
     shapes = [value.shape for value in values if isinstance(value, torch.Tensor) and value.dim()]
     given, batches = {str(n) for shape in shapes for n in shape}, {str(shape[0]) for shape in shapes}
     work: Counter[int] = Counter()
-    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-        shape = value_of(node.args[0]).shape
-        if len(shape) == 3 and str(shape[0]) in batches and isinstance(shape[1], int) and str(shape[1]) not in given:
-            work[shape[1]] += shape[1] * (size_hint(shape[2]) + size_hint(value_of(node).shape[2]))
+    for node in gm.graph.nodes:
+        batch, rows, channels = rows_of(node)
+        for size in rows if str(batch) in batches else ():
+            if isinstance(size, int) and str(size) not in given:
+                work[size] += math.prod(map(size_hint, rows)) * channels
     return [rows for rows, _ in work.most_common() if rows > 1]
+
+
+def rows_of(node: fx.Node) -> tuple[Any, Sequence[Any], int]:
+    """Return the batch and the other sizes of the rows that a product with a weight reads, and the channels of both sides."""
+    if node.target not in {aten.linear.default, *CONVOLUTIONS}:
+        return 0, (), 0
+    call = Call.of(node)
+    shape, weight = call.shape("input"), call.shape("weight")
+    channels = sum(map(size_hint, weight[:2]))
+    if node.target is aten.linear.default:
+        return shape[0], shape[1:-1], channels
+    is_product = len(shape) == len(weight) and all(size == 1 for size in weight[2:])  # in another layout
+    return (shape[0], shape[2:], channels) if is_product else (0, (), 0)
 
 
 def tokens_of_attention(gm: fx.GraphModule) -> int:
@@ -118,7 +135,8 @@ def longest_part(q: fx.Node, size: Any) -> Any:
 
 def whole_attentions(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the attentions that every rank computes whole, with those that no pattern knows: a softmax of scores."""
-    unknown = [node for node in gm.graph.nodes if node.target in ATTENTION_LIKE and node.meta["val"].dim() > 2]
+    known = [node for node in gm.graph.nodes if node.target in ATTENTION_LIKE and not annotation(node).is_local]
+    unknown = [node for node in known if node.meta["val"].dim() > 2]
     return [x for x in rewritten_attentions(gm) + unknown if not isinstance(annotation(x).placement, Sharded)]
 
 

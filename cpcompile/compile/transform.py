@@ -207,8 +207,7 @@ def transform(
     captured.graph.eliminate_dead_code()
     captured.recompile()
     warn_of_rows(captured, config.strategy)
-    if not config.strict:
-        warn_of_whole_attentions(captured)
+    warn_of_whole_attentions(captured, config.strict)
     if config.kernel != "auto":
         refuse_unable_kernel(rewritten_attentions(captured), config.kernel)
     check_legal(captured, config.strict)
@@ -307,16 +306,20 @@ def warn_of_rows(gm: fx.GraphModule, asked: str) -> None:
     warn_of_gathers(others, asked, "each rank computes the rows of its mask for its own queries only")
 
 
-def warn_of_whole_attentions(gm: fx.GraphModule) -> None:
-    """Say, once, which attentions every rank computes whole: `strict=False` allows it, and nothing is gained by the ranks."""
+def warn_of_whole_attentions(gm: fx.GraphModule, strict: bool) -> None:
+    """Say, once, which attentions every rank computes whole, so that nothing is gained by the ranks.
+
+    In strict mode these never meet the tokens (images beside a text): the log says so. Otherwise, they may have been gathered.
+    """
     whole = whole_attentions(gm)
-    if whole:
-        lines = "\n".join(where(node) for node in whole)
-        warnings.warn(
-            f"{len(whole)} attention(s) run whole on every rank, since what they read is not sharded along its tokens "
-            f"(strict=False allows it).\n{lines}",
-            stacklevel=3,
-        )
+    if not whole:
+        return
+    lines = "\n".join(where(node) for node in whole)
+    said = f"{len(whole)} attention(s) run whole on every rank, since what they read is not sharded along its tokens"
+    if strict:
+        _log.warning("%s.\n%s", said, lines)
+    else:
+        warnings.warn(f"{said} (strict=False allows it).\n{lines}", stacklevel=3)
 
 
 def warn_of_gathers(nodes: list[fx.Node], asked: str, reason: str) -> None:

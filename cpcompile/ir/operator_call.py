@@ -148,3 +148,10 @@ def _is_default(value: Any, argument: torch.Argument) -> bool:
     return bool(
         argument.has_default_value() and type(value) is type(argument.default_value) and value == argument.default_value
     )
+
+
+def depends_on_length(node: fx.Node) -> bool:
+    """Tell whether a size of a call is a quotient of lengths, which some lengths divide."""
+    values = [value for each in (node, *node.all_input_nodes) for value in values_of(each)]
+    sizes = [expression(size) for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    return any(not size.is_polynomial(*size.free_symbols) for size in sizes)

@@ -16,7 +16,7 @@ from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, Placement, Sharded
 from cpcompile.rules.along import before_end
-from cpcompile.rules.over_tokens import counted
+from cpcompile.rules.over_tokens import all_reduce, cast, counted, widened
 from cpcompile.rules.pointwise import is_one
 from cpcompile.rules.registry import Decision, Lowering, no_rule, register
 from cpcompile.runtime.attention.catalogue import STRATEGIES, Strategy
@@ -49,6 +49,8 @@ class AttentionRule:
             if "q" in given and given["q"].dim != QUERY_TOKENS.dim:
                 raise no_rule(call, operands, "queries hold the tokens along another dim than their own", self.notation)
             return self._across(call, operands)
+        if len(given) == 3 and set(given.values()) == {replace(given["q"], dim=3)} and is_plain(call):
+            return self._of_features(given["q"])
         if any(at.with_range(0, 0) != replace(QUERY_TOKENS, sequence=at.sequence) for at in given.values()):
             raise no_rule(call, operands, "attention is sharded along another dim than its tokens", self.notation)
         if not all(at.covers_all for at in given.values()):
@@ -68,6 +70,18 @@ class AttentionRule:
             if own >= 0 and not is_one(call.shape(name)[own]):
                 wanted[name] = replace(at, dim=own)
         return Decision(wanted, (result,), gathers=frozenset(terms))
+
+    def _of_features(self, at: Sharded) -> Decision:
+        """Attend from channels to channels, of which the tokens are the features: the ranks add up the scores of their own."""
+
+        def lower(writer: Lowering) -> Sequence[fx.Node]:
+            q, k, v = (writer.call[name] for name in ("q", "k", "v"))
+            scores = writer.insert(aten.matmul.default, q, writer.insert(aten.transpose.int, k, 2, 3))
+            scores = all_reduce(writer, widened(writer, scores))
+            weights = writer.insert(aten.softmax.int, writer.insert(aten.mul.Scalar, scores, writer.call["scale"]), -1)
+            return [writer.insert(aten.matmul.default, cast(writer, weights, v.meta["val"].dtype), v)]
+
+        return Decision(dict.fromkeys(("q", "k", "v"), at), (at,), padding={"q": 0.0}, lower=lower)
 
     def _along_a_range(self, call: Call, at: Sharded, operands: Mapping[str, Sharded]) -> Decision:
         """Move the tokens to the front of the sequence, and hide the slots that are left over at its end."""
@@ -121,6 +135,13 @@ class AttentionRule:
 
     def pull(self, call: Call, result: Sharded, length: Any) -> Decision | None:
         return None  # attention over tokens that every rank holds whole stays whole
+
+
+def is_plain(call: Call) -> bool:
+    """Tell whether every query sees every key as it is, and has heads of its own."""
+    terms = ("mask", *WHOLE, "is_causal", "window", "softcap", "dropout")
+    same_heads = str(call.shape("q")[1]) == str(call.shape("k")[1])
+    return same_heads and call["lookahead"] < 0 and all(call[name] in (None, False, 0) for name in terms)
 
 
 def hidden_end(writer: Lowering, decision: Decision, num_over: int) -> dict[str, fx.Node]:

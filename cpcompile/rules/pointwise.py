@@ -45,6 +45,7 @@ UNTAGGED = (
     aten.fill.Tensor,
     aten.float_power.Tensor_Scalar,
     aten.full_like.default,
+    aten.hardswish.default,
     aten.lift_fresh_copy.default,
     aten.masked_fill.Scalar,
     aten.masked_fill.Tensor,
@@ -96,6 +97,30 @@ def type_as(call: Call) -> Indices:
     """[...], _ -> [...]"""
     names = tuple(f"d{i}" for i in range(len(call.shape("self"))))
     return Indices({"self": names}, (names,))
+
+
+@rule(aten.prelu.default)
+def prelu(call: Call) -> Indices:
+    """[a b ...], [b] or [1] -> [a b ...]"""
+    names: Names = tuple(f"d{i}" for i in range(len(call.shape("self"))))
+    slopes = call.shape("weight")
+    of_channels = names[1:2] if slopes and not is_one(slopes[0]) else (None,) * len(slopes)
+    return Indices({"self": names, "weight": of_channels}, (names,))
+
+
+@rule(aten.cosine_similarity.default)
+def cosine_similarity(call: Call) -> Indices:
+    """[... d], [... d] -> [...] with broadcasting"""
+    first, second = call.shape("x1"), call.shape("x2")
+    rank = max(len(first), len(second))
+    first, second = ((1,) * (rank - len(shape)) + shape for shape in (first, second))
+    shape = tuple(b if is_one(a) else a for a, b in zip(first, second, strict=True))
+    mixed = int(call["dim"]) % rank
+    names: Names = tuple(f"d{i}" for i in range(rank) if i != mixed)
+    operands = {
+        name: tuple(None if d == f"d{mixed}" else d for d in aligned(call.shape(name), shape)) for name in ("x1", "x2")
+    }
+    return Indices(operands, (names,))
 
 
 @rule(aten.feature_dropout.default)

@@ -1,4 +1,4 @@
-"""Operators on [batch, channels, places]: pools, norms of channels, patches. Tokens may be the batch, and mostly the channels."""
+"""Pools on [batch, channels, places], and windows. Tokens may be the batch, and mostly the channels."""
 
 from __future__ import annotations
 
@@ -57,36 +57,6 @@ def along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
         return [writer.insert(aten.div.Tensor, total, whole_count(writer, at, x, dims))]
 
     return Decision({"self": at}, (PARTIAL,), lower=lower)
-
-
-@rule(aten.group_norm.default, aten.instance_norm.default, aten.batch_norm.default)
-def norm(call: Call) -> Indices:
-    """[n c places], [c] -> [n c places'], mixing what one mean and variance run over"""
-    rank = len(call.shape("input"))
-    channel: Names = ("c",)
-    space: Names = (None,) * (rank - 2)
-    batch: Names = ("n",)
-    if call.target is aten.group_norm.default:
-        channel = (None,)
-    elif call.target is aten.batch_norm.default and call["training"]:
-        batch = (None,)
-    elif call.target is aten.batch_norm.default:
-        space = tuple(f"t{i}" for i in range(rank - 2))
-    others = {name: channel for name, _ in call.operands() if name != "input"}
-    if "running_mean" in others and not (call.target is aten.batch_norm.default and not call["training"]):
-        batch, channel = (None,), (None,)  # the running statistics are of the whole batch
-    names = (*batch, *channel, *space)
-    return Indices({"input": names, **dict.fromkeys(others, channel)}, (names,))
-
-
-@along_tokens(aten.group_norm.default, aten.instance_norm.default, aten.batch_norm.default)
-def norm_along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
-    """not possible: the mean and the variance are those of all tokens"""
-    raise no_rule(
-        call,
-        operands,
-        "its mean and variance run over the tokens; write it with torch.var_mean, which knows all tokens",
-    )
 
 
 @rule(aten.unfold.default)

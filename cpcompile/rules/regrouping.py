@@ -20,7 +20,7 @@ from cpcompile.errors import LengthDependent, NoChunks, where
 from cpcompile.ir.annotation import annotate, placement_of
 from cpcompile.ir.insertion import insert_copy
 from cpcompile.ir.joining import Joiner, regrouped
-from cpcompile.ir.operator_call import Call, expression, value_of
+from cpcompile.ir.operator_call import Call, depends_on_length, expression, value_of
 from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.rules.convolution import BY_RANK, CONVOLUTIONS, paddings, spatial
@@ -52,10 +52,18 @@ class Regrouper:
         """Bring tokens in groups to the ranks, for a view that makes a dim of these; tells whether it changed the operand."""
         if call.target not in VIEWS:
             return False
-        x = call["self"]
-        at, shape, target = placement_of(x), call.shape("self"), tuple(call.result.shape)
-        if not isinstance(at, Sharded) or Lengths.of(self.gm, at.sequence).parts or not self.joiner.can_rearrange(at):
+        at = placement_of(call["self"])
+        to = self._in_groups(node, call, at) if isinstance(at, Sharded) and self.joiner.can_rearrange(at) else None
+        if to is None:
             return False
+        node.args, node.kwargs = call.rebound({"self": self.joiner.rearranged(call["self"], to)})
+        return True
+
+    def _in_groups(self, node: fx.Node, call: Call, at: Sharded) -> Sharded | None:
+        """Return the placement of the operand of a view that makes a dim of groups of tokens, in these groups."""
+        shape, target = call.shape("self"), tuple(call.result.shape)
+        if Lengths.of(self.gm, at.sequence).parts:
+            return None
         length, stride = expression(at.count(Lengths.of(self.gm, at.sequence).value)), expression(at.inner)
         for size in shape[at.dim + 1 :]:
             stride *= expression(size)
@@ -69,10 +77,9 @@ class Regrouper:
                 number = self._groups(call, int(elements), groups, node)
                 to = None if number is None else regrouped(at.with_range(0, 0), number, int(elements))
                 if to is not None and locate_tokens(shape, target, to, Lengths.of(self.gm, to.sequence).value):
-                    node.args, node.kwargs = call.rebound({"self": self.joiner.rearranged(x, to)})
-                    return True
+                    return to
             after *= expression(size)
-        return False
+        return None
 
     def group(self, node: fx.Node, call: Call) -> bool:
         """Bring tokens in groups to the ranks, for an operator that reads them group by group; tells whether it did."""
@@ -132,9 +139,17 @@ class Regrouper:
 
         What makes other tokens of them (an overlapping stride, a pool, a token before the first) is whole, and holds these.
         """
+        name, at = next(iter(hints.items()))
+        if call.target in VIEWS and not locate_tokens(
+            call.shape(name), tuple(call.result.shape), at, Lengths.of(self.gm, at.sequence).value
+        ):
+            to = self._in_groups(node, call, at)
+            if to is None and depends_on_length(node):
+                reason = f"{call.target}: groups of tokens need their number.\n\n{where(node)}"
+                self.unknown = self.unknown or LengthDependent(reason)
+            return {name: to} if to else hints
         if call.target not in STEMS:
             return hints
-        name, at = next(iter(hints.items()))
         size = call.shape(name)[at.dim]
         if at.dim >= call.results[0].dim() or not at.covers_all or not self.joiner.is_plain(size, at):
             return hints

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,6 +69,35 @@ VARIANCES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Over all tokens: how many numbers, their mean, this rank's distances to it, and the sum of their squares.
+
+    Means and sums keep their dims, of size 1. Slots outside the range have the distance 0.
+    """
+
+    count: fx.Node | int
+    mean: fx.Node
+    distance: fx.Node
+    squares: fx.Node
+
+
+def moments(writer: Lowering, at: Sharded, x: fx.Node, dims: list[int]) -> Moments:
+    """Write the moments of `x` over `dims`, among them that of the tokens."""
+    count = whole_count(writer, at, x, dims)
+    is_outside = outside_of(writer, at, x)
+    total = writer.insert(aten.sum.dim_IntList, filled(writer, x, is_outside, 0), dims, True)
+    mean = writer.insert(aten.div.Tensor, all_reduce(writer, total), count)
+    distance = filled(writer, writer.insert(aten.sub.Tensor, x, mean), is_outside, 0)
+    squares = writer.insert(aten.sum.dim_IntList, writer.insert(aten.mul.Tensor, distance, distance), dims, True)
+    return Moments(count, mean, distance, all_reduce(writer, squares))
+
+
+def freedom_of(writer: Lowering, count: fx.Node | int, correction: Any) -> fx.Node | Any:
+    """Return the count less a correction, as a graph argument."""
+    return max(0, count - correction) if isinstance(count, int) else writer.insert(operator.sub, count, correction)
+
+
 @along_tokens(*VARIANCES)
 def variance(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
     """the mean over all ranks, then the mean square of the distance to it"""
@@ -82,22 +112,12 @@ def variance(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decisi
     results: tuple[Placement, ...] = (FULL, FULL) if name.endswith("_mean") else (FULL,)
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
-        x = widened(writer, writer.call["self"])
-        count: Any = whole_count(writer, at, x, dims)
-        is_outside = outside_of(writer, at, x)
-        total = writer.insert(aten.sum.dim_IntList, filled(writer, x, is_outside, 0), dims, True)
-        mean = writer.insert(aten.div.Tensor, all_reduce(writer, total), count)
-        distance = filled(writer, writer.insert(aten.sub.Tensor, x, mean), is_outside, 0)
-        square = writer.insert(aten.mul.Tensor, distance, distance)
-        total = all_reduce(writer, writer.insert(aten.sum.dim_IntList, square, dims, keep))
-        if isinstance(count, int):
-            freedom: Any = max(0, count - correction)
-        else:
-            freedom = writer.insert(operator.sub, count, correction)
-        spread = writer.insert(aten.div.Tensor, total, freedom)
+        found = moments(writer, at, widened(writer, writer.call["self"]), dims)
+        spread = writer.insert(aten.div.Tensor, found.squares, freedom_of(writer, found.count, correction))
         spread = square_root(writer, spread) if name.startswith("std") else spread
-        mean = mean if keep else writer.insert(aten.squeeze.dims, mean, dims)
-        return [cast(writer, found, x_dtype) for found in (spread, mean)[: len(results)]]
+        values = (spread, found.mean)[: len(results)]
+        values = values if keep else tuple(writer.insert(aten.squeeze.dims, value, dims) for value in values)
+        return [cast(writer, value, x_dtype) for value in values]
 
     return Decision({"self": at}, results, lower=lower)
 

@@ -462,16 +462,32 @@ def triangle(target: Any, s: int) -> Iterator[Case]:
         yield Case(target, (x(B, 3, 2 * s), diagonal))
 
 
+@cases(aten.cosine_similarity.default)
+def cosine_similarity(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), x(B, s, D), -1))
+    yield Case(target, (x(B, s, 1, D), x(B, s, 4, D), -1))
+    yield Case(target, (x(B, D, s), x(D, s), 1))
+    yield Case(target, (x(s, D), x(B, s, D)))
+
+
+@cases(aten.prelu.default)
+def prelu(target: Any, s: int) -> Iterator[Case]:
+    for shape in ((s, 4, 5), (B, s, D), (B, 4, s), (B, s)):
+        yield Case(target, (x(*shape) - 0.5, x(1)))
+        yield Case(target, (x(*shape) - 0.5, x(shape[1])))
+
+
 @cases(aten.group_norm.default, aten.instance_norm.default, aten.batch_norm.default)
 def norm_of_channels(target: Any, s: int) -> Iterator[Case]:
-    for shape in ((s, 4, 5), (B, 4, s)):
+    for shape in ((s, 4, 5), (B, 4, s), (B, 4, 2, 2 * s)):
         weights = (x(4), x(4))
         if target is aten.group_norm.default:
             yield Case(target, (x(*shape), 2, *weights))
         elif target is aten.instance_norm.default:
             yield Case(target, (x(*shape), *weights, None, None, True, 0.1, 1e-5, False))
         else:
-            yield Case(target, (x(*shape), *weights, x(4), x(4), False, 0.1, 1e-5, False), buffers=(3, 4))
+            for training in (False, True):
+                yield Case(target, (x(*shape), *weights, x(4), x(4), training, 0.1, 1e-5, False), buffers=(3, 4))
             yield Case(target, (x(*shape), *weights, None, None, True, 0.1, 1e-5, False))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, create_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from cpcompile import NoRule, _torch
@@ -17,6 +17,7 @@ from cpcompile.capture.lowering import capture
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.lift_masks import describe, lift_masks
 from cpcompile.passes.open_flex_attention import open_flex_attention
+from cpcompile.zoo.flex import saying_blocks
 
 # Dynamo traces torch's own indexing inside of mods so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -215,12 +216,37 @@ def test_inside_a_checkpoint() -> None:
     assert attend(function, *operands()) == ["causal"]
 
 
+def test_what_a_checkpoint_reads_behind_the_lists_of_blocks() -> None:
+    """The lists are not traced; what comes after them among the inputs of the body keeps its place."""
+    weight = torch.randn(D, D, dtype=torch.float64, requires_grad=True)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        mask = create_block_mask(causal, None, None, S, S, device="cpu")
+
+        def block(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, weight: Tensor) -> Tensor:
+            return flex_attention(q, k, v, block_mask=mask, enable_gqa=True) @ weight
+
+        return checkpoint(block, q, k, v, mask, weight, use_reentrant=False)
+
+    assert attend(function, *operands(), weight) == ["causal"]
+
+
 def listed_by_hand(full: bool) -> BlockMask:
     """Return a block mask that lists other blocks than those of its mask_mod: the second row of blocks sees two of three."""
     num = torch.tensor([[[1, 2, 1]]], dtype=torch.int32)
     indices = torch.tensor([[[[0, 1, 2], [1, 0, 2], [2, 1, 0]]]], dtype=torch.int32)
     rest = (torch.tensor([[[0, 0, 1]]], dtype=torch.int32), indices.flip(-1).contiguous()) if full else (None, None)
     return BlockMask.from_kv_blocks(num, indices, *rest, BLOCK_SIZE=4, mask_mod=causal, seq_lengths=(S, S))
+
+
+def test_the_zoo_lets_torch_read_lists_that_have_no_mask_mod() -> None:
+    """Kernels skip blocks that are not listed; uncompiled attention reads the mask_mod only."""
+    num, indices = torch.tensor([[[1, 2, 0]]], dtype=torch.int32), torch.tensor([[[[0, 1, 2], [1, 0, 2], [2, 1, 0]]]])
+    full = torch.tensor([[[0, 0, 1]]], dtype=torch.int32), indices.flip(-1).int().contiguous()
+    made = saying_blocks(BlockMask.from_kv_blocks)(num, indices.int(), *full, BLOCK_SIZE=4, seq_lengths=(12, 12))
+    seen = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 0]]).bool().repeat_interleave(4, 0).repeat_interleave(4, 1)
+    assert torch.equal(create_mask(made.mask_mod, 1, 1, 12, 12, device="cpu")[0, 0], seen)
+    assert saying_blocks(BlockMask.from_kv_blocks)(num, indices.int(), mask_mod=causal).mask_mod is causal
 
 
 def blocks_seen(full: bool) -> Tensor:

@@ -57,9 +57,9 @@ ALONG_TOKENS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
         "a pool along the tokens leaves fewer tokens",
     ),
     "norm": (
-        lambda x: F.group_norm(x[:1].mT, 1).mT,
-        "F.group_norm(x[:1].mT, 1)",
-        "mean and variance run over the tokens",
+        lambda x: F.group_norm(x[:1], 1),  # tokens are its channels
+        "F.group_norm(x[:1], 1)",
+        "runs over the tokens of the whole sequence",
     ),
 }
 

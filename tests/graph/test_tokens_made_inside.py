@@ -71,3 +71,14 @@ def test_rows_of_products_say_how_many_where_no_attention_is_known() -> None:
     found = cpcompile.verify(TalkingHeads().double(), images(), dtype=torch.float64, **options)
     found.raise_if_wrong()
     assert found.transformed.plan.num_tokens == 25
+
+
+def test_attention_that_never_meets_the_tokens_is_said_to_run_whole(caplog: pytest.LogCaptureFixture) -> None:
+    class Beside(Patches):
+        def forward(self, pixels: Tensor, labels: Tensor, x: Tensor) -> Tensor:
+            return super().forward(pixels, labels) + self.head(x).pow(2).mean()
+
+    inputs = {**images(), "x": torch.randn(2, 6, WIDTH, dtype=torch.float64)}
+    explain(Beside().double(), inputs, world_size=2, token_dims={"x": 1})
+    assert "1 attention(s) run whole on every rank" in caplog.text
+    assert "F.scaled_dot_product_attention(q, k, v)" in caplog.text
