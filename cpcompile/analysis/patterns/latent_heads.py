@@ -89,5 +89,6 @@ def expansions_of(attentions: Sequence[fx.Node], token_dims: Mapping[str, int]) 
     found: list[Expansion | None] = []
     for attention in attentions:
         latent = find_latent(attention, token_dims, sharded)
-        found.append(latent and replace(latent.numbers, by_heads=plan_heads(attention, latent) is not None))
+        by_heads = latent is not None and plan_heads(attention, latent) is not None
+        found.append(replace(latent.numbers, by_heads=by_heads) if latent is not None else None)
     return found
