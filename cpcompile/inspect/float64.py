@@ -1,4 +1,4 @@
-"""Float64: run a model in float64 although it casts to float32 here and there (logits, softmax, norms).
+"""Float64: run a model in float64 although it casts to float32 or half precision here and there (logits, softmax, norms).
 
 Such casts round, and rounding hides errors of another order of summation. Both sides of a comparison are
 widened alike: the untouched model by modes that see each call, a captured graph by its dtype arguments.
@@ -15,11 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+WIDER = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), torch.float64)
+WIDER |= {torch.complex64: torch.complex128}
+_CASTS = (torch.Tensor.bfloat16, torch.Tensor.half, torch.Tensor.float)
 
 
 def widened(arguments: Any) -> Any:
-    """Return arguments with float32 replaced by float64 where it is a dtype, and complex numbers likewise."""
+    """Return arguments with narrower floating-point dtypes replaced by float64, and complex numbers likewise."""
     return tree_map(lambda x: WIDER.get(x, x) if isinstance(x, torch.dtype) else x, arguments)
 
 
@@ -39,7 +41,7 @@ class _WidenScripted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Widen(TorchFunctionMode):
-    """While active, casts to float32 are casts to float64."""
+    """While active, casts to narrower floating-point dtypes are casts to float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,13 +63,13 @@ class Widen(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.Tensor.float:
+        if func in _CASTS:
             func = torch.Tensor.double
         return func(*widened(tuple(args)), **widened(dict(kwargs or {})))
 
 
 def widen_graph(gm: fx.GraphModule) -> None:
-    """Make the casts to float32 of a captured graph casts to float64, its constants and what is known of values as well."""
+    """Make the casts of a captured graph to narrower dtypes casts to float64, its constants and what is known of values as well."""
     values = _WideValues()
     for node in gm.graph.nodes:
         if node.op == "call_function":
@@ -92,8 +94,8 @@ class _WideValues:
         storage = value.untyped_storage()
         with value.fake_mode:  # type: ignore[attr-defined]
             if storage._cdata not in self._memories:
-                numbers = storage.nbytes() // torch.float32.itemsize
-                self._memories[storage._cdata] = torch.empty(numbers, dtype=torch.float64, device=value.device)
+                numbers = storage.nbytes() // value.dtype.itemsize
+                self._memories[storage._cdata] = torch.empty(numbers, dtype=WIDER[value.dtype], device=value.device)
             memory = self._memories[storage._cdata].view(WIDER[value.dtype])
             wide = memory.as_strided(value.shape, value.stride(), value.storage_offset())
             return wide.requires_grad_(value.requires_grad)
