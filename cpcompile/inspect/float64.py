@@ -69,7 +69,7 @@ class Widen(TorchFunctionMode):
 
 
 def widen_graph(gm: fx.GraphModule) -> None:
-    """Make the casts of a captured graph to narrower dtypes casts to float64, its constants and what is known of values as well."""
+    """Make the casts of a captured graph to narrower dtypes casts to float64, and widen its constants and known values."""
     values = _WideValues()
     for node in gm.graph.nodes:
         if node.op == "call_function":
