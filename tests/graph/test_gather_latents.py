@@ -124,6 +124,16 @@ class MixedKeys(Plain):
         return convolved(self.mix, super().expanded(latent))
 
 
+class MixedValues(Plain):
+    """Values are sums over earlier tokens, and nothing that they are computed from holds each token's own."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (3, 8)).transpose(1, 2)
+        k, v = self.expanded(self.down(x)).unflatten(-1, (2, 1, 8)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v.cumsum(2), is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+
 def convolved(mix: nn.Conv1d, x: Tensor) -> Tensor:
     return mix(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
 
@@ -298,6 +308,7 @@ def test_the_residual_stream_is_no_latent_of_narrow_keys() -> None:
 
 NEAR_MISSES = {
     "mixed after": (MixedKeys, False),
+    "values mixed after": (MixedValues, False),
     "as wide": (lambda: Plain(16), False),
     "wider": (lambda: Plain(20), False),
     "narrower": (lambda: Plain(15), True),

@@ -173,15 +173,14 @@ class LatentWalk:
         """Return the least bytes of values that separate the keys from all sources, and from `more`, and these values."""
         graph = networkx.DiGraph()
         graph.add_node("start")
-        for node, operands in self.operands.items():
+        for node in (*self.operands, *more):
             capacity = {"capacity": self.width(node) + MESSAGE} if is_tensor(node) else {}
             graph.add_edge((node, "in"), (node, "out"), **capacity)
+            operands = self.operands.get(node)
             if operands is None:
                 graph.add_edge("start", (node, "in"))
             for operand in operands or {}:
                 graph.add_edge((operand, "out"), (node, "in"))
-        for node in more:
-            graph.add_edge("start", (node, "out"))
         for node in self.keys:
             graph.add_edge((node, "out"), "end")
         # Of several minimal cuts, networkx finds the one nearest to the end.
