@@ -61,7 +61,8 @@ def chunk_losses(gm: fx.GraphModule, *, chunk: int, may_return_logits: bool, pro
             + "\n".join(offences)
             + "\nloss_provider='auto' computes every loss."
         )
-    gm.graph.eliminate_dead_code()
+    if count:
+        gm.graph.eliminate_dead_code()
     return count
 
 

@@ -255,18 +255,22 @@ def run_pass(
     times: dict[str, float],
     **config: Any,
 ) -> None:
-    """Run one pass with the chores around it: lint, recompile, counts and times; dead code while no pass keeps nodes."""
-    start = time.perf_counter()
+    """Run one pass with the chores around it: counts and times, and of a graph that it changed dead code, lint and recompile.
+
+    Dead code goes while no pass keeps nodes.
+    """
+    start, num_nodes = time.perf_counter(), len(gm.graph.nodes)
     with faults_of(f"the pass {function.__name__}"):
         try:
             changes[function.__name__] = function(gm, **config)
         except CPError as error:
             error.see(f"passes.md#{function.__name__}")
             raise
-    if function in ANALYSIS or function is separate_documents:
-        gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
+    if changes[function.__name__] or len(gm.graph.nodes) != num_nodes or function is ANALYSIS[0]:
+        if function in ANALYSIS or function is separate_documents:
+            gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+        gm.recompile()
     times[function.__name__] = time.perf_counter() - start
     name, places = function.__name__, changes[function.__name__]
     _log.debug("pass %s changed %d places in %.0f ms", name, places, times[name] * 1e3)

@@ -130,8 +130,9 @@ class LatentWalk:
                     pending.discard(operand)
             if operands is None and len(self.operands) >= 2 * tested:
                 tested = len(self.operands)
-                if self._cut()[0] == self._cut(pending)[0]:
-                    break
+                bytes_cut, narrow = self._cut()
+                if bytes_cut == self._cut(pending)[0]:
+                    return narrow
         return self._cut()[1]
 
     def _operands(self, node: fx.Node, at: Sharded) -> dict[fx.Node, Sharded] | None:
