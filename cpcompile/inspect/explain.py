@@ -37,7 +37,7 @@ from cpcompile.inspect.explanation import (
 from cpcompile.inspect.graph_listing import input_name, listing, operator_name
 from cpcompile.inspect.whole_modules import operations, whole_modules
 from cpcompile.ir.annotation import annotation
-from cpcompile.ir.operator_call import Call, is_tensor, size_hint
+from cpcompile.ir.operator_call import Call, is_tensor, size_estimate
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Lengths
@@ -131,7 +131,7 @@ def explanation_of(transformed: Transformed, inputs: Sequence[Any], machine: Mac
     """
     gm, plan = transformed.graph, transformed.plan
     lengths = Lengths.all_of(gm)
-    length = size_hint(lengths[0].value) if lengths else 0
+    length = size_estimate(lengths[0].value) if lengths else 0
     names = {node.name: input_name(node) for node in placeholders(gm)}
     sites = tuple(attention_sites(transformed))
     is_gpu = all(x.device.type != "cpu" for x in inputs if isinstance(x, torch.Tensor))
@@ -269,12 +269,12 @@ def local_arguments(node: fx.Node, transformed: Transformed) -> dict[str, Any]:
     def local(argument: fx.Node) -> Any:
         value, placement = argument.meta["val"], annotation(argument).placement
         if not isinstance(value, torch.Tensor):
-            return size_hint(value)
-        shape = [size_hint(n) for n in value.shape]
+            return size_estimate(value)
+        shape = [size_estimate(n) for n in value.shape]
         if isinstance(placement, Sharded) and not annotation(argument).is_local:
             lengths = Lengths.of(transformed.graph, placement.sequence)
-            slots = lengths.local if isinstance(lengths.local, int) else size_hint(lengths.local.meta["val"])
-            shape[placement.dim] = shape[placement.dim] // placement.count(size_hint(lengths.value)) * slots
+            slots = lengths.local if isinstance(lengths.local, int) else size_estimate(lengths.local.meta["val"])
+            shape[placement.dim] = shape[placement.dim] // placement.count(size_estimate(lengths.value)) * slots
         return torch.empty(shape, dtype=value.dtype, device="meta")
 
     return {name: fx.map_arg(argument, local) for name, argument in Call.of(node).arguments.items()}
@@ -310,9 +310,9 @@ def attention_sites(transformed: Transformed) -> list[Site]:
             Site(
                 module=module_path(node),
                 line=source_place(node),
-                heads=size_hint(q[1]),
-                kv_heads=size_hint(k[1]),
-                head_dim=size_hint(q[3]),
+                heads=size_estimate(q[1]),
+                kv_heads=size_estimate(k[1]),
+                head_dim=size_estimate(q[3]),
                 mask=describe(node),
                 strategy=how_computed(made),
                 layout=plan.layout,
@@ -393,7 +393,7 @@ def sharded_inputs(gm: fx.GraphModule) -> list[ShardedInput]:
         source = node.args[0]
         if annotation(node).is_local:
             continue  # the heads of a weight
-        shape = tuple(size_hint(n) for n in source.meta["val"].shape) if is_tensor(source) else ()
+        shape = tuple(size_estimate(n) for n in source.meta["val"].shape) if is_tensor(source) else ()
         name = input_name(source) if source.op == "placeholder" else f"{operator_name(source)} ({source.name})"
         found.append(ShardedInput(name, shape, node.args[1], source_place(node) or "input"))
     return found
@@ -404,7 +404,7 @@ def gathered_values(gm: fx.GraphModule) -> list[GatheredValue]:
     found = []
     for node in gm.graph.find_nodes(op="call_function", target=cp.gather_tokens.default):
         source = node.args[0]
-        shape = tuple(size_hint(n) for n in node.meta["val"].shape)
+        shape = tuple(size_estimate(n) for n in node.meta["val"].shape)
         nbytes = math.prod(shape) * node.meta["val"].element_size()
         name = f"{operator_name(source)} ({source.name})"
         found.append(GatheredValue(name, shape, nbytes, annotation(node).reason, source_place(node)))

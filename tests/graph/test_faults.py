@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -193,13 +194,10 @@ class Picks(Logits):
 
 def test_sizes_that_depend_on_values() -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        for strict in (True, False):
-            assert verify(Picks(False), IDS, world_size=3, dtype=torch.float64, strict=strict).ok
-        with pytest.raises(NoRule, match="cannot be sharded by tokens again") as error:
-            verify(Picks(True), IDS, world_size=2)
-        assert "q = x.flatten(0, 1)[places][None, None]" in str(error.value)
-        with pytest.warns(UserWarning, match="run whole on every rank"):
-            assert verify(Picks(True), IDS, world_size=2, dtype=torch.float64, strict=False).ok
+        for strict, is_attention in itertools.product((True, False), repeat=2):
+            model = Picks(is_attention)
+            assert verify(model, IDS, world_size=3, dtype=torch.float64, strict=strict).ok
+            assert explain(model, IDS, world_size=2, strict=strict).collectives
 
 
 def test_a_model_that_is_compiled_already() -> None:

@@ -98,7 +98,9 @@ def test_runs_of_a_service(
 def test_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in ("tensorboard", "wandb", "trackio"):
-        with pytest.raises(ConfigError, match=rf"^--report-to {name} needs {name}, which .*: pip install {name}\.$"):
+        with pytest.raises(
+            ConfigError, match=rf"(?m)^--report-to {name} needs {name}, which .*: pip install {name}\.$"
+        ):
             validated(tiny_options(tmp_path, report_to=name))
     with pytest.raises(ConfigError, match=r"--report-to mlflow is not an option: choose one of none, tensorboard"):
         validated(tiny_options(tmp_path, report_to="mlflow"))
@@ -109,6 +111,6 @@ def test_a_tracker_that_fails(tmp_path: Path, calls: Calls, monkeypatch: pytest.
         raise TimeoutError("no answer")
 
     monkeypatch.setattr(sys.modules["wandb"], "log", fail)
-    with pytest.raises(StorageError, match=r"^--report-to wandb failed: TimeoutError: no answer$"):
+    with pytest.raises(StorageError, match=r"(?m)^--report-to wandb failed: TimeoutError: no answer$"):
         report(tiny_options(tmp_path, report_to="wandb"), step(1))
     assert calls[-1][1][1] == {"exit_code": 1}
