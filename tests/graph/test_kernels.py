@@ -932,7 +932,7 @@ def test_choice_says_why() -> None:
 @pytest.mark.usefixtures("hopper")
 def test_a_kernel_that_cannot_serve_is_an_error() -> None:
     with pytest.raises(
-        KernelError, match=r"no kernel is called 'fast': there are auto, cudnn, cudnn_varlen, flash3, .*, math$"
+        KernelError, match=r"(?m)no kernel is called 'fast': there are auto, cudnn, cudnn_varlen, flash3, .*, math$"
     ):
         kernels.choose(case("cuda"), "fast")
     with pytest.raises(KernelError) as error:

@@ -130,8 +130,8 @@ def test_data_sets_that_were_saved(tmp_path: Path, split: str) -> None:
     (datasets.DatasetDict({split: rows}) if split else rows).save_to_disk(tmp_path)
     source = data.DatasetSource(str(tmp_path), split=split, column="body")
     assert [document.text for document in source.documents()] == ["first", "second"]
-    with pytest.raises(InputError, match=r"has no column text: choose one of body by --dataset-column\.$"):
+    with pytest.raises(InputError, match=r"(?m)has no column text: choose one of body by --dataset-column\.$"):
         data.DatasetSource(str(tmp_path), split=split).documents()
     if split:
-        with pytest.raises(InputError, match=r"^--dataset .* does not load: KeyError: 'train'$"):
+        with pytest.raises(InputError, match=r"(?m)^--dataset .* does not load: KeyError: 'train'$"):
             data.DatasetSource(str(tmp_path)).documents()
