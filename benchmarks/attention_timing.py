@@ -16,6 +16,9 @@ import torch.distributed as dist
 from attention_cases import Problem
 from attention_systems import Runner, System
 
+from cpcompile.inspect.profile import total, union
+from cpcompile.inspect.trace import ON_DEVICE
+
 Tensor = torch.Tensor
 Event = dict[str, Any]
 # The device waits this long before each timed step, so that the host is ahead as it is in a training step.
@@ -200,24 +203,6 @@ def bytes_sent(events: list[Event], world_size: int) -> int:
     return round(total)
 
 
-Span = tuple[float, float]
-
-
-def _union(spans: list[Span]) -> list[Span]:
-    """Return the spans, sorted, overlapping ones joined."""
-    joined: list[Span] = []
-    for start, end in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(end, joined[-1][1])
-        else:
-            joined.append((start, end))
-    return joined
-
-
-def _length(spans: list[Span]) -> float:
-    return sum(end - start for start, end in spans)
-
-
 def _is_transfer(event: Event) -> bool:
     return "nccl" in event["name"].lower() or "PtoP" in event["name"]
 
@@ -234,18 +219,18 @@ def _table(title: str, events: list[Event], limit: int) -> list[str]:
 
 def summary(events: list[Event], limit: int = 14) -> str:
     """Return where the time of a step went on this rank: kernels by time, transfers, and gaps without computation."""
-    device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    device = [e for e in events if e.get("cat") in ON_DEVICE]
     if not device:
         return "\n".join(_table("operators", [e for e in events if e.get("cat") == "cpu_op"], limit))
     computing = [e for e in device if not _is_transfer(e)]
     transfers = [e for e in device if _is_transfer(e)]
-    busy, moving = (_union([(e["ts"], e["ts"] + e["dur"]) for e in group]) for group in (computing, transfers))
-    both = _union(busy + moving)
+    busy, moving = (union([(e["ts"], e["ts"] + e["dur"]) for e in group]) for group in (computing, transfers))
+    both = union(busy + moving)
     span = both[-1][1] - both[0][0]
-    exposed = _length(both) - _length(busy)
+    exposed = total(both) - total(busy)
     lines = [
-        f"span {span / 1e3:.3f} ms: computing {_length(busy) / 1e3:.3f}, transfers {_length(moving) / 1e3:.3f} of which not "
-        f"hidden {exposed / 1e3:.3f}, idle {(span - _length(both)) / 1e3:.3f}"
+        f"span {span / 1e3:.3f} ms: computing {total(busy) / 1e3:.3f}, transfers {total(moving) / 1e3:.3f} of which not "
+        f"hidden {exposed / 1e3:.3f}, idle {(span - total(both)) / 1e3:.3f}"
     ]
     lines += _table("computing", computing, limit) + _table("transfers", transfers, 6)
     ends = {e["ts"] + e["dur"]: e["name"] for e in computing}

@@ -16,15 +16,15 @@ from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operator)
 from cpcompile.analysis.masks.read import Reader
-from cpcompile.analysis.patterns.affine_loops import counts_of_turns, loop_for_all_turns
+from cpcompile.analysis.patterns.affine_loops import FEWEST, counts_of_turns, loop_for_all_turns
 from cpcompile.analysis.patterns.decays import recurrence_of_product
 from cpcompile.analysis.patterns.nodes import value_numbers
 from cpcompile.ir.insertion import replace_uses
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import JOINS, Call
 
 aten = torch.ops.aten
+JOINERS = {aten.stack.default, *JOINS}
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
-JOINS = {aten.stack.default, aten.cat.default, aten.concat.default, aten.concatenate.default}
 
 
 def find_recurrences(gm: fx.GraphModule) -> int:
@@ -33,13 +33,15 @@ def find_recurrences(gm: fx.GraphModule) -> int:
     Needs: no `einsum` of two tensors (`open_products`).
     Gives: `cp.recurrence` in their place.
     """
-    count, reader, number = 0, Reader(gm), value_numbers(gm.graph).__getitem__
-    counts = counts_of_turns(gm.graph, number)
-    for node in list(gm.graph.nodes):
+    count, reader, nodes = 0, Reader(gm), list(gm.graph.nodes)
+    may_be_loops = any(len(Call.of(node)["tensors"]) >= FEWEST for node in nodes if node.target in JOINERS)
+    number = value_numbers(gm.graph).__getitem__ if may_be_loops else None
+    counts = counts_of_turns(gm.graph, number) if number else set()
+    for node in nodes:
         new = None
         if node.target in PRODUCTS:
             new = recurrence_of_product(node, reader)
-        elif node.target in JOINS and len(Call.of(node)["tensors"]) in counts:
+        elif number and node.target in JOINERS and len(Call.of(node)["tensors"]) in counts:
             new = loop_for_all_turns(node, reader, number)
         if new is not None:
             replace_uses(node, new)

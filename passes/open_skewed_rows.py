@@ -21,7 +21,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.analysis.patterns.formula import coordinate, size_of
-from cpcompile.analysis.patterns.nodes import same_shape, source
+from cpcompile.analysis.patterns.nodes import PADS, same_shape, source
 from cpcompile.ir.insertion import insert_call, replace_uses
 from cpcompile.ir.operator_call import Call, value_of
 
@@ -31,7 +31,6 @@ _VIEWS = {
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default),
     *(aten.flatten.using_ints, aten.unflatten.int, aten.view_as.default),
 }
-_PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ def read_skew(end: fx.Node) -> Skew | None:
         num_views += node.target in _VIEWS
         if node.target is aten.slice.Tensor:
             offset.append(Term(1, call["start"] or 0, width))
-        elif node.target in _PADS:
+        elif node.target in PADS:
             offset.append(Term(-1, call["pad"][-2], width))
         node = source(node)
     if not num_views or value_dim(node) != num_batch + 2:
@@ -105,7 +104,7 @@ def is_step(node: fx.Node, num_batch: int) -> bool:
     """Tell whether a node keeps the order of the elements behind the batch dims, and leaves out or adds some at the ends."""
     if node.op != "call_function" or num_batch < 0 or not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    if node.target not in _VIEWS | _PADS | {aten.slice.Tensor}:
+    if node.target not in _VIEWS | PADS | {aten.slice.Tensor}:
         return False
     before, after = value_of(source(node)), value_of(node)
     if min(before.dim(), after.dim()) <= num_batch or not same_shape(before.shape[:num_batch], after.shape[:num_batch]):
@@ -113,7 +112,7 @@ def is_step(node: fx.Node, num_batch: int) -> bool:
     call = Call.of(node)
     if node.target is aten.slice.Tensor:
         return call.dim("dim", "self") == num_batch and call["step"] == 1 and first_of(call) is not None
-    if node.target in _PADS:
+    if node.target in PADS:
         *inner, _, _ = call["pad"]
         is_of_zeros = not call["value"] and call.arguments.get("mode", "constant") == "constant"
         return is_of_zeros and len(call["pad"]) == 2 * (before.dim() - num_batch) and not any(inner)

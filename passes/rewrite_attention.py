@@ -25,6 +25,7 @@ from cpcompile.ir.placement import Sharded
 from cpcompile.ir.plan import Lengths, Plan
 from cpcompile.rules.attention import QUERY_TOKENS
 from cpcompile.runtime.attention.catalogue import STRATEGIES
+from cpcompile.runtime.attention.registration import LAYER
 
 cp = torch.ops.cpcompile
 
@@ -126,5 +127,5 @@ def refuse_unable(node: fx.Node, strategy: str, plan: Plan) -> None:
 
 def axis_arguments(target: Any, plan: Plan, length: fx.Node | int) -> dict[str, Any]:
     """Return the keyword arguments of an attention operator, which are fields of the plan but for the length."""
-    names = [argument.name for argument in target._schema.arguments if argument.kwarg_only and argument.name != "layer"]
+    names = [argument.name for argument in target._schema.arguments if argument.kwarg_only and argument.name != LAYER]
     return {name: length if name == "length" else getattr(plan, name) for name in names}

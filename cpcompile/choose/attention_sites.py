@@ -15,7 +15,7 @@ from cpcompile.choose.attention import AttentionSite
 from cpcompile.choose.kernels import sized
 from cpcompile.errors import LengthDependent, where
 from cpcompile.ir.annotation import annotation
-from cpcompile.ir.operator_call import Call, size_estimate, size_hint, values_of
+from cpcompile.ir.operator_call import JOINS, Call, size_estimate, size_hint, values_of
 from cpcompile.ir.placement import Sharded
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 
@@ -35,7 +35,6 @@ REWRITTEN = {cp.attention.default, *(getattr(cp, f"{name}_attention").default fo
 # What each token goes through by itself before it attends: it has one row for each.
 PRODUCTS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
-JOINS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
 
 MOST_NUMBERS = 3  # of tokens that are tried
 

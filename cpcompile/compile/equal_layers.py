@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_flatten
 from cpcompile import runtime  # noqa: F401  (registers the operators)
 from cpcompile.analysis.gradient_flow import gradient_flow
 from cpcompile.capture.writes.aliases import hidden_writes, source_of
-from cpcompile.compile.layers import LAYER
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.checkpoint_answers import answers_of
 from cpcompile.ir.operator_call import is_tensor, size_hint, value_of, values_of
 from cpcompile.passes.rewrite_dropout import draws
+from cpcompile.runtime.attention.registration import LAYER
 
 MIN_LAYERS = 4  # a call costs the fusions across its border: with fewer layers there is little to gain
 MIN_NODES = 16  # of a layer

@@ -9,8 +9,7 @@ from torch import fx
 from cpcompile.choose.attention_sites import rewritten_attentions
 from cpcompile.errors import module_path, source_place
 from cpcompile.ir.folding import one_path
-
-LAYER = "layer"  # the argument of every attention, on which no result depends
+from cpcompile.runtime.attention.registration import LAYER
 
 
 def name_layers(gm: fx.GraphModule) -> None:

@@ -266,6 +266,7 @@ def run_pass(
         except CPError as error:
             error.see(f"passes.md#{function.__name__}")
             raise
+    # The first one also clears what the capture left.
     if changes[function.__name__] or len(gm.graph.nodes) != num_nodes or function is ANALYSIS[0]:
         if function in ANALYSIS or function is separate_documents:
             gm.graph.eliminate_dead_code()

@@ -10,6 +10,10 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
+aten = torch.ops.aten
+
+JOINS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
+
 
 def value_of(node: fx.Node) -> Any:
     """Return the fake value that tracing recorded for `node`."""

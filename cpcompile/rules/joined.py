@@ -19,13 +19,13 @@ from torch import fx
 from cpcompile.balance.layout import follows_documents
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.joining import Joiner
-from cpcompile.ir.operator_call import Call, value_of
+from cpcompile.ir.operator_call import JOINS, Call, value_of
 from cpcompile.ir.placement import Placement, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.rules.cuts import CUTS, SPLITS, Cuts
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.registry import Decision
-from cpcompile.rules.regrouping import JOINS, Regrouper
+from cpcompile.rules.regrouping import Regrouper
 from cpcompile.rules.slots import SlotAttention
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile

@@ -20,7 +20,7 @@ from cpcompile.errors import LengthDependent, NoChunks, where
 from cpcompile.ir.annotation import annotate, placement_of
 from cpcompile.ir.insertion import insert_copy
 from cpcompile.ir.joining import Joiner, regrouped
-from cpcompile.ir.operator_call import Call, depends_on_length, expression, value_of
+from cpcompile.ir.operator_call import JOINS, Call, depends_on_length, expression, value_of
 from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.rules.convolution import BY_RANK, CONVOLUTIONS, paddings, spatial
@@ -29,7 +29,6 @@ from cpcompile.rules.views import locate_tokens, quotient
 
 aten = torch.ops.aten
 
-JOINS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
 VIEWS = {
     aten.view.default,
     aten._unsafe_view.default,

@@ -17,16 +17,14 @@ from cpcompile.analysis.masks.expression import ONE, Boolean, coordinate
 from cpcompile.analysis.masks.read import Reader, constant
 from cpcompile.analysis.masks.simplify import as_boolean, compare, negated
 from cpcompile.analysis.patterns.fills import Fill, fills_of
-from cpcompile.analysis.patterns.nodes import same_shape, source, switches_mode
+from cpcompile.analysis.patterns.nodes import PADS, same_shape, source, switches_mode
 from cpcompile.ir.insertion import insert_call
-from cpcompile.ir.operator_call import Call, is_tensor, value_of
+from cpcompile.ir.operator_call import JOINS, Call, is_tensor, value_of
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 _SAME = {aten.alias.default, aten.clone.default, aten.contiguous.default, aten.expand.default}
 _TURNS = {aten.transpose.int, aten.permute.default}
-_PADS = {aten.pad.default, aten.constant_pad_nd.default}
-_JOINS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
 
 
 def recurrence_of_product(node: fx.Node, reader: Reader) -> fx.Node | None:
@@ -133,7 +131,7 @@ def without_dim(x: fx.Node, dim: int) -> fx.Node | None:
 
 def is_padded_in_front(x: fx.Node) -> bool:
     """Tell whether a tensor has one element, which counts for nothing, before the others along its last dim."""
-    return x.target in _PADS and list(Call.of(x)["pad"]) == [1, 0]
+    return x.target in PADS and list(Call.of(x)["pad"]) == [1, 0]
 
 
 def begins_with_zeros(x: fx.Node, dim: int, reader: Reader) -> bool:
@@ -144,10 +142,10 @@ def begins_with_zeros(x: fx.Node, dim: int, reader: Reader) -> bool:
             dim = turned(x)[dim]
         elif x.target is aten.flatten.using_ints and call.dim("start_dim", "self") <= dim:
             return False
-        elif x.target in _JOINS and call.dim("dim", "tensors.0") == dim:
+        elif x.target in JOINS and call.dim("dim", "tensors.0") == dim:
             first = call["tensors"][0]
             return value_of(first).shape[dim] == 1 and constant(reader, first) == 0
-        elif x.target in _PADS:
+        elif x.target in PADS:
             pads = list(call["pad"])[2 * (value_of(x).dim() - 1 - dim) :]
             return (
                 bool(pads)

@@ -15,6 +15,7 @@ from cpcompile.ir.operator_call import value_of
 
 aten = torch.ops.aten
 
+PADS = {aten.pad.default, aten.constant_pad_nd.default}
 # They read only the shape, the dtype or the device of their operands, or of those behind the first.
 _CREATIONS = {
     *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),

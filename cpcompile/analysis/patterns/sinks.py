@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.analysis.masks.read import Reader, constant
-from cpcompile.analysis.patterns.nodes import is_conversion, records_gradients, source
+from cpcompile.analysis.patterns.nodes import PADS, is_conversion, records_gradients, source
 from cpcompile.analysis.patterns.scores import maximum_of_rows
 from cpcompile.ir.insertion import insert_call
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
@@ -23,7 +23,6 @@ from cpcompile.ir.operator_call import Call, is_tensor, value_of
 aten = torch.ops.aten
 
 _EXPANSIONS = {aten.expand.default, aten.expand_as.default, aten.broadcast_to.default}
-_PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ def read_sinks(logits: fx.Node, reader: Reader) -> SinkColumn | None:
         nodes.insert(0, source(nodes[0]))
     joined = unshifted(nodes[0])
     nodes = nodes if joined is nodes[0] else [joined, *nodes]
-    if joined.target in _PADS:
+    if joined.target in PADS:
         return read_padded(joined, tuple(nodes))
     return read_joined(joined, tuple(nodes), reader) if joined.target is aten.cat.default else None
 

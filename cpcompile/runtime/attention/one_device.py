@@ -76,7 +76,7 @@ def dropped(q: Tensor, k: Tensor, v: Tensor, terms: AttentionArguments) -> Tenso
 # Composite: it differentiates and compiles as what it calls, and survives in graphs traced before dispatch.
 torch.library.define(
     "cpcompile::attention",
-    f"(Tensor q, Tensor k, Tensor v, {SCHEMA}, *, {registration.LAYER}) -> Tensor",
+    f"(Tensor q, Tensor k, Tensor v, {SCHEMA}, *, {registration.LAYER_SCHEMA}) -> Tensor",
     tags=registration.TAGS,
 )
 torch.library.impl("cpcompile::attention", "CompositeImplicitAutograd")(attention)

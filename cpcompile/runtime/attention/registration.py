@@ -21,7 +21,8 @@ from cpcompile.runtime.attention.profiling import attention_range
 Tensor = torch.Tensor
 # Plans are made on the host at each call, so that no CUDA graph may hold one.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-LAYER = "str layer=''"  # the module whose attention this is, for profiles: no result depends on it
+LAYER = "layer"  # the argument that names the module whose attention this is, for profiles: no result depends on it
+LAYER_SCHEMA = f"str {LAYER}=''"
 _TENSORS = [i for i, argument in enumerate(SCHEMA.split(",")) if argument.strip().startswith("Tensor")]
 _SINKS = NAMES.index("sinks")
 _OPERANDS = ("q", "k", "v", "out")
@@ -62,7 +63,7 @@ def define(
         axis: the keyword arguments of the operator, as a schema, beside its layer.
         kept: what `forward` returns behind out and lse.
     """
-    keywords = f", *, {LAYER}{', ' * bool(axis)}{axis}"
+    keywords = f", *, {LAYER_SCHEMA}{', ' * bool(axis)}{axis}"
     _register(
         name, f"(Tensor q, Tensor k, Tensor v, {SCHEMA}{keywords}) -> ({_tensors(2 + kept.count)})", forward, results
     )
