@@ -76,6 +76,10 @@ class VerificationError(CPError):
     """The transformed program does not compute what the original computes."""
 
 
+class NotFiniteError(CPError):
+    """A value or a gradient of a step is NaN or infinite, and `check_finite` asked for an error then."""
+
+
 class InternalError(CPError):
     """An error of another kind while compiling, its `__cause__`: a fault of cpcompile or of the inner compiler."""
 

@@ -33,7 +33,8 @@ def difference_text(now: Sequence[RankProfile], before: Sequence[RankProfile]) -
 
 def mean(profiles: Sequence[RankProfile], name: str) -> float:
     """Return the mean of a field over the ranks."""
-    return sum(getattr(profile, name) for profile in profiles) / len(profiles)
+    values: list[float] = [getattr(profile, name) for profile in profiles]
+    return sum(values) / len(values)
 
 
 def compared(before: float, now: float) -> tuple[str, str, str]:
