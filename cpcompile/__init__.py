@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cpcompile.front.apply import apply, explanation, no_sync, remove, shard, unshard
     from cpcompile.front.data import rank_and_replicas
     from cpcompile.front.loss import cross_entropy
+    from cpcompile.front.show import show
     from cpcompile.inspect.explain import explain
     from cpcompile.inspect.explanation import Explanation
     from cpcompile.inspect.minify import minify
@@ -37,6 +38,7 @@ _MODULES = {
     "front.apply": ("apply", "explanation", "no_sync", "remove", "shard", "unshard"),
     "front.data": ("rank_and_replicas",),
     "front.loss": ("cross_entropy",),
+    "front.show": ("show",),
     "options.config": ("Config",),
     "errors": (
         "CPError",
@@ -100,6 +102,7 @@ __all__ = [
     "rank_and_replicas",
     "remove",
     "shard",
+    "show",
     "token_local",
     "unshard",
     "verify",

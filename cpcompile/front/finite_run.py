@@ -20,6 +20,7 @@ from cpcompile.inspect.not_finite import UNWRITTEN, is_meant, kind_of, name_of
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.placement import Sharded
 from cpcompile.options.mesh import Axis
+from cpcompile.runtime.tokens.show import summary
 
 Tensor = torch.Tensor
 cp = torch.ops.cpcompile
@@ -31,6 +32,7 @@ class FiniteRun(fx.Interpreter):
 
     def __init__(self, transformed: Transformed, axis: Axis) -> None:
         super().__init__(transformed.graph)
+        self.extra_traceback = False  # the message has the user's line
         self._transformed, self._axis = transformed, axis
         self._kinds: dict[fx.Node, str] = {}
         self._bounds: dict[fx.Node, Tensor] = {}
@@ -141,12 +143,3 @@ def told_gradient(node: fx.Node, users: list[fx.Node], kind: str) -> str:
 def is_number(x: Tensor) -> bool:
     """Tell whether a tensor holds numbers that may be no numbers."""
     return x.is_floating_point() or x.is_complex()
-
-
-def summary(x: Tensor) -> str:
-    """Return dtype, shape and range of a tensor."""
-    head = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-    if not x.numel() or x.is_complex() or x.dtype is torch.bool:
-        return head
-    least, most = x.detach().aminmax()
-    return f"{head}, from {least.item():.4g} to {most.item():.4g}"
