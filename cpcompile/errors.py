@@ -101,7 +101,7 @@ def source_place(node: fx.Node) -> str:
 
 def module_path(node: fx.Node) -> str:
     """Return the dotted path of the module that made `node`, e.g. `model.layers.0.self_attn`, or ''."""
-    stack = node.meta.get("nn_module_stack")
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")  # of a node of backward
     if not stack:
         return ""
     return clean_path(str(list(stack.values())[-1][0]))
