@@ -133,7 +133,11 @@ class FiniteRun(fx.Interpreter):
 
 def told_gradient(node: fx.Node, users: list[fx.Node], kind: str) -> str:
     """Return where a gradient stops being finite: in backward of what uses the value."""
-    head = f"the gradient of {name_of(node)} is {kind}"
+    source = (
+        node.args[0] if node.target is cp.sum_gradient.default else node
+    )  # of a parameter, before the ranks add theirs
+    assert isinstance(source, fx.Node)
+    head = f"the gradient of {name_of(source)} is {kind}"
     if not users:
         return f"{head}, and no operator of the model makes it: the caller's own objective does.\n\n{where(node)}"
     places = "\n".join(dict.fromkeys(where(user) for user in users))

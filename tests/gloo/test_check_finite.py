@@ -73,6 +73,28 @@ def test_a_step_of_finite_numbers_is_that_of_one_device(pool: Any) -> None:
         assert (text, difference < EXACT) == ("", True), (text, difference)
 
 
+class Rolled(TinyLM):
+    """Divides what neighbours hand over, which is 0 in the slots behind a rank's tokens."""
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids).roll(1, 1)
+        return self.head(x / x.abs().sum(-1, keepdim=True) + self.attend(x))
+
+
+def run_rolled(rank: Any) -> float:
+    torch._dynamo.reset()
+    model = Rolled()
+    cpcompile.apply(model, rank.mesh(), inner="eager", check_finite=True, balancer="contiguous")
+    with torch.no_grad():
+        return float(model(**batch(LENGTH, 1)))
+
+
+def test_slots_behind_the_tokens_mean_nothing(pool: Any) -> None:
+    with torch.no_grad():
+        expected = float(Rolled()(**batch(LENGTH, 1)))
+    assert pool.run(3, run_rolled) == pytest.approx([expected] * 3)
+
+
 def test_what_is_compiled_is_not_checked() -> None:
     with pytest.raises(cpcompile.ConfigError, match="use inner='eager' with it"):
         cpcompile.Config(check_finite=True)
