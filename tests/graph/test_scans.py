@@ -401,6 +401,19 @@ def test_loops_over_tokens_pass_on_states_only(mixer: type[nn.Module]) -> None:
     assert "cp.stack_ranks" in {c.operator for c in long}
 
 
+def test_states_pass_in_the_order_of_the_row_under_a_layout_of_documents() -> None:
+    torch.manual_seed(0)
+    model = Packed()
+    model.space = Oscillators()
+    named = {"token_dims": {"input_ids": 1, "labels": 1, "documents": 1}, "dynamic": False}
+    found = cpcompile.verify(
+        model.double(), packed(11), world_size=3, dtype=torch.float64, balancer="balanced", **named
+    )
+    found.raise_if_wrong()
+    with pytest.raises(NoRule, match=r"(?s)knows no documents.*Use balancer='zig_zag' or 'contiguous'"):
+        cpcompile.explain(Packed(), packed(11), world_size=2, balancer="balanced", **named)
+
+
 def test_chunks_of_a_loop_and_documents_are_refused_with_the_remedy() -> None:
     with pytest.raises(NoRule, match=r"(?s)solve_triangular.*Use balancer='zig_zag' or 'contiguous'"):
         cpcompile.explain(
