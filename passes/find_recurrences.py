@@ -33,7 +33,11 @@ def find_recurrences(gm: fx.GraphModule) -> int:
     Needs: no `einsum` of two tensors (`open_products`).
     Gives: `cp.recurrence` in their place.
     """
-    count, reader, number = 0, Reader(gm), value_numbers(gm.graph).__getitem__
+    count, reader, numbers = 0, Reader(gm), value_numbers(gm.graph)
+
+    def number(node: fx.Node) -> int:
+        return numbers.setdefault(node, len(numbers))  # what an earlier recurrence left has none yet
+
     counts = counts_of_turns(gm.graph, number)
     for node in list(gm.graph.nodes):
         new = None

@@ -222,6 +222,17 @@ def momentum(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.stack(out, dim=2)
 
 
+def moving_average(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Begin with what the first turn has."""
+    state = v[:, :, 0]
+    out = [state * q[:, :, 0]]
+    for i in range(1, TURNS):
+        a = g[:, :, i, None, None].sigmoid()
+        state = a * state + (1 - a) * v[:, :, i]
+        out.append(state * q[:, :, i])
+    return torch.stack(out, dim=2)
+
+
 def begun_by_matrix(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Begin with what is learned."""
     state, out = v[:, :, 0, :3] + 1, torch.zeros_like(v)
@@ -322,7 +333,7 @@ def operands() -> list[Tensor]:
 
 
 LOOPS = [
-    *(gated_delta, of_channels, without_decay, constant_decay, rows_decay, begun, begun_by_matrix),
+    *(gated_delta, of_channels, without_decay, constant_decay, rows_decay, begun, begun_by_matrix, moving_average),
     *(coupled, complex_parts, delta_by_hand, values_first, by_einsum, from_the_right, decays_of_both),
 ]
 
@@ -340,6 +351,17 @@ def test_a_loop_may_carry_two_states(loop: Callable[..., Tensor]) -> None:
     gm.recompile()
     assert len(gm.graph.find_nodes(op="call_function", target=cp.recurrence.default)) == 2
     torch.testing.assert_close(gm(*inputs), loop(*inputs))
+
+
+def test_a_loop_may_read_what_another_one_left() -> None:
+    def twice(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return moving_average(q, k, begun(q, k, v, g), g)
+
+    gm, inputs = traced(twice, *operands()), operands()
+    assert find_recurrences(gm) == 2
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs), twice(*inputs))
 
 
 OTHERS = [nonlinear, backwards, last_turn_differs, detached, two_dims, turned_over, sums_turned_over]

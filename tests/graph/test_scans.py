@@ -297,6 +297,10 @@ class Oscillators(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         angle, real, imaginary, y = self.angle(x), x.mean(1), torch.zeros_like(x[:, 0]), []
+        average = [x[:, 0]]
+        for t in range(1, x.shape[1]):
+            average.append(0.9 * average[-1] + 0.1 * x[:, t])
+        x = torch.stack(average, dim=1)
         cos, sin = 0.9 * angle.cos(), 0.9 * angle.sin()
         for t in range(x.shape[1]):
             a, b = cos[:, t], sin[:, t]

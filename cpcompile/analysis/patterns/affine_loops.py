@@ -173,11 +173,16 @@ class Loop:
         return next(left, found)
 
     def _elements(self, reads: list[tuple[fx.Node, int, int]]) -> Turns:
-        """Return a tensor of which turn i reads element i, with its turns in front."""
-        x, dim, _ = reads[0]
-        if [i for *_, i in reads] != list(range(len(reads))) or value_of(x).shape[dim] != self.count:
+        """Return a tensor of which turn i reads element i, with its turns in front.
+
+        Turns that read the element behind, since the state begins with the first one, are one less: the last here is never used.
+        """
+        x, dim, first = reads[0]
+        is_in_order = [i for *_, i in reads] == list(range(first, first + len(reads)))
+        if first > 1 or not is_in_order or value_of(x).shape[dim] != self.count:
             raise NotOneLoop
-        return Turns(self.writer.insert(aten.movedim.int, x, dim, 0) if dim else x)
+        node = self.writer.insert(aten.movedim.int, x, dim, 0) if dim else x
+        return Turns(self.writer.insert(aten.roll.default, node, [-1], [0]) if first else node)
 
     def _carry(self, nodes: tuple[fx.Node, ...]) -> Turns:
         """Return a state as it begins each turn: what it begins with, and then what the turn before makes of it."""
