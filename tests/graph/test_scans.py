@@ -354,8 +354,13 @@ PROGRAMS: dict[str, Case] = {
 
 QUICK = {"state space", "gated delta", "loop", "delta", "rotations", "oscillators", "bounded loop", "frames", "pools"}
 SETTINGS = [(2, "zig_zag"), (3, "contiguous"), (4, "zig_zag"), (3, "balanced")]
-# Loops over chunks that are no linear recurrences need the layout of the inputs.
-NOT_BY_DOCUMENTS = {"bounded gated delta", "bounded gated delta, many chunks"}
+# Programs that need the layout of the inputs, since loops run by channels or in chunks, or tokens are joined; what is refused.
+NOT_BY_DOCUMENTS = {
+    "mingru": "torch.cat",
+    "bounded loop": "aten.mul.Tensor",
+    "bounded gated delta": "solve_triangular",
+    "bounded gated delta, many chunks": "solve_triangular",
+}
 CASES = [
     pytest.param(
         name,
@@ -418,8 +423,8 @@ def test_states_pass_in_the_order_of_the_row_under_a_layout_of_documents() -> No
         cpcompile.explain(Packed(), packed(11), world_size=2, balancer="balanced", **named)
 
 
-def test_chunks_of_a_loop_and_documents_are_refused_with_the_remedy() -> None:
-    with pytest.raises(NoRule, match=r"(?s)solve_triangular.*Use balancer='zig_zag' or 'contiguous'"):
-        cpcompile.explain(
-            Model(GatedDelta(is_bounded=True)), text(22), world_size=2, balancer="balanced", dynamic=False
-        )
+@pytest.mark.parametrize("name", [x for x in NOT_BY_DOCUMENTS if "many chunks" not in x])
+def test_what_needs_the_layout_of_the_inputs_is_refused_with_the_remedy(name: str) -> None:
+    make, inputs, _ = PROGRAMS[name]
+    with pytest.raises(NoRule, match=f"(?s){NOT_BY_DOCUMENTS[name]}.*Use balancer='zig_zag' or 'contiguous'"):
+        cpcompile.explain(make(), inputs(), world_size=2, balancer="balanced", dynamic=False)
