@@ -391,3 +391,13 @@ def test_the_operator_and_its_gradients(by_matrix: bool) -> None:
     halves = [t.detach().bfloat16() for t in (factor, x)]
     in_float32 = by_definition(*(t.float() for t in halves)).bfloat16()
     assert torch.equal(cp.recurrence(*halves, 1, by_matrix), in_float32)
+
+
+def test_values_are_numbered_only_where_there_may_be_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[fx.Graph] = []
+    monkeypatch.setitem(find_recurrences.__globals__, "value_numbers", lambda graph: seen.append(graph) or {})
+    q, *rest = operands()
+    check_left_alone(lambda q: torch.cat([q @ q.mT, q @ q.mT]), q)
+    assert not seen
+    find_recurrences(traced(gated_delta, q, *rest))
+    assert len(seen) == 1
