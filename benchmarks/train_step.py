@@ -6,7 +6,7 @@
 Weights and tokens are random. Each strategy runs in the same processes; a step's time is that of the slowest
 rank, the median over steps. `--limit` measures what a step must take at least: the fastest attention that this machine has on
 the whole sequence over the number of ranks, as many layers in a row as make a step, and the compiled model without attention
-on one rank's tokens; and beside it the same with cuDNN's attention. With `--documents 16` each step has other
+on one rank's tokens; and beside it the same with cuDNN's attention. Without a strategy only the limit is measured, on one GPU. With `--documents 16` each step has other
 documents, of random lengths; its limit is that of these documents, by one kernel call for all of them, and `over_limit` is the
 median over steps of what a step takes of its own limit. `host_ms` is what the host takes to launch a step.
 """
@@ -95,7 +95,8 @@ def main() -> None:
     with socket.socket() as free:  # several runs may share a host
         free.bind(("127.0.0.1", 0))
         options.port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(run, args=(options,), nprocs=options.ranks, start_method="spawn")
+    options.processes = options.ranks if options.strategy or options.single else 1
+    torch.multiprocessing.start_processes(run, args=(options,), nprocs=options.processes, start_method="spawn")
 
 
 def predicted(options: argparse.Namespace, strategy: str) -> float:
@@ -130,9 +131,9 @@ def run(rank: int, options: argparse.Namespace) -> None:
         "nccl" if is_cuda else "gloo",
         init_method=f"tcp://127.0.0.1:{options.port}",
         rank=rank,
-        world_size=options.ranks,
+        world_size=options.processes,
     )
-    mesh = dist.init_device_mesh(options.device, (options.ranks,), mesh_dim_names=("cp",))
+    mesh = dist.init_device_mesh(options.device, (options.processes,), mesh_dim_names=("cp",))
     rows: list[dict[str, Any]] = []
     plans = [(name, True) for name in options.strategy]
     for strategy, is_sharded in plans + ([("single device", False)] if options.single else []):
