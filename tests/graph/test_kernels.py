@@ -947,7 +947,8 @@ def test_choice_says_why() -> None:
         "efficient with a mask of all rows and columns, one document at a time"
     )
     assert kernels.explain(case("cuda", HALF, 64, 64, "lengths")).startswith(
-        "triton (flash4 is not installed (pip install flash-attn-4); cudnn plans anew for each length of a document; cudnn_varlen is not installed (pip install nvidia-cudnn-"
+        "triton (flash4 is not installed (pip install flash-attn-4); cudnn plans anew for each length of a document; "
+        "cudnn_varlen is not installed (pip install nvidia-cudnn-"
     )
 
 
