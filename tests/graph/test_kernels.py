@@ -740,9 +740,31 @@ def test_what_took_the_place_of_flash_attention_2_is_not_called_by_its_name(monk
     assert kernels.choose(packed).kernel.name == "flash4"
     monkeypatch.setattr(flash, "gpu_generation", lambda: 9)
     forget_choices()
-    choice = kernels.choose(packed)
-    assert choice.kernel.name == "triton" and "flash4 was not measured on Hopper" in choice.reasons
-    assert kernels.choose(packed, "flash4").kernel is flash.FLASH4
+    assert kernels.choose(packed).kernel.name == "flash4"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("generation", "given", "name"),
+    [
+        (9, (), "flash4"),
+        (9, ("causal", "varied"), "flash4"),
+        (9, ("causal", "lengths"), "flash4"),
+        (9, ("causal", "rectangles"), "triton"),
+        (9, ("window",), "triton"),
+        (10, ("causal",), "cudnn"),
+        (10, ("causal", "lengths"), "flash4"),
+        (8, ("causal",), "cudnn"),
+    ],
+)
+def test_what_flash_attention_4_is_chosen_for(
+    generation: int, given: tuple[str, ...], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = ("triton", flash.FLASH4_PACKAGE.module)
+    monkeypatch.setattr(flash, "is_installed", lambda name: name in installed)
+    monkeypatch.setattr(flash, "gpu_generation", lambda: generation)
+    forget_choices()
+    assert kernels.choose(case("cuda", torch.bfloat16, 128, 128, *given)).kernel.name == name
 
 
 def case(device: str, dtype: torch.dtype = torch.bfloat16, head: int = 64, value: int = 64, *features: str) -> Case:
@@ -911,28 +933,30 @@ def test_a_block_is_planned_once_and_one_with_tensors_each_time() -> None:
 def test_choice_says_why() -> None:
     choice = kernels.choose(case("cuda", HALF, 136, 136, "documents", "causal", "softcap"))
     assert choice.reasons == (
+        "flash4 is not installed (pip install flash-attn-4)",
         "cudnn needs head dims of at most 128, or 192 and 128",
         "cudnn_varlen needs head dims of at most 128, or 192 and 128",
         "flash3 is not installed (pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130)",
-        "flash4 is not installed (pip install flash-attn-4)",
         "flash takes no documents, no softcap",
         "flash_attn is not installed (pip install flash-attn)",
         "ring_flash_attn has no kernels of its own, it calls those of flash_attn (pip install flash-attn)",
     )
-    assert kernels.explain(case("cuda")) == "cudnn"
+    assert kernels.explain(case("cuda")) == "cudnn (flash4 is not installed (pip install flash-attn-4))"
     assert kernels.explain(case("cuda", HALF, 60, 100), "flash") == "flash with head dims padded to 104 and 104"
     assert kernels.explain(case("cuda", FLOAT, 64, 64, "documents", "lengths"), "efficient") == (
         "efficient with a mask of all rows and columns, one document at a time"
     )
     assert kernels.explain(case("cuda", HALF, 64, 64, "lengths")).startswith(
-        "triton (cudnn plans anew for each length of a document; cudnn_varlen is not installed (pip install nvidia-cudnn-"
+        "triton (flash4 is not installed (pip install flash-attn-4); cudnn plans anew for each length of a document; "
+        "cudnn_varlen is not installed (pip install nvidia-cudnn-"
     )
 
 
 @pytest.mark.usefixtures("hopper")
 def test_a_kernel_that_cannot_serve_is_an_error() -> None:
     with pytest.raises(
-        KernelError, match=r"(?m)no kernel is called 'fast': there are auto, cudnn, cudnn_varlen, flash3, .*, math$"
+        KernelError,
+        match=r"(?m)no kernel is called 'fast': there are auto, flash4, cudnn, cudnn_varlen, flash3, .*, math$",
     ):
         kernels.choose(case("cuda"), "fast")
     with pytest.raises(KernelError) as error:

@@ -56,10 +56,10 @@ _log = logging.getLogger(__name__)
 # copies and products. The Triton kernels skip what is hidden and are 1.2 to 1.3 times as fast as the FlashAttention 2 that
 # torch bundles. The memory-efficient kernel reads a mask of all rows and columns, FlexAttention compiles for each shape.
 KERNELS: tuple[Kernel, ...] = (
+    flash.FLASH4,
     cudnn.KERNEL,
     cudnn_varlen.KERNEL,
     flash.FLASH3,
-    flash.FLASH4,
     triton.KERNEL,
     flash.FLASH2,
     flash_package.FLASH_ATTN,
@@ -108,7 +108,7 @@ def choose(case: Case, kernel: str = "auto") -> KernelChoice:
         for candidate in _fastest_first(case):
             reason = candidate.refuses(case) or candidate.avoids(case)
             if not reason:
-                if cudnn_varlen.is_missed(case):
+                if cudnn_varlen.is_missed(case) and candidate is not flash.FLASH4:
                     _say_what_is_missing(candidate.name)
                 return KernelChoice(candidate, tuple(reasons))
             reasons.append(f"{candidate.name} {reason}")
