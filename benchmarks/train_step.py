@@ -7,8 +7,9 @@ Weights and tokens are random. Each strategy runs in the same processes; a step'
 rank, the median over steps. `--limit` measures what a step must take at least: the fastest attention that this machine has on
 the whole sequence over the number of ranks, as many layers in a row as make a step, and the compiled model without attention
 on one rank's tokens; and beside it the same with cuDNN's attention. Without a strategy only the limit is measured, on one GPU.
-With `--documents 16` each step has other documents, of random lengths; its limit is that of these documents, by one kernel call for all of them, and `over_limit` is the
-median over steps of what a step takes of its own limit. `host_ms` is what the host takes to launch a step.
+With `--documents 16` each step has other documents, of random lengths; its limit is that of these documents, by one kernel
+call for all of them, and `over_limit` is the median over steps of what a step takes of its own limit. `host_ms` is what the
+host takes to launch a step.
 """
 
 from __future__ import annotations
