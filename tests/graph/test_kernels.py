@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import types
@@ -314,12 +315,15 @@ def _forget_choices() -> Any:
 
 
 def diagonal(q: Tensor, k: Tensor, left: int, right: int) -> tuple[int | None, int | None]:
-    """Return low and high of a window as FlashAttention counts it, from the last key.
+    """Return low and high of a window as FlashAttention 2 counts it, from the last key.
 
-    As many keys as there are, or more, are no bound to it, even where there are fewer keys than queries.
+    As many keys as there are, or more, are no bound to it, even where there are fewer keys than queries; and where there is one
+    bound, it takes as many keys as there are for the other.
     """
     shift = k.shape[1] - q.shape[1]
     left, right = (-1 if bound >= k.shape[1] else bound for bound in (left, right))
+    if max(left, right) >= 0:
+        left, right = (k.shape[1] if bound < 0 else bound for bound in (left, right))
     return (None if left < 0 else shift - left), (None if right < 0 else shift + right)
 
 
@@ -404,6 +408,20 @@ def test_flash_attention_gets_every_band(shape: str, low: int, high: int, monkey
     torch.manual_seed(0)
     use(monkeypatch, stand_in_for_flash())
     check(*SHAPES[shape], Block(SCALE, low=low, high=high), "stand_in")
+
+
+@pytest.mark.parametrize("rows, columns", [(7, 3), (6, 5), (4, 4), (2, 5)])
+def test_bands_of_flash_attention_hide_what_they_should(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All bands of some blocks: with and without one of the bounds, off the diagonal, and with more rows than columns."""
+    use(monkeypatch, stand_in_for_flash())
+    _, q, k, v = tensors(rows, columns)
+    for low, high in itertools.product((None, *range(-7, 5)), (None, *range(-6, 6))):
+        for rectangles in ((), (Rectangle(0, rows, 0, columns),)):
+            block = Block(SCALE, low=low, high=high, rectangles=rectangles)
+            found, expected = (kernels.forward(q, k, v, block, kernel) for kernel in ("stand_in", "math"))
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "window", "past"])
@@ -749,6 +767,7 @@ def test_what_took_the_place_of_flash_attention_2_is_not_called_by_its_name(monk
     [
         (9, (), "flash4"),
         (9, ("causal", "varied"), "flash4"),
+        (9, ("causal",), "flash4"),
         (9, ("causal", "lengths"), "flash4"),
         (9, ("causal", "rectangles"), "triton"),
         (9, ("window",), "triton"),
@@ -765,6 +784,11 @@ def test_what_flash_attention_4_is_chosen_for(
     monkeypatch.setattr(flash, "gpu_generation", lambda: generation)
     forget_choices()
     assert kernels.choose(case("cuda", torch.bfloat16, 128, 128, *given)).kernel.name == name
+    if "lengths" in given:  # steps with packed documents were no faster by it
+        monkeypatch.setattr(flash, "is_installed", lambda name: True)
+        monkeypatch.setattr(cudnn_varlen, "is_installed", lambda name: True)
+        forget_choices()
+        assert kernels.choose(case("cuda", torch.bfloat16, 128, 128, *given)).kernel.name == "cudnn_varlen"
 
 
 def case(device: str, dtype: torch.dtype = torch.bfloat16, head: int = 64, value: int = 64, *features: str) -> Case:

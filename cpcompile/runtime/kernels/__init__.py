@@ -14,6 +14,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -198,7 +199,7 @@ def known_calls(
         parts = [x for part in parts for x in _of_known_sizes(part, case_of)]
         asked = "auto"
     found = []
-    for part in parts:
+    for part in chain.from_iterable(map(adapt.by_reach, parts)):
         case = case_of(part.block)
         chosen = choose(case, asked).kernel
         is_whole, is_dense = part.is_whole(rows, columns), chosen.needs_dense_mask(case)
@@ -218,7 +219,7 @@ def _parts(
     if len(block.lengths) < 2:
         block = replace(block, lengths=()) if block.lengths else block
         part = adapt.trim(block, rows, columns)
-        return ([] if part.is_empty else adapt.by_reach(part)), kernel
+        return ([] if part.is_empty else [part]), kernel
     chosen = choose(case_of(block), kernel).kernel
     if "lengths" in chosen.takes and adapt.sees_diagonal(block):
         return [adapt.Part(slice(0, rows), slice(0, columns), block)], kernel
