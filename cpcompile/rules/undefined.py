@@ -1,0 +1,111 @@
+"""Operators that are not finite everywhere: for some numbers their value or their gradient is infinite, NaN, or an error.
+
+Slots that hold no token hold numbers that no token has (zeros behind a shift, an attention, a fill). Their gradient is 0, but 0 times
+infinity is NaN, which a product with a parameter spreads to all of its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from cpcompile.ir.operator_call import Call
+
+aten = torch.ops.aten
+Target = torch._ops.OpOverload
+
+# Not finite at 0, or below: finite at 1, and so is the gradient.
+_AT_ONE: dict[str, tuple[Target, ...]] = {
+    "self": (
+        aten.digamma.default,
+        aten.float_power.Tensor_Scalar,
+        aten.float_power.Tensor_Tensor,
+        aten.hypot.default,
+        aten.lgamma.default,
+        aten.log.default,
+        aten.log10.default,
+        aten.log1p.default,
+        aten.log2.default,
+        aten.polygamma.default,
+        aten.pow.Tensor_Scalar,
+        aten.pow.Tensor_Tensor,
+        aten.reciprocal.default,
+        aten.rsqrt.default,
+        aten.special_bessel_y0.default,
+        aten.special_bessel_y1.default,
+        aten.special_entr.default,
+        aten.special_erfcx.default,
+        aten.special_modified_bessel_k0.default,
+        aten.special_modified_bessel_k1.default,
+        aten.sqrt.default,
+        # The matrix of ones can be solved, that of zeros cannot.
+        aten.linalg_solve_triangular.default,
+    ),
+    "other": (
+        aten.div.Tensor,
+        aten.div.Tensor_mode,
+        aten.divide.Tensor,
+        aten.floor_divide.default,
+        aten.fmod.Tensor,
+        aten.remainder.Scalar_Tensor,
+        aten.remainder.Tensor,
+        aten.special_xlog1py.default,
+        aten.special_xlog1py.self_scalar,
+        aten.true_divide.Tensor,
+        aten.xlogy.Scalar_Self,
+        aten.xlogy.Tensor,
+    ),
+    "x": (aten.special_scaled_modified_bessel_k0.default, aten.special_scaled_modified_bessel_k1.default),
+    "tensor2": (aten.addcdiv.default,),
+    # Without an epsilon; of a row of ones the root of the mean square is 1.
+    "input": (aten.rms_norm.default,),
+}
+# Finite between two numbers only.
+_INSIDE = (
+    aten.acos.default,
+    aten.asin.default,
+    aten.atanh.default,
+    aten.erfinv.default,
+    aten.logit.default,
+    aten.special_ndtri.default,
+)
+# Not finite up to 1, or up to half of a number of dims.
+_ABOVE = {
+    aten.acosh.default: "self",
+    aten.mvlgamma.default: "self",
+    aten.special_zeta.default: "self",
+    aten.special_zeta.other_scalar: "self",
+    aten.special_zeta.self_scalar: "other",
+}
+# Overflow, where a token's number would not; and indices, which must exist.
+_AT_ZERO: dict[str, tuple[Target, ...]] = {
+    "self": (
+        aten.cosh.default,
+        aten.exp.default,
+        aten.exp2.default,
+        aten.expm1.default,
+        aten.one_hot.default,
+        aten.sinh.default,
+    ),
+    "exponent": (aten.pow.Scalar, aten.float_power.Scalar),
+    "index": (aten.gather.default, aten.index_select.default),
+    "indices": (aten.embedding.default, aten.index.Tensor),
+}
+
+FINITE_AT: Mapping[Target, Mapping[str, float]] = {
+    **{target: {name: 1.0} for name, targets in _AT_ONE.items() for target in targets},
+    **{target: {"self": 0.5} for target in _INSIDE},
+    **{target: {name: 100.0} for target, name in _ABOVE.items()},
+    **{target: {name: 0.0} for name, targets in _AT_ZERO.items() for target in targets},
+    aten.special_zeta.default: {"self": 100.0, "other": 100.0},
+}
+_POWERS = {aten.pow.Tensor_Scalar, aten.float_power.Tensor_Scalar}
+
+
+def finite_at(call: Call) -> dict[str, float]:
+    """Return the tensor operands that must not hold any number, each with one where value and gradient are finite."""
+    if call.target in _POWERS and float(call["exponent"]) in range(64):  # whole powers are finite everywhere
+        return {}
+    known = FINITE_AT.get(call.target, {})
+    return {name: known[of] for name, _ in call.operands() if (of := name.partition(".")[0]) in known}
