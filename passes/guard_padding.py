@@ -18,7 +18,7 @@ from cpcompile.ir.plan import Plan
 from cpcompile.ir.resharding import Resharder
 from cpcompile.rules.undefined import finite_at
 
-cp = torch.ops.cpcompile
+aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 
 def guard_padding(gm: fx.GraphModule, *, plan: Plan) -> int:
@@ -39,7 +39,7 @@ def guard_padding(gm: fx.GraphModule, *, plan: Plan) -> int:
             at = placement_of(operand)
             if not isinstance(at, Sharded) or (operand in repeating and at.covers_all):
                 continue
-            if value > 0 and is_positive(operand):
+            if is_filled(operand) or (value > 0 and is_positive(operand)):
                 continue
             filled = resharder.fill_padding(operand, at, value, node)
             if filled is not operand:
@@ -50,6 +50,13 @@ def guard_padding(gm: fx.GraphModule, *, plan: Plan) -> int:
         if repeats_tokens(call, repeating):
             repeating.add(node)
     return count
+
+
+def is_filled(operand: fx.Node) -> bool:
+    """Tell whether padding slots were filled, of each sequence where several are joined."""
+    if operand.target in (aten.cat.default, aten.flatten.using_ints):
+        return all(map(is_filled, operand.all_input_nodes))
+    return operand.target is cp.fill_padding.default
 
 
 def repeats_tokens(call: Call, repeating: set[fx.Node]) -> bool:

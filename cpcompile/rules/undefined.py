@@ -6,11 +6,14 @@ infinity is NaN, which a product with a parameter spreads to all of its gradient
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
+from torch import fx
 
 from cpcompile.ir.operator_call import Call
+from cpcompile.rules.ranges import constant_value
 
 aten = torch.ops.aten
 Target = torch._ops.OpOverload
@@ -89,7 +92,14 @@ _AT_ZERO: dict[str, tuple[Target, ...]] = {
         aten.sinh.default,
     ),
     "exponent": (aten.pow.Scalar, aten.float_power.Scalar),
-    "index": (aten.gather.default, aten.index_select.default),
+    "index": (
+        aten.gather.default,
+        aten.index_select.default,
+        aten.scatter.src,
+        aten.scatter.value,
+        aten.scatter_add.default,
+        aten.scatter_reduce.two,
+    ),
     "indices": (aten.embedding.default, aten.index.Tensor),
 }
 
@@ -101,11 +111,27 @@ FINITE_AT: Mapping[Target, Mapping[str, float]] = {
     aten.special_zeta.default: {"self": 100.0, "other": 100.0},
 }
 _POWERS = {aten.pow.Tensor_Scalar, aten.float_power.Tensor_Scalar}
+# What is put in the place of elements, by the mask of that name, and which truth value of it does so.
+_FILLS: Mapping[Target, tuple[tuple[str, str, bool], ...]] = {
+    aten.masked_fill.Scalar: (("value", "mask", True),),
+    aten.masked_fill.Tensor: (("value", "mask", True),),
+    aten.where.ScalarOther: (("other", "condition", False),),
+    aten.where.ScalarSelf: (("self", "condition", True),),
+    aten.where.self: (("other", "condition", False), ("self", "condition", True)),
+}
 
 
 def finite_at(call: Call) -> dict[str, float]:
     """Return the tensor operands that must not hold any number, each with one where value and gradient are finite."""
     if call.target in _POWERS and float(call["exponent"]) in range(64):  # whole powers are finite everywhere
         return {}
+    for filler, mask, fills_if in _FILLS.get(call.target, ()):
+        if _is_infinite(call[filler]):  # no mask hides all scores of a softmax where that of no token does
+            return {mask: float(not fills_if)}
     known = FINITE_AT.get(call.target, {})
     return {name: known[of] for name, _ in call.operands() if (of := name.partition(".")[0]) in known}
+
+
+def _is_infinite(filler: object) -> bool:
+    number = constant_value(filler) if isinstance(filler, fx.Node) else filler
+    return isinstance(number, int | float) and not math.isfinite(number)
