@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from cpcompile.analysis.signs import is_positive
+from cpcompile.analysis.signs import is_at_most_zero, is_positive
 from cpcompile.ir.annotation import annotation, placement_of
 from cpcompile.ir.operator_call import Call, is_tensor
 from cpcompile.ir.placement import Full, Sharded
@@ -34,14 +34,15 @@ def guard_padding(gm: fx.GraphModule, *, plan: Plan) -> int:
             continue
         call = Call.of(node)
         changes: dict[str, fx.Node] = {}
-        for name, value in finite_at(call).items():
+        for name, harmless in finite_at(call).items():
             operand = dict(call.operands())[name]
             at = placement_of(operand)
             if not isinstance(at, Sharded) or (operand in repeating and at.covers_all):
                 continue
-            if is_filled(operand) or (value > 0 and is_positive(operand)):
+            has_sign = {1: is_positive, -1: is_at_most_zero}.get(harmless.sign)
+            if is_filled(operand) or (has_sign is not None and has_sign(operand)):
                 continue
-            filled = resharder.fill_padding(operand, at, value, node)
+            filled = resharder.fill_padding(operand, at, harmless.number, node)
             if filled is not operand:
                 changes[name] = filled
         if changes:

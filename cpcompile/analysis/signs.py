@@ -1,4 +1,4 @@
-"""Signs: which values are above 0, or at least 0, whatever finite numbers they are computed from."""
+"""Signs: which values are above 0, at least 0 or at most 0, whatever finite numbers they are computed from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ _OF_ELEMENTS = {
     aten.clone.default,
     aten.contiguous.default,
     aten.detach.default,
+    aten.broadcast_to.default,
     aten.expand.default,
+    aten.expand_as.default,
     aten.flatten.using_ints,
     aten.mean.dim,
     aten.permute.default,
@@ -53,6 +55,7 @@ _AT_LEAST_ZERO = {
 }
 _PRODUCTS = {aten.mul.Tensor, aten.multiply.Tensor}
 _SUMS = {aten.add.Tensor, aten.add.Scalar}
+_NEGATIONS = {aten.neg.default, aten.negative.default}
 _LIMITS = {aten.clamp.default, aten.clamp_min.default, aten.clip.default}
 _DEPTH = 16  # operators that are looked through
 
@@ -95,6 +98,26 @@ def is_at_least_zero(x: Any, depth: int = _DEPTH) -> bool:
     if call.target in (aten.sqrt.default, *_OF_ELEMENTS):
         return is_at_least_zero(first, depth - 1)
     return is_positive(x, depth)
+
+
+def is_at_most_zero(x: Any, depth: int = _DEPTH) -> bool:
+    """Tell whether no element is above 0."""
+    if not isinstance(x, fx.Node):
+        return isinstance(x, int | float) and x <= 0
+    call = _call(x, depth)
+    if call is None:
+        return False
+    first, second = _operands(call)
+    if call.target is aten.log_sigmoid.default:
+        return True
+    if call.target in _NEGATIONS:
+        return is_at_least_zero(first, depth - 1)
+    if call.target in _PRODUCTS:
+        pairs = ((first, second), (second, first))
+        return any(is_at_least_zero(a, depth - 1) and is_at_most_zero(b, depth - 1) for a, b in pairs)
+    if call.target in _SUMS:
+        return _adds(call) and all(is_at_most_zero(each, depth - 1) for each in (first, second))
+    return call.target in _OF_ELEMENTS and is_at_most_zero(first, depth - 1)
 
 
 def _call(node: fx.Node, depth: int) -> Call | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -17,6 +18,21 @@ from cpcompile.rules.ranges import constant_value
 
 aten = torch.ops.aten
 Target = torch._ops.OpOverload
+
+
+@dataclass(frozen=True, slots=True)
+class Harmless:
+    """A number for which an operator and its gradient are finite.
+
+    Attributes:
+        number: it.
+        sign: 1 where so they are for all numbers above 0, -1 where for all up to 0, 0 where for neither.
+    """
+
+    number: float
+    sign: int = 0
+
+
 
 # Not finite at 0, or below: finite at 1, and so is the gradient.
 _AT_ONE: dict[str, tuple[Target, ...]] = {
@@ -77,21 +93,18 @@ _INSIDE = (
 _ABOVE = {
     aten.acosh.default: "self",
     aten.mvlgamma.default: "self",
-    aten.special_zeta.default: "self",
     aten.special_zeta.other_scalar: "self",
     aten.special_zeta.self_scalar: "other",
 }
-# Overflow, where a token's number would not; and indices, which must exist.
+# Overflow, where no token's number does.
+_EXPONENTIALS = (aten.exp.default, aten.exp2.default, aten.expm1.default)
 _AT_ZERO: dict[str, tuple[Target, ...]] = {
-    "self": (
-        aten.cosh.default,
-        aten.exp.default,
-        aten.exp2.default,
-        aten.expm1.default,
-        aten.one_hot.default,
-        aten.sinh.default,
-    ),
+    "self": (aten.cosh.default, aten.sinh.default),
     "exponent": (aten.pow.Scalar, aten.float_power.Scalar),
+}
+# Indices, which must exist.
+_INDICES: dict[str, tuple[Target, ...]] = {
+    "self": (aten.one_hot.default,),
     "index": (
         aten.gather.default,
         aten.index_select.default,
@@ -103,12 +116,13 @@ _AT_ZERO: dict[str, tuple[Target, ...]] = {
     "indices": (aten.embedding.default, aten.index.Tensor),
 }
 
-FINITE_AT: Mapping[Target, Mapping[str, float]] = {
-    **{target: {name: 1.0} for name, targets in _AT_ONE.items() for target in targets},
-    **{target: {"self": 0.5} for target in _INSIDE},
-    **{target: {name: 100.0} for target, name in _ABOVE.items()},
-    **{target: {name: 0.0} for name, targets in _AT_ZERO.items() for target in targets},
-    aten.special_zeta.default: {"self": 100.0, "other": 100.0},
+FINITE_AT: Mapping[Target, Mapping[str, Harmless]] = {
+    **{target: {name: Harmless(1.0, sign=1)} for name, targets in _AT_ONE.items() for target in targets},
+    **{target: {"self": Harmless(0.5)} for target in _INSIDE},
+    **{target: {name: Harmless(100.0)} for target, name in _ABOVE.items()},
+    aten.special_zeta.default: {"self": Harmless(100.0), "other": Harmless(100.0)},
+    **{target: {"self": Harmless(0.0, sign=-1)} for target in _EXPONENTIALS},
+    **{t: {name: Harmless(0.0)} for of in (_AT_ZERO, _INDICES) for name, targets in of.items() for t in targets},
 }
 _POWERS = {aten.pow.Tensor_Scalar, aten.float_power.Tensor_Scalar}
 # What is put in the place of elements, by the mask of that name, and which truth value of it does so.
@@ -121,13 +135,13 @@ _FILLS: Mapping[Target, tuple[tuple[str, str, bool], ...]] = {
 }
 
 
-def finite_at(call: Call) -> dict[str, float]:
-    """Return the tensor operands that must not hold any number, each with one where value and gradient are finite."""
+def finite_at(call: Call) -> dict[str, Harmless]:
+    """Return the tensor operands that must not hold every number, each with one for which all is finite."""
     if call.target in _POWERS and float(call["exponent"]) in range(64):  # whole powers are finite everywhere
         return {}
     for filler, mask, fills_if in _FILLS.get(call.target, ()):
         if _is_infinite(call[filler]):  # no mask hides all scores of a softmax where that of no token does
-            return {mask: float(not fills_if)}
+            return {mask: Harmless(float(not fills_if))}
     known = FINITE_AT.get(call.target, {})
     return {name: known[of] for name, _ in call.operands() if (of := name.partition(".")[0]) in known}
 

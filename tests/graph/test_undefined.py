@@ -83,11 +83,15 @@ def failures(target: Target, dtype: torch.dtype, fixed: dict[str, float], *more:
     return [given for given in tried if not is_finite(target, given, dtype, number)]
 
 
+def numbers_of(target: Target) -> dict[str, float]:
+    return {name: harmless.number for name, harmless in FINITE_AT.get(target, {}).items()}
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_operator_that_is_not_finite_everywhere_says_where_it_is() -> None:
     calls = [(target, dtype) for target in POINTWISE for dtype in dtypes_of(target)]
     assert len(calls) > 300
-    wrong = {call: found for call in calls if (found := failures(*call, dict(FINITE_AT.get(call[0], {}))))}
+    wrong = {call: found for call in calls if (found := failures(*call, numbers_of(call[0])))}
     assert not wrong
 
 
@@ -97,3 +101,17 @@ def test_what_is_said_is_needed() -> None:
     assert len(said) > 40
     needless = [t for t in said if not any(failures(t, torch.float32, {}, *LARGE, number=n) for n in (2, -1.5))]
     assert not needless
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("sign", [1, -1])
+def test_all_numbers_of_a_sign_are_harmless(sign: int) -> None:
+    known = [target for target in POINTWISE if torch.float64 in dtypes_of(target)]
+    said = {(target, name) for target in known for name, of in FINITE_AT.get(target, {}).items() if of.sign == sign}
+    wrong = {
+        (str(target), name): found
+        for target, name in said
+        for number in (-100.0, -2.5, -1e-3, 1e-3, 3.0, 100.0)
+        if number * sign > 0 and (found := failures(target, torch.float64, {name: number}))
+    }
+    assert said and not wrong
