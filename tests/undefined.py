@@ -1,4 +1,4 @@
-"""Models that divide by rows of tokens, take their logarithm or look something up by them: no token's row is 0, but padding's is."""
+"""Models that divide by rows of tokens, take their logarithm or look up by them: no token's row is 0, but padding's is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import cpcompile
 
 WIDTH, VOCABULARY = 4, 32
 
@@ -66,6 +68,15 @@ def joined(model: Rows, x: Tensor) -> Tensor:
     return by_sum(torch.cat([first, x[:, :-1]], 1))
 
 
+@cpcompile.token_local
+def of_rows(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+def token_local(model: Rows, x: Tensor) -> Tensor:
+    return of_rows(x.roll(1, 1).flatten(0, 1)).view(x.shape)
+
+
 def softmax_of_tokens(model: Rows, x: Tensor) -> Tensor:
     return x.softmax(1).log()
 
@@ -112,6 +123,7 @@ STEPS = (
     attention,
     causal_convolution,
     joined,
+    token_local,
     softmax_of_tokens,
     recurrence,
     looked_up,

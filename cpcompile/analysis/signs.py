@@ -89,7 +89,7 @@ def is_at_least_zero(x: Any, depth: int = _DEPTH) -> bool:
     if call.target in _AT_LEAST_ZERO:
         return True
     if call.target is aten.pow.Tensor_Scalar:
-        return call["exponent"] % 2 == 0
+        return bool(call["exponent"] % 2 == 0)
     if call.target in _PRODUCTS and first is second:
         return True
     if call.target in (*_PRODUCTS, *_SUMS):

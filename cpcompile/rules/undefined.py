@@ -1,7 +1,7 @@
 """Operators that are not finite everywhere: for some numbers their value or their gradient is infinite, NaN, or an error.
 
-Slots that hold no token hold numbers that no token has (zeros behind a shift, an attention, a fill). Their gradient is 0, but 0 times
-infinity is NaN, which a product with a parameter spreads to all of its gradient.
+Slots that hold no token hold numbers that no token has: zeros behind a shift, an attention, a fill. Their gradient is 0, but 0
+times infinity is NaN, which a product with a parameter spreads to all of its gradient.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ class Harmless:
 
     number: float
     sign: int = 0
-
 
 
 # Not finite at 0, or below: finite at 1, and so is the gradient.
@@ -124,6 +123,7 @@ FINITE_AT: Mapping[Target, Mapping[str, Harmless]] = {
     **{target: {"self": Harmless(0.0, sign=-1)} for target in _EXPONENTIALS},
     **{t: {name: Harmless(0.0)} for of in (_AT_ZERO, _INDICES) for name, targets in of.items() for t in targets},
 }
+INDEXED = frozenset(target for targets in _INDICES.values() for target in targets)
 _POWERS = {aten.pow.Tensor_Scalar, aten.float_power.Tensor_Scalar}
 # What is put in the place of elements, by the mask of that name, and which truth value of it does so.
 _FILLS: Mapping[Target, tuple[tuple[str, str, bool], ...]] = {
@@ -138,6 +138,8 @@ _FILLS: Mapping[Target, tuple[tuple[str, str, bool], ...]] = {
 def finite_at(call: Call) -> dict[str, Harmless]:
     """Return the tensor operands that must not hold every number, each with one for which all is finite."""
     if call.target in _POWERS and float(call["exponent"]) in range(64):  # whole powers are finite everywhere
+        return {}
+    if call.target is aten.rms_norm.default and call["eps"] != 0:
         return {}
     for filler, mask, fills_if in _FILLS.get(call.target, ()):
         if _is_infinite(call[filler]):  # no mask hides all scores of a softmax where that of no token does

@@ -21,6 +21,7 @@ CASES = [
     ("causal_convolution", 4, "zig_zag"),
     ("joined", 2, "zig_zag"),
     ("looked_up", 3, "contiguous"),
+    ("token_local", 3, "zig_zag"),
 ]
 
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from cpcompile import verify
 from cpcompile.inspect.verify import Verifier
-from cpcompile.passes import guard_padding, place_tokens
+from cpcompile.passes import find_token_local, guard_padding, place_tokens
 from tests.graph.small_models import TinyLM, batch, before, count, planned
-from tests.undefined import STEPS, Rows, causal_attention, embedding, ids, ratio_to_the_next, roll
+from tests.undefined import STEPS, Rows, causal_attention, embedding, ids, ratio_to_the_next, roll, token_local
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 BY_NAME = {step.__name__: step for step in STEPS}
@@ -22,7 +22,7 @@ BY_NAME = {step.__name__: step for step in STEPS}
 def guarded(model: torch.nn.Module, inputs: dict[str, Any], world_size: int = 3, **options: Any) -> tuple[int, Any]:
     """Return how many operands the pass fills, and the graph."""
     transformed = planned(model, inputs, world_size=world_size, **options)
-    gm = before(transformed, place_tokens)
+    gm = before(transformed, find_token_local, place_tokens)
     return guard_padding(gm, plan=transformed.plan), gm
 
 
@@ -81,7 +81,7 @@ def test_fills_what_is_outside_a_range_where_all_slots_hold_tokens() -> None:
 )
 def test_leaves_others_alone(step: Any, length: int, dynamic: bool) -> None:
     transformed = planned(Rows(step), {"input_ids": ids(length)}, world_size=3, dynamic=dynamic)
-    gm = before(transformed, place_tokens)
+    gm = before(transformed, find_token_local, place_tokens)
     text = str(gm.graph)
     assert guard_padding(gm, plan=transformed.plan) == 0
     assert str(gm.graph) == text
@@ -98,11 +98,18 @@ def test_an_epsilon_needs_no_guard() -> None:
     assert number == 0
 
 
-@pytest.mark.parametrize("step", [roll, ratio_to_the_next])
+def test_a_region_of_rows_takes_rows_of_tokens() -> None:
+    number, gm = guarded(Rows(token_local), {"input_ids": ids(11)}, dynamic=True)
+    assert number == 1
+    (rows,) = gm.graph.find_nodes(op="call_function", target=aten.where.self)
+    assert {user.target for user in rows.users} == {aten.linalg_vector_norm.default, aten.div.Tensor}
+
+
+@pytest.mark.parametrize("step", [roll, ratio_to_the_next, token_local])
 def test_a_second_run_changes_nothing(step: Any) -> None:
-    transformed = planned(Rows(step), {"input_ids": ids(11)}, world_size=3)
-    gm = before(transformed, place_tokens, guard_padding)
-    assert count(gm, cp.fill_padding.default)
+    transformed = planned(Rows(step), {"input_ids": ids(11)}, world_size=3, dynamic=True)
+    gm = before(transformed, find_token_local, place_tokens, guard_padding)
+    assert count(gm, cp.fill_padding.default) + count(gm, aten.where.self)
     text = str(gm.graph)
     assert guard_padding(gm, plan=transformed.plan) == 0
     assert str(gm.graph) == text

@@ -38,9 +38,7 @@ def tensor_names(target: Target) -> list[str]:
 
 def run(target: Target, given: dict[str, float], dtype: torch.dtype, number: float = 2) -> Iterator[torch.Tensor]:
     """Yield the results of a call and the gradients of its operands for a gradient of 0."""
-    operands = {
-        n: torch.full((1,), x, dtype=dtype).requires_grad_(dtype.is_floating_point) for n, x in given.items()
-    }
+    operands = {n: torch.full((1,), x, dtype=dtype).requires_grad_(dtype.is_floating_point) for n, x in given.items()}
     needed = [a for a in target._schema.arguments if a.name in operands or not a.has_default_value()]
     values = operands | {
         a.name: number if str(a.type) == "number" else ARGUMENTS.get(str(a.type))
@@ -48,7 +46,8 @@ def run(target: Target, given: dict[str, float], dtype: torch.dtype, number: flo
         if a.name not in operands
     }
     found = target(
-        *(values[a.name] for a in needed if not a.kwarg_only), **{a.name: values[a.name] for a in needed if a.kwarg_only}
+        *(values[a.name] for a in needed if not a.kwarg_only),
+        **{a.name: values[a.name] for a in needed if a.kwarg_only},
     )
     for result in found if isinstance(found, tuple | list) else [found]:
         yield result.detach()

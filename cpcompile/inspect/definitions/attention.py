@@ -45,7 +45,10 @@ def latent_heads_attention(calls: Calls) -> Ranks:
 def rows_of(out: torch.Tensor, at: Sharded, order: TokenOrder) -> list[torch.Tensor]:
     """Return each rank's rows of a whole result; padding slots, for which nothing is computed, are 0."""
     return [
-        torch.cat([part.narrow(at.dim, 0, held), torch.zeros_like(part.narrow(at.dim, held, order.local_length - held))], at.dim)
+        torch.cat(
+            [part.narrow(at.dim, 0, held), torch.zeros_like(part.narrow(at.dim, held, order.local_length - held))],
+            at.dim,
+        )
         for part, held in zip(split(out, at, order), map(order.num_held, range(order.world_size)), strict=True)
     ]
 
