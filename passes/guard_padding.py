@@ -117,8 +117,8 @@ def is_filled(operand: fx.Node, number: float) -> bool:
 
 
 def repeats_tokens(call: Call, repeating: set[fx.Node]) -> bool:
-    """Tell whether padding slots hold what some token has: of tokens that were sharded, and of each by itself since then."""
-    if call.target is cp.shard_tokens.default:
+    """Tell whether padding slots hold what some token has: of tokens that were dealt, and of each by itself since then."""
+    if call.target in (cp.shard_tokens.default, cp.exchange_dims.default):
         return True
     known = annotation(call.node)
     if known.region:  # only its inputs and results have placements
