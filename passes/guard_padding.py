@@ -3,7 +3,7 @@
 A token-local region, of which only the rows are known, takes the row of a token there.
 
 before  y = aten.div(x, norm)                               # norm: Sharded(1), zeros behind an attention in padding slots
-after   norm_1 = cp.fill_padding(norm, 1, 1, 1.0, ...)      # the tokens are as they were
+after   norm_1 = aten.masked_fill(norm, is_outside, 1)      # is_outside: of the slots, by cp.positions
         y = aten.div(x, norm_1)
 """
 
@@ -21,7 +21,7 @@ from cpcompile.ir.operator_call import Call, is_tensor, value_of
 from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Plan
 from cpcompile.ir.resharding import Resharder, Writer
-from cpcompile.rules.over_tokens import counted, outside_of
+from cpcompile.rules.over_tokens import counted, masked, outside_of
 from cpcompile.rules.undefined import INDEXED, finite_at
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
@@ -40,7 +40,7 @@ def guard_padding(gm: fx.GraphModule, *, plan: Plan) -> int:
             continue
         call, changes = Call.of(node), dict[str, fx.Node]()
         for name, (operand, number) in unguarded(call, repeating).items():
-            filled = resharder.fill_padding(operand, placement_of(operand), number, node)  # type: ignore[arg-type]
+            filled = with_number(resharder, operand, call, number)
             if filled is not operand:
                 changes[name] = filled
         if changes:
@@ -65,13 +65,32 @@ def guard_region(region: Region, resharder: Resharder, repeating: set[fx.Node]) 
         assert isinstance(at, Sharded)
         reader = next(call for call in calls if operand in call.node.all_input_nodes)
         if resharder.lengths(at).parts:  # a rank may have rows of one sequence, and none of another
-            filled = resharder.fill_padding(operand, at, 1.0, reader.node)
+            filled = with_number(resharder, operand, reader, 1.0)
         else:
             filled = with_rows_of_tokens(Writer(resharder, reader, at), at, operand)
         if filled is not operand:
             new[operand] = filled
     replace_inputs(region, new)
     return len(new)
+
+
+def with_number(resharder: Resharder, x: fx.Node, reader: Call, number: float) -> fx.Node:
+    """Write `x`, for a call that reads it, with a number in the slots that hold no token."""
+    at = placement_of(x)
+    assert isinstance(at, Sharded)
+    if resharder.lengths(at).parts:
+        return resharder.fill_padding(x, at, number, reader.node)
+    # Not fill_padding, which copies: this fuses with what reads it.
+    filled = masked(Writer(resharder, reader, at), at, x, number)
+    return filled if filled is x else as_value_of(filled, x)
+
+
+def as_value_of(filled: fx.Node, x: fx.Node) -> fx.Node:
+    """Return a node that was written in the place of `x`, annotated as that is."""
+    keep_source(filled, x)
+    filled.meta["val"] = value_of(x)
+    annotate(filled, placement=placement_of(x), origin=annotation(x).origin, is_local=False)
+    return filled
 
 
 def with_rows_of_tokens(writer: Writer, at: Sharded, x: fx.Node) -> fx.Node:
@@ -83,11 +102,7 @@ def with_rows_of_tokens(writer: Writer, at: Sharded, x: fx.Node) -> fx.Node:
     place = writer.insert(aten.masked_fill.Scalar, place, writer.insert(aten.flatten.using_ints, is_outside), 0)
     last = writer.insert(aten.amax.default, place, [0], True)
     row = writer.insert(aten.index_select.default, writer.insert(aten.detach.default, x), at.dim, last)
-    filled = writer.insert(aten.where.self, is_outside, row, x)
-    keep_source(filled, x)
-    filled.meta["val"] = value_of(x)
-    annotate(filled, placement=at, origin=annotation(x).origin, is_local=False)
-    return filled
+    return as_value_of(writer.insert(aten.where.self, is_outside, row, x), x)
 
 
 def holds_rows(operand: fx.Node) -> bool:
@@ -113,7 +128,10 @@ def is_filled(operand: fx.Node, number: float) -> bool:
     """Tell whether slots without a token were filled with a number, those of each sequence where several are joined."""
     if operand.target in (aten.cat.default, aten.flatten.using_ints):
         return all(is_filled(part, number) for part in operand.all_input_nodes)
-    return operand.target is cp.fill_padding.default and Call.of(operand)["value"] == number
+    if operand.target not in (aten.masked_fill.Scalar, cp.fill_padding.default):
+        return False
+    call = Call.of(operand)
+    return bool(call["value"] == number) and ("mask" not in call or annotation(call["mask"]).is_local)
 
 
 def repeats_tokens(call: Call, repeating: set[fx.Node]) -> bool:

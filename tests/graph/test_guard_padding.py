@@ -15,7 +15,7 @@ from cpcompile.passes import find_token_local, guard_padding, place_tokens
 from tests.graph.small_models import TinyLM, batch, before, count, planned
 from tests.undefined import STEPS, Rows, causal_attention, embedding, ids, ratio_to_the_next, roll, token_local
 
-aten, cp = torch.ops.aten, torch.ops.cpcompile
+aten = torch.ops.aten
 BY_NAME = {step.__name__: step for step in STEPS}
 
 
@@ -63,8 +63,8 @@ def test_fills_what_is_divided_by(step: Any) -> None:
     number, gm = guarded(Rows(step), {"input_ids": ids(11)})
     assert number == 1
     (quotient,) = gm.graph.find_nodes(op="call_function", target=aten.div.Tensor)
-    assert quotient.args[1].target is cp.fill_padding.default
-    assert quotient.args[0].target is not cp.fill_padding.default
+    assert quotient.args[1].target is aten.masked_fill.Scalar
+    assert quotient.args[0].target is not aten.masked_fill.Scalar
 
 
 def test_fills_what_is_outside_a_range_where_all_slots_hold_tokens() -> None:
@@ -109,7 +109,7 @@ def test_a_region_of_rows_takes_rows_of_tokens() -> None:
 def test_a_second_run_changes_nothing(step: Any) -> None:
     transformed = planned(Rows(step), {"input_ids": ids(11)}, world_size=3, dynamic=True)
     gm = before(transformed, find_token_local, place_tokens, guard_padding)
-    assert count(gm, cp.fill_padding.default) + count(gm, aten.where.self)
+    assert count(gm, aten.masked_fill.Scalar) + count(gm, aten.where.self)
     text = str(gm.graph)
     assert guard_padding(gm, plan=transformed.plan) == 0
     assert str(gm.graph) == text
