@@ -64,6 +64,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "cpcompile, attention again": {"recompute_attention": True},
     "cpcompile, loss whole": {"loss_chunk": 0},
     "cpcompile, tiles": {"tile": 4096},
+    "cpcompile, inputs in host memory": {"offload": "inputs"},
     "cpcompile, reordered": {"inner_options": OVERLAP},
     "cpcompile, bucketed": {"inner_options": OVERLAP | BUCKETS},
     "cpcompile, scheduled": {"inner_options": {"aten_distributed_optimizations.enable_overlap_scheduling": True}},

@@ -4,15 +4,18 @@
     benchmarks/results/train_step.json
 
 Weights and tokens are random. Each strategy runs in the same processes; a step's time is that of the slowest
-rank, the median over steps. `--limit` measures what a step must take at least: cuDNN's attention on the whole sequence over
-the number of ranks, and the compiled model without attention on one rank's tokens. With `--documents 16` each step has other
-documents, of random lengths; its limit is that of these documents, by one kernel call for all of them, and `over_limit` is the
-median over steps of what a step takes of its own limit. `host_ms` is what the host takes to launch a step.
+rank, the median over steps. `--limit` measures what a step must take at least: the fastest attention that this machine has on
+the whole sequence over the number of ranks, as many layers in a row as make a step, and the compiled model without attention
+on one rank's tokens; and beside it the same with cuDNN's attention. Without a strategy only the limit is measured, on one GPU.
+With `--documents 16` each step has other documents, of random lengths; its limit is that of these documents, by one kernel
+call for all of them, and `over_limit` is the median over steps of what a step takes of its own limit. `host_ms` is what the
+host takes to launch a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import random
@@ -28,11 +31,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-import torch.nn.functional as F
 import transformers
 from memory_peak import peak_of
 from step_trace import trace
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cpcompile
 from cpcompile.inspect.explanation import Explanation, memory_lines
@@ -95,7 +96,8 @@ def main() -> None:
     with socket.socket() as free:  # several runs may share a host
         free.bind(("127.0.0.1", 0))
         options.port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(run, args=(options,), nprocs=options.ranks, start_method="spawn")
+    options.processes = options.ranks if options.strategy or options.single else 1
+    torch.multiprocessing.start_processes(run, args=(options,), nprocs=options.processes, start_method="spawn")
 
 
 def predicted(options: argparse.Namespace, strategy: str) -> float:
@@ -130,9 +132,9 @@ def run(rank: int, options: argparse.Namespace) -> None:
         "nccl" if is_cuda else "gloo",
         init_method=f"tcp://127.0.0.1:{options.port}",
         rank=rank,
-        world_size=options.ranks,
+        world_size=options.processes,
     )
-    mesh = dist.init_device_mesh(options.device, (options.ranks,), mesh_dim_names=("cp",))
+    mesh = dist.init_device_mesh(options.device, (options.processes,), mesh_dim_names=("cp",))
     rows: list[dict[str, Any]] = []
     plans = [(name, True) for name in options.strategy]
     for strategy, is_sharded in plans + ([("single device", False)] if options.single else []):
@@ -261,24 +263,28 @@ def limit(options: argparse.Namespace) -> dict[str, Any]:
     k, v = (torch.randn(1, key_heads, options.length, width, **made) for _ in range(2))
     dout = torch.randn_like(q)
 
-    def packed(lengths: tuple[int, ...]) -> None:
-        block = Block(width**-0.5, high=0, lengths=lengths)
-        with torch.no_grad():
-            out, lse = kernels.forward(q, k, v, block)
-            kernels.backward(dout, q, k, v, out, lse, block)
-
-    def attention() -> None:
-        kernels = [SDPBackend.CUDNN_ATTENTION if options.device == "cuda" else SDPBackend.MATH]
-        with sdpa_kernel(kernels):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        torch.autograd.grad(out, (q, k, v), dout)
-
     layers = shape["num_hidden_layers"] / options.ranks
-    if options.documents:
-        steps = range(WARM_UP, WARM_UP + options.steps)
-        each = [timed(lambda step=step: packed(lengths_of(options, step)), options) * layers for step in steps]
-    else:
-        each = [timed(attention, options) * layers] * options.steps
+    calls = max(1, round(layers))  # in a row, as in a step: a GPU that rests between samples runs at a higher clock
+
+    def seconds_of(lengths: tuple[int, ...], kernel: str) -> float:
+        block = Block(width**-0.5, high=0, lengths=lengths)
+
+        def attention() -> None:
+            with torch.no_grad():
+                for _ in range(calls):
+                    out, lse = kernels.forward(q, k, v, block, kernel)
+                    kernels.backward(dout, q, k, v, out, lse, block, kernel)
+
+        return timed(attention, options) / calls * layers
+
+    def each_step(kernel: str) -> list[float]:
+        if not options.documents:
+            return [seconds_of((), kernel)] * options.steps
+        return [seconds_of(lengths_of(options, step), kernel) for step in range(WARM_UP, WARM_UP + options.steps)]
+
+    each = each_step("auto")
+    cudnn = "cudnn_varlen" if options.documents else "cudnn"
+    of_cudnn = each_step(cudnn) if options.device == "cuda" else each
 
     def without(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return (q + (k + v).repeat_interleave(heads // key_heads, 1)).transpose(1, 2), None
@@ -298,6 +304,8 @@ def limit(options: argparse.Namespace) -> dict[str, Any]:
         "strategy": "limit",
         "ms": round((of_attention + of_rest) * 1e3, 2),
         "attention_ms": round(of_attention * 1e3, 2),
+        "cudnn_ms": round((statistics.median(of_cudnn) + of_rest) * 1e3, 2),
+        "cudnn_attention_ms": round(statistics.median(of_cudnn) * 1e3, 2),
         "rest_ms": round(of_rest * 1e3, 2),
         "each_ms": [round((x + of_rest) * 1e3, 2) for x in each],
     }
@@ -320,13 +328,22 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def environment(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a result depends on."""
+    packages = {name: installed_version(name) for name in ("flash-attn-4", "nvidia-cudnn-frontend")}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "packages": packages,
         "commit": options.commit or commit.stdout.strip(),
         "shape": options.shape,
         "dynamic": options.dynamic,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         InputError,
         InternalError,
         NoRule,
+        NotFiniteError,
         RankFailed,
         RanksDiffer,
         VerificationError,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from cpcompile.front.apply import apply, explanation, no_sync, remove, shard, unshard
     from cpcompile.front.data import rank_and_replicas
     from cpcompile.front.loss import cross_entropy
+    from cpcompile.front.show import show
     from cpcompile.inspect.explain import explain
     from cpcompile.inspect.explanation import Explanation
     from cpcompile.inspect.minify import minify
@@ -36,6 +38,7 @@ _MODULES = {
     "front.apply": ("apply", "explanation", "no_sync", "remove", "shard", "unshard"),
     "front.data": ("rank_and_replicas",),
     "front.loss": ("cross_entropy",),
+    "front.show": ("show",),
     "options.config": ("Config",),
     "errors": (
         "CPError",
@@ -46,6 +49,7 @@ _MODULES = {
         "NoRule",
         "RankFailed",
         "RanksDiffer",
+        "NotFiniteError",
         "VerificationError",
     ),
     "inspect.explanation": ("Explanation",),
@@ -84,6 +88,7 @@ __all__ = [
     "InputError",
     "InternalError",
     "NoRule",
+    "NotFiniteError",
     "RankFailed",
     "RanksDiffer",
     "Verification",
@@ -97,6 +102,7 @@ __all__ = [
     "rank_and_replicas",
     "remove",
     "shard",
+    "show",
     "token_local",
     "unshard",
     "verify",

@@ -169,6 +169,13 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     check: Annotated[bool, typer.Option(help="Compute the first step on one device too, and compare.")] = True,
     check_ranks: Annotated[bool, typer.Option(help="Compare the parameters of all ranks at each checkpoint.")] = True,
+    check_finite: Annotated[
+        bool,
+        typer.Option(
+            "--check-finite",
+            help="End at the first value or gradient that is NaN or infinite, with its line: slow, nothing is compiled.",
+        ),
+    ] = False,
     apply: Annotated[bool, typer.Option(help="--no-apply trains the untouched model on one rank.")] = True,
     heartbeat: Annotated[float, typer.Option(help="Seconds that a rank may give no sign of life; 0: for ever.")] = 45.0,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
@@ -212,6 +219,7 @@ def train(
             device=device,
             check=check,
             check_ranks=check_ranks,
+            check_finite=check_finite,
             apply=apply,
             heartbeat=heartbeat,
         )

@@ -76,6 +76,10 @@ class VerificationError(CPError):
     """The transformed program does not compute what the original computes."""
 
 
+class NotFiniteError(CPError):
+    """A value or a gradient of a step is NaN or infinite, and `check_finite` asked for an error then."""
+
+
 class InternalError(CPError):
     """An error of another kind while compiling, its `__cause__`: a fault of cpcompile or of the inner compiler."""
 
@@ -97,7 +101,7 @@ def source_place(node: fx.Node) -> str:
 
 def module_path(node: fx.Node) -> str:
     """Return the dotted path of the module that made `node`, e.g. `model.layers.0.self_attn`, or ''."""
-    stack = node.meta.get("nn_module_stack")
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")  # of a node of backward
     if not stack:
         return ""
     return clean_path(str(list(stack.values())[-1][0]))

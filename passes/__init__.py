@@ -16,6 +16,7 @@ from cpcompile.passes.functionalise_writes import functionalise_writes
 from cpcompile.passes.gather_latents import gather_latents
 from cpcompile.passes.guard_padding import guard_padding
 from cpcompile.passes.lift_masks import lift_masks
+from cpcompile.passes.locate_shown import locate_shown
 from cpcompile.passes.open_flex_attention import open_flex_attention
 from cpcompile.passes.open_masked_rows import open_masked_rows
 from cpcompile.passes.open_products import open_products
@@ -60,6 +61,7 @@ SHARDING = (
     rewrite_dropout,
     rewrite_attention,
     rewrite_reductions,
+    locate_shown,
     finish_outputs,
 )
 
@@ -92,6 +94,7 @@ __all__ = [
     "gather_latents",
     "guard_padding",
     "lift_masks",
+    "locate_shown",
     "open_flex_attention",
     "open_masked_rows",
     "open_products",

@@ -19,11 +19,11 @@ from cpcompile.analysis.masks.read import Reader
 from cpcompile.analysis.patterns.affine_loops import FEWEST, counts_of_turns, loop_for_all_turns
 from cpcompile.analysis.patterns.decays import recurrence_of_product
 from cpcompile.analysis.patterns.nodes import value_numbers
+from cpcompile.analysis.patterns.turns import JOINERS
 from cpcompile.ir.insertion import replace_uses
-from cpcompile.ir.operator_call import JOINS, Call
+from cpcompile.ir.operator_call import Call
 
 aten = torch.ops.aten
-JOINERS = {aten.stack.default, *JOINS}
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
 
 
@@ -35,13 +35,17 @@ def find_recurrences(gm: fx.GraphModule) -> int:
     """
     count, reader, nodes = 0, Reader(gm), list(gm.graph.nodes)
     may_be_loops = any(len(Call.of(node)["tensors"]) >= FEWEST for node in nodes if node.target in JOINERS)
-    number = value_numbers(gm.graph).__getitem__ if may_be_loops else None
-    counts = counts_of_turns(gm.graph, number) if number else set()
+    numbers = value_numbers(gm.graph) if may_be_loops else {}
+
+    def number(node: fx.Node) -> int:
+        return numbers.setdefault(node, len(numbers))  # what an earlier recurrence left has none yet
+
+    counts = counts_of_turns(gm.graph, number) if may_be_loops else set()
     for node in nodes:
         new = None
         if node.target in PRODUCTS:
             new = recurrence_of_product(node, reader)
-        elif number and node.target in JOINERS and len(Call.of(node)["tensors"]) in counts:
+        elif node.target in JOINERS and len(Call.of(node)["tensors"]) in counts:
             new = loop_for_all_turns(node, reader, number)
         if new is not None:
             replace_uses(node, new)

@@ -25,6 +25,7 @@ class Graph(str, Enum):
 
     before = "before"
     after = "after"
+    backward = "backward"
 
 
 @takes_config(*NOT_OF_A_PLAN)
@@ -90,7 +91,8 @@ def explain(
             **({"device": machine} if machine else {}),
             **config,
         }
-        plan = cpcompile.explain(model, inputs, memory=memory, graphs=html is not None, **options)
+        backward = graph is Graph.backward
+        plan = cpcompile.explain(model, inputs, memory=memory, graphs=html is not None, backward=backward, **options)
         if html is not None:
             html.write_text(plan.to_html(target))
         if as_json:
@@ -106,7 +108,7 @@ def explain(
             text = f"{at_least}{found.tokens} tokens" if found.tokens else "not even 1024 tokens a rank"
             typer.echo(f"\nlongest sequence of which a step fits {size(room)}: {text}")
         if graph is not None:
-            typer.echo("\n" + getattr(plan, graph.value))
+            typer.echo("\n" + (getattr(plan, graph.value) or "nothing takes a gradient: there is no backward"))
         if diff:
             from cpcompile.inspect.difference import print_difference
 

@@ -24,6 +24,7 @@ from cpcompile.compile.transform import Transformed
 from cpcompile.errors import TORCH, ConfigError, GraphBreakError, InputError
 from cpcompile.front.call_agreement import CallAgreement
 from cpcompile.front.deferred_logits import DeferredLogits
+from cpcompile.front.finite_run import FiniteRun
 from cpcompile.front.gradient_sums import GradientSync
 from cpcompile.front.graph_inputs import GraphInputs
 from cpcompile.front.graph_text import GraphText
@@ -194,6 +195,8 @@ class Compiled:
             shards=shards,
             bytes_ahead=config.prefetch * ahead,
         )
+        if config.check_finite:
+            self._run = FiniteRun(self.transformed, axis).run
         if self._last.plan is None and isinstance(self._plan, Explanation):
             self._last.plan = self._plan
             say(f"{self._plan.in_brief()}; compiled in {time.perf_counter() - start:.0f} s")

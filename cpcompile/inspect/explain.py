@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import fx
 from cpcompile.analysis.regions import regions_of
 from cpcompile.balance.layout import local_length
 from cpcompile.capture.dynamo import by_name, compile_whole, token_length, uncompiled
+from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import placeholders
 from cpcompile.choose.attention_sites import REWRITTEN, attention_nodes, rewritten_attentions
 from cpcompile.choose.kernels import chosen_kernels, sized, strategy_of
@@ -24,6 +26,7 @@ from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.compile.outputs import outputs_of
 from cpcompile.compile.transform import Transformed, watching_passes
 from cpcompile.errors import ConfigError, module_path, source_place
+from cpcompile.inspect.backward import backward_listing
 from cpcompile.inspect.explanation import (
     Collective,
     Explanation,
@@ -42,7 +45,7 @@ from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.memory.fully_sharded import FullySharded, in_blocks, largest_block
-from cpcompile.memory.ledger import Ledger, ledger_of
+from cpcompile.memory.ledger import Ledger, divided, ledger_of
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 from cpcompile.passes.lift_masks import describe
@@ -64,6 +67,7 @@ def explain(
     ddp: bool = False,
     device: str | Machine = "",
     graphs: bool = False,
+    backward: bool = False,
     **options: Any,
 ) -> Explanation:
     """Return the plan for `model` on `world_size` ranks: nothing is run, and neither GPUs nor processes are needed.
@@ -80,6 +84,7 @@ def explain(
             (`cpcompile.choose.machine`); '' is this machine. It says how fast kernels and links are, for a model on a GPU or on
             `meta`.
         graphs: also list the graph behind each pass that changes something, which `to_html` shows.
+        backward: also list the graph of backward, as it is divided from forward for Inductor; the model is traced once more.
         options: the fields of `cpcompile.Config`.
 
     Raises:
@@ -99,16 +104,18 @@ def explain(
         if places:
             seen[name] = listing(gm)
 
+    plan = partial(
+        planned_step,
+        model,
+        inputs,
+        world_size=world_size,
+        inner_size=inner_size,
+        config=config,
+        fully_sharded=fully_sharded,
+        machine=machine,
+    )
     with watching_passes(see) if graphs else contextlib.nullcontext():
-        planned = planned_step(
-            model,
-            inputs,
-            world_size=world_size,
-            inner_size=inner_size,
-            config=config,
-            fully_sharded=fully_sharded,
-            machine=machine,
-        )
+        planned = plan()
     gm = planned.transformed.graph
     found = explanation_of(planned.transformed, planned.inputs, machine)
     before, analysed = (listing(graph) for graph in (planned.transformed.original, planned.transformed.analysed))
@@ -118,7 +125,9 @@ def explain(
     if ledger is None and config.outlines:
         with planned.transformed.counting(outline_layers.__name__) as count:
             count.places = outline_layers(gm)
-    return replace(found, passes=pass_runs(planned.transformed), memory=ledger if memory else None)
+    of_backward = plan().backward() if backward else ""
+    passes = pass_runs(planned.transformed)
+    return replace(found, passes=passes, memory=ledger if memory else None, backward=of_backward)
 
 
 def explanation_of(transformed: Transformed, inputs: Sequence[Any], machine: Machine | None = None) -> Explanation:
@@ -187,18 +196,40 @@ class Planned:
 
     def ledger(self, ddp: bool = False) -> Ledger:
         """Return what a training step holds on a rank; `ddp`: with buckets for all gradients."""
-        sums = self.transformed.plan.world_size > 1 and self.config.grad_sync == "sum"
-        trained = [i for i, x in enumerate(self.inputs) if isinstance(x, torch.nn.Parameter) and x.requires_grad]
-        shards = in_blocks(self.transformed, self.shards)
+        shards = self.sharded_blocks
         return ledger_of(
             self.transformed,
             self.inputs,
             self.config,
             shards=shards,
-            summed=[i for i in trained if i not in self.shards] if sums else [],
+            summed=self.summed,
             bytes_ahead=self.config.prefetch * largest_block(shards),
-            buckets=sum(self.inputs[i].nbytes for i in trained) if ddp else 0,
+            buckets=sum(self.inputs[i].nbytes for i in self.trained) if ddp else 0,
         )
+
+    @faults_of("the graph of backward")
+    def backward(self) -> str:
+        """Return the graph of backward as code, '' where nothing takes a gradient. The graph is used up."""
+        graph, shards, summed = self.transformed.graph, self.sharded_blocks, self.summed
+        names = [input_name(node) for node in placeholders(graph)]
+        halves = divided(self.transformed, self.inputs, self.config, shards=shards, summed=summed, outlines=False)
+        return "" if halves.backward is None else backward_listing(halves.backward, names)
+
+    @property
+    def sharded_blocks(self) -> Mapping[int, ParameterShard]:
+        """How FSDP shards some of the inputs, those of a block together."""
+        return in_blocks(self.transformed, self.shards)
+
+    @property
+    def trained(self) -> list[int]:
+        """The inputs that are parameters which are trained."""
+        return [i for i, x in enumerate(self.inputs) if isinstance(x, torch.nn.Parameter) and x.requires_grad]
+
+    @property
+    def summed(self) -> list[int]:
+        """The inputs whose gradients are summed over the axis."""
+        sums = self.transformed.plan.world_size > 1 and self.config.grad_sync == "sum"
+        return [i for i in self.trained if i not in self.shards] if sums else []
 
 
 def planned_step(

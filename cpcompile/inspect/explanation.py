@@ -154,6 +154,7 @@ class Explanation:
     Attributes:
         before, analysed, after: the graph as code: as it was captured, with its attentions found, and of every rank.
         graphs: the graph behind each pass that changed something, if it was asked for.
+        backward: the graph of backward as code, with the shapes that a rank has, if it was asked for; '' where there is none.
     """
 
     world_size: int
@@ -179,6 +180,7 @@ class Explanation:
     machine: Machine | None = None
     work: Work | None = None
     graphs: Mapping[str, str] = field(default_factory=dict)
+    backward: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data."""

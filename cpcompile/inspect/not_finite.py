@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,19 +125,8 @@ class Watch:
 
     def _worst(self, nodes: Iterable[fx.Node]) -> fx.Node | None:
         """Return the node to look into: one that is NaN, else one that is infinite and was not meant to be."""
-        kinds = {node: self.kinds[node] for node in nodes if node in self.kinds and not self._is_meant(node)}
+        kinds = {node: self.kinds[node] for node in nodes if node in self.kinds and not is_meant(node, self.kinds)}
         return next((node for node in kinds if kinds[node] == "NaN"), next(iter(kinds), None))
-
-    def _is_meant(self, node: fx.Node) -> bool:
-        """Tell whether an infinite value was written as one: masks hold -inf, and so does what is added to them."""
-        if self.kinds[node] == "NaN":
-            return False
-        if node.op == "placeholder":
-            return not is_trained(node)
-        if any(isinstance(x, float) and math.isinf(x) for x in tree_leaves((node.args, node.kwargs))):
-            return True
-        operands = [operand for operand in node.all_input_nodes if operand in self.kinds]
-        return bool(operands) and all(map(self._is_meant, operands))
 
     def _gradient_source(self, node: fx.Node) -> fx.Node:
         """Return the operator that makes the gradient of `node` not finite of one that is."""
@@ -157,6 +146,23 @@ class Recorder(fx.Interpreter):
         result = super().run_node(n)
         self.watch.note_value(n, result)
         return result
+
+
+def is_meant(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
+    """Tell whether an infinite value was written as one: masks hold -inf, and so does what is added to them.
+
+    `kinds` is what is known of nodes whose values are not finite.
+    """
+    if kinds[node] == "NaN":
+        return False
+    if node.op == "placeholder":
+        return not is_trained(node)
+    if node.op == "get_attr":
+        return True
+    if any(isinstance(x, float) and math.isinf(x) for x in tree_leaves((node.args, node.kwargs))):
+        return True
+    operands = [operand for operand in node.all_input_nodes if operand in kinds]
+    return bool(operands) and all(is_meant(operand, kinds) for operand in operands)
 
 
 def kind_of(x: Tensor) -> str:

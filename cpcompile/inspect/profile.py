@@ -1,7 +1,8 @@
 """Profile: where the time of a step went, out of the traces of torch's profiler that ranks wrote.
 
 Each moment of a step is one of: attention computes; something else computes; only a transfer runs (it is exposed); nothing
-runs (the host is late). Work belongs to an attention if it was launched inside of its range (`runtime.attention.profiling`).
+runs, because the host has launched nothing or because what it launched waits. Work belongs to an attention if it was launched
+inside of its range (`runtime.attention.profiling`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,16 @@ STEP = re.compile(r"ProfilerStep#\d+")
 MESSAGE = re.compile(r"gloo:")
 CALLS = re.compile(r"cpcompile::|c10d::|autograd::|record_param_comms")
 COMPILED = re.compile(r".*CompiledFxGraph")
+# Fields of a profile that are a step and its parts, as people read them.
+PARTS = {
+    "step": "a step",
+    "attention": "attention",
+    "other": "other kernels",
+    "exposed": "exposed transfers",
+    "host_gaps": "host gaps",
+    "device_gaps": "device gaps",
+}
+SHOWN, WIDTH = 10, 70  # kernels that are printed, and letters of their names, which templates make long
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +68,17 @@ class AttentionTime:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelTime:
+    """How often a kernel ran in a step (on a CPU: an operator, with those that it calls), and for how many seconds."""
+
+    name: str
+    calls: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class RankProfile:
-    """Where the time of a step of a rank went, in seconds: `step` is the sum of the next four.
+    """Where the time of a step of a rank went, in seconds: `step` is the sum of the next five.
 
     Attributes:
         rank: its number.
@@ -67,9 +88,11 @@ class RankProfile:
         attention: while attention was computed.
         other: while only other kernels ran.
         exposed: while only transfers ran, of attention or of others.
-        gaps: while nothing ran.
+        host_gaps: while nothing ran, and what ran next was launched only then: the host was late.
+        device_gaps: while nothing ran, though what ran next had been launched before: it waited on the device.
         overlapped: how long transfers ran beside what was computed.
         attentions: each range.
+        kernels: each kernel by its name, transfers too, the longest first.
     """
 
     rank: int
@@ -79,18 +102,22 @@ class RankProfile:
     attention: float
     other: float
     exposed: float
-    gaps: float
+    host_gaps: float
+    device_gaps: float
     overlapped: float
     attentions: tuple[AttentionTime, ...]
+    kernels: tuple[KernelTime, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What ran, and the attention that it is a part of."""
+    """What ran, the attention that it is a part of, and when it was launched, where that is known."""
 
+    name: str
     span: Span
     is_transfer: bool
     within: AttentionRange | None
+    launched: float | None = None
 
 
 class Ranges:
@@ -147,6 +174,7 @@ def profile_of(trace: RankTrace) -> RankProfile:
     parts = [attention, minus(computing, attention), minus(transfers, computing)]
     inside = [total(clip(part, window)) / count for part in parts]
     step = (window[1] - window[0]) / count
+    device_gaps = total(waits_on_device(works, window)) / count
     of_ranges: dict[AttentionRange, list[Work]] = {each: [] for each in ranges.calls}
     for work in works:
         if work.within is not None:
@@ -160,10 +188,33 @@ def profile_of(trace: RankTrace) -> RankProfile:
         attention=inside[0],
         other=inside[1],
         exposed=inside[2],
-        gaps=step - sum(inside),
+        host_gaps=step - sum(inside) - device_gaps,
+        device_gaps=device_gaps,
         overlapped=total(clip(transfers, window)) / count - inside[2],
         attentions=tuple(time_of(each, calls[each] / count, own, computing, count) for each, own in of_ranges.items()),
+        kernels=kernel_times(works, window, count),
     )
+
+
+def waits_on_device(works: Sequence[Work], window: Span) -> Spans:
+    """Return when nothing ran although what ran next had been launched: before the device had nothing left to do."""
+    ordered = sorted(works, key=lambda work: work.span)
+    found = []
+    for start, end in minus([window], union(work.span for work in works)):
+        index = bisect.bisect_left(ordered, end, key=lambda work: work.span[0])
+        launched = ordered[index].launched if index < len(ordered) else None
+        if launched is not None and launched < start:
+            found.append((start, end))
+    return found
+
+
+def kernel_times(works: Sequence[Work], window: Span, count: int) -> tuple[KernelTime, ...]:
+    """Return what each kernel took in a step, of `count` in a window."""
+    spans: dict[str, Spans] = {}
+    for work in works:
+        spans.setdefault(work.name, []).extend(clip([work.span], window))
+    times = [KernelTime(name, len(own) / count, total(union(own)) / count) for name, own in spans.items()]
+    return tuple(sorted((each for each in times if each.calls), key=lambda each: -each.seconds))
 
 
 def time_of(
@@ -194,8 +245,9 @@ def works_on_device(trace: RankTrace, ranges: Ranges) -> list[Work]:
     for event in trace.events:
         if event.get("cat") in ON_DEVICE:
             launch = launches.get(event.get("args", {}).get("correlation"))
+            launched = None if launch is None else span_of(launch)[0]
             within = None if launch is None else ranges.around(span_of(launch)[0], launch.get("tid"))
-            works.append(Work(span_of(event), kind_of(event) == "transfer", within))
+            works.append(Work(event["name"], span_of(event), kind_of(event) == "transfer", within, launched))
     return works
 
 
@@ -205,14 +257,14 @@ def works_on_host(trace: RankTrace, ranges: Ranges) -> list[Work]:
     for event in trace.events:
         name, span = event["name"], span_of(event)
         if MESSAGE.match(name):
-            works.append(Work(span, True, ranges.around(span[0])))
+            works.append(Work(name, span, True, ranges.around(span[0])))
         elif COMPILED.match(name):
             compiled.append(span)
         elif event.get("cat") == "cpu_op" and CALLS.match(name):
             calls.append(span)
         elif event.get("cat") == "cpu_op" and "::" in name:
-            works.append(Work(span, False, ranges.around(span[0], event.get("tid"))))
-    return [*works, *(Work(span, False, None) for span in minus(union(compiled), union(calls)))]
+            works.append(Work(name, span, False, ranges.around(span[0], event.get("tid"))))
+    return [*works, *(Work("compiled graphs", span, False, None) for span in minus(union(compiled), union(calls)))]
 
 
 def window_of(trace: RankTrace, steps: Sequence[Span]) -> Span:
@@ -259,37 +311,46 @@ def total(spans: Iterable[Span]) -> float:
     return sum(end - start for start, end in spans)
 
 
-def to_dict(profiles: Sequence[RankProfile]) -> dict[str, Any]:
-    """Return the profiles as plain data, times in seconds."""
-    return {"ranks": [asdict(profile) for profile in profiles]}
+def to_dict(profiles: Sequence[RankProfile], against: Sequence[RankProfile] = ()) -> dict[str, Any]:
+    """Return the profiles, and those that they are compared with, as plain data, times in seconds."""
+    compared = {"against": [asdict(profile) for profile in against]} if against else {}
+    return {"ranks": [asdict(profile) for profile in profiles]} | compared
 
 
 def to_text(profiles: Sequence[RankProfile]) -> str:
     """Return the profiles as tables for people."""
     slowest = max(profiles, key=lambda profile: profile.step)
     steps = f"{slowest.num_steps} step(s) on {slowest.device}"
-    head = ("rank", "a step", "attention", "other kernels", "exposed transfers", "host gaps", "overlapped transfers")
+    head = ("rank", *PARTS.values(), "overlapped transfers")
     rows = [
-        (
-            p.rank,
-            duration(p.step),
-            *(share(x, p) for x in (p.attention, p.other, p.exposed, p.gaps)),
-            share(p.overlapped, p),
-        )
+        (p.rank, duration(p.step), *(share(getattr(p, name), p) for name in (*list(PARTS)[1:], "overlapped")))
         for p in profiles
     ]
+    kernels = ((name[:WIDTH], f"{calls:g}", duration(seconds)) for name, calls, seconds in longest(profiles))
     return "\n".join(
         [
             f"{len(profiles)} rank(s), {steps}; the slowest is rank {slowest.rank}",
             *table(head, rows),
-            "  a step = attention + other kernels + exposed transfers + host gaps; overlapped transfers run beside these",
+            f"  a step = {' + '.join(list(PARTS.values())[1:])}; overlapped transfers run beside these",
             "",
             "attention of a step, mean of the ranks",
             *table(
                 ("module", "strategy", "layout", "pass", "calls", "kernels", "transfers", "exposed"), lines(profiles)
             ),
+            "",
+            f"the longest {'kernels' if slowest.device == 'cuda' else 'operators'} of a step, mean of the ranks",
+            *table(("name", "calls", "time"), [*islice(kernels, SHOWN)]),
         ]
     )
+
+
+def longest(profiles: Sequence[RankProfile]) -> list[tuple[str, float, float]]:
+    """Return name, calls and seconds of each kernel, the mean of the ranks, the longest first."""
+    found: dict[str, tuple[float, float]] = {}
+    for each in (kernel for profile in profiles for kernel in profile.kernels):
+        calls, seconds = found.get(each.name, (0.0, 0.0))
+        found[each.name] = calls + each.calls / len(profiles), seconds + each.seconds / len(profiles)
+    return sorted(((name, *times) for name, times in found.items()), key=lambda each: -each[2])
 
 
 def share(seconds: float, of: RankProfile) -> str:

@@ -27,6 +27,7 @@ from cpcompile.inspect.state import State, is_same, own_inputs
 from cpcompile.inspect.verification import LOSS, Verification
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
+from cpcompile.runtime.tokens.show import quiet
 
 # Relative, of norms, in units in the last place. Rounding errors of sums in another order grow like the root of
 # their length times the depth of the network: a few hundred for the models that fit one process. In half precision
@@ -117,6 +118,7 @@ class Verifier:
         self.tolerance, self.objective = tolerance, Objective(objective)
         self._traced: tuple[Config, Runs, Outcome] | None = None
 
+    @quiet()
     def __call__(self, *, world_size: int, inner_size: int = 0, **options: Any) -> Verification:
         """Return the comparison. Raises what `verify` does."""
         if options.get("memory"):

@@ -89,6 +89,47 @@ class Ledger:
         return asdict(self) | {"peak": self.peak}
 
 
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """The graph of a rank divided into forward and backward, which is None where nothing takes a gradient.
+
+    Attributes:
+        inputs: fake, as a rank holds them.
+        num_outputs: how many outputs of forward are not kept for backward.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule | None
+    inputs: Sequence[Any]
+    num_outputs: int
+
+
+def divided(
+    transformed: Transformed,
+    inputs: Sequence[Any],
+    config: Config,
+    *,
+    shards: Mapping[int, ParameterShard],
+    summed: Sequence[int],
+    outlines: bool,
+) -> Divided:
+    """Divide the graph of a rank as the inner compiler does; with `outlines`, equal layers are calls. The graph is used up."""
+    gm = transformed.graph
+    nodes = placeholders(gm)
+    mode = next(x.fake_mode for node in nodes for x in values_of(node) if isinstance(x, torch._subclasses.FakeTensor))
+    with mode:
+        values = [
+            fake_input(value_of(node), x, shards.get(i)) for i, (node, x) in enumerate(zip(nodes, inputs, strict=True))
+        ]
+    defer_outputs(gm)
+    finish_graph(gm, summed, 0)
+    units = {i: shard.unit for i, shard in shards.items()}
+    joint_pass, halves_pass = prepare_for_autograd(transformed, config, outlines=outlines, units=units)
+    (output,) = gm.graph.find_nodes(op="output")
+    forward, backward = _torch.divide(gm, values, mode, joint_pass, halves_pass, config.recompute_elementwise)
+    return Divided(forward, backward, values, len(output.args[0]))
+
+
 @faults_of("the prediction of memory", REMEDY)
 def ledger_of(
     transformed: Transformed,
@@ -111,20 +152,8 @@ def ledger_of(
         bytes_ahead: of parameters that are gathered before they are used.
         buckets: bytes of gradients that a wrapper holds copies of, from before the first step on.
     """
-    gm = transformed.graph
-    nodes = placeholders(gm)
-    mode = next(x.fake_mode for node in nodes for x in values_of(node) if isinstance(x, torch._subclasses.FakeTensor))
-    with mode:
-        values = [
-            fake_input(value_of(node), x, shards.get(i)) for i, (node, x) in enumerate(zip(nodes, inputs, strict=True))
-        ]
-    defer_outputs(gm)
-    finish_graph(gm, summed, 0)
-    units = {i: shard.unit for i, shard in shards.items()}
-    joint_pass, halves_pass = prepare_for_autograd(transformed, config, outlines=config.outlines, units=units)
-    (output,) = gm.graph.find_nodes(op="output")
-    num_outputs = len(output.args[0])
-    forward, backward = _torch.divide(gm, values, mode, joint_pass, halves_pass, config.recompute_elementwise)
+    halves = divided(transformed, inputs, config, shards=shards, summed=summed, outlines=config.outlines)
+    forward, backward, values = halves.forward, halves.backward, halves.inputs
     sizes = [bytes_of_value(x) for x in values]
     is_state = [isinstance(x, torch.nn.Parameter | torch.nn.Buffer) or i in shards for i, x in enumerate(inputs)]
     trained = sum(size for size, x in zip(sizes, values, strict=True) if takes_gradient(x))
@@ -138,7 +167,7 @@ def ledger_of(
     phases = [largest("forward", moments, fixed, bytes_ahead)]
     if backward is not None:
         saved = saved_values(forward, backward)
-        returned = returned_bytes(forward, saved, num_outputs)
+        returned = returned_bytes(forward, saved, halves.num_outputs)
         late = sums_under_way(backward.graph, bytes_ahead) if bytes_ahead else {}
         moments = Timeline(backward.graph, backward_kinds(backward, saved), workspace, saved.__contains__, late).run()
         phases.append(largest("backward", moments, fixed | {"returned": returned}, bytes_ahead))

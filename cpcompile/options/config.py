@@ -116,6 +116,9 @@ class Config:
             were alone: attention sees it only, and its places count from 0. '' leaves the model as it is.
         mask_labels: losses ignore labels of another document than that of the token that predicts them; needs `documents`.
         dynamic: one compiled graph for all lengths (True), or one for each length (False).
+        check_finite: run the transformed graph operator by operator, and end the step on all ranks of the axis with a
+            `NotFiniteError` at the first value or gradient that is NaN or infinite: with its line, its operands and the ranks. To
+            find a fault with, since ranks talk behind each operator; only with `inner="eager"`.
     """
 
     strategy: str = "auto"
@@ -150,6 +153,7 @@ class Config:
     dynamic: bool = True
     documents: str = ""
     mask_labels: bool = False
+    check_finite: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -200,6 +204,10 @@ class Config:
         if self.prefetch < 0:
             raise ConfigError(
                 f"prefetch={self.prefetch} is not a number of modules: 0 gathers them where they are used."
+            )
+        if self.check_finite and self.inner != "eager":
+            raise ConfigError(
+                f"check_finite=True runs operator by operator what inner={self.inner!r} would compile: use inner='eager' with it."
             )
         self._check_inductor()
         if self.documents:

@@ -115,7 +115,7 @@ class JoinedTokens:
         """Deal operands to the ranks in equal chunks where the layout follows documents; tells whether there were any."""
         sharded = {name: (x, at) for name, x in call.operands() if isinstance(at := placement_of(x), Sharded)}
         changes = {n: self.joiner.rearranged(x, self.joiner.in_chunks(at)) for n, (x, at) in sharded.items()}
-        changes = {name: x for name, x in changes.items() if x is not call[name]}
+        changes = {name: x for name, x in changes.items() if x is not sharded[name][0]}
         node.args, node.kwargs = call.rebound(changes)
         return bool(changes)
 

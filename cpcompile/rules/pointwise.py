@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cpcompile import runtime  # noqa: F401  (registers the operator)
 from cpcompile.ir.operator_call import Call
 from cpcompile.rules.registry import RULES, Indices, Names, rule
 
@@ -89,7 +90,7 @@ def pointwise(call: Call) -> Indices:
     return Indices(operands, results, gathers=tuple(operands))
 
 
-rule(*UNTAGGED)(pointwise)
+rule(*UNTAGGED, torch.ops.cpcompile.show.default)(pointwise)
 
 
 @rule(aten.type_as.default)

@@ -35,3 +35,5 @@ from cpcompile.runtime.tokens.reduce import stack_ranks as stack_ranks
 from cpcompile.runtime.tokens.shard import fill_padding as fill_padding
 from cpcompile.runtime.tokens.shard import gather_tokens as gather_tokens
 from cpcompile.runtime.tokens.shard import shard_tokens as shard_tokens
+from cpcompile.runtime.tokens.show import show as show
+from cpcompile.runtime.tokens.show import show_tokens as show_tokens

@@ -99,7 +99,7 @@ def take_steps(trainer: Trainer, start: int, interrupt: Interrupt) -> None:
     single = first_step_on_one_device(trainer, start) if options.check and options.apply and rank == 0 else None
     if options.apply:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
-        chosen = {name: getattr(options, name) for name in ("strategy", "balancer", "kernel", "inner")}
+        chosen = {name: getattr(options, name) for name in ("strategy", "balancer", "kernel", "inner", "check_finite")}
         cpcompile.apply(trainer.model, mesh, **chosen)
     set_random_state(device, random_state)
     emit(Phase("first step (compiling takes a while)" if options.apply else "first step"))

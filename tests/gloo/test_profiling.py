@@ -33,8 +33,8 @@ def test_each_attention_is_a_range(pool: Any, tmp_path: Path) -> None:
         assert Counter(found) == Counter(ranges)
     for number, rank in enumerate(read_profile(sorted(tmp_path.iterdir()))):
         assert (rank.rank, rank.device, rank.num_steps, len(rank.attentions)) == (number, "cpu", 1, 4)
-        assert rank.step == pytest.approx(rank.attention + rank.other + rank.exposed + rank.gaps)
-        assert min(rank.attention, rank.other, rank.exposed, rank.gaps) > 0
+        assert rank.step == pytest.approx(rank.attention + rank.other + rank.exposed + rank.host_gaps)
+        assert min(rank.attention, rank.other, rank.exposed, rank.host_gaps) > 0
         assert rank.attention == pytest.approx(sum(each.kernels for each in rank.attentions))
         for each in rank.attentions:
             assert each.calls == 1

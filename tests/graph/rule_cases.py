@@ -60,6 +60,12 @@ def dropout(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(s, s, D), 0.5, False))
 
 
+@cases(torch.ops.cpcompile.show.default)
+def show(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(B, s, D), "x"))
+    yield Case(target, (integers(B, s, high=3), "x", True))
+
+
 @cases(aten.native_dropout.default)
 def native_dropout(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, D), 0.0, True))

@@ -93,6 +93,11 @@ def test_the_untouched_model_is_for_one_rank() -> None:
     assert (result.exit_code, result.stderr.count("\n")) == (2, 2)  # the message, and where to read more
 
 
+def test_finite_numbers_are_checked_in_what_is_applied() -> None:
+    result = invoke("train", "--no-apply", "--ranks", "1", "--check-finite")
+    assert (result.exit_code, "error: --check-finite runs what --no-apply" in result.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(("verdict", "code"), [("exact", 0), ("WRONG", 1), ("refused", 2), ("failed", 2)])
 def test_verify_exit_code(factory: None, monkeypatch: pytest.MonkeyPatch, verdict: str, code: int) -> None:
     seen: dict[str, Any] = {}
@@ -210,7 +215,7 @@ def test_every_option_of_config_is_one_of_explain(factory: None, monkeypatch: py
         cpcompile, "explain", lambda model, inputs, **given: seen.update(given) or "a plan", raising=False
     )
     shown = {parameter.name for parameter in typer.main.get_command(explain_app).params}
-    left_out = {"memory", "optimizer_states", "sync_weights", "check_inputs", "dynamic"}
+    left_out = {"memory", "optimizer_states", "sync_weights", "check_inputs", "dynamic", "check_finite"}
     assert {each.name for each in fields(cpcompile.Config)} - left_out <= shown
     given = ("--no-strict", "--token-dims", "x=1", "--token-local", "a.b", "--token-local", "C", "--loss-chunk", "64")
     assert invoke("explain", "my_factory:with_inputs", *given, "--inner-options", "shape_padding=true").exit_code == 0

@@ -193,7 +193,8 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     "ignore"
 )  # generate says that it is not sharded, and PEFT uses what transformers deprecates
 @pytest.mark.parametrize("block", RUN, ids=str)
-def test_block_runs(block: Block, one_rank: None) -> None:
+def test_block_runs(block: Block, one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     # Dynamo looks for a module when it reads what the functions of a model use.
     module = ModuleType(f"block_{zlib.crc32(str(block).encode())}")
     sys.modules[module.__name__] = module

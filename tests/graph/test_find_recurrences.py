@@ -156,6 +156,92 @@ def two_states(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.stack(out, dim=2)
 
 
+def delta_by_hand(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Multiply and sum, as transformers writes the rule token by token; more keys than values."""
+    state, out = torch.zeros(2, 2, 4, 3, dtype=q.dtype), torch.zeros_like(v[..., 0, :])
+    q, k, v = q[..., 0], k[..., 0], v[..., 0, :]
+    for i in range(TURNS):
+        state = state * g[:, :, i].exp()[..., None, None]
+        read = (state * k[:, :, i].unsqueeze(-1)).sum(dim=-2)
+        delta = (v[:, :, i] - read) * g[:, :, i, None].sigmoid()
+        state = state + k[:, :, i].unsqueeze(-1) * delta.unsqueeze(-2)
+        out[:, :, i] = (state * q[:, :, i].unsqueeze(-1)).sum(dim=-2)
+    return out
+
+
+def values_first(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Carry `[values, keys]`, as RWKV-7 does: what is summed comes last."""
+    state, out = torch.zeros(2, 2, 4, 3, dtype=q.dtype), []
+    for i in range(TURNS):
+        r, w, a, u = q[:, :, i, 0], k[:, :, i, 0], k[:, :, i, 1], v[:, :, i, :, 0]
+        state = (
+            state * w.sigmoid()[..., None, :]
+            + (state @ a[..., None]) @ (w * a).unsqueeze(-2)
+            + u[..., None] * r[..., None, :]
+        )
+        out.append((state @ r[..., None]).squeeze(-1))
+    return torch.stack(out, dim=1)
+
+
+def by_einsum(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.zeros(2, 2, 4, 3, dtype=q.dtype), []
+    q, k, v = q[..., 0], k[..., 0], v[..., 0, :]
+    for i in range(TURNS):
+        read = torch.einsum("bhkv,bhk->bhv", state, k[:, :, i])
+        state = g[:, :, i, None, None] * state + torch.einsum("bhk,bhv->bhkv", k[:, :, i], v[:, :, i] - read)
+        out.append(torch.einsum("bhk,bhkv->bhv", q[:, :, i], state))
+    return torch.stack(out, dim=2)
+
+
+def from_the_right(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Multiply rows by a matrix that all turns share; a dim without a column in between."""
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = (state @ k[0, 0, 0, :3].mT) / (2 + g[:, :, i, None, None]) + v[:, :, i]
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def decays_of_both(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Decay each element by itself, so that no two columns have the same matrix."""
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = q[:, :, i] * state
+        state = state - k[:, :, i] * state.mean(-2, keepdim=True) + v[:, :, i]
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def momentum(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Carry a state that follows another one."""
+    state, change, out = torch.zeros_like(v[:, :, 0]), torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        change = q[:, :, i] * change - v[:, :, i]
+        state = k[:, :, i] * state + change
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def moving_average(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Begin with what the first turn has."""
+    state = v[:, :, 0]
+    out = [state * q[:, :, 0]]
+    for i in range(1, TURNS):
+        a = g[:, :, i, None, None].sigmoid()
+        state = a * state + (1 - a) * v[:, :, i]
+        out.append(state * q[:, :, i])
+    return torch.stack(out, dim=2)
+
+
+def begun_by_matrix(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Begin with what is learned."""
+    state, out = v[:, :, 0, :3] + 1, torch.zeros_like(v)
+    for i in range(TURNS):
+        out[:, :, i] = q[:, :, i] @ state
+        state = state * g[:, :, i, None, None] + k[:, :, i].mT @ (v[:, :, i] - k[:, :, i] @ state)
+    return out
+
+
 def nonlinear(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     state, out = torch.zeros_like(v[:, :, 0]), []
     for i in range(TURNS):
@@ -176,6 +262,43 @@ def coupled(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     state, other, out = torch.zeros_like(v[:, :, 0]), torch.zeros_like(v[:, :, 0]), []
     for i in range(TURNS):
         state, other = q[:, :, i] * other + v[:, :, i], k[:, :, i] * state - v[:, :, i]
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def complex_parts(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Turn a number by an angle, in its real and its imaginary part; the one that comes second is read first."""
+    real, imaginary, out = v[:, :, 0] + 1, torch.zeros_like(v[:, :, 0]), []
+    cos, sin = 0.9 * q.cos(), 0.9 * q.sin()
+    for i in range(TURNS):
+        a, b = cos[:, :, i], sin[:, :, i]
+        real, imaginary = a * real - b * imaginary + v[:, :, i], b * real + a * imaginary
+        out.append(imaginary * k[:, :, i] + real)
+    return torch.stack(out, dim=2)
+
+
+def two_dims(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Mix along both dims of a state."""
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = q[:, :, i] * state.sum(-1, keepdim=True) + k[:, :, i] * state.sum(-2, keepdim=True) + v[:, :, i]
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def turned_over(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Swap rows and columns, of which there are as many."""
+    state, out = torch.zeros_like(v[:, :, 0, :3]), []
+    for i in range(TURNS):
+        state = q[:, :, i, :3] * state.mT + v[:, :, i, :3]
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def sums_turned_over(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.zeros_like(v[:, :, 0, :3]), []
+    for i in range(TURNS):
+        state = state + q[:, :, i, :3] * state.sum(-2).unsqueeze(-1) + v[:, :, i, :3]
         out.append(state)
     return torch.stack(out, dim=2)
 
@@ -209,21 +332,42 @@ def operands() -> list[Tensor]:
     return [*(numbers(2, 2, TURNS, 4, 3) for _ in range(3)), numbers(2, 2, TURNS)]
 
 
-@pytest.mark.parametrize("loop", [gated_delta, of_channels, without_decay, constant_decay, rows_decay])
+LOOPS = [
+    *(gated_delta, of_channels, without_decay, constant_decay, rows_decay, begun, begun_by_matrix, moving_average),
+    *(coupled, complex_parts, delta_by_hand, values_first, by_einsum, from_the_right, decays_of_both),
+]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_loops_that_are_affine_in_their_state(loop: Callable[..., Tensor]) -> None:
     check_found(loop, *operands())
 
 
-def test_a_loop_may_carry_two_states() -> None:
-    gm, inputs = traced(two_states, *operands()), operands()
+@pytest.mark.parametrize("loop", [two_states, momentum])
+def test_a_loop_may_carry_two_states(loop: Callable[..., Tensor]) -> None:
+    gm, inputs = traced(loop, *operands()), operands()
     assert find_recurrences(gm) == 1
     gm.graph.eliminate_dead_code()
     gm.recompile()
     assert len(gm.graph.find_nodes(op="call_function", target=cp.recurrence.default)) == 2
-    torch.testing.assert_close(gm(*inputs), two_states(*inputs))
+    torch.testing.assert_close(gm(*inputs), loop(*inputs))
 
 
-@pytest.mark.parametrize("loop", [nonlinear, backwards, coupled, begun, last_turn_differs, detached])
+def test_a_loop_may_read_what_another_one_left() -> None:
+    def twice(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return moving_average(q, k, begun(q, k, v, g), g)
+
+    gm, inputs = traced(twice, *operands()), operands()
+    assert find_recurrences(gm) == 2
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs), twice(*inputs))
+
+
+OTHERS = [nonlinear, backwards, last_turn_differs, detached, two_dims, turned_over, sums_turned_over]
+
+
+@pytest.mark.parametrize("loop", OTHERS)
 def test_other_loops_are_left_alone(loop: Callable[..., Tensor]) -> None:
     check_left_alone(loop, *operands())
 
@@ -247,3 +391,13 @@ def test_the_operator_and_its_gradients(by_matrix: bool) -> None:
     halves = [t.detach().bfloat16() for t in (factor, x)]
     in_float32 = by_definition(*(t.float() for t in halves)).bfloat16()
     assert torch.equal(cp.recurrence(*halves, 1, by_matrix), in_float32)
+
+
+def test_values_are_numbered_only_where_there_may_be_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[fx.Graph] = []
+    monkeypatch.setitem(find_recurrences.__globals__, "value_numbers", lambda graph: seen.append(graph) or {})
+    q, *rest = operands()
+    check_left_alone(lambda q: torch.cat([q @ q.mT, q @ q.mT]), q)
+    assert not seen
+    find_recurrences(traced(gated_delta, q, *rest))
+    assert len(seen) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import types
@@ -314,12 +315,15 @@ def _forget_choices() -> Any:
 
 
 def diagonal(q: Tensor, k: Tensor, left: int, right: int) -> tuple[int | None, int | None]:
-    """Return low and high of a window as FlashAttention counts it, from the last key.
+    """Return low and high of a window as FlashAttention 2 counts it, from the last key.
 
-    As many keys as there are, or more, are no bound to it, even where there are fewer keys than queries.
+    As many keys as there are, or more, are no bound to it, even where there are fewer keys than queries; and where there is one
+    bound, it takes as many keys as there are for the other.
     """
     shift = k.shape[1] - q.shape[1]
     left, right = (-1 if bound >= k.shape[1] else bound for bound in (left, right))
+    if max(left, right) >= 0:
+        left, right = (k.shape[1] if bound < 0 else bound for bound in (left, right))
     return (None if left < 0 else shift - left), (None if right < 0 else shift + right)
 
 
@@ -404,6 +408,20 @@ def test_flash_attention_gets_every_band(shape: str, low: int, high: int, monkey
     torch.manual_seed(0)
     use(monkeypatch, stand_in_for_flash())
     check(*SHAPES[shape], Block(SCALE, low=low, high=high), "stand_in")
+
+
+@pytest.mark.parametrize("rows, columns", [(7, 3), (6, 5), (4, 4), (2, 5)])
+def test_bands_of_flash_attention_hide_what_they_should(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All bands of some blocks: with and without one of the bounds, off the diagonal, and with more rows than columns."""
+    use(monkeypatch, stand_in_for_flash())
+    _, q, k, v = tensors(rows, columns)
+    for low, high in itertools.product((None, *range(-7, 5)), (None, *range(-6, 6))):
+        for rectangles in ((), (Rectangle(0, rows, 0, columns),)):
+            block = Block(SCALE, low=low, high=high, rectangles=rectangles)
+            found, expected = (kernels.forward(q, k, v, block, kernel) for kernel in ("stand_in", "math"))
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "window", "past"])
@@ -740,9 +758,37 @@ def test_what_took_the_place_of_flash_attention_2_is_not_called_by_its_name(monk
     assert kernels.choose(packed).kernel.name == "flash4"
     monkeypatch.setattr(flash, "gpu_generation", lambda: 9)
     forget_choices()
-    choice = kernels.choose(packed)
-    assert choice.kernel.name == "triton" and "flash4 was not measured on Hopper" in choice.reasons
-    assert kernels.choose(packed, "flash4").kernel is flash.FLASH4
+    assert kernels.choose(packed).kernel.name == "flash4"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("generation", "given", "name"),
+    [
+        (9, (), "flash4"),
+        (9, ("causal", "varied"), "flash4"),
+        (9, ("causal",), "flash4"),
+        (9, ("causal", "lengths"), "flash4"),
+        (9, ("causal", "rectangles"), "triton"),
+        (9, ("window",), "triton"),
+        (10, ("causal",), "cudnn"),
+        (10, ("causal", "lengths"), "flash4"),
+        (8, ("causal",), "cudnn"),
+    ],
+)
+def test_what_flash_attention_4_is_chosen_for(
+    generation: int, given: tuple[str, ...], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = ("triton", flash.FLASH4_PACKAGE.module)
+    monkeypatch.setattr(flash, "is_installed", lambda name: name in installed)
+    monkeypatch.setattr(flash, "gpu_generation", lambda: generation)
+    forget_choices()
+    assert kernels.choose(case("cuda", torch.bfloat16, 128, 128, *given)).kernel.name == name
+    if "lengths" in given:  # steps with packed documents were no faster by it
+        monkeypatch.setattr(flash, "is_installed", lambda name: True)
+        monkeypatch.setattr(cudnn_varlen, "is_installed", lambda name: True)
+        forget_choices()
+        assert kernels.choose(case("cuda", torch.bfloat16, 128, 128, *given)).kernel.name == "cudnn_varlen"
 
 
 def case(device: str, dtype: torch.dtype = torch.bfloat16, head: int = 64, value: int = 64, *features: str) -> Case:
@@ -911,28 +957,30 @@ def test_a_block_is_planned_once_and_one_with_tensors_each_time() -> None:
 def test_choice_says_why() -> None:
     choice = kernels.choose(case("cuda", HALF, 136, 136, "documents", "causal", "softcap"))
     assert choice.reasons == (
+        "flash4 is not installed (pip install flash-attn-4)",
         "cudnn needs head dims of at most 128, or 192 and 128",
         "cudnn_varlen needs head dims of at most 128, or 192 and 128",
         "flash3 is not installed (pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130)",
-        "flash4 is not installed (pip install flash-attn-4)",
         "flash takes no documents, no softcap",
         "flash_attn is not installed (pip install flash-attn)",
         "ring_flash_attn has no kernels of its own, it calls those of flash_attn (pip install flash-attn)",
     )
-    assert kernels.explain(case("cuda")) == "cudnn"
+    assert kernels.explain(case("cuda")) == "cudnn (flash4 is not installed (pip install flash-attn-4))"
     assert kernels.explain(case("cuda", HALF, 60, 100), "flash") == "flash with head dims padded to 104 and 104"
     assert kernels.explain(case("cuda", FLOAT, 64, 64, "documents", "lengths"), "efficient") == (
         "efficient with a mask of all rows and columns, one document at a time"
     )
     assert kernels.explain(case("cuda", HALF, 64, 64, "lengths")).startswith(
-        "triton (cudnn plans anew for each length of a document; cudnn_varlen is not installed (pip install nvidia-cudnn-"
+        "triton (flash4 is not installed (pip install flash-attn-4); cudnn plans anew for each length of a document; "
+        "cudnn_varlen is not installed (pip install nvidia-cudnn-"
     )
 
 
 @pytest.mark.usefixtures("hopper")
 def test_a_kernel_that_cannot_serve_is_an_error() -> None:
     with pytest.raises(
-        KernelError, match=r"(?m)no kernel is called 'fast': there are auto, cudnn, cudnn_varlen, flash3, .*, math$"
+        KernelError,
+        match=r"(?m)no kernel is called 'fast': there are auto, flash4, cudnn, cudnn_varlen, flash3, .*, math$",
     ):
         kernels.choose(case("cuda"), "fast")
     with pytest.raises(KernelError) as error:
@@ -955,9 +1003,10 @@ def test_a_kernel_that_cannot_serve_is_an_error() -> None:
 
 
 def test_old_cudnn_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = kernels.KERNELS[kernels.NAMES.index("cudnn")]
     for version, dims, is_right in ((91501, 64, True), (91500, 64, False), (0, 64, False)):
         monkeypatch.setattr(cudnn, "_version", lambda version=version: version)
-        assert (not kernels.KERNELS[0].refuses(case("cuda", HALF, dims, dims))) == is_right
+        assert (not asked.refuses(case("cuda", HALF, dims, dims))) == is_right
 
 
 def test_a_case_can_be_made_of_fake_tensors() -> None:

@@ -17,7 +17,7 @@ from cpcompile.cli import app
 from cpcompile.compile.layers import name_layers
 from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.errors import ConfigError
-from cpcompile.inspect.profile import clip, minus, read_profile, union
+from cpcompile.inspect.profile import PARTS, clip, minus, read_profile, union
 from cpcompile.ir.operator_call import Call
 from cpcompile.runtime.attention.profiling import AttentionRange
 from tests.graph.small_models import planned
@@ -122,10 +122,10 @@ def test_each_moment_of_a_step_is_told(tmp_path: Path) -> None:
     paths = [write(tmp_path / "b.json.gz", TWO_STEPS, 1), write(tmp_path / "a.json", TWO_STEPS, 0)]
     first, second = read_profile(paths)
     assert (first.rank, second.rank, first.device, first.num_steps) == (0, 1, "cuda", 2)
-    times = {
-        name: getattr(first, name) * 2e6 for name in ("step", "attention", "other", "exposed", "gaps", "overlapped")
-    }
-    expected = {"step": 200, "attention": 70, "other": 30, "exposed": 10, "gaps": 90, "overlapped": 5}
+    times = {name: getattr(first, name) * 2e6 for name in (*PARTS, "overlapped")}
+    # The device runs dry twice: the kernel that ends the first gap is launched then, that of the second was long before.
+    of_gaps = {"host_gaps": 20 + 10, "device_gaps": 60}
+    expected = {"step": 200, "attention": 70, "other": 30, "exposed": 10, "overlapped": 5, **of_gaps}
     assert times == pytest.approx(expected)
     forward, backward = first.attentions
     assert (forward.layer, forward.strategy, forward.layout, forward.calls) == (
@@ -143,10 +143,30 @@ def test_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["explain-profile", *paths])
     assert result.exit_code == 0, result.output
     lines = "\n".join(" ".join(line.split()) for line in result.output.splitlines())
-    assert "\n1 100 us 35 us 35% 15 us 15% 5 us 5% 45 us 45% 2.5 us " in lines, lines
+    assert "\n1 100 us 35 us 35% 15 us 15% 5 us 5% 15 us 15% 30 us 30% 2.5 us " in lines, lines
+    assert "\nflash_backward 0.5 25 us\ngemm 1 15 us\n" in lines
     assert "\nmodel.layers.0.attn ring zig_zag backward 0.5 25 us 0 us 0 us" in lines
     found = json.loads(CliRunner().invoke(app, ["explain-profile", "--json", *paths]).output)
     assert [rank["attentions"][0]["kernels"] for rank in found["ranks"]] == pytest.approx([10e-6] * 2)
+
+
+def test_traces_are_compared(tmp_path: Path) -> None:
+    """Before, nothing was sent, the attention of forward was a gathered one, and a kernel was there that is gone."""
+    before = [each | {"name": each["name"].replace("ring", "gather")} for each in TWO_STEPS]
+    before = [each for each in before if not each["name"].startswith("nccl")]
+    before += kernel("copies", 6, 92, 4, 7, launched=91)
+    paths = [str(write(tmp_path / f"{name}.json", events, 0)) for name, events in {"a": TWO_STEPS, "b": before}.items()]
+    result = CliRunner().invoke(app, ["explain-profile", paths[0], "--against", paths[1]])
+    assert result.exit_code == 0, result.output
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert "exposed transfers 0 us 5 us +5 us" in lines
+    assert "other kernels 17 us 15 us -2 us" in lines
+    assert "model.layers.0.attn forward gather zig_zag ring zig_zag +0 us +7.5 us +5 us" in lines
+    assert "ncclDevKernel_SendRecv 0 -> 0.5 0 us 7.5 us +7.5 us" in lines
+    assert "copies 0.5 -> 0 2 us 0 us -2 us" in lines
+    assert not any(line.startswith("gemm 1 ->") for line in lines)
+    arguments = ["explain-profile", "--json", paths[0], "--against", paths[1]]
+    assert len(json.loads(CliRunner().invoke(app, arguments).output)["against"]) == 1
 
 
 def test_a_trace_without_our_ranges_is_refused(tmp_path: Path) -> None:

@@ -159,6 +159,8 @@ def operator_calls() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
         ("fill_padding", ops.fill_padding.default, (x, 1, 2, 0.0, 1, 2, 6, "zig_zag", 1, ""), {}),
         ("all_reduce", ops.all_reduce.default, (x, 1, ""), {}),
         ("scale_gradient", ops.scale_gradient.default, (x, 0.5), {}),
+        ("show", ops.show.default, (x, "x", True), {}),
+        ("show_tokens", ops.show_tokens.default, (x, "x", True, 1, 2, 0, 0, 6, "zig_zag", 1, ""), {}),
     ]
 
 

@@ -250,6 +250,65 @@ class Selective(nn.Module):
         return self.out(outputs * F.silu(gate))
 
 
+class Delta(nn.Module):
+    """The gated delta rule token by token, in products and sums, from a state that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.gates = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 2 * HEADS)
+        self.out, self.first = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(HEADS, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        decay, beta = self.gates(x).sigmoid().transpose(1, 2).chunk(2, dim=1)
+        k, y = F.normalize(k, dim=-1), torch.zeros_like(v)
+        state = self.first.expand(x.shape[0], -1, -1, -1)
+        for t in range(x.shape[1]):
+            state = state * decay[:, :, t, None, None]
+            read = (state * k[:, :, t, :, None]).sum(-2)
+            state = state + k[:, :, t, :, None] * ((v[:, :, t] - read) * beta[:, :, t, None])[:, :, None]
+            y[:, :, t] = (state * q[:, :, t, :, None]).sum(-2)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Rotations(nn.Module):
+    """A memory `[values, keys]` that matrices multiply from the right, fed by a momentum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.mix = nn.Linear(WIDTH, 3 * WIDTH), nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).chunk(3, dim=-1)
+        memory, change, y = x.new_zeros(x.shape[0], WIDTH, WIDTH), x.new_zeros(x.shape[0], WIDTH, WIDTH), []
+        for q_t, k_t, v_t in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):
+            change = 0.5 * change + torch.einsum("bv,bk->bvk", v_t, k_t)
+            memory = memory @ self.mix + change
+            y.append(torch.einsum("bvk,bk->bv", memory, q_t))
+        return torch.stack(y, dim=1)
+
+
+class Oscillators(nn.Module):
+    """Real and imaginary parts that depend on each other, from a state that the text has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angle, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angle, real, imaginary, y = self.angle(x), x.mean(1), torch.zeros_like(x[:, 0]), []
+        average = [x[:, 0]]
+        for t in range(1, x.shape[1]):
+            average.append(0.9 * average[-1] + 0.1 * x[:, t])
+        x = torch.stack(average, dim=1)
+        cos, sin = 0.9 * angle.cos(), 0.9 * angle.sin()
+        for t in range(x.shape[1]):
+            a, b = cos[:, t], sin[:, t]
+            real, imaginary = a * real - b * imaginary + x[:, t], b * real + a * imaginary
+            y.append(torch.cat([real, imaginary], dim=-1))
+        return self.out(torch.stack(y, dim=1))
+
+
 class Patches(nn.Module):
     """A convolution whose kernel each token makes, as ConvBERT has it: patches of tokens by `F.unfold`."""
 
@@ -278,6 +337,9 @@ PROGRAMS: dict[str, Case] = {
     "mingru": (lambda: Model(MinGRU()), lambda: text(13), {}),
     "associative": (lambda: Model(Associative()), lambda: text(7), {"exact_dropout": True}),
     "loop": (lambda: Model(Selective()), lambda: text(7), {}),
+    "delta": (lambda: Model(Delta()), lambda: text(7), {}),
+    "rotations": (lambda: Model(Rotations()), lambda: text(7), {}),
+    "oscillators": (lambda: Model(Oscillators()), lambda: text(7), {}),
     "bounded loop": (lambda: Model(Selective(is_bounded=True)), lambda: text(7), {}),
     "patches": (lambda: Model(Patches()), lambda: text(13), {}),
     "packed": (Packed, lambda: packed(23), {"token_dims": {"input_ids": 1, "labels": 1, "documents": 1}}),
@@ -290,10 +352,15 @@ PROGRAMS: dict[str, Case] = {
 }
 
 
-QUICK = {"state space", "gated delta", "loop", "bounded loop", "frames", "pools"}
+QUICK = {"state space", "gated delta", "loop", "delta", "rotations", "oscillators", "bounded loop", "frames", "pools"}
 SETTINGS = [(2, "zig_zag"), (3, "contiguous"), (4, "zig_zag"), (3, "balanced")]
-# Loops over chunks that are no linear recurrences need the layout of the inputs.
-NOT_BY_DOCUMENTS = {"bounded gated delta", "bounded gated delta, many chunks"}
+# Programs that need the layout of the inputs, since loops run by channels or in chunks, or tokens are joined; what is refused.
+NOT_BY_DOCUMENTS = {
+    "mingru": "torch.cat",
+    "bounded loop": "aten.mul.Tensor",
+    "bounded gated delta": "solve_triangular",
+    "bounded gated delta, many chunks": "solve_triangular",
+}
 CASES = [
     pytest.param(
         name,
@@ -333,8 +400,31 @@ def test_what_travels_does_not_depend_on_the_length(mixer: type[nn.Module]) -> N
     assert sent["cp.move_tokens"] == state
 
 
-def test_chunks_of_a_loop_and_documents_are_refused_with_the_remedy() -> None:
-    with pytest.raises(NoRule, match=r"(?s)solve_triangular.*Use balancer='zig_zag' or 'contiguous'"):
-        cpcompile.explain(
-            Model(GatedDelta(is_bounded=True)), text(22), world_size=2, balancer="balanced", dynamic=False
-        )
+@pytest.mark.parametrize("mixer", [Delta, Rotations, Oscillators])
+def test_loops_over_tokens_pass_on_states_only(mixer: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Model(mixer())
+    found = [cpcompile.explain(model, text(n), world_size=2, balancer="contiguous", dynamic=False) for n in (6, 8)]
+    short, long = (each.collectives for each in found)
+    assert short == long
+    assert "cp.stack_ranks" in {c.operator for c in long}
+
+
+def test_states_pass_in_the_order_of_the_row_under_a_layout_of_documents() -> None:
+    torch.manual_seed(0)
+    model = Packed()
+    model.space = Oscillators()
+    named = {"token_dims": {"input_ids": 1, "labels": 1, "documents": 1}, "dynamic": False}
+    found = cpcompile.verify(
+        model.double(), packed(11), world_size=3, dtype=torch.float64, balancer="balanced", **named
+    )
+    found.raise_if_wrong()
+    with pytest.raises(NoRule, match=r"(?s)knows no documents.*Use balancer='zig_zag' or 'contiguous'"):
+        cpcompile.explain(Packed(), packed(11), world_size=2, balancer="balanced", **named)
+
+
+@pytest.mark.parametrize("name", [x for x in NOT_BY_DOCUMENTS if "many chunks" not in x])
+def test_what_needs_the_layout_of_the_inputs_is_refused_with_the_remedy(name: str) -> None:
+    make, inputs, _ = PROGRAMS[name]
+    with pytest.raises(NoRule, match=f"(?s){NOT_BY_DOCUMENTS[name]}.*Use balancer='zig_zag' or 'contiguous'"):
+        cpcompile.explain(make(), inputs(), world_size=2, balancer="balanced", dynamic=False)

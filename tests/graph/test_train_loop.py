@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+import cpcompile
 from cpcompile.errors import InputError, StorageError, VerificationError
 from cpcompile.train import checkpoint, loop
 from cpcompile.train.events import Gradients
@@ -72,6 +73,14 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     ):
         run(tmp_path, apply=False, learning_rate=1e30)
     dist.destroy_process_group()
+
+
+def test_the_model_is_applied_with_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(cpcompile, "apply", lambda model, mesh, **given: seen.update(given), raising=False)
+    run(tmp_path, steps=1, check=False, check_finite=True, strategy="ring")
+    rest = {"balancer": "auto", "kernel": "auto"}
+    assert seen == {"strategy": "ring", "inner": "eager", "check_finite": True, **rest}
 
 
 def test_no_number_on_one_device_either_is_not_a_difference(tmp_path: Path) -> None:

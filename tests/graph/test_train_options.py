@@ -32,6 +32,9 @@ from tests.train_support import tiny_options
         ({"heartbeat": -1.0}, r"--heartbeat -1.0 is negative: 0 waits for ever"),
         ({"heartbeat": float("nan")}, r"--heartbeat nan is negative"),
         ({"resume": True}, r"--resume needs --save DIR"),
+        ({"check_finite": True, "inner": "aot_eager"}, r"check_finite=True .* inner='aot_eager' would compile"),
+        ({"check_finite": True, "inner": "inductor"}, r"check_finite=True .* inner='inductor' would compile"),
+        ({"check_finite": True, "apply": False}, r"--check-finite runs what --no-apply does not make"),
         ({"log": Path("nowhere/log.jsonl")}, r"--log nowhere/log\.jsonl: not a file in an existing folder"),
     ],
 )
@@ -115,6 +118,10 @@ def test_no_compiler_means_aot_eager(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert notes == ["Inductor needs a C++ compiler, which is not installed: using the inner compiler aot_eager."]
     with pytest.raises(CPError, match=r"--inner inductor needs a C\+\+ compiler"):
         validated(tiny_options(tmp_path, inner="inductor"))
+
+
+def test_what_is_checked_is_not_compiled(tmp_path: Path) -> None:
+    assert validated(tiny_options(tmp_path, inner="auto", check_finite=True))[0].inner == "eager"
 
 
 def test_the_chosen_compiler_counts(monkeypatch: pytest.MonkeyPatch) -> None:

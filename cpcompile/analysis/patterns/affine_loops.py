@@ -8,31 +8,39 @@ one recurrence. Gated delta rules, linear attention and state spaces that loop o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
 
-from cpcompile.analysis.masks.operands import CONVERSIONS
 from cpcompile.analysis.masks.read import Reader, constant
 from cpcompile.analysis.patterns.nodes import same_shape, switches_mode
+from cpcompile.analysis.patterns.state_maps import Affine, Maps, write_recurrence
 from cpcompile.analysis.patterns.turns import NotOneLoop, Turns, Writer, apply, operands_of_turns, read_of
 from cpcompile.ir.operator_call import Call, value_of
 
-aten, cp = torch.ops.aten, torch.ops.cpcompile
+aten = torch.ops.aten
 FEWEST = 3  # turns: two of them have to be compared to know what changes
 DEEPEST = 100  # operators behind one another in a turn
 
 
-@dataclass(frozen=True, slots=True)
-class Affine:
-    """`weight * state + offset`, or `weight @ state + offset`; no weight is 1, no offset 0."""
+class DependOnEachOther(Exception):
+    """The map of a state reads one whose map is being read: they and those between them are one state."""
 
-    weight: Turns | None = None
-    offset: Turns | None = None
-    by_matrix: bool = False
+    def __init__(self, readings: Sequence[Reading], level: int) -> None:
+        super().__init__()
+        self.level = level
+        self.states = tuple(state for reading in readings[level:] for state in reading.states)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """States of which the maps are being read: the nodes with which turns begin, and what is known of others."""
+
+    states: tuple[tuple[fx.Node, ...], ...]
+    maps: Maps
+    known: dict[tuple[fx.Node, ...], Affine] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +96,9 @@ class Loop:
         count: how many turns there are.
         known: what is written already.
         carried: the states that are.
-        state: the nodes of the state of which maps are being read, if any are.
-        maps: those that are known.
+        readings: the states of which maps are being read, each for the map of the one before.
         depth: how many operators are being read, each an operand of the one before.
+        retries: how often nodes of one operator may still be read as a state, when they are no turns.
     """
 
     writer: Writer
@@ -99,9 +107,9 @@ class Loop:
     count: int
     known: dict[tuple[fx.Node, ...], Turns] = field(default_factory=dict)
     carried: list[Carried] = field(default_factory=list)
-    state: tuple[fx.Node, ...] = ()
-    maps: dict[tuple[fx.Node, ...], Affine] = field(default_factory=dict)
+    readings: list[Reading] = field(default_factory=list)
     depth: int = 0
+    retries: int = 10
 
     def turns(self, nodes: tuple[fx.Node, ...]) -> Turns | Affine:
         """Return what nodes, one of each turn from the first on, compute in all turns.
@@ -109,12 +117,19 @@ class Loop:
         Raises:
             NotOneLoop: they do not compute the same.
         """
-        if nodes == self.state[: len(nodes)]:
-            return Affine()
-        for state in self.carried:
-            if nodes == state.nodes[: len(nodes)]:
-                return state.before
-        found: Turns | Affine | None = self.known.get(nodes) or self.maps.get(nodes)
+        reading = self.readings[-1] if self.readings else None
+        for level, other in enumerate(self.readings):
+            for part, state in enumerate(other.states):
+                if nodes == state[: len(nodes)]:
+                    if other is not reading:
+                        raise DependOnEachOther(self.readings, level)
+                    return other.maps.part(part, len(other.states))
+        for carried in self.carried:
+            if nodes == carried.nodes[: len(nodes)]:
+                return carried.before
+        found: Turns | Affine | None = self.known.get(nodes)
+        if found is None and reading is not None:
+            found = reading.known.get(nodes)
         if found is None:
             self.depth += 1
             if self.depth > DEEPEST:
@@ -123,8 +138,8 @@ class Loop:
             self.depth -= 1
             if isinstance(found, Turns):
                 self.known[nodes] = found
-            else:
-                self.maps[nodes] = found
+            elif reading is not None:
+                reading.known[nodes] = found
         return found
 
     def _read(self, nodes: tuple[fx.Node, ...]) -> Turns | Affine:
@@ -135,56 +150,98 @@ class Loop:
             return self._elements(reads)
         if any(node.target is not nodes[0].target for node in nodes):
             return self._carry(nodes)
-        if not isinstance(nodes[0].target, torch._ops.OpOverload):
+        depth, readings = self.depth, len(self.readings)
+        try:
+            return self._compute(nodes)
+        except NotOneLoop:
+            if not self.retries:
+                raise
+            # What a state begins with may be made by the operator that makes the others.
+            self.retries, self.depth = self.retries - 1, depth
+            del self.readings[readings:]
+            return self._carry(nodes)
+
+    def _compute(self, nodes: tuple[fx.Node, ...]) -> Turns | Affine:
+        """Return what the same operator computes in all turns."""
+        is_operator = isinstance(nodes[0].target, torch._ops.OpOverload)
+        if not is_operator or value_of(nodes[0]).dtype != value_of(nodes[-1]).dtype:
             raise NotOneLoop
         calls = [Call.of(node) for node in nodes]
         operands = {name: self.turns(x) for name, x in operands_of_turns(calls, self.number).items()}
-        found = self._apply(calls[0], operands)
+        found = self._apply(calls[-1], operands)
         left = (state.after for state in self.carried if nodes[: len(state.nodes) - 1] == state.nodes[1:])
         return next(left, found)
 
     def _elements(self, reads: list[tuple[fx.Node, int, int]]) -> Turns:
-        """Return a tensor of which turn i reads element i, with its turns in front."""
-        x, dim, _ = reads[0]
-        if [i for *_, i in reads] != list(range(len(reads))) or value_of(x).shape[dim] != self.count:
+        """Return a tensor of which turn i reads element i, with its turns in front.
+
+        Turns that read the element behind, since the state begins with the first one, are one less: the last here is never used.
+        """
+        x, dim, first = reads[0]
+        is_in_order = [i for *_, i in reads] == list(range(first, first + len(reads)))
+        if first > 1 or not is_in_order or value_of(x).shape[dim] != self.count:
             raise NotOneLoop
-        return Turns(self.writer.insert(aten.movedim.int, x, dim, 0) if dim else x)
+        node = self.writer.insert(aten.movedim.int, x, dim, 0) if dim else x
+        return Turns(self.writer.insert(aten.roll.default, node, [-1], [0]) if first else node)
 
     def _carry(self, nodes: tuple[fx.Node, ...]) -> Turns:
-        """Return a state as it begins each turn: it is zeros first, and then what the turn before makes of it."""
-        values = [value_of(node) for node in nodes]
-        are_alike = all(v.dtype == values[0].dtype and same_shape(v.shape, values[0].shape) for v in values[1:])
-        if self.state or len(nodes) < FEWEST or not are_alike or not values[0].dtype.is_floating_point:
-            raise NotOneLoop
-        if constant(self.reader, nodes[0]) != 0 or switches_mode(nodes[0], self.writer.before):
-            raise NotOneLoop
-        self.state = nodes
-        try:
-            step = self.turns(nodes[1:])
-        finally:
-            self.state, self.maps = (), {}
-        if not isinstance(step, Affine) or step.offset is None:
-            raise NotOneLoop
-        shape, rank = values[0].shape, values[0].dim()
-        given = self.writer.each(step.offset, self.count, shape)
-        weight = step.weight or self._number(1, nodes[0])
-        of_weight = value_of(weight.node).shape[-weight.dims :] if weight.dims else ()
-        factor = self.writer.each(weight, self.count, (*[1] * (rank - weight.dims), *of_weight))
-        if {value_of(x).dtype for x in (factor, given)} != {values[0].dtype}:
-            raise NotOneLoop
-        left = self.writer.insert(cp.recurrence.default, factor, given, 0, step.by_matrix)
-        before = self.writer.insert(aten.constant_pad_nd.default, left, [0, 0] * rank + [1, -1])
-        self.carried.append(Carried(nodes, Turns(before), Turns(left)))
-        return Turns(before)
+        """Return a state as it begins each turn: what it begins with, and then what the turn before makes of it."""
+        for known in self.carried:
+            if known.nodes == nodes[: len(known.nodes)]:  # it is written for all turns, and was proven for fewer
+                Loop(self.writer, self.reader, self.number, self.count)._carry(nodes)
+                self.carried.append(Carried(nodes, known.before, known.after))
+                return known.before
+        states, maps, step = self._step((nodes,))
+        begins = [self._begin(state[0], maps.state.dtype) for state in states]
+        before, left = write_recurrence(maps, step, self._joined(begins))
+        for part, state in enumerate(states):
+            of_part = [
+                Turns(x if len(states) == 1 else self.writer.insert(aten.select.int, x, 1, part))
+                for x in (before, left)
+            ]
+            self.carried.append(Carried(state, *of_part))
+        return self.carried[-len(states)].before
 
-    def _number(self, value: float, like: fx.Node) -> Turns:
-        """Return a number as the weight of a state."""
-        tensor = value_of(like)
-        with tensor.fake_mode:
-            number = self.writer.insert(
-                aten.full.default, [1] * tensor.dim(), value, dtype=tensor.dtype, device=tensor.device
-            )
-        return Turns(number, is_shared=True)
+    def _step(self, states: tuple[tuple[fx.Node, ...], ...]) -> tuple[tuple[tuple[fx.Node, ...], ...], Maps, Affine]:
+        """Return what a turn makes of states, and of those with which they depend on each other."""
+        maps = Maps.of(self.writer, self._value(states), len(states), self.count)
+        level, depth = len(self.readings), self.depth
+        self.readings.append(Reading(states, maps))
+        try:
+            steps = [self.turns(state[1:]) for state in states]
+        except DependOnEachOther as found:
+            del self.readings[level:]
+            self.depth = depth
+            if found.level < level:
+                raise
+            return self._step(found.states)
+        self.readings.pop()
+        return states, maps, maps.joined(steps)
+
+    def _value(self, states: tuple[tuple[fx.Node, ...], ...]) -> torch.Tensor:
+        """Return the fake value that states have when a turn ends; all have one shape and dtype."""
+        last: torch.Tensor = value_of(states[0][-1])
+        for nodes in states:
+            values = [value_of(node) for node in nodes]
+            are_alike = all(v.dtype == last.dtype for v in values[1:])
+            are_alike &= all(v.device == last.device and same_shape(v.shape, last.shape) for v in values)
+            if len(nodes) < FEWEST or not are_alike or not last.dtype.is_floating_point:
+                raise NotOneLoop
+            if switches_mode(nodes[0], self.writer.before):
+                raise NotOneLoop
+        return last
+
+    def _begin(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """Return what a state begins with, in the dtype that it has later."""
+        if torch.promote_types(value_of(node).dtype, dtype) != dtype:
+            raise NotOneLoop
+        return node if value_of(node).dtype == dtype else self.writer.insert(aten.to.dtype, node, dtype)
+
+    def _joined(self, begins: Sequence[fx.Node]) -> fx.Node | None:
+        """Return what states that are one begin with; None if that is zeros."""
+        if all(constant(self.reader, node) == 0 for node in begins):
+            return None
+        return begins[0] if len(begins) == 1 else self.writer.insert(aten.stack.default, list(begins))
 
     def _apply(self, call: Call, operands: dict[str, Turns | Affine]) -> Turns | Affine:
         """Return the result of an operator; of a map of the state, one that is a map again."""
@@ -193,72 +250,4 @@ class Loop:
         given = {name: x for name, x in operands.items() if isinstance(x, Turns)}
         if len(given) == len(operands):
             return apply(self.writer, call, given)
-        if call.target in CONVERSIONS and isinstance(operands["self"], Affine) and self._is_like_state(call.node):
-            return operands["self"]
-        match call.target, [operands.get(name, call[name]) for name in list(call.arguments)[:2]]:
-            case aten.add.Tensor, [a, b] if call["alpha"] == 1:
-                return self._sum(a, b)
-            case aten.sub.Tensor, [a, b] if call["alpha"] == 1:
-                return self._sum(a, self._scaled(b, -1) if isinstance(b, Affine) else self._times(b, -1))
-            case aten.mul.Tensor, [Affine() as a, b] | [b, Affine() as a] if not isinstance(b, Affine):
-                return self._scaled(a, b)
-            case aten.neg.default, [Affine() as a, *_]:
-                return self._scaled(a, -1)
-            case aten.matmul.default, [Turns() as a, Affine() as b]:
-                return self._product(a, b)
-        raise NotOneLoop
-
-    def _is_like_state(self, node: fx.Node) -> bool:
-        """Tell whether a node has the dtype and the device of the state."""
-        value, state = value_of(node), value_of(self.state[0])
-        return bool(value.dtype == state.dtype and value.device == state.device)
-
-    def _times(self, a: Any, b: Turns | float) -> Turns:
-        if not isinstance(a, Turns):
-            raise NotOneLoop
-        return self.writer.elementwise(aten.mul.Tensor, a, b)
-
-    def _scaled(self, a: Affine, b: Turns | float) -> Affine:
-        """Return a map times a number, or something with one for each row of a state, or for each element."""
-        if a.by_matrix and isinstance(b, Turns) and not has_one_column(b):
-            raise NotOneLoop
-        offset = None if a.offset is None else self._times(a.offset, b)
-        if a.weight is None and isinstance(b, Turns):
-            return Affine(b, offset)
-        return Affine(self._times(a.weight or self._number(1, self.state[0]), b), offset, a.by_matrix)
-
-    def _sum(self, a: Any, b: Any) -> Affine:
-        """Return the sum of a map and another, or something that is none."""
-        a, b = (a, b) if isinstance(a, Affine) else (b, a)
-        if not isinstance(b, Affine | Turns):
-            raise NotOneLoop
-        offsets = [x for x in (a.offset, b.offset if isinstance(b, Affine) else b) if x is not None]
-        offset = self.writer.elementwise(aten.add.Tensor, *offsets) if len(offsets) == 2 else next(iter(offsets), None)
-        if isinstance(b, Turns):
-            return Affine(a.weight, offset, a.by_matrix)
-        by_matrix = a.by_matrix or b.by_matrix
-        weights = [self._matrix(x) if by_matrix else x.weight or self._number(1, self.state[0]) for x in (a, b)]
-        return Affine(self.writer.elementwise(aten.add.Tensor, *weights), offset, by_matrix)
-
-    def _product(self, a: Turns, b: Affine) -> Affine:
-        """Return a matrix times a map."""
-        weight = a if b.weight is None else self.writer.product(a, self._matrix(b))
-        return Affine(weight, None if b.offset is None else self.writer.product(a, b.offset), by_matrix=True)
-
-    def _matrix(self, a: Affine) -> Turns:
-        """Return the weight of a map as a matrix: what is one number for each row of a state is a diagonal."""
-        tensor = value_of(self.state[0])
-        if a.by_matrix and a.weight is not None:
-            return a.weight
-        has_rows = tensor.dim() > 1 and isinstance(tensor.shape[-2], int)
-        if not has_rows or (a.weight is not None and not has_one_column(a.weight)):
-            raise NotOneLoop
-        with tensor.fake_mode:
-            eye = self.writer.insert(aten.eye.default, tensor.shape[-2], dtype=tensor.dtype, device=tensor.device)
-        one = Turns(eye, is_shared=True)
-        return one if a.weight is None else self._times(a.weight, one)
-
-
-def has_one_column(x: Turns) -> bool:
-    """Tell whether a tensor broadcasts along the last dim."""
-    return x.dims == 0 or bool(value_of(x.node).shape[-1] == 1)
+        return self.readings[-1].maps.apply(call, operands, call.result)

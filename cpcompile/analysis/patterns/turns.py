@@ -16,7 +16,7 @@ from torch import fx
 
 from cpcompile.analysis.patterns.nodes import is_function
 from cpcompile.ir.insertion import insert_call
-from cpcompile.ir.operator_call import Call, is_tensor, value_of
+from cpcompile.ir.operator_call import JOINS, Call, is_tensor, value_of
 from cpcompile.rules.pointwise import pointwise
 from cpcompile.rules.registry import RULES, IndexedRule
 
@@ -39,6 +39,11 @@ class Turns:
         """The number of dims that it has in one turn."""
         return int(value_of(self.node).dim()) - (not self.is_shared)
 
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Its sizes in one turn."""
+        return tuple(value_of(self.node).shape[not self.is_shared :])
+
 
 @dataclass(frozen=True, slots=True)
 class Writer:
@@ -56,6 +61,22 @@ class Writer:
         for _ in range(0 if x.is_shared else dims - x.dims):
             node = self.insert(aten.unsqueeze.default, node, 1)
         return node
+
+    def ranked(self, x: Turns, dims: int) -> Turns:
+        """Return a tensor of so many dims in one turn, with dims of size 1 in front."""
+        node = x.node
+        for _ in range(dims - x.dims):
+            node = self.insert(aten.unsqueeze.default, node, int(not x.is_shared))
+        return Turns(node, x.is_shared)
+
+    def of_turns(self, target: Any, x: Turns, *dims: int) -> Turns:
+        """Apply an operator along dims, counted from the front of one turn."""
+        return Turns(self.insert(target, x.node, *(dim + (not x.is_shared) for dim in dims)), x.is_shared)
+
+    def permuted(self, x: Turns, order: Sequence[int]) -> Turns:
+        """Put the dims of one turn in another order."""
+        order = list(order) if x.is_shared else [0, *(dim + 1 for dim in order)]
+        return Turns(self.insert(aten.permute.default, x.node, order), x.is_shared)
 
     def elementwise(self, target: Any, *operands: Any, **kwargs: Any) -> Turns:
         """Apply an operator that broadcasts."""
@@ -96,6 +117,7 @@ def shifted_dims(name: str, call: Call, value: Any) -> Any:
     return [int(d) % rank + 1 for d in value] if isinstance(value, list | tuple) else int(value) % rank + 1
 
 
+JOINERS = {aten.stack.default, *JOINS}
 # Operators that name dims of their operand, and which arguments do.
 DIMS = {
     aten.transpose.int: ("dim0", "dim1"),
@@ -137,6 +159,10 @@ def apply(writer: Writer, call: Call, operands: dict[str, Turns]) -> Turns:
             changes |= {name: shifted_dims(name, call, call[name]) for name in DIMS[call.target]}
         args, kwargs = call.rebound(changes)
         return Turns(writer.insert(call.target, *args, **kwargs), shared)
+    if call.target in JOINERS and not shared:
+        count = next(value_of(x.node).shape[0] for x in operands.values() if not x.is_shared)
+        parts = [writer.each(x, count, call.shape(name)) for name, x in operands.items()]
+        return Turns(writer.insert(call.target, parts, int(call["dim"]) % call.result.dim() + 1))
     if call.target is aten.permute.default and not shared:
         dims = shifted_dims("dims", call, call["dims"])
         return Turns(writer.insert(aten.permute.default, operands["self"].node, [0, *dims]))

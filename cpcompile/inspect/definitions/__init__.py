@@ -38,6 +38,8 @@ COLLECTIVES: dict[Any, Callable[[Calls], Ranks]] = {
     cp.draw_kept.default: dropout.draw_kept,
     cp.noise_tokens.default: noise.noise_tokens,
     cp.draw_noise.default: noise.draw_noise,
+    cp.show.default: tokens.show,
+    cp.show_tokens.default: tokens.show,
     cp.latent_attention.default: attention.latent_attention,
     cp.latent_heads_attention.default: attention.latent_heads_attention,
     **{

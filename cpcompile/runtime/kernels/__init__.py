@@ -14,6 +14,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -56,10 +57,10 @@ _log = logging.getLogger(__name__)
 # copies and products. The Triton kernels skip what is hidden and are 1.2 to 1.3 times as fast as the FlashAttention 2 that
 # torch bundles. The memory-efficient kernel reads a mask of all rows and columns, FlexAttention compiles for each shape.
 KERNELS: tuple[Kernel, ...] = (
+    flash.FLASH4,
     cudnn.KERNEL,
     cudnn_varlen.KERNEL,
     flash.FLASH3,
-    flash.FLASH4,
     triton.KERNEL,
     flash.FLASH2,
     flash_package.FLASH_ATTN,
@@ -108,7 +109,7 @@ def choose(case: Case, kernel: str = "auto") -> KernelChoice:
         for candidate in _fastest_first(case):
             reason = candidate.refuses(case) or candidate.avoids(case)
             if not reason:
-                if cudnn_varlen.is_missed(case):
+                if cudnn_varlen.is_missed(case) and candidate is not flash.FLASH4:
                     _say_what_is_missing(candidate.name)
                 return KernelChoice(candidate, tuple(reasons))
             reasons.append(f"{candidate.name} {reason}")
@@ -198,7 +199,7 @@ def known_calls(
         parts = [x for part in parts for x in _of_known_sizes(part, case_of)]
         asked = "auto"
     found = []
-    for part in parts:
+    for part in chain.from_iterable(map(adapt.by_reach, parts)):
         case = case_of(part.block)
         chosen = choose(case, asked).kernel
         is_whole, is_dense = part.is_whole(rows, columns), chosen.needs_dense_mask(case)
@@ -218,7 +219,7 @@ def _parts(
     if len(block.lengths) < 2:
         block = replace(block, lengths=()) if block.lengths else block
         part = adapt.trim(block, rows, columns)
-        return ([] if part.is_empty else adapt.by_reach(part)), kernel
+        return ([] if part.is_empty else [part]), kernel
     chosen = choose(case_of(block), kernel).kernel
     if "lengths" in chosen.takes and adapt.sees_diagonal(block):
         return [adapt.Part(slice(0, rows), slice(0, columns), block)], kernel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise, starmap
 
 import torch
 
@@ -83,17 +83,22 @@ def trim(block: Block, rows: int, columns: int) -> Part:
 
 
 def by_reach(part: Part) -> list[Part]:
-    """Return a part with more rows than columns as the rows that `high` keeps from some column and those that it does not.
+    """Return a part with more rows than columns as those rows that the same bounds keep from some column.
 
-    FlashAttention 2 takes a bound of as many keys as there are for none, which is wrong for the first of them.
+    FlashAttention 2 takes a bound of as many keys as there are for none, and no bound for one of as many keys as there are. Both
+    are wrong only where there are more rows than columns, which no part with a bound has then.
     """
     rows, columns = part.rows.stop - part.rows.start, part.columns.stop - part.columns.start
     block = part.block
-    if block.high is None or block.prefix is not None or rows <= columns:
+    if block.prefix is not None or block.rectangles or rows <= columns:
         return [part]
-    first = columns - 1 - block.high  # the first row that sees all columns as far as `high` goes
+    firsts = {0, rows}
+    if block.high is not None:
+        firsts.add(columns - 1 - block.high)  # the first row that sees all columns as far as `high` goes
+    if block.low is not None:
+        firsts.add(1 - block.low)  # the first row that `low` keeps from the first column
     found = []
-    for own in (slice(0, first), slice(first, rows)):
+    for own in starmap(slice, pairwise(sorted(row for row in firsts if 0 <= row <= rows))):
         inner = trim(cut(block, own, slice(0, columns)), own.stop - own.start, columns)
         if not inner.is_empty:
             at = _moved(inner.rows, own.start + part.rows.start)
