@@ -14,6 +14,7 @@ from cpcompile.passes.finish_outputs import finish_outputs
 from cpcompile.passes.follow_documents import follow_documents
 from cpcompile.passes.functionalise_writes import functionalise_writes
 from cpcompile.passes.gather_latents import gather_latents
+from cpcompile.passes.guard_padding import guard_padding
 from cpcompile.passes.lift_masks import lift_masks
 from cpcompile.passes.locate_shown import locate_shown
 from cpcompile.passes.open_flex_attention import open_flex_attention
@@ -56,6 +57,7 @@ SHARDING = (
     follow_documents,
     gather_latents,
     place_tokens,
+    guard_padding,
     rewrite_dropout,
     rewrite_attention,
     rewrite_reductions,
@@ -90,6 +92,7 @@ __all__ = [
     "follow_documents",
     "functionalise_writes",
     "gather_latents",
+    "guard_padding",
     "lift_masks",
     "locate_shown",
     "open_flex_attention",

@@ -82,7 +82,9 @@ def scan(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision |
         if call.target is aten.logcumsumexp.default:
             is_nothing = writer.insert(aten.eq.Scalar, result, first)
             result = writer.insert(aten.masked_fill.Scalar, result, is_nothing, -float("inf"))
-        return [writer.insert(aten.flatten.using_ints, result, dim, dim + 1)]
+        result = writer.insert(aten.flatten.using_ints, result, dim, dim + 1)
+        # Slots before the range have seen nothing. They hold a number: the gradient of a product with an infinity is NaN.
+        return [masked(writer, at, result, 0) if call.target is aten.logcumsumexp.default and at.front > 0 else result]
 
     result = at.with_range(at.front, at.back, float(first) if at.back >= 0 else None)
     return Decision({"self": at}, (result,), lower=lower)
@@ -116,7 +118,7 @@ def scan_of_extremes(call: Call, operands: Mapping[str, Sharded], length: Any) -
             is_own = writer.insert(aten.logical_or.default, is_own, writer.insert(aten.isnan.default, value))
         chosen = [writer.insert(aten.where.self, is_own, *pair) for pair in ((value, before), (index, place))]
         value, index = (writer.insert(aten.flatten.using_ints, found, dim, dim + 1) for found in chosen)
-        # Slots before the range have seen nothing. They hold a number: the gradient of a product with an infinity is NaN.
+        # As in `scan`, slots before the range hold a number.
         return [masked(writer, at, value, 0), index]
 
     return Decision({"self": at}, (at, at), lower=lower)

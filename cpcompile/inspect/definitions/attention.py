@@ -21,7 +21,7 @@ def attention(calls: Calls) -> Ranks:
     strategy = STRATEGIES[c["target"].split(".")[1].removesuffix("_attention")]
     mask = c["mask"] if strategy.takes_whole_mask else whole_mask(calls, order)
     out = reference_attention(q, k, v, mask, c)
-    return [(part, None) for part in split(out, at, order)]
+    return [(part, None) for part in rows_of(out, at, order)]
 
 
 def latent_attention(calls: Calls) -> Ranks:
@@ -30,7 +30,7 @@ def latent_attention(calls: Calls) -> Ranks:
     order, at = TokenOrder.of_call(c), Sharded(2)
     q, mask = join([c["q"] for c in calls], at, order), whole_mask(calls, order)
     outs = [reference_attention(q, own["k"], own["v"], mask, own) for own in calls]
-    return [(split(out, at, order)[rank], None) for rank, out in enumerate(outs)]
+    return [(rows_of(out, at, order)[rank], None) for rank, out in enumerate(outs)]
 
 
 def latent_heads_attention(calls: Calls) -> Ranks:
@@ -39,7 +39,18 @@ def latent_heads_attention(calls: Calls) -> Ranks:
     order, at = TokenOrder.of_call(c), Sharded(2)
     k, v = (torch.cat([own[name] for own in calls], 1) for name in "kv")
     out = reference_attention(join([own["q"] for own in calls], at, order), k, v, c["mask"], c)
-    return [(part, None) for part in split(out, at, order)]
+    return [(part, None) for part in rows_of(out, at, order)]
+
+
+def rows_of(out: torch.Tensor, at: Sharded, order: TokenOrder) -> list[torch.Tensor]:
+    """Return each rank's rows of a whole result; padding slots, for which nothing is computed, are 0."""
+    return [
+        torch.cat(
+            [part.narrow(at.dim, 0, held), torch.zeros_like(part.narrow(at.dim, held, order.local_length - held))],
+            at.dim,
+        )
+        for part, held in zip(split(out, at, order), map(order.num_held, range(order.world_size)), strict=True)
+    ]
 
 
 def whole_mask(calls: Calls, order: TokenOrder) -> torch.Tensor | None:
