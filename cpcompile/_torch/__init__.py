@@ -28,7 +28,14 @@ from cpcompile._torch.dynamo import (
     when_tracing,
 )
 from cpcompile._torch.functorch import TransformError
-from cpcompile._torch.inductor import compile_by_rows, inner_compiler, known_options, option_fits, options_of_mode
+from cpcompile._torch.inductor import (
+    cache_folder,
+    compile_by_rows,
+    inner_compiler,
+    known_options,
+    option_fits,
+    options_of_mode,
+)
 from cpcompile._torch.joint_graph import HalvesPass, JointPass
 from cpcompile._torch.known_values import known_value, known_values
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
@@ -61,6 +68,7 @@ __all__ = [
     "assert_on_device",
     "break_frames",
     "bytes_of_buckets",
+    "cache_folder",
     "compile_by_rows",
     "divide",
     "dynamo_break_reason",

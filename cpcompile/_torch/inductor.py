@@ -126,6 +126,17 @@ def options_of_mode(mode: str) -> dict[str, Any]:
     return dict(modes[mode])
 
 
+def cache_folder() -> str:
+    """Return where Inductor keeps what it compiled, for the next process; '' where it keeps nothing.
+
+    Checked on torch 2.11 to 2.14.
+    """
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir() if config.fx_graph_cache and not config.force_disable_caches else ""
+
+
 def known_options() -> list[str]:
     """Return the names of Inductor's options."""
     import torch._inductor.config

@@ -31,6 +31,7 @@ from cpcompile.front.graph_text import GraphText
 from cpcompile.front.held_buffers import HeldBuffers
 from cpcompile.front.last_call import CallReader, LastCall
 from cpcompile.front.memory_plan import planned
+from cpcompile.front.one_rank_compiles import one_rank_first
 from cpcompile.front.sharded_parameters import Entry, LocalShards, ShardedParameters, local_rows
 from cpcompile.inspect.explain import explanation_of
 from cpcompile.inspect.explanation import Explanation
@@ -186,15 +187,17 @@ class Compiled:
         local = local_inputs(example_inputs, self._entries)
         self._deferred = [DeferredLogits(each, self._summed, sync) for each in defer_outputs(self.transformed.graph)]
         self._gathered = {i for each in self._deferred for i in each.deferred.gathered}
-        self._run = compile_inner(
-            self.transformed,
-            local,
-            config,
-            self._summed,
-            self._site.number,
-            shards=shards,
-            bytes_ahead=config.prefetch * ahead,
-        )
+        in_turn = config.one_rank_compiles and axis.world_size > 1
+        with one_rank_first(axis, agreement.least) if in_turn else contextlib.nullcontext():
+            self._run = compile_inner(
+                self.transformed,
+                local,
+                config,
+                self._summed,
+                self._site.number,
+                shards=shards,
+                bytes_ahead=config.prefetch * ahead,
+            )
         if config.check_finite:
             self._run = FiniteRun(self.transformed, axis).run
         if self._last.plan is None and isinstance(self._plan, Explanation):

@@ -89,6 +89,9 @@ class Config:
             the mode.
         outline_layers: layers that are equal are compiled once (True), as calls of one function, so that a deep model compiles
             in little more than a shallow one, or each by itself (False). Only with `inductor` and without CUDA graphs.
+        one_rank_compiles: of the ranks of the axis that share Inductor's cache on disk (those of a host), the first compiles and
+            the others wait, and find there what it compiled (True), or all compile at the same time (False), which is faster
+            where a host has many cores for each rank. Only with `inductor`.
         outputs: sequence-shaped outputs come back as this rank's tokens (`local`) or whole, in the user's
             order (`full`).
         grad_sync: `sum`: parameter gradients are added over the axis, each as soon as backward has it.
@@ -141,6 +144,7 @@ class Config:
     mode: str = ""
     inner_options: Mapping[str, Any] = field(default_factory=dict)
     outline_layers: bool = True
+    one_rank_compiles: bool = False
     outputs: str = "local"
     grad_sync: str = "sum"
     check_inputs: str = "always"
@@ -221,6 +225,16 @@ class Config:
         if (self.mode or self.inner_options) and self.inner != "inductor":
             raise ConfigError(
                 f"mode and inner_options are Inductor's, and the graph is compiled by inner={self.inner!r}: use inner='inductor'."
+            )
+        if self.one_rank_compiles and self.inner != "inductor":
+            raise ConfigError(
+                f"one_rank_compiles=True shares what Inductor compiles, and inner={self.inner!r} leaves nothing behind: use "
+                "inner='inductor'."
+            )
+        if self.one_rank_compiles and not _torch.cache_folder():
+            raise ConfigError(
+                "one_rank_compiles=True needs Inductor's cache on disk, which is switched off in this process (fx_graph_cache or "
+                "force_disable_caches of torch._inductor.config, TORCHINDUCTOR_FORCE_DISABLE_CACHES)."
             )
         if self.mode:
             try:
