@@ -18,7 +18,15 @@ from cpcompile.errors import ConfigError
 from cpcompile.options.config import CHOICES, Config
 
 # Fields of `Config` that change no plan.
-NOT_OF_A_PLAN = ("memory", "optimizer_states", "sync_weights", "check_inputs", "dynamic", "check_finite", "one_rank_compiles")
+NOT_OF_A_PLAN = (
+    "memory",
+    "optimizer_states",
+    "sync_weights",
+    "check_inputs",
+    "dynamic",
+    "check_finite",
+    "one_rank_compiles",
+)
 PANEL = "How the model is made context parallel (cpcompile.Config)"
 
 

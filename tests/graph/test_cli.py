@@ -215,7 +215,15 @@ def test_every_option_of_config_is_one_of_explain(factory: None, monkeypatch: py
         cpcompile, "explain", lambda model, inputs, **given: seen.update(given) or "a plan", raising=False
     )
     shown = {parameter.name for parameter in typer.main.get_command(explain_app).params}
-    left_out = {"memory", "optimizer_states", "sync_weights", "check_inputs", "dynamic", "check_finite", "one_rank_compiles"}
+    left_out = {
+        "memory",
+        "optimizer_states",
+        "sync_weights",
+        "check_inputs",
+        "dynamic",
+        "check_finite",
+        "one_rank_compiles",
+    }
     assert {each.name for each in fields(cpcompile.Config)} - left_out <= shown
     given = ("--no-strict", "--token-dims", "x=1", "--token-local", "a.b", "--token-local", "C", "--loss-chunk", "64")
     assert invoke("explain", "my_factory:with_inputs", *given, "--inner-options", "shape_padding=true").exit_code == 0
