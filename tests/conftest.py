@@ -17,7 +17,7 @@ from tests.gloo.pool import Pool
 
 GLOO = Path(__file__).parent / "gloo"
 # A test with many cases runs so many of them by default, the same ones each time; the others are marked slow.
-CASES = 4
+CASES = 3
 # Fewer where a case takes tens of seconds; all where a case takes none.
 FEWER_CASES = {
     "gloo/test_checkpoints.py": 2,

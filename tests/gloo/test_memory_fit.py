@@ -62,7 +62,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("wrapper", [pytest.param("", marks=pytest.mark.slow), "fsdp", "ddp"])
+@pytest.mark.parametrize("wrapper", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("", "ddp"))])
 def test_ranks_take_the_plan_that_fits_the_smallest(pool: Any, wrapper: str) -> None:
     options = WRAPPERS[wrapper]
     whole, half = peak(**options), peak(memory_budget=0.5, **options)
