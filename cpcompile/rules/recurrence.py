@@ -2,6 +2,7 @@
 
 [.. t ..] -> [.. chunks c ..]; each chunk by itself from a state of 0, and with it what becomes of a state that comes from before:
 the product of its factors. The last of both, of all chunks, say what each chunk begins with.
+Slots behind the last token hold its state.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from cpcompile import runtime  # noqa: F401  (registers the operator)
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
 from cpcompile.rules.along import along_tokens, holds_tokens_only
+from cpcompile.rules.over_tokens import filled, masked, outside_of
 from cpcompile.rules.pointwise import aligned
 from cpcompile.rules.registry import Decision, Indices, Lowering, Names, rule
-from cpcompile.rules.scan import behind, in_chunks, in_order, of_own_chunks
+from cpcompile.rules.scan import behind, in_chunks, in_order, of_own_chunks, with_own_before
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
@@ -46,8 +48,9 @@ def along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
         return None
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
-        dim, is_last = at.dim, at.dim == len(call.shape("x")) - 1
-        factor, x = (in_chunks(writer, writer.call[name], dim) for name in ("factor", "x"))
+        dim, is_last, given = at.dim, at.dim == len(call.shape("x")) - 1, writer.call["x"]
+        factor, x = kept(writer, at, writer.call["factor"], by_matrix), masked(writer, at, given, 0.0)
+        factor, x = (in_chunks(writer, tensor, dim) for tensor in (factor, x))
         if is_last:
             factor, x = (writer.insert(aten.unsqueeze.default, tensor, -1) for tensor in (factor, x))
         width = x.meta["val"].shape[-1]
@@ -64,9 +67,19 @@ def along(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
         result = writer.insert(aten.add.Tensor, states, passed)
         if is_last:
             result = writer.insert(aten.squeeze.dim, result, -1)
-        return [writer.insert(aten.flatten.using_ints, result, dim, dim + 1)]
+        result = writer.insert(aten.flatten.using_ints, result, dim, dim + 1)
+        return [with_own_before(writer, at, result, given)]
 
-    return Decision({"factor": at, "x": at}, (at,), padding={"factor": 0.0, "x": 0.0}, lower=lower)
+    return Decision({"factor": at, "x": at}, (at,), lower=lower)
+
+
+def kept(writer: Lowering, at: Sharded, factor: fx.Node, by_matrix: bool) -> fx.Node:
+    """Return factors that change nothing in slots that hold no token of the range."""
+    is_outside = outside_of(writer, at, factor)
+    if is_outside is None or not by_matrix:
+        return filled(writer, factor, is_outside, 1.0)
+    ones = writer.insert(aten.new_ones.default, factor, [factor.meta["val"].shape[-1]])
+    return writer.insert(aten.where.self, is_outside, writer.insert(aten.diag_embed.default, ones), factor)
 
 
 def first_factor(writer: Lowering, factor: fx.Node, x: fx.Node, dim: int) -> fx.Node:

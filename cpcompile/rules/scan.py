@@ -62,6 +62,20 @@ def of_own_chunks(writer: Lowering, x: fx.Node, dim: int) -> fx.Node:
     return writer.insert(aten.unsqueeze.default, writer.insert(aten.index_select.default, x, dim, own), dim + 1)
 
 
+def with_own_before(writer: Lowering, at: Sharded, result: fx.Node, x: fx.Node) -> fx.Node:
+    """Return `result` with what a scan would begin with in slots before the range, which have seen nothing.
+
+    What a model makes of a number that it never sees, a quotient of zeros or an infinity, may be NaN. The gradient of a weight
+    would be NaN with it, since it multiplies such slots with 0.
+    """
+    if at.front <= 0:
+        return result
+    position = writer.insert(cp.positions.default, result, writer.length, *writer.axis)
+    is_before = writer.insert(aten.lt.Scalar, position, at.front)
+    is_before = writer.insert(aten.view.default, is_before, [-1, *[1] * (result.meta["val"].dim() - at.dim - 1)])
+    return writer.insert(aten.where.self, is_before, writer.insert(aten.detach.default, x), result)
+
+
 @along_tokens(*COMBINE)
 def scan(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
     """each rank scans its chunks, and adds what all chunks before come to"""
@@ -74,8 +88,8 @@ def scan(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision |
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
         dim = at.dim
-        x = masked(writer, at, cast(writer, writer.call["self"], dtype), first)
-        own = writer.insert(call.target, in_chunks(writer, x, dim), dim + 1)
+        x = cast(writer, writer.call["self"], dtype)
+        own = writer.insert(call.target, in_chunks(writer, masked(writer, at, x, first), dim), dim + 1)
         totals = in_order(writer, writer.insert(aten.select.int, own, dim + 1, -1), dim)
         before = writer.insert(call.target, behind(writer, totals, dim, first), dim)
         result = writer.insert(COMBINE[call.target], own, of_own_chunks(writer, before, dim))
@@ -83,8 +97,7 @@ def scan(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision |
             is_nothing = writer.insert(aten.eq.Scalar, result, first)
             result = writer.insert(aten.masked_fill.Scalar, result, is_nothing, -float("inf"))
         result = writer.insert(aten.flatten.using_ints, result, dim, dim + 1)
-        # Slots before the range have seen nothing. They hold a number: the gradient of a product with an infinity is NaN.
-        return [masked(writer, at, result, 0) if call.target is aten.logcumsumexp.default and at.front > 0 else result]
+        return [with_own_before(writer, at, result, x)]
 
     result = at.with_range(at.front, at.back, float(first) if at.back >= 0 else None)
     return Decision({"self": at}, (result,), lower=lower)
@@ -118,8 +131,7 @@ def scan_of_extremes(call: Call, operands: Mapping[str, Sharded], length: Any) -
             is_own = writer.insert(aten.logical_or.default, is_own, writer.insert(aten.isnan.default, value))
         chosen = [writer.insert(aten.where.self, is_own, *pair) for pair in ((value, before), (index, place))]
         value, index = (writer.insert(aten.flatten.using_ints, found, dim, dim + 1) for found in chosen)
-        # As in `scan`, slots before the range hold a number.
-        return [masked(writer, at, value, 0), index]
+        return [with_own_before(writer, at, value, writer.call["self"]), index]
 
     return Decision({"self": at}, (at, at), lower=lower)
 

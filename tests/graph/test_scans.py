@@ -428,3 +428,50 @@ def test_what_needs_the_layout_of_the_inputs_is_refused_with_the_remedy(name: st
     make, inputs, _ = PROGRAMS[name]
     with pytest.raises(NoRule, match=f"(?s){NOT_BY_DOCUMENTS[name]}.*Use balancer='zig_zag' or 'contiguous'"):
         cpcompile.explain(make(), inputs(), world_size=2, balancer="balanced", dynamic=False)
+
+
+def averages(key: Tensor, value: Tensor) -> Tensor:
+    """Divide a state by the sum of what it was made of."""
+    state, total, y = torch.zeros_like(key[:, 0]), torch.zeros_like(key[:, 0]), []
+    for t in range(key.shape[1]):
+        state, total = 0.9 * state + key[:, t] * value[:, t], 0.9 * total + key[:, t]
+        y.append(state / total)
+    return torch.stack(y, dim=1)
+
+
+def averages_by_matrix(key: Tensor, value: Tensor) -> Tensor:
+    both = torch.stack([key * value, key], dim=-1)
+    mix = torch.full((WIDTH, WIDTH), 0.1, dtype=key.dtype)
+    state, y = torch.zeros_like(both[:, 0]), []
+    for t in range(key.shape[1]):
+        state = mix @ state + both[:, t]
+        y.append(state[..., 0] / state[..., 1])
+    return torch.stack(y, dim=1)
+
+
+def averages_by_sums(key: Tensor, value: Tensor) -> Tensor:
+    return (key * value).cumsum(1) / key.cumsum(1)
+
+
+def shares_of_sums(key: Tensor, value: Tensor) -> Tensor:
+    return value * (key - key.logcumsumexp(1)).exp() / key.cummax(1).values
+
+
+class Divided(nn.Module):
+    """A mixer of all tokens but the first one that has no meaning for a state of 0."""
+
+    def __init__(self, mix: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mix, self.project, self.out = mix, nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = self.project(x[:, 1:]).chunk(2, dim=-1)
+        return F.pad(self.out(self.mix(key.exp(), value)), (0, 0, 1, 0))
+
+
+@pytest.mark.parametrize("mix", [averages, averages_by_matrix, averages_by_sums, shares_of_sums])
+def test_slots_without_a_token_hold_a_state_that_a_token_may_have(mix: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A quotient of zeros in a slot that no token has would make gradients of weights NaN."""
+    torch.manual_seed(0)
+    model = Model(Divided(mix)).double()
+    cpcompile.verify(model, text(4), world_size=3, dtype=torch.float64, dynamic=False).raise_if_wrong()
