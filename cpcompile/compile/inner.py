@@ -34,8 +34,8 @@ from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 from cpcompile.passes import sum_gradients
-from cpcompile.runtime.by_rows import function_of
-from cpcompile.runtime.chunked_loss import body_of
+from cpcompile.runtime.tiles.by_rows import function_of
+from cpcompile.runtime.tiles.loss_body import body_of
 
 INNER_REMEDY = (
     "The transformed program is right, but this compiler cannot compile it: inner='aot_eager' or 'eager' runs it without. "

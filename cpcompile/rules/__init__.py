@@ -1,4 +1,8 @@
-"""Placement rules, one for each operator, entered in `RULES` by the family modules."""
+"""Placement rules, one for each operator, entered in `RULES` by the family modules.
+
+In: a call and the placements of its operands (push), or the one that its result must have (pull). Out: a `Decision`, how ranks
+compute it, or `NoRule`. May import `runtime` and below.
+"""
 
 from cpcompile.rules import (
     attention,
