@@ -18,8 +18,8 @@ from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.capture.stages import stage
 from cpcompile.choose.machine import Machine
+from cpcompile.compile.attention_layers import name_layers
 from cpcompile.compile.joined_transfers import join_transfers
-from cpcompile.compile.layers import name_layers
 from cpcompile.compile.offload import move_to_host, note_tokens
 from cpcompile.compile.outline_layers import outline_layers, pass_operands_by
 from cpcompile.compile.overlap import overlapped

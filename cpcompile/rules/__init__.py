@@ -6,7 +6,6 @@ compute it, or `NoRule`. May import `runtime` and below.
 
 from cpcompile.rules import (
     attention,
-    classes,
     convolution,
     counts,
     dims,
@@ -28,6 +27,7 @@ from cpcompile.rules import (
     scan,
     scatter,
     statistics,
+    token_classes,
     tokens,
     triangle,
     views,
@@ -57,7 +57,6 @@ __all__ = [
     "Lowering",
     "Rule",
     "attention",
-    "classes",
     "convolution",
     "counts",
     "dims",
@@ -83,6 +82,7 @@ __all__ = [
     "scan",
     "scatter",
     "statistics",
+    "token_classes",
     "tokens",
     "triangle",
     "views",
