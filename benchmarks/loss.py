@@ -27,8 +27,8 @@ from torch.nn import functional as F
 import cpcompile.runtime  # registers the operators
 from cpcompile.analysis.patterns.cross_entropy import find_cross_entropy
 from cpcompile.passes.chunk_losses import function_of_provider
-from cpcompile.runtime.chunked_loss import Body, Result, add_body
-from cpcompile.runtime.loss_providers import OWN, PROVIDERS, CrossEntropy, obstacle
+from cpcompile.runtime.tiles.loss_body import Body, Result, add_body
+from cpcompile.runtime.tiles.loss_providers import OWN, PROVIDERS, CrossEntropy, obstacle
 
 assert cpcompile.runtime
 

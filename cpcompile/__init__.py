@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cpcompile.inspect.visualize import visualize
     from cpcompile.memory.fully_sharded import FullySharded
     from cpcompile.options.config import Config
-    from cpcompile.real import verify_real
+    from cpcompile.processes.verify_real import verify_real
 
 __version__ = "0.1.0"
 
@@ -61,7 +61,7 @@ _MODULES = {
     "inspect.visualize": ("visualize",),
     "inspect.sweep": ("verify_sweep",),
     "inspect.minify": ("minify",),
-    "real": ("verify_real",),
+    "processes.verify_real": ("verify_real",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -16,7 +16,7 @@ import torch
 import cpcompile
 from cpcompile import rules
 from cpcompile.passes import ANALYSIS, MEMORY, PARAMETERS, PIPELINE, SHARDING
-from cpcompile.rules.along import ExtendedRule
+from cpcompile.rules.along_tokens import ExtendedRule
 from cpcompile.rules.pointwise import UNTAGGED, pointwise
 from cpcompile.rules.refusals import REFUSED
 from cpcompile.rules.registry import IndexedRule

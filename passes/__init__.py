@@ -1,4 +1,8 @@
-"""The passes: plain functions on the graph, which `cpcompile.compile.transform` runs in the order of `PIPELINE`."""
+"""The passes: plain functions on the graph, which `cpcompile.compile.transform` runs in the order of `PIPELINE`.
+
+In: a captured graph and, behind the choice, the plan. Out: the graph that every rank runs; each pass returns how many places it
+changed. May import `analysis` and below, and no pass another.
+"""
 
 if __name__ != "cpcompile.passes":
     raise ImportError("import this package as cpcompile.passes")

@@ -17,9 +17,9 @@ from cpcompile.analysis.token_rows import NotByRowsError, RowRegion, region_of
 from cpcompile.errors import ConfigError, where
 from cpcompile.ir.insertion import insert_call, keep_source
 from cpcompile.ir.operator_call import is_tensor, value_of
-from cpcompile.runtime import loss_providers
-from cpcompile.runtime.chunked_loss import Body, Result, add_body
-from cpcompile.runtime.loss_providers import OWN, CrossEntropy, compute, obstacle
+from cpcompile.runtime.tiles import loss_providers
+from cpcompile.runtime.tiles.loss_body import Body, Result, add_body
+from cpcompile.runtime.tiles.loss_providers import OWN, CrossEntropy, compute, obstacle
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 FEW = 1 / 64  # of the values of a token's logits may leave a chunk

@@ -20,8 +20,8 @@ from cpcompile.analysis.masks.bias import Bias, BiasReader
 from cpcompile.analysis.masks.expression import Load
 from cpcompile.analysis.masks.read import Reader
 from cpcompile.analysis.masks.recognise import Mask, all_loads, is_load_per_batch, recognise
-from cpcompile.analysis.patterns.summands import Summands, read_summands, slopes_of
-from cpcompile.analysis.patterns.vectors import document_ids, prefix_lengths, real_keys
+from cpcompile.analysis.patterns.mask_summands import Summands, read_summands, slopes_of
+from cpcompile.analysis.patterns.mask_vectors import document_ids, prefix_lengths, real_keys
 from cpcompile.ir.operator_call import Call, value_of
 
 

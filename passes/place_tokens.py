@@ -68,9 +68,11 @@ def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
 class Placer:
     """Walks the graph once in order; every node before the current one has its placement.
 
-    A call of whole operands stays whole, until a heavy one meets tokens and starts the sharded stream (`_place_whole`). A call of
-    sharded operands follows its rule: *push* (`_place_sharded`). A whole operand that meets sharded ones is localised: *pull*
-    (`_localise_call`, `_as_wanted`). Sizes stay those of the whole (`_place_size`).
+    Methods follow the way of a node. A call of whole operands stays whole, until a heavy one meets tokens and starts the sharded
+    stream (`_place_whole`). A call of sharded operands follows its rule: *push* (`_place_sharded`, `_decide`). A whole operand
+    that meets sharded ones is localised: *pull* (`_localise_call`, `_as_wanted`). Where no rule covers the operands as they are,
+    they are moved, joined or exchanged (`_place_on_others`), or gathered (`_gather_operands`). Loops and rows that masks pick
+    have ways of their own (`_enter_loop`, `_pick_rows`). Sizes stay those of the whole (`_place_size`).
     """
 
     def __init__(self, gm: fx.GraphModule, plan: Plan, sequences: Mapping[str, int]) -> None:
@@ -83,11 +85,6 @@ class Placer:
         self.replaced: set[fx.Node] = set()
         self.picked: dict[fx.Node, Step] = {}  # operators on rows that masks pick
         self.regions = {region.nodes[0]: region for region in regions_of(gm)}
-
-    @cached_property
-    def _numbers(self) -> dict[fx.Node, int]:
-        """The same number for nodes of the same value."""
-        return value_numbers(self.gm.graph)
 
     def place(self, node: fx.Node) -> None:
         """Give `node` its placement; localise what it needs."""
@@ -186,22 +183,7 @@ class Placer:
             self._place_whole(node, call, hints_of(call))
             return
         try:
-            if node.target in STARTS or is_picked_by_mask(call, next(iter(sharded_operands(call).values()))):
-                self._pick_rows(node, call)
-                return
-            self._fit_operands(node, call)
-            try:
-                self._localise_call(node, Call.of(node), self._decide(node))
-            except NoChunks:
-                raise
-            except NoRule:
-                if self._align_operands(node, Call.of(node)):
-                    self._localise_call(node, Call.of(node), self._decide(node))
-                elif not self.joined.join(node, Call.of(node)):
-                    if any(change(node, Call.of(node)) for change in self.joined.changes):
-                        self._place_call(node)
-                    elif not self._run_by_channels(node, Call.of(node)):
-                        raise
+            self._place_by_rule(node, call)
         except NoChunks:
             if node.target in SCANS and self._run_by_channels(node, Call.of(node)):
                 return
@@ -215,44 +197,25 @@ class Placer:
                 raise LengthDependent(str(error)) from None
             if self.plan.strict:
                 raise
-            call = Call.of(node)
-            reason = str(error).partition(".\n")[0]
-            gather = {name: lambda operand: self.resharder.gather(operand, reason) for name in sharded_operands(call)}
-            self._replace_operands(node, call, gather)
-            call = Call.of(node)
-            self._place_whole(node, call, hints_of(call))
+            self._gather_operands(node, str(error).partition(".\n")[0])
 
-    def _enter_loop(self, call: Call) -> None:
-        """Let what reads the tokens of a value one by one read all of them, of some channels or of all, as the loop wants it."""
-        if call.target not in READS_A_FEW or not isinstance(at := placement_of(call["self"]), Sharded):
-            return
-        x = call["self"]
-        if self.exchanger.is_of_channels(at) or call.dim("dim", "self") != at.dim:
-            return
-        if not is_loop(x, at, self.resharder.lengths(at).value):
-            return
-        wanted = placement_in_loop(x, at, self.exchanger.is_of_channels)
-        if wanted is None:
-            return
-        reads = reads_of(x, at.dim)
-        if isinstance(wanted, Sharded):
-            new = self.exchanger.exchange(x, wanted)
-        else:
-            new = self.resharder.gather(x, "a loop over the tokens reads it beside channels that it does not have")
-        for read in reads:
-            read.replace_input_with(x, new)
+    def _place_by_rule(self, node: fx.Node, call: Call) -> None:
+        """Run a call on local tokens as its rule says, if need be on operands that are sharded otherwise.
 
-    def _run_by_channels(self, node: fx.Node, call: Call) -> bool:
-        """Place an operator that mixes tokens: a rank has all tokens of some channels; tells whether it can."""
-        wanted = channels_of(call, sharded_operands(call))
-        if not wanted:
-            return False
-        for name, at in sharded_operands(call).items():
-            self.joined.regrouper.number_results(node, call, call.shape(name), at.dim)
-        changes = {name: partial(self.exchanger.exchange, to=at) for name, at in wanted.items()}
-        self._replace_operands(node, call, changes)
-        self._localise_call(node, Call.of(node), self._decide(node))
-        return True
+        Raises:
+            NoRule: no rule covers any of that.
+        """
+        if node.target in STARTS or is_picked_by_mask(call, next(iter(sharded_operands(call).values()))):
+            self._pick_rows(node, call)
+            return
+        self._fit_operands(node, call)
+        try:
+            self._localise_call(node, Call.of(node), self._decide(node))
+        except NoChunks:
+            raise
+        except NoRule:
+            if not self._place_on_others(node):
+                raise
 
     def _decide(self, node: fx.Node) -> Decision:
         """Return what happens to a call of sharded operands, which are sharded along the dims that it needs.
@@ -282,45 +245,6 @@ class Placer:
             raise
         return self._decide(node)
 
-    def _pick_rows(self, node: fx.Node, call: Call) -> None:
-        """Let each rank pick rows of its own tokens.
-
-        Raises:
-            NoRule: what is computed from them is not known to be computed row by row.
-        """
-        sharded = sharded_operands(call)
-        at = next(iter(sharded.values()))
-        try:
-            if at.reaches_outside or self.exchanger.is_of_channels(at) or {*sharded.values()} != {at}:
-                raise NoRule("the mask is one of other than these tokens")
-            is_by_mask = node.target not in STARTS
-            picked = Picked.of_mask(node, at, self._numbers) if is_by_mask else Picked.of_places(node, at)
-            steps = picked.steps
-            shared = [step for step in steps if step in self.picked and is_tensor(step)]
-            if shared:
-                raise NoRule(f"{shared[0].target} reads them together with rows that another mask picks")
-        except NoRule as error:
-            reason = str(error).partition(".\n")[0]
-            raise NoRule(
-                f"{call.target}: the rows that it picks cannot be those of this rank's tokens: {reason}.\n\n{where(node)}\n\n"
-                f"{DECLARE}"
-            ) from None
-        self.picked |= steps
-        self._place_picked(node, steps[node])
-
-    def _place_picked(self, node: fx.Node, step: Step) -> None:
-        """Let an operator compute the rows that this rank picked, or put them back."""
-        if step.wanted:
-            call = Call.of(node)
-            changes = {name: operand for name, operand in call.operands() if name in step.wanted}
-            changes |= {n: self.resharder.reduce(o) for n, o in changes.items() if placement_of(o) == Partial()}
-            wanted = {n: self._as_wanted(call, n, o, step.wanted[n], not self.plan.strict) for n, o in changes.items()}
-            node.args, node.kwargs = call.rebound(wanted)
-        is_whole = isinstance(step.result, Full)
-        annotate(node, placement=whole_placement(node) if is_whole else step.result)
-        if is_whole:
-            annotate(node, origin="")  # ranks have other rows
-
     def _stays_along_channels(self, call: Call, decision: Decision) -> bool:
         """Tell whether an operator on channels of this rank gives results that have these channels as a dim of their own."""
         if not decision.results or decision.lower is not None:
@@ -332,35 +256,6 @@ class Placer:
 
     def _is_dim(self, at: Sharded, shape: Sequence[Any]) -> bool:
         return is_whole_dim(at) and shape[at.dim] == self.resharder.lengths(at).value
-
-    def _fit_operands(self, node: fx.Node, call: Call) -> None:
-        """Move operands that reach outside the sequence to where every token has a slot, if that is possible."""
-        if call.target in KEEPS_OUTSIDE:
-            return
-        outside = [n for n, at in sharded_operands(call).items() if at.reaches_outside and at.front + at.back >= 0]
-        self._replace_operands(node, call, dict.fromkeys(outside, self.resharder.fit))
-
-    def _align_operands(self, node: fx.Node, call: Call) -> bool:
-        """Move operands that hold as many tokens in other slots; tells whether there were any."""
-        ranges = {name: (at.sequence, at.front, at.back) for name, at in sharded_operands(call).items()}
-        counts = {(sequence, front + back) for sequence, front, back in ranges.values()}
-        if len(set(ranges.values())) < 2 or len(counts) > 1:
-            return False
-        _, front, back = min(ranges.values(), key=lambda r: (abs(r[1]) + abs(r[2]), r))
-
-        def align(operand: fx.Node) -> fx.Node:
-            at = placement_of(operand)
-            assert isinstance(at, Sharded)
-            return self.resharder.move(operand, at.with_range(front, back))
-
-        self._replace_operands(node, call, dict.fromkeys(ranges, align))
-        return True
-
-    def _replace_operands(self, node: fx.Node, call: Call, changes: Mapping[str, Any]) -> None:
-        """Put what `changes` makes of them in the place of these operands."""
-        new = {name: changes[name](operand) for name, operand in call.operands() if name in changes}
-        if new:
-            node.args, node.kwargs = call.rebound(new)
 
     def _push(self, call: Call, sharded: Mapping[str, Sharded]) -> Decision:
         decision = push(call, sharded, lambda at: self.resharder.lengths(at).value)
@@ -423,6 +318,131 @@ class Placer:
         self.replaced.update(nodes)
         for node in nodes:
             self.gm.graph.erase_node(node)
+
+    def _fit_operands(self, node: fx.Node, call: Call) -> None:
+        """Move operands that reach outside the sequence to where every token has a slot, if that is possible."""
+        if call.target in KEEPS_OUTSIDE:
+            return
+        outside = [n for n, at in sharded_operands(call).items() if at.reaches_outside and at.front + at.back >= 0]
+        self._replace_operands(node, call, dict.fromkeys(outside, self.resharder.fit))
+
+    def _place_on_others(self, node: fx.Node) -> bool:
+        """Place a call on operands in the slots of each other, joined or regrouped, or along channels; tells whether it can."""
+        if self._align_operands(node, Call.of(node)):
+            self._localise_call(node, Call.of(node), self._decide(node))
+            return True
+        if self.joined.join(node, Call.of(node)):
+            return True
+        if any(change(node, Call.of(node)) for change in self.joined.changes):
+            self._place_call(node)
+            return True
+        return self._run_by_channels(node, Call.of(node))
+
+    def _align_operands(self, node: fx.Node, call: Call) -> bool:
+        """Move operands that hold as many tokens in other slots; tells whether there were any."""
+        ranges = {name: (at.sequence, at.front, at.back) for name, at in sharded_operands(call).items()}
+        counts = {(sequence, front + back) for sequence, front, back in ranges.values()}
+        if len(set(ranges.values())) < 2 or len(counts) > 1:
+            return False
+        _, front, back = min(ranges.values(), key=lambda r: (abs(r[1]) + abs(r[2]), r))
+
+        def align(operand: fx.Node) -> fx.Node:
+            at = placement_of(operand)
+            assert isinstance(at, Sharded)
+            return self.resharder.move(operand, at.with_range(front, back))
+
+        self._replace_operands(node, call, dict.fromkeys(ranges, align))
+        return True
+
+    def _run_by_channels(self, node: fx.Node, call: Call) -> bool:
+        """Place an operator that mixes tokens: a rank has all tokens of some channels; tells whether it can."""
+        wanted = channels_of(call, sharded_operands(call))
+        if not wanted:
+            return False
+        for name, at in sharded_operands(call).items():
+            self.joined.regrouper.number_results(node, call, call.shape(name), at.dim)
+        changes = {name: partial(self.exchanger.exchange, to=at) for name, at in wanted.items()}
+        self._replace_operands(node, call, changes)
+        self._localise_call(node, Call.of(node), self._decide(node))
+        return True
+
+    def _gather_operands(self, node: fx.Node, reason: str) -> None:
+        """Place a call that no rule covers on whole operands."""
+        call = Call.of(node)
+        gather = {name: lambda operand: self.resharder.gather(operand, reason) for name in sharded_operands(call)}
+        self._replace_operands(node, call, gather)
+        call = Call.of(node)
+        self._place_whole(node, call, hints_of(call))
+
+    def _replace_operands(self, node: fx.Node, call: Call, changes: Mapping[str, Any]) -> None:
+        """Put what `changes` makes of them in the place of these operands."""
+        new = {name: changes[name](operand) for name, operand in call.operands() if name in changes}
+        if new:
+            node.args, node.kwargs = call.rebound(new)
+
+    def _enter_loop(self, call: Call) -> None:
+        """Let what reads the tokens of a value one by one read all of them, of some channels or of all, as the loop wants it."""
+        if call.target not in READS_A_FEW or not isinstance(at := placement_of(call["self"]), Sharded):
+            return
+        x = call["self"]
+        if self.exchanger.is_of_channels(at) or call.dim("dim", "self") != at.dim:
+            return
+        if not is_loop(x, at, self.resharder.lengths(at).value):
+            return
+        wanted = placement_in_loop(x, at, self.exchanger.is_of_channels)
+        if wanted is None:
+            return
+        reads = reads_of(x, at.dim)
+        if isinstance(wanted, Sharded):
+            new = self.exchanger.exchange(x, wanted)
+        else:
+            new = self.resharder.gather(x, "a loop over the tokens reads it beside channels that it does not have")
+        for read in reads:
+            read.replace_input_with(x, new)
+
+    def _pick_rows(self, node: fx.Node, call: Call) -> None:
+        """Let each rank pick rows of its own tokens.
+
+        Raises:
+            NoRule: what is computed from them is not known to be computed row by row.
+        """
+        sharded = sharded_operands(call)
+        at = next(iter(sharded.values()))
+        try:
+            if at.reaches_outside or self.exchanger.is_of_channels(at) or {*sharded.values()} != {at}:
+                raise NoRule("the mask is one of other than these tokens")
+            is_by_mask = node.target not in STARTS
+            picked = Picked.of_mask(node, at, self._numbers) if is_by_mask else Picked.of_places(node, at)
+            steps = picked.steps
+            shared = [step for step in steps if step in self.picked and is_tensor(step)]
+            if shared:
+                raise NoRule(f"{shared[0].target} reads them together with rows that another mask picks")
+        except NoRule as error:
+            reason = str(error).partition(".\n")[0]
+            raise NoRule(
+                f"{call.target}: the rows that it picks cannot be those of this rank's tokens: {reason}.\n\n{where(node)}\n\n"
+                f"{DECLARE}"
+            ) from None
+        self.picked |= steps
+        self._place_picked(node, steps[node])
+
+    def _place_picked(self, node: fx.Node, step: Step) -> None:
+        """Let an operator compute the rows that this rank picked, or put them back."""
+        if step.wanted:
+            call = Call.of(node)
+            changes = {name: operand for name, operand in call.operands() if name in step.wanted}
+            changes |= {n: self.resharder.reduce(o) for n, o in changes.items() if placement_of(o) == Partial()}
+            wanted = {n: self._as_wanted(call, n, o, step.wanted[n], not self.plan.strict) for n, o in changes.items()}
+            node.args, node.kwargs = call.rebound(wanted)
+        is_whole = isinstance(step.result, Full)
+        annotate(node, placement=whole_placement(node) if is_whole else step.result)
+        if is_whole:
+            annotate(node, origin="")  # ranks have other rows
+
+    @cached_property
+    def _numbers(self) -> dict[fx.Node, int]:
+        """The same number for nodes of the same value."""
+        return value_numbers(self.gm.graph)
 
     def _place_size(self, node: fx.Node, call: Call) -> None:
         """Keep sizes those of the whole: what needs a local size asks for it."""

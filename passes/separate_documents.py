@@ -16,9 +16,9 @@ from torch import fx
 
 from cpcompile.analysis.patterns.boundaries import Boundaries, emit_boundaries
 from cpcompile.analysis.patterns.labels import mask_labels
+from cpcompile.analysis.patterns.mask_vectors import joined_ids
 from cpcompile.analysis.patterns.tables import at_positions, is_prefix
 from cpcompile.analysis.patterns.token_walk import MIXED, TokenWalk
-from cpcompile.analysis.patterns.vectors import joined_ids
 from cpcompile.analysis.regions import Region, find_regions
 from cpcompile.analysis.regions.rows import locate_rows
 from cpcompile.errors import InputError

@@ -12,7 +12,7 @@ from torch import fx
 from cpcompile.analysis.token_rows import NotByRowsError, RowRegion, static, wide_region_of
 from cpcompile.ir.insertion import insert_call, keep_source
 from cpcompile.ir.operator_call import is_tensor, value_of
-from cpcompile.runtime.by_rows import RowFunction, add_function
+from cpcompile.runtime.tiles.by_rows import RowFunction, add_function
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpcompile.runtime import loss_providers
+from cpcompile.runtime.tiles import loss_providers
 
 
 class LigerFusedLinearCrossEntropyFunction(torch.autograd.Function):

@@ -1,4 +1,7 @@
-"""The private parts of torch that cpcompile needs, each behind one function. Checked on torch 2.11 to 2.14."""
+"""The private parts of torch that cpcompile needs, each behind one function. Checked on torch 2.11 to 2.14.
+
+In: values of torch. Out: what its public interface does not say or do. May import nothing of cpcompile.
+"""
 
 from cpcompile._torch.autograd import assert_on_device, recording_gradients, run_backward
 from cpcompile._torch.checkpoints import NoPolicyError, Policy, PolicyFailedError

@@ -1,10 +1,13 @@
 """Balancers of packed sequences: permutations of the tokens, cut into one slice for each rank, and what they cost.
 
-sharding = Balanced().shard(length=8, world_size=2, cu_seqlens=[0, 6, 8])
-sharding.order()       # position in each slot of rank 0, then of rank 1
-sharding.inverse()     # slot of each token
-sharding.spans(0)      # runs of rank 0
-simulate(Balanced(), 8, 2, [0, 6, 8]).area_imbalance
+    sharding = Balanced().shard(length=8, world_size=2, cu_seqlens=[0, 6, 8])
+    sharding.order()       # position in each slot of rank 0, then of rank 1
+    sharding.inverse()     # slot of each token
+    sharding.spans(0)      # runs of rank 0
+    simulate(Balanced(), 8, 2, [0, 6, 8]).area_imbalance
+
+In: a length, a number of ranks and where documents begin. Out: which rank holds which tokens, in which order. May import
+`errors`.
 """
 
 from cpcompile.balance.balanced import Balanced

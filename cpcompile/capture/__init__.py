@@ -2,5 +2,5 @@
 
 In: a model and its arguments. Out: the graph that the passes work on, which is still a single-device program, and which of
 its inputs hold tokens. Here: how Dynamo is called, the lowering of what it hands over, and what operators in place mean as
-values (`writes`). May import `options`, `ir` and below.
+values (`writes`). May import `options` and below.
 """

@@ -11,7 +11,6 @@ from cpcompile.commands.guard import guard
 from cpcompile.commands.options import NOT_OF_A_PLAN, takes_config
 from cpcompile.commands.target import BatchSize, InnerSize, Length, Target, WorldSize, shape_of
 from cpcompile.inspect.difference import CONTEXT, print_difference
-from cpcompile.inspect.listings import listings_of_passes
 
 
 @takes_config(*NOT_OF_A_PLAN)
@@ -32,18 +31,19 @@ def diff(
     def run() -> None:
         model, inputs = shape_of(target, length, batch_size)
         options = {"world_size": world_size, "inner_size": inner_size, **config}
+        plan = cpcompile.explain(model, inputs, graphs=passes or bool(only), **options)
         if not (passes or only):
-            plan = cpcompile.explain(model, inputs, **options)
             print_difference(plan.before, plan.after, context)
             return
-        found = listings_of_passes(model, inputs, **options)
-        names = [name for name, _, _ in found]
-        if only and only not in names:
-            raise cpcompile.ConfigError(f"--pass {only}: no pass of that name ran; these did: {', '.join(names)}.")
-        for name, before, after in found:
+        ran = [run.name for run in plan.passes]
+        if only and only not in ran:
+            raise cpcompile.ConfigError(f"--pass {only}: no pass of that name ran; these did: {', '.join(ran)}.")
+        before = plan.before
+        for name, after in plan.graphs.items():
             if before != after and only in ("", name):
                 typer.echo(typer.style(f"\n== {name}", bold=True))
                 print_difference(before, after, context)
+            before = after
 
     guard(run)
 

@@ -15,7 +15,7 @@ from cpcompile.commands.guard import guard
 from cpcompile.commands.options import NOT_OF_A_PLAN, takes_config
 from cpcompile.commands.target import BatchSize, InnerSize, Length, Target, WorldSize, shape_of
 from cpcompile.inspect.explanation import Explanation
-from cpcompile.inspect.longest import MOST, longest_sequence
+from cpcompile.inspect.longest_sequence import MOST, longest_sequence
 from cpcompile.inspect.output_file import check_output
 from cpcompile.inspect.text import size
 

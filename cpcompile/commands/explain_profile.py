@@ -25,8 +25,9 @@ def explain_profile(
     """Print what of a step was attention, by layer and strategy, transfers (overlapped or exposed), other kernels, gaps."""
 
     def run() -> None:
-        from cpcompile.inspect.profile import read_profile, to_dict, to_text
+        from cpcompile.inspect.profile import read_profile, to_dict
         from cpcompile.inspect.profile_difference import difference_text
+        from cpcompile.inspect.profile_text import to_text
 
         found, before = read_profile(traces), read_profile(against or [])
         if as_json:

@@ -88,7 +88,7 @@ def verify(
                     load_target, target, tokens, batch_size, seed, bool(length)
                 )
                 if real:
-                    from cpcompile.real import verify_real
+                    from cpcompile.processes.verify_real import verify_real
 
                     found = []
                     for size in sizes:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from cpcompile.ir.operator_call import is_tensor, value_of
-from cpcompile.runtime.parameters import gathered_parameter
+from cpcompile.runtime.parameters.unshard import gathered_parameter
 
 cp = torch.ops.cpcompile
 

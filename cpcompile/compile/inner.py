@@ -18,8 +18,8 @@ from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.capture.stages import stage
 from cpcompile.choose.machine import Machine
+from cpcompile.compile.attention_layers import name_layers
 from cpcompile.compile.joined_transfers import join_transfers
-from cpcompile.compile.layers import name_layers
 from cpcompile.compile.offload import move_to_host, note_tokens
 from cpcompile.compile.outline_layers import outline_layers, pass_operands_by
 from cpcompile.compile.overlap import overlapped
@@ -34,8 +34,8 @@ from cpcompile.ir.plan import Lengths
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 from cpcompile.passes import sum_gradients
-from cpcompile.runtime.by_rows import function_of
-from cpcompile.runtime.chunked_loss import body_of
+from cpcompile.runtime.tiles.by_rows import function_of
+from cpcompile.runtime.tiles.loss_body import body_of
 
 INNER_REMEDY = (
     "The transformed program is right, but this compiler cannot compile it: inner='aot_eager' or 'eager' runs it without. "

@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from cpcompile.capture.lowering import placeholders
-from cpcompile.compile.stored import body_of, invoke_subgraph, is_apart, readers_of, root_of
+from cpcompile.compile.result_memory import body_of, invoke_subgraph, is_apart, readers_of, root_of
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.insertion import insert_call
 from cpcompile.ir.operator_call import is_tensor, size_hint, value_of

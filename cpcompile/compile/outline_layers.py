@@ -19,9 +19,9 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils.checkpoint import CheckpointPolicy
 
+from cpcompile.compile.attention_layers import share_layer
 from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
-from cpcompile.compile.layers import share_layer
-from cpcompile.compile.stored import body_of, invoke_subgraph
+from cpcompile.compile.result_memory import body_of, invoke_subgraph
 from cpcompile.ir.insertion import insert_call, keep_source
 from cpcompile.ir.operator_call import expression, is_view, value_of, values_of
 

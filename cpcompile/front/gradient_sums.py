@@ -15,7 +15,7 @@ import torch
 
 from cpcompile.front.parameter_group import parameter_group
 from cpcompile.options.mesh import Axis
-from cpcompile.runtime.gradients import GradientSums, Site
+from cpcompile.runtime.parameters.gradient_sums import GradientSums, Site
 
 
 class GradientSync:

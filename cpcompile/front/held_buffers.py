@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from cpcompile import _torch
-from cpcompile.analysis.masks.held import found_in
+from cpcompile.analysis.masks.held_tensors import found_in
 from cpcompile.capture.lowering import placeholders
 from cpcompile.errors import CPError
 from cpcompile.front.graph_inputs import weight_name

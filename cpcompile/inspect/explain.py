@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,19 +14,15 @@ from torch import fx
 
 from cpcompile.analysis.regions import regions_of
 from cpcompile.balance.layout import local_length
-from cpcompile.capture.dynamo import by_name, compile_whole, token_length, uncompiled
-from cpcompile.capture.faults import faults_of
 from cpcompile.capture.lowering import placeholders
-from cpcompile.choose.attention_sites import REWRITTEN, attention_nodes, rewritten_attentions
-from cpcompile.choose.kernels import chosen_kernels, sized, strategy_of
+from cpcompile.choose.attention_sites import REWRITTEN
 from cpcompile.choose.machine import H100, Machine, machine_named, this_machine
 from cpcompile.choose.rates import PRODUCTS
-from cpcompile.compile.inner import transform_dynamo_graph
 from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.compile.outputs import outputs_of
 from cpcompile.compile.transform import Transformed, watching_passes
-from cpcompile.errors import ConfigError, module_path, source_place
-from cpcompile.inspect.backward import backward_listing
+from cpcompile.errors import ConfigError, source_place
+from cpcompile.inspect.attention_plan import attention_sites, traffic_of
 from cpcompile.inspect.explanation import (
     Collective,
     Explanation,
@@ -38,20 +34,15 @@ from cpcompile.inspect.explanation import (
     Work,
 )
 from cpcompile.inspect.graph_listing import input_name, listing, operator_name
+from cpcompile.inspect.planned_step import planned_step
 from cpcompile.inspect.whole_modules import operations, whole_modules
 from cpcompile.ir.annotation import annotation
-from cpcompile.ir.operator_call import Call, is_tensor, size_estimate
-from cpcompile.ir.parameter_shard import ParameterShard
-from cpcompile.ir.placement import Full, Sharded
+from cpcompile.ir.operator_call import is_tensor, size_estimate
+from cpcompile.ir.placement import Full
 from cpcompile.ir.plan import Lengths
-from cpcompile.memory.fully_sharded import FullySharded, in_blocks, largest_block
-from cpcompile.memory.ledger import Ledger, divided, ledger_of
+from cpcompile.memory.fully_sharded import FullySharded
 from cpcompile.options.config import Config
-from cpcompile.options.mesh import Axis
-from cpcompile.passes.lift_masks import describe
-from cpcompile.runtime.attention.heads import most_rounds, rounds
-from cpcompile.runtime.attention.workload import Memory, Workload, memory_of, work_of
-from cpcompile.runtime.traffic import Traffic, attention_workload, sends, traffic
+from cpcompile.runtime.traffic import sends
 
 cp = torch.ops.cpcompile
 
@@ -174,105 +165,6 @@ def pass_runs(transformed: Transformed) -> tuple[PassRun, ...]:
     return tuple(PassRun(name, changes, transformed.seconds[name]) for name, changes in transformed.changes.items())
 
 
-class _Planned(Exception):
-    """Ends the call of a model whose plan is made."""
-
-
-def plan_for(
-    model: torch.nn.Module, inputs: Mapping[str, Any], *, world_size: int, config: Config, inner_size: int = 0
-) -> Transformed:
-    """Trace and transform `model` without running it."""
-    return planned_step(model, inputs, world_size=world_size, config=config, inner_size=inner_size).transformed
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A transformed graph, and what Dynamo called the compiler with."""
-
-    transformed: Transformed
-    inputs: tuple[Any, ...]
-    shards: Mapping[int, ParameterShard]
-    config: Config
-
-    def ledger(self, ddp: bool = False) -> Ledger:
-        """Return what a training step holds on a rank; `ddp`: with buckets for all gradients."""
-        shards = self.sharded_blocks
-        return ledger_of(
-            self.transformed,
-            self.inputs,
-            self.config,
-            shards=shards,
-            summed=self.summed,
-            bytes_ahead=self.config.prefetch * largest_block(shards),
-            buckets=sum(self.inputs[i].nbytes for i in self.trained) if ddp else 0,
-        )
-
-    @faults_of("the graph of backward")
-    def backward(self) -> str:
-        """Return the graph of backward as code, '' where nothing takes a gradient. The graph is used up."""
-        graph, shards, summed = self.transformed.graph, self.sharded_blocks, self.summed
-        names = [input_name(node) for node in placeholders(graph)]
-        halves = divided(self.transformed, self.inputs, self.config, shards=shards, summed=summed, outlines=False)
-        return "" if halves.backward is None else backward_listing(halves.backward, names)
-
-    @property
-    def sharded_blocks(self) -> Mapping[int, ParameterShard]:
-        """How FSDP shards some of the inputs, those of a block together."""
-        return in_blocks(self.transformed, self.shards)
-
-    @property
-    def trained(self) -> list[int]:
-        """The inputs that are parameters which are trained."""
-        return [i for i, x in enumerate(self.inputs) if isinstance(x, torch.nn.Parameter) and x.requires_grad]
-
-    @property
-    def summed(self) -> list[int]:
-        """The inputs whose gradients are summed over the axis."""
-        sums = self.transformed.plan.world_size > 1 and self.config.grad_sync == "sum"
-        return [i for i in self.trained if i not in self.shards] if sums else []
-
-
-def planned_step(
-    model: torch.nn.Module,
-    inputs: Mapping[str, Any],
-    *,
-    world_size: int,
-    config: Config,
-    inner_size: int = 0,
-    fully_sharded: FullySharded | None = None,
-    machine: Machine | None = None,
-) -> Planned:
-    """Trace and transform `model` without running it."""
-    axis = Axis.in_process(world_size, inner_size)
-    config.check_axis(inner_size)
-    made: list[Planned] = []
-
-    if fully_sharded is not None and fully_sharded.ranks % world_size:
-        raise ConfigError(
-            f"FullySharded(ranks={fully_sharded.ranks}): fully_shard shards over all of the {world_size} ranks that share a "
-            "sequence, and whole groups of them."
-        )
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        shards = {} if fully_sharded is None else fully_sharded.shards_of(example_inputs)
-        transformed = transform_dynamo_graph(
-            gm, example_inputs, config=config, axis=axis, shards=shards, machine=machine
-        )
-        made.append(Planned(transformed, tuple(example_inputs), shards, config))
-
-        def stop(*args: Any) -> Any:
-            raise _Planned
-
-        return stop
-
-    model = uncompiled(model)
-    named = by_name(model.forward, inputs)
-    token_length(named, config, mark_dynamic=config.dynamic)
-    with contextlib.suppress(_Planned):
-        compile_whole(model.forward, backend, config)(**named)
-    return made[0]
-
-
 def work(transformed: Transformed, sites: Sequence[Site], machine: Machine | None) -> Work:
     """Return what ranks compute in a step; `machine`: None for CPUs."""
     gm, count = transformed.graph, transformed.plan.world_size
@@ -294,29 +186,6 @@ def work(transformed: Transformed, sites: Sequence[Site], machine: Machine | Non
     return Work(tuple(products), tuple(attentions), seconds, mfu)
 
 
-def local_arguments(node: fx.Node, transformed: Transformed) -> dict[str, Any]:
-    """Return the arguments of a call with meta tensors in the shapes that a rank holds."""
-
-    def local(argument: fx.Node) -> Any:
-        value, placement = argument.meta["val"], annotation(argument).placement
-        if not isinstance(value, torch.Tensor):
-            return size_estimate(value)
-        shape = [size_estimate(n) for n in value.shape]
-        if isinstance(placement, Sharded) and not annotation(argument).is_local:
-            lengths = Lengths.of(transformed.graph, placement.sequence)
-            slots = lengths.local if isinstance(lengths.local, int) else size_estimate(lengths.local.meta["val"])
-            shape[placement.dim] = shape[placement.dim] // placement.count(size_estimate(lengths.value)) * slots
-        return torch.empty(shape, dtype=value.dtype, device="meta")
-
-    return {name: fx.map_arg(argument, local) for name, argument in Call.of(node).arguments.items()}
-
-
-def traffic_of(node: fx.Node, transformed: Transformed) -> Traffic:
-    """Return what one rank sends for this call."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    return traffic(node.target, local_arguments(node, transformed))
-
-
 def collective_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the calls of operators that know the group."""
     return [
@@ -325,96 +194,6 @@ def collective_nodes(gm: fx.GraphModule) -> list[fx.Node]:
         if isinstance(node.target, torch._ops.OpOverload)
         and any(a.name == "group" for a in node.target._schema.arguments)
     ]
-
-
-def attention_sites(transformed: Transformed) -> list[Site]:
-    """Return the attentions in order; those that exchange nothing have no strategy."""
-    plan = transformed.plan
-    sites = []
-    for node, made in made_attentions(transformed):
-        call = Call.of(node)
-        q, k = call.shape("q"), call.shape("k")
-        kernels = () if made is None else chosen_kernels(made, plan.kernel)
-        numbers = numbers_of(made, transformed) if made is not None and strategy_of(made) else NOTHING
-        of_latent = latent_traffic(node, transformed)
-        sites.append(
-            Site(
-                module=module_path(node),
-                line=source_place(node),
-                heads=size_estimate(q[1]),
-                kv_heads=size_estimate(k[1]),
-                head_dim=size_estimate(q[3]),
-                mask=describe(node),
-                strategy=how_computed(made),
-                layout=plan.layout,
-                kernels=tuple(dict.fromkeys(chosen.name for chosen in kernels)),
-                reasons=tuple(dict.fromkeys(reason for chosen in kernels for reason in chosen.reasons)),
-                forward_bytes=numbers.sent.forward + of_latent.forward,
-                backward_bytes=numbers.sent.backward + of_latent.backward,
-                pairs=numbers.pairs,
-                kept_bytes=numbers.memory.kept,
-                received_bytes=numbers.memory.received,
-                rounds_again=numbers.rounds_again,
-                workload=numbers.workload,
-            )
-        )
-    return sites
-
-
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """What an attention sends, computes and holds."""
-
-    sent: Traffic
-    pairs: tuple[int, ...]
-    memory: Memory
-    rounds_again: int
-    workload: Workload | None = None
-
-
-NOTHING = Numbers(Traffic(0, 0), (), Memory(0, 0), 0)
-
-
-def numbers_of(node: fx.Node, transformed: Transformed) -> Numbers:
-    """Return the numbers of a collective attention."""
-    plan, strategy = transformed.plan, strategy_of(node)
-    workload = attention_workload(sized(Call.of(node)))
-    if strategy == "latent_heads":  # the operator has the key heads of one rank
-        workload = replace(workload, kv_heads=workload.kv_heads * plan.world_size)
-    pairs = tuple(work_of(workload, strategy, rank) for rank in range(plan.world_size))
-    again = num_rounds_again(workload, strategy)
-    return Numbers(traffic_of(node, transformed), pairs, memory_of(workload, strategy), again, workload)
-
-
-def num_rounds_again(workload: Workload, strategy: str) -> int:
-    """Return in how many rounds backward exchanges heads once more; 0 where they are kept, or never exchanged."""
-    inner = workload.inner(strategy)
-    if inner == 1 or workload.keeps_rounds:
-        return 0
-    most = most_rounds(workload.layout, is_ring=inner < workload.world_size)
-    return len(rounds(inner, workload.heads, workload.kv_heads, most, workload.heads_per_message))
-
-
-def latent_traffic(attention: fx.Node, transformed: Transformed) -> Traffic:
-    """Return what one rank sends for the values that an attention's keys and values are computed from."""
-    marks = transformed.graph.graph.find_nodes(op="call_function", target=cp.whole_tokens.default)
-    sources = [mark.args[0] for mark in marks if annotation(mark).site == attention.name]
-    sent = [traffic_of(node, transformed) for node in sources if node.target is cp.gather_tokens.default]
-    return Traffic(sum(t.forward for t in sent), sum(t.backward for t in sent))
-
-
-def made_attentions(transformed: Transformed) -> list[tuple[fx.Node, fx.Node | None]]:
-    """Return the attentions in order, each with the node that computes it in the graph of every rank."""
-    made = {annotation(n).site or n.name: n for n in rewritten_attentions(transformed.graph)}
-    return [(node, made.get(node.name)) for node in attention_nodes(transformed.analysed)]
-
-
-def how_computed(made: fx.Node | None) -> str:
-    """Return the strategy of an attention, or how it is computed where it exchanges nothing."""
-    if made is not None and strategy_of(made):
-        return strategy_of(made)
-    is_local = made is not None and isinstance(annotation(made).placement, Sharded)
-    return "local queries, whole keys" if is_local else "whole on every rank"
 
 
 def sharded_inputs(gm: fx.GraphModule) -> list[ShardedInput]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpcompile.inspect.profile import PARTS, SHOWN, WIDTH, AttentionTime, RankProfile, longest
+from cpcompile.inspect.profile import PARTS, AttentionTime, RankProfile
+from cpcompile.inspect.profile_text import SHOWN, WIDTH, longest
 from cpcompile.inspect.text import duration, table
 from cpcompile.ir.folding import fold
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import VerificationError
-from cpcompile.inspect.explain import how_computed, made_attentions
+from cpcompile.inspect.attention_plan import how_computed, made_attentions
 from cpcompile.inspect.first_difference import Difference
 from cpcompile.inspect.not_finite import NotFinite
 

@@ -2,5 +2,5 @@
 
 In: an object of a framework that has its model already. Out: the same object; its model is context parallel, the ranks of a group
 get the same batches, and metrics count each of them once. One file for each framework, which is imported only there.
-May import all but `train`, `compat`, `zoo` and the command line.
+May import `front` and below.
 """

@@ -16,7 +16,7 @@ from cpcompile.capture.lowering import placeholders
 from cpcompile.compile.deferred_outputs import defer_outputs
 from cpcompile.compile.inner import finish_graph, prepare_for_autograd
 from cpcompile.compile.offload import is_in_host_memory
-from cpcompile.compile.stored import root_of
+from cpcompile.compile.result_memory import root_of
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import source_place
 from cpcompile.ir.operator_call import value_of, values_of

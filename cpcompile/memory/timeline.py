@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from cpcompile.compile.offload import is_in_host_memory
-from cpcompile.compile.stored import body_of, invoke_subgraph, is_apart, readers_of, root_of
+from cpcompile.compile.result_memory import body_of, invoke_subgraph, is_apart, readers_of, root_of
 from cpcompile.ir.operator_call import Call, size_hint, value_of
 from cpcompile.memory.kernels import Kernel, Stored, kernels_of
 

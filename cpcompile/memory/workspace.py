@@ -9,9 +9,9 @@ from cpcompile.choose.kernels import sized
 from cpcompile.ir.operator_call import Call, size_hint, value_of
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.attention.workload import memory_of
-from cpcompile.runtime.by_rows import tiles
-from cpcompile.runtime.chunked_loss import body_of
-from cpcompile.runtime.loss_providers import PROVIDERS
+from cpcompile.runtime.tiles.by_rows import tiles
+from cpcompile.runtime.tiles.loss_body import body_of
+from cpcompile.runtime.tiles.loss_providers import PROVIDERS
 from cpcompile.runtime.traffic import attention_workload
 
 # The strategy of an attention, and how many copies of what it receives are held: in backward keys and their gradients.

@@ -12,9 +12,9 @@ from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, group_size, is_o
 from cpcompile.errors import ConfigError
 from cpcompile.options.checking import check_types, did_you_mean
 from cpcompile.options.documents import Source
-from cpcompile.runtime import loss_providers
 from cpcompile.runtime.attention.catalogue import STRATEGIES
 from cpcompile.runtime.kernels import NAMES
+from cpcompile.runtime.tiles import loss_providers
 from cpcompile.runtime.transport.choice import TRANSPORTS
 
 MEMORY = re.compile(r"fit(?::(\d+(?:\.\d+)?))?")  # the GiB, if any

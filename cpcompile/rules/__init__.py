@@ -1,8 +1,11 @@
-"""Placement rules, one for each operator, entered in `RULES` by the family modules."""
+"""Placement rules, one for each operator, entered in `RULES` by the family modules.
+
+In: a call and the placements of its operands (push), or the one that its result must have (pull). Out: a `Decision`, how ranks
+compute it, or `NoRule`. May import `runtime` and below.
+"""
 
 from cpcompile.rules import (
     attention,
-    classes,
     convolution,
     counts,
     dims,
@@ -24,6 +27,7 @@ from cpcompile.rules import (
     scan,
     scatter,
     statistics,
+    token_classes,
     tokens,
     triangle,
     views,
@@ -53,7 +57,6 @@ __all__ = [
     "Lowering",
     "Rule",
     "attention",
-    "classes",
     "convolution",
     "counts",
     "dims",
@@ -79,6 +82,7 @@ __all__ = [
     "scan",
     "scatter",
     "statistics",
+    "token_classes",
     "tokens",
     "triangle",
     "views",

@@ -15,7 +15,7 @@ from cpcompile.errors import NoChunks, where
 from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, Placement, Sharded
-from cpcompile.rules.along import before_end
+from cpcompile.rules.along_tokens import before_end
 from cpcompile.rules.over_tokens import all_reduce, cast, counted, widened
 from cpcompile.rules.pointwise import is_one
 from cpcompile.rules.registry import Decision, Lowering, no_rule, register

@@ -8,7 +8,7 @@ import torch
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
-from cpcompile.rules.along import ExtendedRule
+from cpcompile.rules.along_tokens import ExtendedRule
 from cpcompile.rules.dims import closed, own
 from cpcompile.rules.ranges import SliceRule
 from cpcompile.rules.registry import RULES, IndexedRule, Indices, along_channels

@@ -11,7 +11,7 @@ from torch import fx
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, Sharded
-from cpcompile.rules.along import along_tokens, holds_tokens_only
+from cpcompile.rules.along_tokens import along_tokens, holds_tokens_only
 from cpcompile.rules.ranges import sliced_off
 from cpcompile.rules.registry import Decision, Indices, Lowering, Names, no_rule, rule
 

@@ -11,7 +11,7 @@ from torch import fx
 from cpcompile.ir.operator_call import Call, expression
 from cpcompile.ir.placement import FULL, PARTIAL, Sharded
 from cpcompile.rules import scatter  # noqa: F401  (the rules that are extended here)
-from cpcompile.rules.along import along_tokens
+from cpcompile.rules.along_tokens import along_tokens
 from cpcompile.rules.ranges import constant_value
 from cpcompile.rules.registry import Decision, Indices, Lowering, rule
 

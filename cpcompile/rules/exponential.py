@@ -10,7 +10,7 @@ from torch import fx
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, Sharded
-from cpcompile.rules.along import along_tokens
+from cpcompile.rules.along_tokens import along_tokens
 from cpcompile.rules.extrema import extreme
 from cpcompile.rules.over_tokens import all_reduce, cast, filled, outside_of, reduced, widened
 from cpcompile.rules.reduction import reduced_dims

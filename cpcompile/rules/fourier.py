@@ -9,7 +9,7 @@ import torch
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import CHANNELS, Sharded
-from cpcompile.rules.along import along_tokens, holds_tokens_only
+from cpcompile.rules.along_tokens import along_tokens, holds_tokens_only
 from cpcompile.rules.registry import Decision, Indices, Names, rule
 
 aten = torch.ops.aten

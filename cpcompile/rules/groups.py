@@ -17,7 +17,7 @@ from torch import fx
 from cpcompile.ir.operator_call import Call, expression
 from cpcompile.ir.placement import FULL, Placement, Sharded
 from cpcompile.rules import dims, pooling  # noqa: F401  (the rules that are extended here)
-from cpcompile.rules.along import along_tokens, holds_tokens_only
+from cpcompile.rules.along_tokens import along_tokens, holds_tokens_only
 from cpcompile.rules.convolution import (
     CONVOLUTIONS,
     TRANSPOSED,

@@ -2,8 +2,8 @@
 
 before  x = aten.cat([text, image], 1); o = cp.attention(q, k, v); y = aten.slice(o, 1, L); p = aten.view(x, [B, S // 4, 4, D])
 after   x is a joined sequence, of which every rank has its part of the text and of the image; attention sees the slots of all
-        ranks, laid end to end (`slots`); y is the image again (`cuts`); the tokens of x go in groups of 4 to the ranks that
-        hold these (`regrouping`)
+        ranks, laid end to end (`joined_attention`); y is the image again (`joined_cuts`); the tokens of x go in groups of 4 to
+        the ranks that hold these (`regrouping`)
 
 Order is what costs: an operator that needs it gets the tokens as one sequence, which travel for that.
 """
@@ -22,11 +22,11 @@ from cpcompile.ir.joining import Joiner
 from cpcompile.ir.operator_call import JOINS, Call, value_of
 from cpcompile.ir.placement import Placement, Sharded
 from cpcompile.ir.plan import Lengths
-from cpcompile.rules.cuts import CUTS, SPLITS, Cuts
+from cpcompile.rules.joined_attention import SlotAttention
+from cpcompile.rules.joined_cuts import CUTS, SPLITS, Cuts
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.registry import Decision
 from cpcompile.rules.regrouping import Regrouper
-from cpcompile.rules.slots import SlotAttention
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 

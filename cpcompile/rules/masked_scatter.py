@@ -19,7 +19,7 @@ from torch import fx
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.operator_call import Call, expression, value_of
 from cpcompile.ir.placement import FULL, Full, Placement, Sharded
-from cpcompile.rules.along import along_tokens
+from cpcompile.rules.along_tokens import along_tokens
 from cpcompile.rules.registry import Decision, Indices, Lowering, rule
 from cpcompile.rules.views import quotient
 

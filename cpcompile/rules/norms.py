@@ -11,7 +11,7 @@ from torch import fx
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, Placement, Sharded
-from cpcompile.rules.along import along_tokens
+from cpcompile.rules.along_tokens import along_tokens
 from cpcompile.rules.over_tokens import cast, widened
 from cpcompile.rules.registry import Decision, Indices, Lowering, Names, rule
 from cpcompile.rules.statistics import freedom_of, moments

@@ -17,7 +17,7 @@ from torch import fx
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.operator_call import expression
 from cpcompile.ir.placement import Sharded
-from cpcompile.rules.along import before_end
+from cpcompile.rules.along_tokens import before_end
 from cpcompile.rules.registry import Lowering
 from cpcompile.rules.views import quotient
 

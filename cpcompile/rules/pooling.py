@@ -10,7 +10,7 @@ from torch import fx
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import PARTIAL, Sharded
-from cpcompile.rules.along import along_tokens
+from cpcompile.rules.along_tokens import along_tokens
 from cpcompile.rules.over_tokens import masked, reduced, whole_count
 from cpcompile.rules.registry import Decision, Indices, Lowering, Names, no_rule, rule
 

@@ -15,7 +15,7 @@ from torch import fx
 from cpcompile.ir.operator_call import Call, expression
 from cpcompile.ir.placement import FULL, Placement, Sharded
 from cpcompile.rules import dims, scatter  # noqa: F401  (the rules that are extended here)
-from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
+from cpcompile.rules.along_tokens import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
 from cpcompile.rules.registry import Decision, Lowering, no_rule, register
 from cpcompile.rules.views import quotient
 

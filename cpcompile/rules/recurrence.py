@@ -16,7 +16,7 @@ from torch import fx
 from cpcompile import runtime  # noqa: F401  (registers the operator)
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
-from cpcompile.rules.along import along_tokens, holds_tokens_only
+from cpcompile.rules.along_tokens import along_tokens, holds_tokens_only
 from cpcompile.rules.over_tokens import filled, masked, outside_of
 from cpcompile.rules.pointwise import aligned
 from cpcompile.rules.registry import Decision, Indices, Lowering, Names, rule

@@ -11,7 +11,7 @@ import torch.distributed._functional_collectives
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
 from cpcompile.rules import counts, reduction  # noqa: F401  (the rules that are extended here)
-from cpcompile.rules.along import Along, along_tokens
+from cpcompile.rules.along_tokens import Along, along_tokens
 from cpcompile.rules.registry import REASONS, REFUSED_PAGE, RULES, Decision, no_rule
 
 aten = torch.ops.aten

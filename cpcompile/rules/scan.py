@@ -15,7 +15,7 @@ from torch import fx
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
-from cpcompile.rules.along import along_tokens, holds_tokens_only
+from cpcompile.rules.along_tokens import along_tokens, holds_tokens_only
 from cpcompile.rules.over_tokens import cast, highest, lowest, masked, stacked
 from cpcompile.rules.registry import Decision, Lowering
 

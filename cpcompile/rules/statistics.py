@@ -12,7 +12,7 @@ from torch import fx
 
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, PARTIAL, Placement, Sharded
-from cpcompile.rules.along import along_tokens
+from cpcompile.rules.along_tokens import along_tokens
 from cpcompile.rules.extrema import spread_extreme
 from cpcompile.rules.over_tokens import (
     all_reduce,

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from cpcompile.ir.operator_call import Call, expression
 from cpcompile.ir.placement import FULL, Sharded
 from cpcompile.rules import dims, reduction  # noqa: F401  (the rules that are extended here)
-from cpcompile.rules.along import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
+from cpcompile.rules.along_tokens import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
 from cpcompile.rules.ranges import picked
 from cpcompile.rules.registry import Decision, Lowering
 

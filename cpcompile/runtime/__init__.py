@@ -1,16 +1,20 @@
-"""The operators that a transformed graph calls. Importing this package registers them as `torch.ops.cpcompile.*`."""
+"""The operators that a transformed graph calls. Importing this package registers them as `torch.ops.cpcompile.*`.
+
+In: local tensors, and all else as arguments of an operator. Out: local tensors, with their gradients; and before anything runs,
+what an operator computes, sends and holds (`traffic`, `attention.workload`). May import `balance` and below.
+"""
 
 from cpcompile.runtime.attention import (
     one_device as one_device,  # registers the operators of its name and of `strategies`
 )
 from cpcompile.runtime.attention import strategies as strategies
-from cpcompile.runtime.by_rows import by_rows as by_rows
-from cpcompile.runtime.chunked_loss import chunked_loss as chunked_loss
-from cpcompile.runtime.gradients import sum_gradient as sum_gradient
 from cpcompile.runtime.host_memory import from_host as from_host
 from cpcompile.runtime.host_memory import to_host as to_host
 from cpcompile.runtime.host_memory import wait_copy as wait_copy
-from cpcompile.runtime.parameters import unshard_parameter as unshard_parameter
+from cpcompile.runtime.parameters.gradient_sums import sum_gradient as sum_gradient
+from cpcompile.runtime.parameters.unshard import unshard_parameter as unshard_parameter
+from cpcompile.runtime.tiles.by_rows import by_rows as by_rows
+from cpcompile.runtime.tiles.chunked_loss import chunked_loss as chunked_loss
 from cpcompile.runtime.tokens.document_bounds import document_bounds as document_bounds
 from cpcompile.runtime.tokens.dropout import draw_kept as draw_kept
 from cpcompile.runtime.tokens.dropout import dropout_tokens as dropout_tokens

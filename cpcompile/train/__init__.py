@@ -1,4 +1,8 @@
-"""Train: fine-tune a causal language model on long documents, the sequence sharded over ranks."""
+"""Train: fine-tune a causal language model on long documents, the sequence sharded over ranks.
+
+In: `TrainOptions`. Out: a trained model and its checkpoints, from ranks that are started here or by torchrun. May import `front`
+and below.
+"""
 
 from __future__ import annotations
 

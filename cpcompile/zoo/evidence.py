@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from cpcompile.inspect.float64 import Widen
 from cpcompile.inspect.model_runs import default_objective, run_and_differentiate
-from cpcompile.inspect.verify import gradient_error, relative
+from cpcompile.inspect.outcome import gradient_error, relative
 from cpcompile.zoo.inputs import FIRST, LAST
 
 ROUNDING = 1e-4

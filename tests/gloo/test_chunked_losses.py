@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 import cpcompile
 from cpcompile.front.deferred_tensor import DeferredTensor
-from cpcompile.runtime.chunked_loss import _BODIES
+from cpcompile.runtime.tiles.loss_body import _BODIES
 from tests.models import batch, error, errors, make
 
 EXACT = 1e-12  # float64

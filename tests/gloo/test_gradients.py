@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import cpcompile
-from cpcompile.runtime import gradients as gradients_of_ranks
-from cpcompile.runtime.gradients import GradientSums
+from cpcompile.runtime.parameters import gradient_sums as gradients_of_ranks
+from cpcompile.runtime.parameters.gradient_sums import GradientSums
 from tests.models import batch, error, errors, gradients, loss_of, make
 
 EXACT = 1e-12  # float64

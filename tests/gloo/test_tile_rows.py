@@ -9,7 +9,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 import cpcompile
-from cpcompile.runtime.by_rows import _FUNCTIONS
+from cpcompile.runtime.tiles.by_rows import _FUNCTIONS
 from tests.models import batch, error, errors, loss_of, make
 
 FLOAT32 = 2e-5  # transformers models cast to float32 themselves: rounding, times the depth

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from cpcompile.compile.transform import Transformed
-from cpcompile.inspect.explain import plan_for
+from cpcompile.inspect.planned_step import plan_for
 from cpcompile.options.config import Config
 from cpcompile.passes import choose_strategies
 

@@ -32,6 +32,21 @@ def test_every_room_has_a_place_and_a_sentence(drawing: ModuleType) -> None:
     assert all(len(room.sentence) > 20 for room in found.values())
 
 
+def test_every_room_says_what_comes_in_what_goes_out_and_what_it_imports(drawing: ModuleType) -> None:
+    trees = drawing.modules()
+    layer_of = {name: number for number, layer in enumerate(drawing.layers()) for name in layer}
+    arrows = drawing.imports(trees)
+    for name in drawing.rooms(trees):
+        if not any(module.startswith(f"cpcompile.{name}.") for module in trees):
+            continue  # a single module
+        text = " ".join((ast.get_docstring(trees[f"cpcompile.{name}"]) or "").split())
+        assert "In: " in text and " Out: " in text, name
+        said = re.search(r"May import (?:`(\w+)`|nothing of cpcompile)", text)
+        assert said, name
+        highest = min((layer_of[to] for room, to in arrows if room == name), default=None)
+        assert (layer_of[said[1]] if said[1] else None) == highest, f"{name} says {said[0]}"
+
+
 def test_arrows_are_imports_and_the_others_follow(drawing: ModuleType) -> None:
     arrows = {("a", "b"), ("b", "c"), ("a", "c"), ("c", "d"), ("a", "d"), ("x", "d")}
     assert drawing.reduced(arrows) == [("a", "b"), ("b", "c"), ("c", "d"), ("x", "d")]

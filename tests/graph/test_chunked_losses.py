@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch.nn import functional as F
 
 from cpcompile import ConfigError, verify
 from cpcompile.options.config import Config
-from cpcompile.runtime.chunked_loss import Body, Result, add_body
+from cpcompile.runtime.tiles import chunked_loss
+from cpcompile.runtime.tiles.loss_body import Body, Result, add_body
 from tests.graph.small_models import VOCABULARY, TinyLM, batch, count, mean_loss, planned
 
 CHUNKED = torch.ops.cpcompile.chunked_loss.default
@@ -219,7 +219,7 @@ def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*args: Any) -> Any:
         raise AssertionError("gradients were computed")
 
-    monkeypatch.setattr(sys.modules[Body.__module__], "loss_and_gradients", refuse)
+    monkeypatch.setattr(chunked_loss, "loss_and_gradients", refuse)
     hidden, weight = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
     body = fx.symbolic_trace(lambda z, y: (F.cross_entropy(z, y, reduction="sum"),))
     key = add_body(Body(body, (Result(None, torch.float32, True),)))

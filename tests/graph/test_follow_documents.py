@@ -24,7 +24,7 @@ def fresh_dynamo() -> None:
 
 
 def graph_of(model: nn.Module, balancer: str, **inputs: Tensor) -> Any:
-    from cpcompile.inspect.explain import plan_for
+    from cpcompile.inspect.planned_step import plan_for
     from cpcompile.options.config import Config
 
     given = inputs or packed_batch("off_edges", 1)

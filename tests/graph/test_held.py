@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from cpcompile import verify
 from cpcompile.analysis.masks.expression import ONE, ZERO, Choice, Number, coordinate
-from cpcompile.analysis.masks.held import SlopedTable, found_in, held
+from cpcompile.analysis.masks.held_tensors import SlopedTable, found_in, held
 from cpcompile.analysis.masks.simplify import compare
 from cpcompile.capture.lowering import capture, placeholders
 from cpcompile.choose.attention_sites import attention_nodes

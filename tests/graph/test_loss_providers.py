@@ -15,9 +15,9 @@ import torch
 from cpcompile import ConfigError, verify
 from cpcompile.memory.workspace import workspace
 from cpcompile.options.config import Config
-from cpcompile.runtime import loss_providers
-from cpcompile.runtime.chunked_loss import body_of
-from cpcompile.runtime.loss_providers import CrossEntropy, obstacle
+from cpcompile.runtime.tiles import loss_providers
+from cpcompile.runtime.tiles.loss_body import body_of
+from cpcompile.runtime.tiles.loss_providers import CrossEntropy, obstacle
 from tests import loss_stand_ins
 from tests.graph import test_chunked_losses as losses
 from tests.graph.small_models import VOCABULARY, TinyLM, batch, planned

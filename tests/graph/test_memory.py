@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import cpcompile
 from cpcompile.errors import ConfigError
 from cpcompile.inspect.explanation import Explanation
-from cpcompile.inspect.longest import longest_sequence, stretched
+from cpcompile.inspect.longest_sequence import longest_sequence, stretched
 from cpcompile.memory.fit import GIB, fitting, wanted_bytes
 from cpcompile.memory.ledger import Ledger, Phase
 from cpcompile.memory.timeline import Timeline

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from cpcompile.cli import app
-from cpcompile.compile.layers import name_layers
+from cpcompile.compile.attention_layers import name_layers
 from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.errors import ConfigError
 from cpcompile.inspect.profile import PARTS, clip, minus, read_profile, union

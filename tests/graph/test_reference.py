@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,11 @@ def test_every_pass_is_in_the_pipeline_and_in_the_order_of_the_page() -> None:
     page = (ROOT / "docs" / "passes.md").read_text()
     places = [page.index(f"\n### {name}\n") for name in names]
     assert places == sorted(places)
+
+
+def test_every_pass_is_in_the_way_of_a_model_in_order() -> None:
+    way = (ROOT / "docs" / "how_it_works.md").read_text().partition("\n## ")[0]
+    assert re.findall(r"^ {6}([a-z_]+) +", way, re.MULTILINE) == [function.__name__ for function in PIPELINE]
 
 
 @pytest.mark.parametrize("function", PIPELINE, ids=lambda function: function.__name__)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpcompile.rules.along import ExtendedRule
+from cpcompile.rules.along_tokens import ExtendedRule
 from cpcompile.rules.pointwise import pointwise
 from cpcompile.rules.registry import RULES, IndexedRule
 from cpcompile.rules.undefined import FINITE_AT

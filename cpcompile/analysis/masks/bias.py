@@ -26,7 +26,7 @@ from cpcompile.analysis.masks.expression import (
     coordinate,
     scaled,
 )
-from cpcompile.analysis.masks.held import SlopedTable, bias_of, held
+from cpcompile.analysis.masks.held_tensors import SlopedTable, bias_of, held
 from cpcompile.analysis.masks.operands import CONVERSIONS, exact, number_of, operands
 from cpcompile.analysis.masks.read import RULES, Reader, Rule, Unreadable, pinned
 from cpcompile.analysis.masks.recognise import HEAD, KEY, QUERY

@@ -34,7 +34,7 @@ from cpcompile.analysis.masks.expression import (
     affine,
     coordinate,
 )
-from cpcompile.analysis.masks.held import SlopedTable, held
+from cpcompile.analysis.masks.held_tensors import SlopedTable, held
 from cpcompile.analysis.masks.simplify import shifted, substitute
 from cpcompile.ir.operator_call import Call, is_tensor, value_of
 

@@ -2,7 +2,7 @@
 
 from cpcompile.analysis.regions.declare import token_local
 from cpcompile.analysis.regions.find import Region, find_regions, regions_of
-from cpcompile.analysis.regions.picked import STARTS, Picked, Step, is_picked_by_mask
+from cpcompile.analysis.regions.picked_rows import STARTS, Picked, Step, is_picked_by_mask
 from cpcompile.analysis.regions.place import place_region, replace_inputs
 
 __all__ = [

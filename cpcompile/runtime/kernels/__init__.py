@@ -5,7 +5,7 @@
 
 q `[B, H, Sq, D]`, k `[B, K, Skv, D]`, v `[B, K, Skv, Dv]`, the last dim contiguous; out `[B, H, Sq, Dv]` in q's dtype; lse
 `[B, H, Sq]` float32, or float64 for float64. A row that sees no column gives 0 and -inf. The backward takes `out` and `lse`
-over *all* keys of an attention, so the gradients of blocks add up and nothing is recomputed.
+over *all* keys of an attention, so the gradients of blocks add up and nothing is recomputed. May import `tokens` and below.
 """
 
 from __future__ import annotations

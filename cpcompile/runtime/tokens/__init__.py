@@ -1,4 +1,5 @@
 """Operators on tokens that are not attention: sharding, gathering, shifting, halos, single tokens, reductions and dropout.
 
-Each has its true adjoint. May import `transport` and `schedule`.
+In: whole values, or this rank's tokens. Out: this rank's tokens, or whole values; each operator has its true adjoint. May
+import `transport` and below.
 """

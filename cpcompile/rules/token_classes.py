@@ -10,7 +10,7 @@ import torch
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, Sharded
 from cpcompile.rules import reduction  # noqa: F401  (the rules that are extended here)
-from cpcompile.rules.along import along_tokens, holds_tokens_only
+from cpcompile.rules.along_tokens import along_tokens, holds_tokens_only
 from cpcompile.rules.registry import Decision
 
 aten = torch.ops.aten

@@ -9,16 +9,13 @@ Gradients of weights are added up over chunks in float32 at least.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
-from cpcompile import _torch
-from cpcompile.runtime.by_rows import tiles, wide
+from cpcompile.runtime.tiles.by_rows import tiles, wide
+from cpcompile.runtime.tiles.loss_body import Body, body_of
 
 Tensor = torch.Tensor
 
@@ -27,139 +24,6 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
     "chunked_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor[] rows, Tensor[] others, str body, int chunk, "
     "bool compiled) -> Tensor[]"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A result of a body.
-
-    Attributes:
-        inner: its shape behind the dim of the tokens; None for a sum over them.
-        dtype: of the result.
-        has_gradient: whether it can be differentiated.
-    """
-
-    inner: tuple[int, ...] | None
-    dtype: torch.dtype
-    has_gradient: bool
-
-
-@dataclass(slots=True)
-class Body:
-    """What is computed of the logits of some tokens.
-
-    Attributes:
-        function: from logits `[T, classes]`, tensors of `[T, ...]` and others to the results.
-        results: what it returns.
-        provider: what computes it of all tokens at once, where that is not ours (`loss_providers`): its function takes hidden
-            states `[T, features]`, weight and bias in the place of logits.
-    """
-
-    function: fx.GraphModule
-    results: tuple[Result, ...]
-    provider: str = ""
-    _compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)  # by the kinds of operands
-
-    @property
-    def key(self) -> str:
-        """What the body is known by, alike on all ranks and in every process."""
-        text = (
-            f"{self.function.code}\n{self.provider}\n{[(r.inner, str(r.dtype), r.has_gradient) for r in self.results]}"
-        )
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    @property
-    def is_one_sum(self) -> bool:
-        """Whether all that has a gradient is one sum over the tokens."""
-        sums = [r.inner is None for r in self.results if r.has_gradient]
-        return sums == [True]
-
-    def compile(
-        self, logits: Tensor, rows: Sequence[Tensor], others: Sequence[Tensor], options: Mapping[str, Any]
-    ) -> None:
-        """Have Inductor compile `step` for any number of tokens, given operands of a chunk."""
-        kinds = kinds_of(logits, rows, others)
-        if kinds not in self._compiled:
-            smooth = [r for r in self.results if r.has_gradient]
-            shapes = [() if r.inner is None else (logits.shape[0], *r.inner) for r in smooth]
-            grads = [logits.new_zeros(shape, dtype=r.dtype) for shape, r in zip(shapes, smooth, strict=True)]
-            by_row = [True, *[r.inner is not None for r in smooth], *[True] * len(rows), *[False] * len(others)]
-            sizes = len(grads), len(rows)
-            self._compiled[kinds] = _torch.compile_by_rows(
-                lambda z, *rest: self.eager_step(z, *split(rest, *sizes)),
-                [logits, *grads, *rows, *others],
-                by_row,
-                options,
-            )
-
-    def step(
-        self, compiled: bool, logits: Tensor, grads: Sequence[Tensor], rows: Sequence[Tensor], others: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Return the results for a chunk, and write the gradient of its logits in their place."""
-        if not compiled:
-            return self.eager_step(logits, grads, rows, others)
-        return list(self._compiled[kinds_of(logits, rows, others)](logits, *grads, *rows, *others))
-
-    def eager_step(
-        self, logits: Tensor, grads: Sequence[Tensor], rows: Sequence[Tensor], others: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Do what `step` does, not compiled."""
-        results, (grad,) = self.differentiated([logits], [True], grads, rows, others)
-        assert grad is not None
-        logits.copy_(grad)
-        return results
-
-    def differentiated(
-        self,
-        inputs: Sequence[Tensor | None],
-        needs: Sequence[bool],
-        grads: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        others: Sequence[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Return the results, and the gradients of the first inputs that `needs` says."""
-        with _torch.recording_gradients():
-            leaves = [
-                None if x is None else x.detach().requires_grad_(needed)
-                for x, needed in zip(inputs, needs, strict=True)
-            ]
-            results = self.function(*leaves, *rows, *others)
-            smooth = [r for r, of in zip(results, self.results, strict=True) if of.has_gradient]
-            # Of a value that is only made alike (zeros_like) no gradient reaches the logits.
-            reached = [(r, g) for r, g in zip(smooth, grads, strict=True) if r.requires_grad]
-            wanted = [x for x in leaves if x is not None and x.requires_grad]
-            of_reached = [r for r, _ in reached], wanted, [g for _, g in reached]
-            found = iter(torch.autograd.grad(*of_reached) if reached else map(torch.zeros_like, wanted))
-        of_leaves = [next(found) if x is not None and x.requires_grad else None for x in leaves]
-        return [r.detach() for r in results], of_leaves
-
-
-def kinds_of(logits: Tensor, rows: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
-    """Return what a compiled step depends on beside the number of tokens."""
-    by_row = [(x.dtype, tuple(x.shape[1:]), x.device.type) for x in (logits, *rows)]
-    return (*by_row, *[(x.dtype, tuple(x.shape), x.device.type) for x in others])
-
-
-def split(values: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
-    """Return parts of these sizes, and the rest."""
-    parts = []
-    for size in sizes:
-        parts.append(values[:size])
-        values = values[size:]
-    return [*parts, values]
-
-
-_BODIES: dict[str, Body] = {}
-
-
-def add_body(body: Body) -> str:
-    """Make a body known to the operators, and return its key."""
-    return _BODIES.setdefault(body.key, body).key
-
-
-def body_of(key: str) -> Body:
-    """Return the body that a key stands for."""
-    return _BODIES[key]
 
 
 def chunked_loss(
@@ -205,7 +69,7 @@ class _ChunkedLoss(torch.autograd.Function):
         num_rows: int,
         *operands: Tensor,
     ) -> tuple[Tensor, ...]:
-        body, num_heads = _BODIES[key], 2 + has_bias
+        body, num_heads = body_of(key), 2 + has_bias
         head, rows, others = operands[:num_heads], operands[num_heads:][:num_rows], operands[num_heads + num_rows :]
         ctx.needs = list(ctx.needs_input_grad[6 : 6 + num_heads])
         ctx.arguments = key, chunk, compiled
@@ -227,7 +91,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         key, chunk, compiled = ctx.arguments
-        body = _BODIES[key]
+        body = body_of(key)
         smooth = [g for g, of in zip(grads, body.results, strict=True) if of.has_gradient]
         if ctx.is_done:
             (scale,) = smooth
@@ -257,7 +121,7 @@ def loss_chunks(
     chunk: int,
 ) -> list[Tensor]:
     """Return the results of a body without gradients."""
-    of = _BODIES[body]
+    of = body_of(body)
     total = _Total(of, hidden)
     if of.provider:
         total.add(of.function(hidden.reshape(-1, hidden.shape[-1]), weight, bias, *rows, *others))
@@ -270,7 +134,7 @@ def loss_chunks(
 
 @loss_chunks.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Any, rows: Any, others: Any, body: str, chunk: int) -> list[Tensor]:
-    return _empty_results(_BODIES[body], hidden)
+    return _empty_results(body_of(body), hidden)
 
 
 @torch.library.custom_op("cpcompile::loss_and_gradients", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -291,7 +155,7 @@ def loss_and_gradients(
     Args:
         grads: the gradients of the results that have one; none for one sum, whose gradient is 1.
     """
-    of = _BODIES[body]
+    of = body_of(body)
     total = _Total(of, hidden)
     sums = (
         [torch.ones((), dtype=r.dtype, device=hidden.device) for r in of.results if r.has_gradient] if not grads else []
@@ -338,8 +202,8 @@ def _(
     compiled: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    made = _empty_gradients(hidden, weight, bias, needs, widens=not _BODIES[body].provider)
-    return [*_empty_results(_BODIES[body], hidden), *[x for x in made if x is not None]]
+    made = _empty_gradients(hidden, weight, bias, needs, widens=not body_of(body).provider)
+    return [*_empty_results(body_of(body), hidden), *[x for x in made if x is not None]]
 
 
 class _Total:
