@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from cpcompile.ir.operator_call import Call
+from cpcompile.ir.operator_call import Call, value_of
 from cpcompile.rules.ranges import constant_value
 
 aten = torch.ops.aten
@@ -145,7 +145,12 @@ def finite_at(call: Call) -> dict[str, Harmless]:
         if _is_infinite(call[filler]):  # no mask hides all scores of a softmax where that of no token does
             return {mask: Harmless(float(not fills_if))}
     known = FINITE_AT.get(call.target, {})
-    return {name: known[of] for name, _ in call.operands() if (of := name.partition(".")[0]) in known}
+    return {
+        name: known[of]
+        for name, operand in call.operands()
+        # A mask is no index that may not exist, and what it picks is put back by the same mask.
+        if (of := name.partition(".")[0]) in known and value_of(operand).dtype != torch.bool
+    }
 
 
 def _is_infinite(filler: object) -> bool:
