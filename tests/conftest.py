@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import zlib
 from pathlib import Path
 
 import pytest
@@ -13,52 +13,32 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_WARM_POOL", "0")
 
+from tests import case_budget
 from tests.gloo.pool import Pool
 
 GLOO = Path(__file__).parent / "gloo"
-# A test with many cases runs so many of them by default, the same ones each time; the others are marked slow.
-CASES = 3
-# Fewer where a case takes tens of seconds; all where a case takes none.
-FEWER_CASES = {
-    "gloo/test_checkpoints.py": 2,
-    "gloo/test_documents.py": 2,
-    "gloo/test_examples.py": 3,
-    "gloo/test_fsdp.py": 2,
-    "gloo/test_integrations.py": 2,
-    "graph/test_parity.py": 2,
-}
-ALL_CASES = {
-    "gloo/test_traffic.py",
-    "graph/test_all_to_all.py",
-    "graph/test_architecture.py",
-    "graph/test_balance.py",
-    "graph/test_config.py",
-    "graph/test_cost.py",
-    "graph/test_diagnostics.py",
-    "graph/test_docs_code.py",
-    "graph/test_kernels.py",
-    "graph/test_operators_of_models.py",
-    "graph/test_reference.py",
-    "graph/test_report.py",
-    "graph/test_runtime.py",
-    "graph/test_traffic.py",
-    "graph/test_train_options.py",
-}
+
+# pytest listens to each logger that does not propagate. torch prints each graph for who listens to this one: a tenth of the time.
+logging.getLogger("torch.__trace").propagate = True
+
+
+@pytest.hookimpl
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option to measure the tests."""
+    parser.addoption("--write-seconds", action="store_true", help=f"write what cases take to {case_budget.FILE.name}")
+
+
+@pytest.hookimpl
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure, in the process that the workers report to."""
+    if config.getoption("--write-seconds") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(case_budget.Watch())
 
 
 @pytest.hookimpl
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all cases of a test slow but for a few, which are drawn by their names."""
-    tests: dict[str, list[tuple[int, pytest.Item]]] = {}
-    for item in items:
-        if not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
-            name = item.nodeid.removeprefix("tests/")
-            tests.setdefault(name.split("[")[0], []).append((zlib.crc32(name.encode()), item))
-    for test, cases in tests.items():
-        file = test.split("::")[0]
-        if file not in ALL_CASES:
-            for _, item in sorted(cases, key=lambda case: case[0])[FEWER_CASES.get(file, CASES) :]:
-                item.add_marker(pytest.mark.slow)
+    """Leave out by default what takes long and the cases beyond a few seconds of a test."""
+    case_budget.mark_slow(items)
 
 
 @pytest.hookimpl

@@ -136,6 +136,7 @@ def test_ahead_of_time_autograd(pool: Any, strategy: str) -> None:
     check_lengths(pool, 2, "rotary", {"num_layers": 1}, strategy=strategy, balancer="zig_zag", inner="aot_eager")
 
 
+@pytest.mark.always
 @pytest.mark.parametrize(
     "strategy", ["ring", *(pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES if s != "ring")]
 )

@@ -48,6 +48,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=200, env=environment)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize(
     ("script", "index"),
     [

@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch.distributed.fsdp import fully_shard
@@ -55,6 +56,7 @@ def evaluated(rank: Any, is_fsdp: bool) -> dict[str, float]:
     return found
 
 
+@pytest.mark.always
 def test_generates_what_one_device_generates(pool: Any) -> None:
     for is_fsdp in (False, True):
         for found in pool.run(2, evaluated, is_fsdp, timeout=300):

@@ -61,6 +61,7 @@ def assert_exact(results: list[dict[str, float]], tolerance: float = FLOAT32) ->
         assert found[name] < tolerance, f"rank {rank}: {name} is off by {found[name]:.1e}"
 
 
+@pytest.mark.always
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [

@@ -263,6 +263,7 @@ def trained(rank: Any, make: str, case: str) -> dict[str, float]:
     return far(found, on_one_device(lambda: run(num_groups * together, untouched, case)))
 
 
+@pytest.mark.always
 @pytest.mark.parametrize(
     "case", ["metrics", "own loss", "resumed", "fsdp2", *slow("smoothing", "each device", "loss only", "checkpoints")]
 )

@@ -107,6 +107,7 @@ def test_every_choice_alone(name: str, chosen: dict[str, str], is_dynamic: bool)
     outcome(program_of(alone(name, **chosen), length=13, world_size=4, options=options))
 
 
+@pytest.mark.always
 @FEW
 @given(programs())
 def test_few_programs(program: Program) -> None:

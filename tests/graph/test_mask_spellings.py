@@ -188,6 +188,7 @@ CONNECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.always
 @settings(max_examples=80, deadline=None)
 @given(
     st.lists(

@@ -79,6 +79,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.always
 def test_sigterm_saves_first_and_nothing_is_lost(tmp_path: Path) -> None:
     options = options_of(tmp_path)
     end, events = end_of(options, lambda: os.kill(os.getpid(), signal.SIGTERM))

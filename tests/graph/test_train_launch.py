@@ -73,6 +73,7 @@ def test_an_error_of_a_rank_is_one_line(tmp_path: Path) -> None:
     assert not ranks_alive()
 
 
+@pytest.mark.always
 def test_two_ranks_train_as_one_device(tmp_path: Path) -> None:
     events: list[Event] = []
     launch(tiny_options(tmp_path, ranks=2, steps=2, length=31, save=tmp_path / "run"), events.append)
