@@ -16,6 +16,7 @@ from torch import fx
 from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Full, Sharded
+from cpcompile.ir.plan import Lengths
 from cpcompile.ir.resharding import Resharder
 from cpcompile.rules import RULES, Decision, Local
 
@@ -62,7 +63,9 @@ class Localiser:
             wanted = decision.operands.get(name)
             if isinstance(wanted, Sharded):
                 changes[name] = self.localise(operand, wanted)
-        with self.resharder.gm.graph.inserting_after(node):
+        # A layout of documents is known behind what they are computed from, which `node` may be a part of.
+        local = [operand for operand in changes.values() if isinstance(operand, fx.Node)]
+        with self.resharder.gm.graph.inserting_after(max([node, *local, *Lengths.bounds_of(self.resharder.gm)])):
             copy = self.resharder.gm.graph.node_copy(node)
         copy.meta = dict(node.meta)
         self.apply(copy, call, changes)

@@ -173,3 +173,16 @@ def test_auto_takes_a_layout_that_depends_on_nothing(kind: type[PackedLM]) -> No
         model = kind()
         inputs = {name: torch.zeros(1, 1 << 16, dtype=torch.long) for name in ("input_ids", "labels", "position_ids")}
     assert cpcompile.explain(model, inputs, world_size=8).layout in ("contiguous", "zig_zag")
+
+
+class PositionsOfSeveralKinds(PackedLM):
+    """Positions come in several kinds (M-RoPE). Documents and rotary angles are computed from the first."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        return super().forward(input_ids, labels, position_ids[None].expand(3, -1, -1)[0])
+
+
+def test_what_documents_are_computed_from_is_read_by_tokens_too() -> None:
+    cpcompile.verify(
+        PositionsOfSeveralKinds(), packed_batch("off_edges", 1), world_size=3, balancer="balanced", strategy="ring"
+    ).raise_if_wrong()

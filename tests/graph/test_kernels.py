@@ -736,6 +736,19 @@ def test_which_attentions_and_gpus_flash_attention_3_and_4_are_for(
         assert asked.refuses(case("cuda", torch.float32)) == "has no float32"
 
 
+@pytest.mark.parametrize(
+    ("head", "value", "is_exact"), [(64, 64, True), (60, 128, True), (96, 8, True), (80, 80, False), (8, 8, False)]
+)
+def test_head_dims_that_flash_attention_4_is_exact_for(
+    head: int, value: int, is_exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of others its gradients are wrong, and it says nothing."""
+    monkeypatch.setattr(flash, "is_installed", lambda name: True)
+    monkeypatch.setattr(flash, "gpu_generation", lambda: 9)
+    reason = "" if is_exact else "was proven exact for head dims of 64, 96, 128 only"
+    assert flash.FLASH4.refuses(case("cuda", torch.bfloat16, head, value)) == reason
+
+
 @pytest.mark.usefixtures("hopper")
 def test_what_took_the_place_of_flash_attention_2_is_not_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents on a machine with nothing but torch's kernels and FlashAttention 4, which the user has activated."""
