@@ -61,6 +61,8 @@ def run_jobs(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cpcompile.zoo.preload"])
+    # What is preloaded asks whether there are GPUs. The CUDA runtime would answer, and be of no use to the workers after.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     waiting = list(reversed(jobs))
     workers: list[Worker] = []
     try:

@@ -149,7 +149,10 @@ def compare(key: str, variant: Variant, subject: Subject, training: bool) -> Res
     except Exception as error:
         if isinstance(error, InputError) and subject.evidence.dtype == torch.float64:
             # It names float32 where traced operators take no narrower dtype than their operands.
-            subject.narrow()
+            try:
+                subject.narrow()
+            except Exception as own:
+                return Result(key, variant, *own_failure(own), evaluation=not training)
             return compare(key, variant, subject, training)
         dtype = str(subject.evidence.dtype)[6:]
         return Result(key, variant, *classify(error), dtype=dtype, evaluation=not training)

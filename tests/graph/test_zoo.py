@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 
-from cpcompile.errors import GraphBreakError, NoRule
+from cpcompile.errors import GraphBreakError, InputError, NoRule
 from cpcompile.rules import RULES
 from cpcompile.zoo.__main__ import app, finish
 from cpcompile.zoo.build import NotAvailable, build
@@ -152,6 +153,10 @@ class Flip(nn.Module):
         return (self.head(x.flip(1)) * weights).sum()
 
 
+def refusing(*args: Any) -> Any:
+    raise InputError("it names float32")
+
+
 class TestClassification:
     def test_exact(self) -> None:
         (result,) = outcomes("causal:llama", STRICT)
@@ -239,6 +244,20 @@ class TestClassification:
         model, inputs = Normed(), {"input_ids": torch.arange(14).view(2, 7) % 8}
         result = run_variant("normed", STRICT, Subject(model, inputs, gather_evidence(model, inputs)))
         assert (result.outcome, result.dtype) == (EXACT, "float32")
+
+    def test_a_model_that_fails_alone_in_float32_is_not_captured(self) -> None:
+        class OnlyDouble(Flip):
+            def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+                if self.head.weight.dtype != torch.float64:
+                    raise ValueError("in double only")
+                return super().forward(input_ids) / torch.linalg.vector_norm(self.head.weight, dtype=torch.float32)
+
+        model, inputs = OnlyDouble(), {"input_ids": torch.arange(14).view(2, 7) % 8}
+        evidence = dataclasses.replace(gather_evidence(Flip(), inputs), dtype=torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Subject, "verify", refusing)
+            result = run_variant("only double", STRICT, Subject(model, inputs, evidence))
+        assert (result.outcome, result.reason) == (NOT_CAPTURED, "one device: ValueError: in double only")
 
     def test_reasons_of_one_cause_are_equal(self) -> None:
         first = NoRule(
