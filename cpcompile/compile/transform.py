@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile import _torch
 from cpcompile.analysis.patterns.latent_heads import expansions_of
+from cpcompile.balance.layout import follows_documents
 from cpcompile.capture.faults import faults_of
 from cpcompile.capture.token_inputs import find_token_dims
 from cpcompile.choose.attention import AttentionSite, Ranks
@@ -34,7 +35,7 @@ from cpcompile.choose.choice import Choice, choose
 from cpcompile.choose.kernels import likely_kernel, refuse_unable_kernel
 from cpcompile.choose.machine import Machine, this_machine
 from cpcompile.compile.saved_results import keep_attention, keeps_result
-from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, where
+from cpcompile.errors import CannotFollow, CPError, InputError, NoChunks, NoRule, where
 from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.parameter_shard import ParameterShard
@@ -180,9 +181,10 @@ def transform(
     try:
         shard_graph(captured, choice, plan, changes, times)
         is_followed = config.balancer != "auto" or not deals_in_chunks(captured)
-    except (CannotFollow, NoChunks):
+    except (CannotFollow, NoRule) as error:
         is_followed = False
-        if config.balancer != "auto":
+        may_be_the_layout = follows_documents(choice.layout) or isinstance(error, NoChunks)
+        if config.balancer != "auto" or not may_be_the_layout:
             raise
     if not is_followed:
         choice = choose(sites, config.strategy, config.balancer, ranks, follow=False)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import cpcompile
-from cpcompile.errors import ConfigError
+from cpcompile.compile.transform import shard_graph
+from cpcompile.errors import ConfigError, NoRule
 from cpcompile.inspect import first_difference
 from cpcompile.inspect.definitions import COLLECTIVES
 from cpcompile.inspect.definitions.attention import attention
@@ -186,3 +187,24 @@ def test_what_documents_are_computed_from_is_read_by_tokens_too() -> None:
     cpcompile.verify(
         PositionsOfSeveralKinds(), packed_batch("off_edges", 1), world_size=3, balancer="balanced", strategy="ring"
     ).raise_if_wrong()
+
+
+@pytest.mark.parametrize("balancer", ["auto", "balanced"])
+def test_auto_takes_a_layout_without_documents_where_one_with_them_is_refused(
+    balancer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(gm: Any, choice: Any, plan: Any, *rest: Any) -> None:
+        tried.append(plan.layout)
+        if plan.layout == "balanced":
+            raise NoRule("tokens outside the sequence are read")
+        shard_graph(gm, choice, plan, *rest)
+
+    tried: list[str] = []
+    monkeypatch.setattr("cpcompile.compile.transform.shard_graph", refuse)
+    options = {"world_size": 3, "balancer": balancer}
+    if balancer == "auto":
+        cpcompile.verify(PackedLM(), packed_batch("off_edges", 1), **options).raise_if_wrong()
+        assert tried[0] == "balanced" and tried[1:] in (["zig_zag"], ["contiguous"])
+    else:
+        with pytest.raises(NoRule, match="outside the sequence"):
+            cpcompile.verify(PackedLM(), packed_batch("off_edges", 1), **options)
