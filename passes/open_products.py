@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from cpcompile.analysis.patterns.einsum import Product
-from cpcompile.analysis.patterns.nodes import converted
-from cpcompile.ir.insertion import insert_call, replace_uses
-from cpcompile.ir.operator_call import Call, value_of
+from cpcompile.analysis.patterns.expansions import expanded
+from cpcompile.ir.insertion import replace_uses
+from cpcompile.ir.operator_call import Call
 
 aten = torch.ops.aten
 
@@ -30,7 +30,7 @@ def open_products(gm: fx.GraphModule) -> int:
     count = 0
     for target in (aten.einsum.default, aten.baddbmm.default):
         for node in gm.graph.find_nodes(op="call_function", target=target):
-            new = einsum(Call.of(node)) if target is aten.einsum.default else baddbmm(Call.of(node))
+            new = einsum(Call.of(node)) if target is aten.einsum.default else expanded(Call.of(node))
             if new is not None:
                 replace_uses(node, new)
                 gm.graph.erase_node(node)
@@ -42,18 +42,3 @@ def einsum(call: Call) -> fx.Node | None:
     """Return the product that an einsum is, or None."""
     product = Product.of(call)
     return None if product is None else product.write(call.node)
-
-
-def baddbmm(call: Call) -> fx.Node:
-    """Return `beta * self + alpha * batch1 @ batch2`; with beta = 0, `self` is not read."""
-    node = call.node
-    factors = (converted(node, call[name], value_of(node).dtype) for name in ("batch1", "batch2"))
-    product = insert_call(node, aten.bmm.default, *factors)
-    if call["alpha"] != 1:
-        product = insert_call(node, aten.mul.Tensor, product, call["alpha"])
-    if call["beta"] == 0:
-        return product
-    added = converted(node, call["self"], value_of(node).dtype)
-    if call["beta"] != 1:
-        added = insert_call(node, aten.mul.Tensor, added, call["beta"])
-    return insert_call(node, aten.add.Tensor, product, added)

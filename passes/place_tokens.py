@@ -49,6 +49,7 @@ HEAVY = {
     aten.bmm.default,
     aten.addmm.default,
 }
+CONDITION_REMEDY = "Write torch.where(condition, a, b), which computes both sides and stays sharded"
 
 
 def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
@@ -479,9 +480,10 @@ class Placer:
             elif not self.plan.strict:
                 node.replace_input_with(operand, self.resharder.gather(operand, f"{node.target}"))
             else:
+                remedy = CONDITION_REMEDY if node.target is torch.ops.higher_order.cond else "Move it out of the model"
                 raise NoRule(
                     f"no rule for {node.target} on an operand that is {placement}.\n\n{where(node)}\n\n"
-                    "Move it out of the model, or pass strict=False to gather its operands."
+                    f"{remedy}, or pass strict=False to gather its operands."
                 )
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from cpcompile.errors import InputError
 
@@ -29,11 +32,38 @@ def describe_call(signature: inspect.Signature, given: Mapping[str, Any], reason
     """Return the text for a call with other arguments than a function takes."""
     names = list(signature.parameters)
     unknown = [name for name in given if not takes(signature, name)]
+    meant = did_you_mean(signature, given) or "."
     if not unknown:
         named = ", ".join(given) or "none"
-        return f"the model cannot be called so: {reason}. Its inputs are: {', '.join(names)}; given by name: {named}."
-    meant = did_you_mean(signature, given) or "."
+        return f"the model cannot be called so: {reason}{meant} Its inputs are: {', '.join(names)}; given by name: {named}."
     return f"the model takes no input {', '.join(unknown)}{meant} Its inputs are: {', '.join(names)}."
+
+
+def describe_call_inside(model: object, inputs: Mapping[str, Any], error: BaseException | None) -> str:
+    """Return the text for inputs that a model passes on to a module inside of it, which does not know them, or ''.
+
+    Args:
+        error: what the call of that module raised.
+    """
+    if not isinstance(error, TypeError) or not isinstance(model, torch.nn.Module):
+        return ""
+    words = re.findall(r"\w+", str(error))
+    unknown: list[str] = []
+    if "unexpected keyword argument" in str(error).lower():
+        unknown = [name for name in inputs if name in words]
+    elif "missing" in words:
+        unknown = [n for n in inputs if n not in words and difflib.get_close_matches(n, words, 1, ALMOST)]
+    inside = [inspect.signature(module.forward) for module in model.modules()]
+    inside = [signature for signature in inside if not any(takes(signature, name) for name in unknown)]
+    if not unknown or not inside:
+        return ""
+
+    def given(signature: inspect.Signature) -> dict[str, Any]:
+        return {name: x for name, x in inputs.items() if name in unknown or name in signature.parameters}
+
+    # It is the one that takes the others, or what was meant.
+    found = max(inside, key=lambda signature: (len(given(signature)), did_you_mean(signature, given(signature)) != ""))
+    return describe_call(found, given(found), str(error))
 
 
 def did_you_mean(signature: inspect.Signature, given: Mapping[str, Any]) -> str:

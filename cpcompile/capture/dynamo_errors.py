@@ -19,7 +19,7 @@ from torch._dynamo.exc import (
 )
 
 from cpcompile import _torch
-from cpcompile.capture.arguments import did_you_mean
+from cpcompile.capture.arguments import describe_call_inside, did_you_mean
 from cpcompile.capture.faults import REMEDY, summary
 from cpcompile.capture.lowering import VALUE_SIZE, break_text, line_of
 from cpcompile.errors import TORCH, CPError, GraphBreakError, InputError, InternalError
@@ -41,7 +41,11 @@ def clear_errors(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Iter
             raise inner from inner.__cause__
         raise InternalError(f"{summary(inner)}\n\n{REMEDY}") from inner
     except (Unsupported, UserError) as error:
-        hooks = describe_hooks(getattr(forward, "__self__", None), error)
+        model = getattr(forward, "__self__", None)
+        unknown = describe_call_inside(model, inputs, error.__cause__)
+        if unknown:
+            raise InputError(unknown + line_of(_torch.break_frames(error))) from None
+        hooks = describe_hooks(model, error)
         raise GraphBreakError(hooks or describe_unsupported(error, meant(forward, inputs))) from None
     except TorchRuntimeError as error:
         raise InputError(describe_failure(error, inputs) + meant(forward, inputs)) from None
@@ -59,7 +63,10 @@ def meant(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> str:
 def describe_unsupported(error: TorchDynamoException, hint: str = "") -> str:
     """Return the text for a model that Dynamo cannot trace whole, with the user's line."""
     raised = re.search(r"raised exception (.*)", str(error))
-    text = break_text(f"it raises {raised[1]}" if raised else str(error), _torch.break_frames(error))
+    reason = f"it raises {raised[1]}" if raised else str(error)
+    if isinstance(error.__cause__, TypeError) and reason.startswith("failed to bind arguments"):
+        reason = f"it raises {summary(error.__cause__)}"
+    text = break_text(reason, _torch.break_frames(error))
     return text + hint if raised else text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,20 @@ FSDP_REMEDY = (
 POSITIONS_REMEDY = (
     "Pass position_ids. In transformers: model.model.get_rope_index(input_ids, mm_token_type_ids=..., image_grid_thw=..., "
     "attention_mask=...)[0], before the call."
+)
+BRANCH = re.compile(r"\b(if|elif|while)\b")
+BRANCH_REMEDY = (
+    "This line decides by values which operators run, and ranks hold the values of other tokens. Write "
+    "torch.where(condition, a, b), which computes both sides, or move the decision out of the model. torch.cond takes what every "
+    "rank holds whole (a loss), not tokens."
+)
+BREAK_REMEDY = (
+    "A part of a model cannot be sharded safely. Change this line so that it traces, or move the call out of the model "
+    "(torch.compile(model, fullgraph=True) shows the full explanation)."
+)
+VALUES_REMEDY = (
+    "If the number follows from sizes, dynamic=False traces it: sizes are known then. If it follows from the values of an "
+    "input (grids or sizes of images), constants=['image_grid_thw'] makes these known, and compiles each combination."
 )
 VALUE_SIZE = "a size depends on the values of a tensor, which Dynamo loses"
 
@@ -157,20 +172,20 @@ def break_text(reason: str, stack: Sequence[traceback.FrameSummary]) -> str:
     """Return the text for a graph break: why, the innermost line outside torch, and what to do."""
     if "FSDP" in reason:
         return FSDP_REMEDY
-    is_of_value = "ata-dependent" in reason or reason == VALUE_SIZE
-    by_length = (
-        " If the number follows from sizes, dynamic=False traces it: sizes are known then. If it follows from the values of an "
-        "input (grids or sizes of images), constants=['image_grid_thw'] makes these known, and compiles each combination."
-        if is_of_value
-        else ""
-    )
     if any(frame.name == "get_rope_index" for frame in stack):
         return f"Positions of images are counted by a loop, which does not trace.{line_of(stack)}\n\n{POSITIONS_REMEDY}"
     return (
         f"The model does not trace as one graph: {reason.splitlines()[0].rstrip('.')}.{line_of(stack)}\n\n"
-        "A part of a model cannot be sharded safely. Change this line so that it traces, or move the call out of the model "
-        f"(torch.compile(model, fullgraph=True) shows the full explanation).{by_length}"
+        f"{break_remedy(reason, stack)}"
     )
+
+
+def break_remedy(reason: str, stack: Sequence[traceback.FrameSummary]) -> str:
+    """Return what to do about a graph break."""
+    is_of_value = "ata-dependent" in reason or reason == VALUE_SIZE
+    is_branch = is_of_value and BRANCH.search(line_of(stack)) is not None
+    remedy = BRANCH_REMEDY if is_branch else BREAK_REMEDY
+    return f"{remedy} {VALUES_REMEDY}" if is_of_value else remedy
 
 
 def line_of(stack: Sequence[traceback.FrameSummary]) -> str:

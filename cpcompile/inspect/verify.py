@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cpcompile.capture.arguments import describe_call_inside
 from cpcompile.capture.dynamo import by_name, compile_whole, token_length, uncompiled
 from cpcompile.capture.faults import summary
 from cpcompile.capture.lowering import line_of
@@ -186,7 +187,11 @@ class Runs:
         widened = Widen() if self.is_wide and not has_documents else contextlib.nullcontext()
         # Kernels that recompute weights from a log-sum-exp lose rows in which masks of finfo.min hide every key.
         by_definition = sdpa_kernel(SDPBackend.MATH) if self.is_wide else contextlib.nullcontext()
-        with widened, by_definition, contextlib.nullcontext() if has_documents else failing_alone():
+        with (
+            widened,
+            by_definition,
+            contextlib.nullcontext() if has_documents else failing_alone(self.model, self.inputs),
+        ):
             return self.of_backend(OneDevice(self.config, self.is_wide) if has_documents else None)
 
     def of_ranks(self) -> Outcome:
@@ -230,7 +235,7 @@ def refuse_unrunnable(model: torch.nn.Module, inputs: Mapping[str, Any], config:
 
 
 @contextlib.contextmanager
-def failing_alone() -> Iterator[None]:
+def failing_alone(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
     """Say of an error of the untouched model that it is one.
 
     Raises:
@@ -243,6 +248,5 @@ def failing_alone() -> Iterator[None]:
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         line = line_of([frame for frame in frames if not frame.filename.startswith(str(Path(__file__).parents[1]))])
-        raise InputError(
-            f"the model fails on these inputs without cpcompile, on one device: {summary(error)}{line}"
-        ) from error
+        reason = f"the model fails on these inputs without cpcompile, on one device: {summary(error)}"
+        raise InputError((describe_call_inside(model, inputs, error) or reason) + line) from error

@@ -59,7 +59,7 @@ class RankRun:
         one, told = None, [""]
         if is_first:
             try:
-                with failing_alone():
+                with failing_alone(self.model, self.inputs):
                     one = self.run(self.model.forward)
             except InputError as error:
                 dist.broadcast_object_list(["failed"])

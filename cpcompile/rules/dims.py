@@ -146,11 +146,12 @@ def cut(call: Call) -> Indices:
 
 @rule(aten.gather.default)
 def gather(call: Call) -> Indices:
-    """[a b], [a c] -> [a c], closed along b and where the index is smaller, because it reads the front only"""
-    names = closed(own(call), call.dim("dim", "self"))
+    """[a v], [a c] -> [a c], where v is whole; closed along a where the index is smaller, because it reads the front only"""
+    dim, names = call.dim("dim", "self"), own(call)
     same = [bool(a == b) for a, b in zip(call.shape("self"), call.shape("index"), strict=True)]
     names = tuple(name if equal else None for name, equal in zip(names, same, strict=True))
-    return Indices({"self": names, "index": names}, (names,))
+    read, found = ((*names[:dim], name, *names[dim + 1 :]) for name in ("v", "i"))
+    return Indices({"self": read, "index": found}, (found,), gathers=("self",))
 
 
 @rule(aten.select.int)
@@ -198,11 +199,11 @@ def one_hot(call: Call) -> Indices:
 
 @rule(aten.index.Tensor)
 def index(call: Call) -> Indices:
-    """[v ... d], [...] -> [... d], closed along the dims that are indexed"""
+    """[v ... d], [...] -> [... d], where v is whole"""
     given = [(dim, node) for dim, node in enumerate(call["indices"]) if node is not None]
     names = own(call)
     dims = [dim for dim, _ in given]
-    operands: dict[str, Names] = {"self": tuple(None if d in dims else n for d, n in enumerate(names))}
+    operands: dict[str, Names] = {"self": tuple(f"v{d}" if d in dims else n for d, n in enumerate(names))}
     if any(call.tensor(f"indices.{d}").dtype in (torch.bool, torch.uint8) for d in dims) or dims != list(
         range(dims[0], dims[0] + len(dims))
     ):
@@ -214,14 +215,15 @@ def index(call: Call) -> Indices:
     for d in dims:
         operands[f"indices.{d}"] = tuple(n and f"i{n}" for n in aligned(shapes[d], broadcast))
     between = tuple(f"id{i}" for i in range(rank))
-    return Indices(operands, ((*names[: dims[0]], *between, *names[dims[-1] + 1 :]),))
+    return Indices(operands, ((*names[: dims[0]], *between, *names[dims[-1] + 1 :]),), gathers=("self",))
 
 
 @rule(aten.index_select.default)
 def index_select(call: Call) -> Indices:
-    """[a v d], [i] -> [a i d]"""
-    names, dim = own(call), call.dim("dim", "self")
-    return Indices({"self": closed(names, dim), "index": ("i",)}, ((*names[:dim], "i", *names[dim + 1 :]),))
+    """[a v d], [i] -> [a i d], where v is whole"""
+    dim, names = call.dim("dim", "self"), own(call)
+    read, found = ((*names[:dim], name, *names[dim + 1 :]) for name in ("v", "i"))
+    return Indices({"self": read, "index": ("i",)}, (found,), gathers=("self",))
 
 
 @rule(

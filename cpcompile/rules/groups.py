@@ -46,6 +46,8 @@ def stride_along(call: Call, dim: int) -> int | None:
     """Return the stride of an operator along a dim if each result reads one group of as many elements, else None."""
     if call.target is aten.unfold.default:
         return int(call["step"]) if dim == call.dim("dimension", "self") else None
+    if call.target is aten.col2im.default:
+        return tokens_of_row(call) if dim == len(call.shape("self")) - 1 else None
     if call.target in CONVOLUTIONS:
         i = dim - (len(call.shape("input")) - len(paddings(call)))
         if i < 0 or paddings(call)[i] != (0, 0) or call.arguments.get("transposed"):
@@ -65,6 +67,23 @@ def stride_along(call: Call, dim: int) -> int | None:
         stride = entry("stride") if call["stride"] else entry("kernel_size")
         return stride if entry("kernel_size") <= stride else None
     return None
+
+
+def patch_reaches(call: Call) -> list[int]:
+    """Return, for both dims of an image, how far apart the first and the last element of a patch are."""
+    return [step * (size - 1) for step, size in zip(call["dilation"], call["kernel_size"], strict=True)]
+
+
+def patches_of(call: Call) -> list[int]:
+    """Return how many patches are folded along both dims of an image."""
+    entries = zip(call["output_size"], patch_reaches(call), call["padding"], call["stride"], strict=True)
+    return [(size + 2 * pad - reach - 1) // stride + 1 for size, reach, pad, stride in entries]
+
+
+def tokens_of_row(call: Call) -> int:
+    """Return how many patches that are folded make a row; 1 if there is only one row."""
+    rows, columns = patches_of(call)
+    return columns if rows > 1 else 1
 
 
 def overlap_along(call: Call, dim: int) -> int | None:

@@ -1,4 +1,4 @@
-"""Pools on [batch, channels, places], and windows. Tokens may be the batch, and mostly the channels."""
+"""Pools on [batch, channels, places], resizing, and windows. Tokens may be the batch, and mostly the channels."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ POOLS = {
     aten.pixel_shuffle.default: 3,
     aten.pixel_unshuffle.default: 3,
 } | MEANS
+RESIZES = {
+    aten.upsample_nearest1d.vec: 1,
+    aten.upsample_nearest2d.vec: 2,
+    aten.upsample_nearest3d.vec: 3,
+    aten._upsample_nearest_exact1d.vec: 1,
+    aten._upsample_nearest_exact2d.vec: 2,
+    aten._upsample_nearest_exact3d.vec: 3,
+    aten.upsample_linear1d.vec: 1,
+    aten.upsample_bilinear2d.vec: 2,
+    aten.upsample_trilinear3d.vec: 3,
+    aten.upsample_bicubic2d.vec: 2,
+    aten._upsample_bilinear2d_aa.vec: 2,
+    aten._upsample_bicubic2d_aa.vec: 2,
+}
+RESIZED = "it makes another number of tokens of them, and there are no channels that ranks could share; resize before the model"
 OTHER_SEQUENCE = "leaves fewer tokens, which is another sequence: pool before the model, or gather first (strict=False)"
 
 
@@ -40,6 +55,20 @@ def pool(call: Call) -> Indices:
     kept: Names = tuple(f"d{i}" for i in range(len(call.shape("self")) - POOLS[call.target]))
     names = (*kept, *(None,) * POOLS[call.target])
     return Indices({"self": names}, (names,) * len(call.results))
+
+
+@rule(*RESIZES)
+def resize(call: Call) -> Indices:
+    """[... places] -> [... places']"""
+    kept: Names = tuple(f"d{i}" for i in range(len(call.shape("input")) - RESIZES[call.target]))
+    names = (*kept, *(None,) * RESIZES[call.target])
+    return Indices({"input": names}, (names,))
+
+
+@along_tokens(*RESIZES)
+def resized(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
+    """not by tokens: a rank resizes all of them for some channels"""
+    raise no_rule(call, operands, RESIZED)
 
 
 @along_tokens(*POOLS)

@@ -88,6 +88,11 @@ def sliced_off(call: Call) -> tuple[int, int] | None:
     return int(front), int(back)
 
 
+def holds_groups(call: Call, at: Sharded, length: Any) -> bool:
+    """Tell whether the sharded dim has `at.inner` elements for each token, and nothing else."""
+    return bool(expression(call.shape("self")[at.dim]) == expression(at.count(length)) * at.inner)
+
+
 @dataclass(frozen=True, slots=True)
 class SliceRule:
     """A slice along another dim leaves the tokens alone; along the tokens, most of them keep their slots, and a few are sent."""
@@ -111,6 +116,9 @@ class SliceRule:
                 decision = picked(call, at, start, int(count), length)
             elif off is not None:
                 decision = self._range(at, at.with_range(at.front + off[0], at.back + off[1], at.outside))
+        elif off is not None and not any(n % at.inner for n in off) and holds_groups(call, at, length):
+            front, back = at.front + off[0] // at.inner, at.back + off[1] // at.inner
+            decision = self._range(at, at.with_range(front, back, at.outside))
         if decision is None:
             raise no_rule(call, operands, "the slice of the tokens depends on their number", self.notation)
         return decision

@@ -31,7 +31,6 @@ RANDOM = (
     "and pass them as an input"
 )
 ONE_NUMBER = "it needs one number on the host, and every rank holds tokens of its own; reduce over the tokens first"
-RESIZED = "it changes the number of tokens, which is another sequence; resize before the model"
 WEIGHT = "it normalises a weight, and a weight holds no tokens"
 BAGS = "its bags cut the tokens at places that are known at run time only; use torch.nn.Embedding and sum each bag"
 COLLECTIVE = (
@@ -65,10 +64,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "randint_like.default", "bernoulli.default", "multinomial.default", "exponential.default", "rrelu.default",
     ),
     ONE_NUMBER: ("item.default", "_local_scalar_dense.default", "equal.default", "is_nonzero.default"),
-    RESIZED: (
-        "upsample_nearest1d.vec", "upsample_linear1d.vec", "upsample_nearest2d.vec", "upsample_bilinear2d.vec",
-        "upsample_bicubic2d.vec", "_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec", "upsample_nearest3d.vec",
-    ),
     WEIGHT: ("_weight_norm.default", "_weight_norm_interface.default"),
     BAGS: ("embedding_bag.default", "embedding_bag.padding_idx", "_embedding_bag.default"),
     LABELS: ("nll_loss_forward.default", "nll_loss2d_forward.default"),

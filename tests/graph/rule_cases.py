@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cpcompile.rules.fourier import TRANSFORMS
-from cpcompile.rules.pooling import POOLS
+from cpcompile.rules.pooling import POOLS, RESIZES
 from cpcompile.rules.registry import RULES
 from tests.graph.rule_checker import Case
 
@@ -295,6 +295,7 @@ def slice_(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, 6), 1, 0, s - 1))
     yield Case(target, (x(B, s, 6), 1, 0, s + 5))
     yield Case(target, (x(B, 2 * s), 1, 0, s))
+    yield Case(target, (x(B, 2 * s), 1, 2, 2 * s))
     yield Case(target, (x(B, s), 1, -s))
     yield Case(target, (x(B, s), 1, 0, s, 2))
     yield Case(target, (x(B, s), 1, 0, -1))
@@ -518,6 +519,23 @@ def im2col(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(s, 2, 4, 4), [2, 2], [1, 1], [0, 0], [2, 2]))
 
 
+@cases(aten.col2im.default)
+def col2im(target: Any, s: int) -> Iterator[Case]:
+    yield Case(target, (x(s, 8, 4), [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]))
+    yield Case(target, (x(B, 18, 3 * s), [2 * s, 6], [3, 3], [1, 1], [1, 1], [2, 2]))  # rows of 3, which overlap
+    yield Case(target, (x(B, 8, s), [s + 1, 2], [2, 2], [1, 1], [0, 0], [1, 1]))
+    yield Case(target, (x(B, 8, s), [1, 2 * s], [1, 4], [1, 1], [0, 1], [1, 2]))
+
+
+@cases(*RESIZES)
+def resize(target: Any, s: int) -> Iterator[Case]:
+    rank, corners = RESIZES[target], [False] if "align_corners" in str(target._schema) else []
+    yield Case(target, (x(s, 4, *(4,) * rank), [3] * rank, *corners, None))
+    yield Case(target, (x(B, s, *(4,) * rank), None, *corners, [2.0] * rank))
+    if s > 1:
+        yield Case(target, (x(B, 4, s, *(4,) * (rank - 1)), [2 * s] * rank, *corners, None))
+
+
 @cases(aten.unfold.default)
 def unfold(target: Any, s: int) -> Iterator[Case]:
     for dim in (1, 2):
@@ -649,6 +667,11 @@ def transposed_convolution(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, 3, s, *(2,) * (rank - 1)), x(3, 2, *(2,) * rank), x(2)))
     yield Case(target, (x(B, 4, s, *(2,) * (rank - 1)), x(4, 2, *(2,) * rank), x(4), [2], [0], [0], 2))  # each to 2
     yield Case(target, (x(B, 3, s, *(2,) * (rank - 1)), x(3, 2, *(2,) * rank), None, [3], [0], [1]))
+    yield Case(target, (x(B, 4, s, *(2,) * (rank - 1)), x(4, 2, *(4,) * rank), x(4), [2], [1], [0], 2))  # they overlap
+    yield Case(target, (x(B, 3, s, *(2,) * (rank - 1)), x(3, 2, *(3,) * rank), None, [1], [1], [0], 1, [2]))
+    yield Case(
+        target, (x(B, 3, s, *(2,) * (rank - 1)), x(3, 2, *(6,) * rank), None, [2], [0])
+    )  # more than two for each
 
 
 @cases(aten.embedding.default)

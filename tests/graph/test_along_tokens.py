@@ -82,6 +82,14 @@ def gathered(x: Tensor) -> Tensor:
     return x.gather(1, index) + x.index_select(1, torch.tensor([6, 0], device=x.device))
 
 
+def looked_up(x: Tensor) -> Tensor:
+    """Each token reads others, whose places follow from values; every rank has all that they may read."""
+    places = (torch.arange(x.shape[1], device=x.device) + 3 * (x[..., 0] > 0)) % x.shape[1]
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    read = x.gather(1, places[..., None].expand_as(x)) * x.index_select(1, places[0])
+    return read + x.tanh()[rows, places] * x
+
+
 def first_apart(x: Tensor) -> Tensor:
     """A token of the class is handled apart from the others, and put back."""
     first, others = x.split((1, x.shape[1] - 1), dim=1)
@@ -230,6 +238,7 @@ FUNCTIONS = [
     last_tokens,
     one_token_of_each_row,
     gathered,
+    looked_up,
     first_apart,
     is_last_positive,
     twice_shifted,

@@ -73,7 +73,7 @@ def test_message_says_what_where_and_what_to_do(case: Case) -> None:
     assert re.match(r"(NoRule|GraphBreakError|InputError|ConfigError|CPError): ", first)
     if first.startswith(("NoRule", "GraphBreakError")):
         assert any("model.py:" in line for line in others)
-    assert re.search(r"token_dims|Compute|Change|Return|Remove|Kernels for this|declare it", case.message)
+    assert re.search(r"token_dims|Compute|Change|Write|Return|Remove|Kernels for this|declare it", case.message)
 
 
 @pytest.mark.parametrize("case", cases(PAGE.read_text()), ids=lambda case: case.title)

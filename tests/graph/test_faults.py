@@ -138,6 +138,42 @@ def test_calls_that_cannot_be(look: Callable[..., Any]) -> None:
             look(TinyLM(), inputs, world_size=2)
 
 
+class Passing(torch.nn.Module):
+    """Passes on what it gets, as a wrapper does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout, self.inner = torch.nn.Dropout(0.0), TinyLM()
+
+    def forward(self, input_ids: Tensor | None = None, **others: Any) -> Any:
+        return self.inner(input_ids, **others)
+
+
+@pytest.mark.parametrize("look", [explain, verify])
+def test_names_that_a_module_inside_does_not_know(look: Callable[..., Any]) -> None:
+    for inputs, text in (
+        (batch() | {"lables": batch()["labels"]}, r"takes no input lables\. Its inputs are: input_ids, labels"),
+        (IDS | {"lables": batch()["labels"]}, r"takes no input lables: did you mean labels for lables\?"),
+        (batch() | {"banana": 1}, r"takes no input banana\. Its inputs are: input_ids, labels"),
+    ):
+        with pytest.raises(InputError, match=text) as error:
+            look(Passing(), inputs, world_size=2)
+        assert "return self.inner(input_ids, **others)" in str(error.value)
+
+
+def test_calls_inside_the_model_that_cannot_be() -> None:
+    with pytest.raises(GraphBreakError, match=r"it raises TypeError: .*labels") as error:
+        explain(Passing(), IDS, world_size=2)
+    assert "return self.inner(input_ids, **others)" in str(error.value)
+
+
+def test_what_was_meant_by_the_argument_that_is_missing() -> None:
+    with pytest.raises(
+        InputError, match=r"missing a required argument: 'input_ids': did you mean input_ids for inputs_ids\?"
+    ):
+        explain(Raises(), {"inputs_ids": IDS["input_ids"]}, world_size=2)
+
+
 def test_a_model_without_values() -> None:
     model = Logits().to("meta")
     with pytest.raises(InputError, match=r"embedding.weight is on the meta device.*to_empty"):

@@ -364,7 +364,100 @@ def test_a_loop_may_read_what_another_one_left() -> None:
     torch.testing.assert_close(gm(*inputs), twice(*inputs))
 
 
-OTHERS = [nonlinear, backwards, last_turn_differs, detached, two_dims, turned_over, sums_turned_over]
+def filtered(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Carry a row `[B, D]`, of which each turn shows the sum with a column."""
+
+    def loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        state, out = torch.zeros_like(v[:, 0]), []
+        for i in range(TURNS):
+            state = step(state, q[:, i], k[:, i], v[:, i], g[:, i, None], q[0, 0, :, None] * k[0, 0])
+            out.append(state + k[:, i, :1])
+        return torch.stack(out, dim=1)
+
+    return loop
+
+
+# Steps `(state, q, k, v, g, matrix)` in calls that are several sums and products at once.
+STEPS: dict[str, Callable[..., Tensor]] = {
+    "lerp": lambda s, q, k, v, g, m: torch.lerp(s, v, 0.3),
+    "lerp by a tensor": lambda s, q, k, v, g, m: torch.lerp(s, v, g.sigmoid()),
+    "lerp to the state": lambda s, q, k, v, g, m: torch.lerp(v, s, g.sigmoid()),
+    "lerp in place": lambda s, q, k, v, g, m: s.lerp_(v, 0.3),
+    "addcmul": lambda s, q, k, v, g, m: torch.addcmul(v, s, q, value=0.7),
+    "addcmul to the state": lambda s, q, k, v, g, m: torch.addcmul(s * q, v, k),
+    "addcdiv": lambda s, q, k, v, g, m: torch.addcdiv(v, s, 2 + q.square(), value=0.5),
+    "addcdiv to the state": lambda s, q, k, v, g, m: torch.addcdiv(0.9 * s, v, 2 + q.square()),
+    "a quotient by integers": lambda s, q, k, v, g, m: s / torch.full((4,), 3) + v,
+    "add": lambda s, q, k, v, g, m: torch.add(v, s, alpha=0.5),
+    "add in place": lambda s, q, k, v, g, m: s.mul_(0.5).add_(v, alpha=2),
+    "sub": lambda s, q, k, v, g, m: torch.sub(v, s, alpha=0.5),
+    "from a number": lambda s, q, k, v, g, m: 1 - torch.rsub(s, v, alpha=0.5),
+    "linear": lambda s, q, k, v, g, m: F.linear(s, m, v[0]) + F.linear(v, m),
+    "addmm": lambda s, q, k, v, g, m: torch.addmm(v, s, m, alpha=0.5),
+    "addmm to the state": lambda s, q, k, v, g, m: torch.addmm(s, v, m, beta=0.5),
+    "mm": lambda s, q, k, v, g, m: torch.mm(s, m) + v,
+    "baddbmm": lambda s, q, k, v, g, m: torch.baddbmm(v[:, None], s[:, None], q[..., None] * k[:, None]).squeeze(1),
+    "a vector": lambda s, q, k, v, g, m: 0.2 * s + (s @ m[0])[:, None] * k + v,
+    "where": lambda s, q, k, v, g, m: torch.where(g > 0, 0.9 * s + v, s),
+    "where, of a matrix": lambda s, q, k, v, g, m: torch.where(q > 0, F.linear(s, m) + v, s),
+    "where, of a number": lambda s, q, k, v, g, m: torch.where(q > 0, 0.5, s) + v,
+    "masked_fill": lambda s, q, k, v, g, m: (0.9 * s + v).masked_fill(q > 0, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_in_calls_of_several_operators(name: str) -> None:
+    torch.manual_seed(0)
+    check_found(filtered(STEPS[name]), *(numbers(2, TURNS, 4) for _ in range(3)), numbers(2, TURNS))
+
+
+def test_steps_of_vectors() -> None:
+    def outer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        state, out = v.new_zeros(4, 4), []
+        for i in range(TURNS):
+            out.append(torch.mv(state, q[i]))
+            state = torch.addr(state, k[i], v[i], beta=0.5, alpha=2)
+        return torch.stack(out)
+
+    def by_matrix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        state, out = v.new_zeros(4), []
+        for i in range(TURNS):
+            state = torch.addmv(v[i], q[0, :, None] * k[i], state, beta=0.5)
+            out.append(state)
+        return torch.stack(out)
+
+    torch.manual_seed(0)
+    for loop in (outer, by_matrix):
+        check_found(loop, *(numbers(TURNS, 4) for _ in range(3)))
+
+
+def by_its_own_mask(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = torch.where(state > 0.1, q[:, :, i] * state, state) + v[:, :, i]
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def by_its_own_weight(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = torch.lerp(v[:, :, i], state, state)
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+OTHERS = [
+    by_its_own_mask,
+    by_its_own_weight,
+    nonlinear,
+    backwards,
+    last_turn_differs,
+    detached,
+    two_dims,
+    turned_over,
+    sums_turned_over,
+]
 
 
 @pytest.mark.parametrize("loop", OTHERS)

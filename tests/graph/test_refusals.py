@@ -120,8 +120,33 @@ class DataDependent(Logits):
 
 def test_branch_on_values() -> None:
     text = refused(DataDependent())
-    assert "if x.sum() > 0:" in text
+    assert "if x.sum() > 0:" in text and "test_refusals.py:" in text
     assert "does not trace as one graph" in text
+    assert "Write torch.where(condition, a, b)" in text
+
+
+def choose_by_item(x: Tensor) -> Tensor:
+    return -x if x.sum().item() > 0 else x
+
+
+def choose_by_bool(x: Tensor) -> Tensor:
+    return -x if bool((x > 0).all()) else x
+
+
+@pytest.mark.parametrize("choose", [choose_by_item, choose_by_bool])
+def test_branch_on_a_number_that_was_a_value(choose: Callable[[Tensor], Tensor]) -> None:
+    text = refused(Applied(choose))
+    assert "return -x if" in text and "Write torch.where(condition, a, b)" in text
+
+
+def test_a_size_of_values_is_no_branch() -> None:
+    text = refused(Applied(lambda x: x[:, : int(x.sum().item())]))
+    assert "which operators run" not in text
+
+
+def test_condition_on_tokens() -> None:
+    text = refused(Applied(lambda x: torch.cond(x.sum() > 0, lambda x: -x, lambda x: x + 1, (x,))))
+    assert "no rule for cond" in text and "Write torch.where(condition, a, b)" in text
 
 
 class Named(TinyLM):

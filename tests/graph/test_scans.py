@@ -309,6 +309,29 @@ class Oscillators(nn.Module):
         return self.out(torch.stack(y, dim=1))
 
 
+class Filters(nn.Module):
+    """Three states by calls that are several sums and products each; where the text has no word, they stay as they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
+        self.mix, self.given = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, k, v, u = self.project(x).chunk(4, dim=-1)
+        gate, is_word = gate.sigmoid(), u[..., :1] > -0.5
+        slow, mixed, fed = (torch.zeros_like(k[:, 0]) for _ in range(3))
+        y = []
+        for t in range(x.shape[1]):
+            slow = torch.where(is_word[:, t], torch.lerp(slow, v[:, t], gate[:, t]), slow)
+            mixed = torch.addcmul(self.mix(mixed) * 0.5, k[:, t], v[:, t], value=0.5)
+            fed = torch.addcdiv(
+                torch.add(v[:, t], torch.addmm(u[:, t], fed, self.given), alpha=0.5), slow, 2 + gate[:, t]
+            )
+            y.append(torch.cat([torch.sub(slow, k[:, t], alpha=2), mixed, fed], dim=-1))
+        return self.out(torch.stack(y, dim=1))
+
+
 class Patches(nn.Module):
     """A convolution whose kernel each token makes, as ConvBERT has it: patches of tokens by `F.unfold`."""
 
@@ -340,6 +363,7 @@ PROGRAMS: dict[str, Case] = {
     "delta": (lambda: Model(Delta()), lambda: text(7), {}),
     "rotations": (lambda: Model(Rotations()), lambda: text(7), {}),
     "oscillators": (lambda: Model(Oscillators()), lambda: text(7), {}),
+    "filters": (lambda: Model(Filters()), lambda: text(7), {}),
     "bounded loop": (lambda: Model(Selective(is_bounded=True)), lambda: text(7), {}),
     "patches": (lambda: Model(Patches()), lambda: text(13), {}),
     "packed": (Packed, lambda: packed(23), {"token_dims": {"input_ids": 1, "labels": 1, "documents": 1}}),
@@ -352,7 +376,18 @@ PROGRAMS: dict[str, Case] = {
 }
 
 
-QUICK = {"state space", "gated delta", "loop", "delta", "rotations", "oscillators", "bounded loop", "frames", "pools"}
+QUICK = {
+    "state space",
+    "gated delta",
+    "loop",
+    "delta",
+    "rotations",
+    "oscillators",
+    "filters",
+    "bounded loop",
+    "frames",
+    "pools",
+}
 SETTINGS = [(2, "zig_zag"), (3, "contiguous"), (4, "zig_zag"), (3, "balanced")]
 # Programs that need the layout of the inputs, since loops run by channels or in chunks, or tokens are joined; what is refused.
 NOT_BY_DOCUMENTS = {
@@ -400,7 +435,7 @@ def test_what_travels_does_not_depend_on_the_length(mixer: type[nn.Module]) -> N
     assert sent["cp.move_tokens"] == state
 
 
-@pytest.mark.parametrize("mixer", [Delta, Rotations, Oscillators])
+@pytest.mark.parametrize("mixer", [Delta, Rotations, Oscillators, Filters])
 def test_loops_over_tokens_pass_on_states_only(mixer: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = Model(mixer())

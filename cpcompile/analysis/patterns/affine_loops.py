@@ -15,9 +15,10 @@ import torch
 from torch import fx
 
 from cpcompile.analysis.masks.read import Reader, constant
+from cpcompile.analysis.patterns.expansions import expanded
 from cpcompile.analysis.patterns.nodes import same_shape, switches_mode
 from cpcompile.analysis.patterns.state_maps import Affine, Maps, write_recurrence
-from cpcompile.analysis.patterns.turns import NotOneLoop, Turns, Writer, apply, operands_of_turns, read_of
+from cpcompile.analysis.patterns.turns import NotOneLoop, Turns, Writer, apply, is_pointwise, operands_of_turns, read_of
 from cpcompile.ir.operator_call import Call, value_of
 
 aten = torch.ops.aten
@@ -248,6 +249,29 @@ class Loop:
         if call.is_tuple:
             raise NotOneLoop
         given = {name: x for name, x in operands.items() if isinstance(x, Turns)}
+        if len(given) < len(operands) or not is_pointwise(call.target):
+            found = self._expanded(call, operands)
+            if found is not None:
+                return found
         if len(given) == len(operands):
             return apply(self.writer, call, given)
         return self.readings[-1].maps.apply(call, operands, call.result)
+
+    def _expanded(self, call: Call, operands: dict[str, Turns | Affine]) -> Turns | Affine | None:
+        """Return the result of an operator that is sums and products in one call; None if it is none."""
+        nodes = dict(call.operands())
+        if len(call.node.all_input_nodes) > len(set(nodes.values())):
+            return None  # a number among its arguments is computed
+        graph = fx.Graph()
+        given = {name: graph.placeholder(f"operand{i}") for i, name in enumerate(nodes)}
+        known = {given[name]: operand for name, operand in operands.items()}
+        args, kwargs = call.rebound(given)
+        copy = graph.call_function(call.target, args, kwargs)
+        for name, node in (*given.items(), ("", copy)):
+            node.meta["val"] = value_of(nodes.get(name, call.node))
+        result = expanded(Call.of(copy))
+        if result is None:
+            return None
+        for part in (Call.of(node) for node in graph.nodes if node.op == "call_function" and node is not copy):
+            known[part.node] = self._apply(part, {name: known[operand] for name, operand in part.operands()})
+        return known[result]

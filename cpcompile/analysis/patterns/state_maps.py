@@ -8,7 +8,7 @@ States that depend on each other are one state, with a dim in front along which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,6 @@ aten, cp = torch.ops.aten, torch.ops.cpcompile
 ROW = -1  # a dim of the rows of a map that mixes
 ONE = -2  # a dim of size 1 that the state does not have
 SUMS = {aten.sum.dim_IntList, aten.mean.dim}
-PRODUCTS = {aten.matmul.default, aten.bmm.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,26 +99,21 @@ class Maps:
         """Return what an operator makes of a map, which is one again.
 
         Args:
+            call: one that has no expansion.
             like: the fake value of the result.
         """
         a: Any
         match call.target, [operands.get(name, call[name]) for name in list(call.arguments)[:2]]:
             case target, [Affine() as a, *_] if target in CONVERSIONS:
                 found = a
-            case aten.add.Tensor, [a, b] if call["alpha"] == 1:
+            case aten.add.Tensor, [a, b]:
                 found = self.sum(a, b)
-            case aten.sub.Tensor, [a, b] if call["alpha"] == 1:
-                found = self.sum(a, self.scaled(b, -1) if isinstance(b, Affine) else self.times(b, -1))
             case aten.mul.Tensor, [Affine() as a, b] | [b, Affine() as a] if not isinstance(b, Affine):
                 found = self.scaled(a, b)
-            case aten.div.Tensor, [Affine() as a, Turns() | int() | float() as b]:
-                found = self.scaled(
-                    a, self.writer.elementwise(aten.reciprocal.default, b) if isinstance(b, Turns) else 1 / b
-                )
-            case aten.neg.default, [Affine() as a, *_]:
-                found = self.scaled(a, -1)
-            case target, [Turns() | Affine(), Turns() | Affine()] if target in PRODUCTS:
+            case aten.matmul.default, [Turns() | Affine(), Turns() | Affine()]:
                 found = self.product(call, operands)
+            case aten.masked_fill.Scalar, [Affine() as a, Turns() as b]:
+                found = self.scaled(a, b, self.filled)
             case target, [Affine() as a, *_] if target in SUMS:
                 found = self.reduced(call, a)
             case target, [Affine() as a, *_]:
@@ -149,11 +143,12 @@ class Maps:
             a, weight=Turns(self.writer.insert(aten.expand.default, a.weight.node, sizes), a.weight.is_shared)
         )
 
-    def number(self, value: float) -> Turns:
-        """Return a number as the weight of a state."""
+    def number(self, value: float, dims: int | None = None) -> Turns:
+        """Return a number as the weight of a state, or as a tensor of so many dims."""
         dtype, device = self.state.dtype, self.state.device
+        sizes = [1] * (self.state.dim() if dims is None else dims)
         with self.state.fake_mode:  # type: ignore[attr-defined]
-            one = self.writer.insert(aten.full.default, [1] * self.state.dim(), value, dtype=dtype, device=device)
+            one = self.writer.insert(aten.full.default, sizes, value, dtype=dtype, device=device)
         return Turns(one, is_shared=True)
 
     def times(self, a: Any, b: Turns | float) -> Turns:
@@ -162,27 +157,41 @@ class Maps:
             raise NotOneLoop
         return self.writer.elementwise(aten.mul.Tensor, a, b)
 
-    def scaled(self, a: Affine, b: Any) -> Affine:
-        """Return a map times a number, or a tensor that broadcasts to its value."""
+    def filled(self, a: Any, mask: Any) -> Turns:
+        """Fill elements with zeros."""
+        if not isinstance(a, Turns):
+            raise NotOneLoop
+        return self.writer.elementwise(aten.masked_fill.Scalar, a, mask, 0)
+
+    def scaled(self, a: Affine, b: Any, times: Callable[[Any, Any], Turns] | None = None) -> Affine:
+        """Return a map times a number, or a tensor that broadcasts to its value.
+
+        Args:
+            times: what takes the place of the product of elements.
+        """
+        is_product, times = times is None, times or self.times
         if not isinstance(b, Turns):
-            offset = None if a.offset is None else self.times(a.offset, b)
-            return replace(a, weight=self.times(a.weight or self.number(1), b), offset=offset)
+            offset = None if a.offset is None else times(a.offset, b)
+            return replace(a, weight=times(a.weight or self.number(1), b), offset=offset)
         a = self.with_rows_of(a, b)
-        offset = None if a.offset is None else self.times(a.offset, b)
+        offset = None if a.offset is None else times(a.offset, b)
         if a.mixed is None:
-            return replace(a, weight=b if a.weight is None else self.times(a.weight, b), offset=offset)
+            weight = b if is_product and a.weight is None else times(a.weight or self.number(1), b)
+            return replace(a, weight=weight, offset=offset)
         b, last = self.writer.ranked(b, len(a.dims)), len(a.dims) - 1
         if ROW in a.dims:
             b = self.writer.of_turns(aten.movedim.int, b, a.dims.index(ROW), last)
         else:
             b = self.writer.of_turns(aten.unsqueeze.default, b, last + 1)
         columns = Turns(self.writer.insert(aten.unsqueeze.default, b.node, -1), b.is_shared)
-        return replace(a, weight=self.times(a.weight, columns), offset=offset)
+        return replace(a, weight=times(a.weight, columns), offset=offset)
 
     def sum(self, x: Any, y: Any) -> Affine:
         """Return the sum of a map and another, or a tensor that broadcasts to its value."""
         a: Affine
         a, b = (x, y) if isinstance(x, Affine) else (y, x)
+        if isinstance(b, int | float):
+            b = self.number(b, len(a.dims))
         if isinstance(b, Turns):
             a = self.with_rows_of(a, b)
             b = self.writer.ranked(b, len(a.dims))
