@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch._inductor.config
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
@@ -16,11 +17,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMi
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from cpcompile._torch.joint_graph import HalvesPass, JointPass, Partitioner, in_inductor
-from cpcompile._torch.repeated_calls import schemas_once
+from cpcompile._torch.repeated_calls import schemas_once, strides_as_they_are, values_once
 
 # The order of the graph has what a product of weights reads freed at once. Inductor's own search for the least memory (torch 2.11
 # to 2.14) does not, where attention follows: with activation checkpoints it takes a quarter more.
 PLAIN_ORDER = {"reorder_for_peak_memory": False}
+# For nobody: CUDA graphs alone read the partitions of a graph, and only those who run a generated file by hand its benchmark.
+UNREAD = {"benchmark_harness": False}
+UNREAD_WITHOUT_CUDA_GRAPHS = {"graph_partition": False}
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
@@ -47,7 +51,9 @@ def inner_compiler(
         return aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=partition)
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**PLAIN_ORDER, **(options or {})}
+    options = options or {}
+    has_graphs = bool(options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+    patches = {**PLAIN_ORDER, **UNREAD, **({} if has_graphs else UNREAD_WITHOUT_CUDA_GRAPHS), **options}
 
     def compile_both(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         # Otherwise a backward that does not compile is an error of the first backward, outside of our hands.
@@ -56,6 +62,8 @@ def inner_compiler(
             recomputing(recomputes_elementwise),
             torch._inductor.config.patch(patches),
             schemas_once(),
+            values_once(),
+            strides_as_they_are(),
             in_inductor(joint_pass, halves_pass),
         ):
             return compile_fx(gm, inputs)  # type: ignore[return-value]
