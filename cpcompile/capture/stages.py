@@ -20,7 +20,7 @@ from cpcompile import _torch
 
 PATIENCE = 5.0  # seconds without a word
 REPEAT = 20.0  # seconds until a stage that goes on is mentioned again
-YOUNG_OBJECTS = 10_000_000  # how many are made before Python looks for garbage; by default it is 700
+YOUNG_OBJECTS = 1_000_000  # how many are made before Python looks for garbage; by default it is 700
 
 
 class _ToStderr(logging.Handler):

@@ -206,4 +206,4 @@ def test_garbage_is_collected_seldom_only_while_a_model_is_compiled() -> None:
         with Tracing().call():
             compiled(torch.ones(3))
         assert gc.get_threshold() == before
-    assert during == [10_000_000]
+    assert during == [1_000_000]
