@@ -45,6 +45,7 @@ from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.overlap import OverlapPass
 from cpcompile._torch.repeated_calls import rename_sizes
 from cpcompile._torch.trace import is_profiled, trace_artifact
+from cpcompile._torch.own_backward import is_own_function
 from cpcompile._torch.tracing import (
     fake_inputs,
     fake_static_input,
