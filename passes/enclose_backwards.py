@@ -18,4 +18,4 @@ def enclose_backwards(gm: fx.GraphModule, *, plan: Plan) -> int:
     Needs: operators of a rank in each backward, as in the rest of the graph; no pass behind sees these.
     Gives: `cp.own_backward`, so that the graph computes gradients.
     """
-    return own_backward.enclose_backwards(gm)
+    return own_backward.enclose_backwards(gm, plan.gradient_scale)

@@ -16,14 +16,17 @@ from cpcompile._torch.own_backward import MARK
 from cpcompile.ir.operator_call import is_tensor
 from cpcompile.runtime.own_backward import add_body
 
-cp = torch.ops.cpcompile
+aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 
-def enclose_backwards(gm: fx.GraphModule) -> int:
-    """Return how many backwards of the model's own became bodies, so that the graph computes gradients."""
+def enclose_backwards(gm: fx.GraphModule, scale: float = 1.0) -> int:
+    """Return how many backwards of the model's own became bodies, so that the graph computes gradients.
+
+    Gradients that come in are `scale` times those of one device, and so are those that go out.
+    """
     nodes = gm.graph.find_nodes(op="call_function", target=cp.own_gradient.default)
     for node in nodes:
-        enclose(node)
+        enclose(node, scale)
     if nodes:
         for node in gm.graph.nodes:  # equal layers have equal marks
             node.meta["custom"] = {k: v for k, v in (node.meta.get("custom") or {}).items() if k != MARK}
@@ -31,7 +34,7 @@ def enclose_backwards(gm: fx.GraphModule) -> int:
     return len(nodes)
 
 
-def enclose(node: fx.Node) -> None:
+def enclose(node: fx.Node, scale: float) -> None:
     """Let a call compute its gradients by a body, and take what only that computes out of the graph."""
     results, operands, incoming, gradients = node.args
     inside = members_of(node)
@@ -40,14 +43,15 @@ def enclose(node: fx.Node) -> None:
     saved, sizes = [x for x in given if is_tensor(x)], [x for x in given if not is_tensor(x)]
     graph = fx.Graph()
     known = {x: graph.placeholder(f"operand_{i}") for i, x in enumerate([*incoming, *saved, *sizes])}
+    if scale != 1:
+        known |= {x: graph.call_function(aten.mul.Scalar, (known[x], 1 / scale)) for x in incoming}
     for i, member in enumerate(inside):
         args, kwargs = fx.map_arg((member.args, member.kwargs), known.__getitem__)
         # Names are alike in equal layers, whose bodies are the same.
         known[member] = graph.create_node(member.op, member.target, args, kwargs, f"value_{i}")
         known[member].meta = dict(member.meta)
-    for x in incoming:
-        known[x].meta = dict(x.meta)
-    graph.output([known[x] for x in gradients])
+    found = [known[x] for x in gradients]
+    graph.output(found if scale == 1 else [graph.call_function(aten.mul.Scalar, (x, scale)) for x in found])
     node.target = cp.own_backward.default
     node.args = (results, operands, saved, sizes, add_body(fx.GraphModule(torch.nn.Module(), graph)))
     for member in (*reversed(inside), *incoming):

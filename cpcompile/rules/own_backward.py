@@ -41,7 +41,7 @@ def dual(at: Placement) -> Placement:
 
 
 def place_incoming(node: fx.Node, resharder: Resharder) -> None:
-    """Place the gradient of a result, which counts as on one device.
+    """Place the gradient of a result.
 
     Raises:
         NoRule: some of it belongs to tokens that no rank has.
@@ -54,13 +54,7 @@ def place_incoming(node: fx.Node, resharder: Resharder) -> None:
             f"a torch.autograd.Function computes tokens outside the sequence, whose gradients no rank has.\n\n{where(node)}\n\n"
             "Pad after the call."
         )
-    annotate(node, placement=dual(at), origin="")
-    if resharder.plan.gradient_scale != 1:
-        with node.graph.inserting_after(node):
-            scaled = scale(node, 1 / resharder.plan.gradient_scale, dual(at))
-        node.replace_all_uses_with(
-            scaled, delete_user_cb=lambda user: user is not scaled and user.target is not cp.own_gradient.default
-        )
+    annotate(node, placement=dual(at))
 
 
 def place_own_gradient(node: fx.Node, localiser: Localiser) -> None:
@@ -70,12 +64,8 @@ def place_own_gradient(node: fx.Node, localiser: Localiser) -> None:
         NoRule: a gradient holds other tokens than its operand, and may not be gathered.
     """
     results, operands, incoming, gradients = (list(x) for x in node.args)  # type: ignore[union-attr, arg-type]
-    resharder = localiser.resharder
     for i, (operand, gradient) in enumerate(zip(operands, gradients, strict=True)):
         operands[i], gradients[i] = matched(node, operand, gradient, localiser)
-        if resharder.plan.gradient_scale != 1:
-            with node.graph.inserting_before(node):
-                gradients[i] = scale(gradients[i], resharder.plan.gradient_scale, placement_of(gradients[i]))
     node.args = (results, operands, incoming, gradients)
     annotate(node, placement=tuple(map(placement_of, results)))
 
@@ -87,19 +77,20 @@ def matched(node: fx.Node, operand: fx.Node, gradient: fx.Node, localiser: Local
         operand = resharder.reduce(operand)
     have, found = placement_of(operand), placement_of(gradient)
     if isinstance(have, Sharded):
-        gradient = local_gradient(node, gradient, dual(have), localiser)
+        gradient = local_gradient(gradient, replace(have, outside=None), localiser)
     elif isinstance(found, Sharded):
-        have = dual(found)
+        have = replace(found, outside=None)
         operand = localiser.localise(operand, have)
     elif isinstance(found, Full) and resharder.plan.world_size > 1:
+        arguments = (gradient, 1 / resharder.plan.world_size)
         with node.graph.inserting_before(node):
-            gradient = scale(gradient, 1 / resharder.plan.world_size, PARTIAL)
+            gradient = insert_copy(node.graph, aten.mul.Scalar, arguments, gradient, PARTIAL)
     if isinstance(have, Sharded):
-        gradient = resharder.fill_padding(gradient, placement_of(gradient), 0.0, node)
+        gradient = resharder.fill_padding(gradient, have, 0.0, node)
     return operand, gradient
 
 
-def local_gradient(node: fx.Node, gradient: fx.Node, wanted: Sharded, localiser: Localiser) -> fx.Node:
+def local_gradient(gradient: fx.Node, wanted: Sharded, localiser: Localiser) -> fx.Node:
     """Return this rank's tokens of a gradient."""
     resharder = localiser.resharder
     found = placement_of(gradient)
@@ -117,10 +108,3 @@ def local_gradient(node: fx.Node, gradient: fx.Node, wanted: Sharded, localiser:
             )
         gradient = resharder.gather(gradient, "its operand holds other tokens")
     return localiser.localise(gradient, wanted)
-
-
-def scale(x: fx.Node, factor: float, at: Placement) -> fx.Node:
-    """Insert, where the graph inserts, a gradient times a number, of which ranks hold the product `at`."""
-    new = insert_copy(x.graph, aten.mul.Scalar, (x, factor), x, at)
-    annotate(new, origin="")
-    return new

@@ -200,7 +200,7 @@ class Ranked(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        return grad * x.argsort(1)
+        return grad + grad.flatten()[x.flatten().argsort()].view(x.shape)
 
 
 class Model(TinyLM):
@@ -263,3 +263,85 @@ def check(model: nn.Module, length: int = 11, **options: Any) -> Any:
 def test_a_function_is_exact(name: str, dynamic: bool) -> None:
     found = check(Model(FUNCTIONS[name]), dynamic=dynamic)
     assert found.transformed.changes["enclose_backwards"]
+
+
+@pytest.mark.parametrize("name", ["weight", "norm of the gradient", "shifted", "whole", "constant"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("balancer", ["contiguous", "zig_zag"])
+@pytest.mark.parametrize("length", [12, 13])
+def test_ranks_and_lengths(name: str, world_size: int, balancer: str, length: int) -> None:
+    check(Model(FUNCTIONS[name]), length, world_size=world_size, balancer=balancer)
+
+
+def ranked(model: Model, x: Tensor) -> Tensor:
+    return Ranked.apply(x)
+
+
+def test_an_operator_that_stands_in_the_way_is_named() -> None:
+    with pytest.raises(CPError, match=r"argsort(.|\n)*return grad \+ grad\.flatten\(\)\[x\.flatten(.|\n)*strict=False"):
+        check(Model(ranked))
+
+
+def test_gathered_operands_are_exact() -> None:
+    check(Model(ranked), strict=False)
+
+
+@cpcompile.token_local
+def declared(model: Model, x: Tensor) -> Tensor:
+    return Clamp.apply(Norm.apply(x, model.weight, 1.0, 1e-6))
+
+
+@cpcompile.token_local
+def of_weight(model: Model, x: Tensor) -> Tensor:
+    return x @ Clamp.apply(model.other)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_function_in_a_token_local_region(dynamic: bool) -> None:
+    found = check(Model(declared), dynamic=dynamic)
+    assert found.transformed.changes["find_token_local"] == 1
+
+
+def test_a_function_of_weights_in_a_token_local_region_is_refused() -> None:
+    with pytest.raises(CPError, match=r"reads no tokens(.|\n)*x @ Clamp\.apply\(model\.other\)"):
+        check(Model(of_weight))
+
+
+class Narrow(Function):
+    """Computes in float32, forward and back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x.float().sigmoid().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return (grad.float() * x.to(torch.float32).sigmoid() * torch.full([1], 0.3, dtype=torch.float32)).to(grad.dtype)
+
+
+def test_casts_in_a_backward_are_widened() -> None:
+    check(Model(lambda model, x: Narrow.apply(x)).float(), dtype=torch.float64)
+
+
+def test_documents() -> None:
+    model = Model(FUNCTIONS["shifted"])
+    inputs = batch(19)
+    inputs["input_ids"][:, 5] = inputs["input_ids"][:, 12] = 2
+    found = cpcompile.verify(model, inputs, world_size=3, documents="eos:2", tolerance=1e-12)
+    assert found.ok, found
+
+
+def test_nothing_remains_where_no_gradient_is_wanted() -> None:
+    model = Model(FUNCTIONS["pointwise"])
+    for parameter in (*model.embedding.parameters(), *model.qkv.parameters()):
+        parameter.requires_grad_(False)
+    assert not check(model).transformed.changes["enclose_backwards"]
+
+
+def test_equal_calls_have_one_body() -> None:
+    found = check(Model(lambda model, x: Gelu.apply(Gelu.apply(x) * 2)))
+    calls = found.transformed.graph.graph.find_nodes(op="call_function", target=cp.own_backward.default)
+    assert len(calls) == 2
+    assert len({call.args[-1] for call in calls}) == 1
