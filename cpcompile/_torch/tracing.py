@@ -66,7 +66,8 @@ class _InlineCheckpoints(fx.Interpreter):
     """Run a Dynamo graph with the bodies of activation checkpoints in line, their nodes marked for recomputation.
 
     Bodies of `torch.compiler.nested_compile_region` run in line too, calls of `torch.vmap` and of a `torch.autograd.Function` as
-    plain operators. `policies` gets the `context_fn` of each checkpoint that has one, by the number that its nodes are marked with.
+    plain operators. `policies` gets the `context_fn` of each checkpoint that has one, by the number that its nodes are marked
+    with.
     """
 
     num_regions = 0

@@ -6,14 +6,13 @@ after   y_1 = cp.own_backward([y], [x], [slope], [], body)      # body: lambda g
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx
 
 from cpcompile._torch.own_backward import MARK
-from cpcompile.ir.operator_call import is_tensor
+from cpcompile.ir.operator_call import Call, is_tensor
 from cpcompile.runtime.own_backward import add_body
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
@@ -36,7 +35,8 @@ def enclose_backwards(gm: fx.GraphModule, scale: float = 1.0) -> int:
 
 def enclose(node: fx.Node, scale: float) -> None:
     """Let a call compute its gradients by a body, and take what only that computes out of the graph."""
-    results, operands, incoming, gradients = node.args
+    call = Call.of(node)
+    incoming, gradients = call["incoming"], call["gradients"]
     inside = members_of(node)
     read = dict.fromkeys(x for member in inside for x in member.all_input_nodes) | dict.fromkeys(gradients)
     given = [x for x in read if x not in inside and x not in incoming]
@@ -53,16 +53,15 @@ def enclose(node: fx.Node, scale: float) -> None:
     found = [known[x] for x in gradients]
     graph.output(found if scale == 1 else [graph.call_function(aten.mul.Scalar, (x, scale)) for x in found])
     node.target = cp.own_backward.default
-    node.args = (results, operands, saved, sizes, add_body(fx.GraphModule(torch.nn.Module(), graph)))
+    node.args = (call["results"], call["operands"], saved, sizes, add_body(fx.GraphModule(torch.nn.Module(), graph)))
     for member in (*reversed(inside), *incoming):
         node.graph.erase_node(member)
 
 
 def members_of(node: fx.Node) -> list[fx.Node]:
-    """Return what the model's backward computes for one call, in order: all that reads incoming gradients, and what only these need."""
-    results, operands, incoming, _ = node.args
-    number = mark_of(node)
-    kept = {*results, *operands}
+    """Return what the backward of a call computes, in order: what reads incoming gradients, and what only that needs."""
+    call, number = Call.of(node), mark_of(node)
+    incoming, kept = call["incoming"], {*call["results"], *call["operands"]}
     before = nodes_between(min(incoming), node)
     reached: set[fx.Node] = set(incoming)
     for other in before:

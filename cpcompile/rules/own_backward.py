@@ -17,15 +17,17 @@ from torch import fx
 from cpcompile.errors import NoRule, where
 from cpcompile.ir.annotation import annotate, placement_of
 from cpcompile.ir.insertion import insert_copy
+from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import FULL, PARTIAL, Full, Partial, Placement, Sharded
 from cpcompile.ir.resharding import Resharder
 from cpcompile.rules.localisation import Localiser
+from cpcompile.rules.over_tokens import with_number
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 REMEDY = (
-    "Pass strict=False to gather what its backward mixes, or declare the function token-local if it computes each token from that "
-    "token alone (@cpcompile.token_local)."
+    "Pass strict=False to gather what its backward mixes, or, if the function computes each token from that token alone, declare "
+    "it (@cpcompile.token_local)."
 )
 
 
@@ -63,7 +65,9 @@ def place_own_gradient(node: fx.Node, localiser: Localiser) -> None:
     Raises:
         NoRule: a gradient holds other tokens than its operand, and may not be gathered.
     """
-    results, operands, incoming, gradients = (list(x) for x in node.args)  # type: ignore[union-attr, arg-type]
+    call = Call.of(node)
+    results, incoming = call["results"], call["incoming"]
+    operands, gradients = list(call["operands"]), list(call["gradients"])
     for i, (operand, gradient) in enumerate(zip(operands, gradients, strict=True)):
         operands[i], gradients[i] = matched(node, operand, gradient, localiser)
     node.args = (results, operands, incoming, gradients)
@@ -86,7 +90,7 @@ def matched(node: fx.Node, operand: fx.Node, gradient: fx.Node, localiser: Local
         with node.graph.inserting_before(node):
             gradient = insert_copy(node.graph, aten.mul.Scalar, arguments, gradient, PARTIAL)
     if isinstance(have, Sharded):
-        gradient = resharder.fill_padding(gradient, have, 0.0, node)
+        gradient = with_number(resharder, gradient, Call.of(node), 0.0)
     return operand, gradient
 
 

@@ -96,7 +96,7 @@ class _OwnBackward(torch.autograd.Function):
         return tuple(x.detach() for x in tensors[: counts[0]])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         saved, (num_results, _) = ctx.saved_tensors, ctx.counts
         found = backward_body_of(ctx.body)(*grads, *saved, *ctx.sizes)

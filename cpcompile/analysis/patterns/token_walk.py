@@ -84,7 +84,9 @@ class TokenWalk:
                 self.at[node] = of_item
             return
         if node.target is cp.incoming_gradient.default:
-            self.at |= {node: at for at in known.values() if at != MIXED}  # that of a loss is for all tokens
+            (at,) = known.values()
+            if at != MIXED:  # that of a loss is for all tokens
+                self.at[node] = at
             return
         if node.target is cp.own_gradient.default:
             self.at[node] = tuple(self.at.get(result) for result in node.args[0])  # type: ignore[union-attr, arg-type]
