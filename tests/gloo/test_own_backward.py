@@ -15,7 +15,13 @@ from tests.graph.test_own_backward import FUNCTIONS, Model
 from tests.models import errors, gradients
 
 EXACT = 1e-12  # float64
-NAMES = ["weight", "norm of a weight's gradient", "clamp", "shifted", "table"]  # DDP waits for the gradient of each parameter
+NAMES = [
+    "weight",
+    "norm of a weight's gradient",
+    "clamp",
+    "shifted",
+    "table",
+]  # DDP waits for the gradient of each parameter
 
 
 def all_of_them(model: Model, x: torch.Tensor) -> torch.Tensor:

@@ -265,6 +265,23 @@ def test_a_function_is_exact(name: str, dynamic: bool) -> None:
     assert found.transformed.changes["enclose_backwards"]
 
 
+class Early(Model):
+    """Calls the function on what the embedding gives: padding slots repeat the last token there."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.function(self, self.embedding(input_ids))
+        return self.loss(self.head(x + self.attend(x)), labels)
+
+
+@pytest.mark.parametrize("name", ["shifted", "constant"])
+def test_padding_has_no_gradient(name: str) -> None:
+    check(Early(FUNCTIONS[name]))
+
+
+def test_functions_together_are_exact() -> None:
+    check(Model(lambda model, x: sum(function(model, x) for function in FUNCTIONS.values())))
+
+
 @pytest.mark.parametrize("name", ["weight", "norm of the gradient", "shifted", "whole", "constant"])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("balancer", ["contiguous", "zig_zag"])
