@@ -10,6 +10,7 @@ if __name__ != "cpcompile.passes":
 from cpcompile.passes.choose_strategies import choose_strategies
 from cpcompile.passes.chunk_losses import chunk_losses
 from cpcompile.passes.cut_hidden_rows import cut_hidden_rows
+from cpcompile.passes.enclose_backwards import enclose_backwards
 from cpcompile.passes.find_attention import find_attention
 from cpcompile.passes.find_recurrences import find_recurrences
 from cpcompile.passes.find_softmax import find_softmax
@@ -67,6 +68,7 @@ SHARDING = (
     rewrite_reductions,
     locate_shown,
     finish_outputs,
+    enclose_backwards,
 )
 
 # What FSDP shards, for models that `fully_shard` wrapped, and where gradients are added up.
@@ -88,6 +90,7 @@ __all__ = [
     "choose_strategies",
     "chunk_losses",
     "cut_hidden_rows",
+    "enclose_backwards",
     "find_attention",
     "find_recurrences",
     "find_softmax",

@@ -15,13 +15,12 @@ from torch import fx
 from cpcompile.analysis.regions.find import Region, regions_of
 from cpcompile.analysis.regions.place import replace_inputs
 from cpcompile.analysis.signs import is_at_most_zero, is_positive
-from cpcompile.ir.annotation import annotate, annotation, placement_of
-from cpcompile.ir.insertion import keep_source
-from cpcompile.ir.operator_call import Call, is_tensor, value_of
+from cpcompile.ir.annotation import annotation, placement_of
+from cpcompile.ir.operator_call import Call, is_tensor
 from cpcompile.ir.placement import Full, Sharded
 from cpcompile.ir.plan import Plan
 from cpcompile.ir.resharding import Resharder, Writer
-from cpcompile.rules.over_tokens import counted, masked, outside_of
+from cpcompile.rules.over_tokens import as_value_of, counted, outside_of, with_number
 from cpcompile.rules.undefined import INDEXED, finite_at
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
@@ -72,25 +71,6 @@ def guard_region(region: Region, resharder: Resharder, repeating: set[fx.Node]) 
             new[operand] = filled
     replace_inputs(region, new)
     return len(new)
-
-
-def with_number(resharder: Resharder, x: fx.Node, reader: Call, number: float) -> fx.Node:
-    """Write `x`, for a call that reads it, with a number in the slots that hold no token."""
-    at = placement_of(x)
-    assert isinstance(at, Sharded)
-    if resharder.lengths(at).parts:
-        return resharder.fill_padding(x, at, number, reader.node)
-    # Not fill_padding, which copies: this fuses with what reads it.
-    filled = masked(Writer(resharder, reader, at), at, x, number)
-    return filled if filled is x else as_value_of(filled, x)
-
-
-def as_value_of(filled: fx.Node, x: fx.Node) -> fx.Node:
-    """Return a node that was written in the place of `x`, annotated as that is."""
-    keep_source(filled, x)
-    filled.meta["val"] = value_of(x)
-    annotate(filled, placement=placement_of(x), origin=annotation(x).origin, is_local=False)
-    return filled
 
 
 def with_rows_of_tokens(writer: Writer, at: Sharded, x: fx.Node) -> fx.Node:

@@ -32,12 +32,13 @@ from cpcompile.rules.convolution import CONVOLUTIONS
 from cpcompile.rules.joined import JoinedTokens
 from cpcompile.rules.localisation import Localiser
 from cpcompile.rules.loops import READS_A_FEW, is_loop, placement_in_loop, reads_of
+from cpcompile.rules.own_backward import place_incoming, place_own_gradient
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
 from cpcompile.rules.refusals import DECLARE
 from cpcompile.rules.scan import SCANS
 
-aten = torch.ops.aten
+aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 # The first operators that are worth sharding: whole index arithmetic before them is cheap.
 HEAVY = {
@@ -104,6 +105,10 @@ class Placer:
         elif node.op == "call_function":
             if node.target is operator.getitem:
                 self._place_item(node)
+            elif node.target is cp.incoming_gradient.default:
+                place_incoming(node, self.resharder)
+            elif node.target is cp.own_gradient.default:
+                place_own_gradient(node, self.localiser)
             elif isinstance(node.target, torch._ops.OpOverload):
                 self._place_call(node)
             else:

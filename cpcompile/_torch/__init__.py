@@ -43,6 +43,7 @@ from cpcompile._torch.joint_graph import HalvesPass, JointPass
 from cpcompile._torch.known_values import known_value, known_values
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.overlap import OverlapPass
+from cpcompile._torch.own_backward import is_own_function
 from cpcompile._torch.repeated_calls import rename_sizes
 from cpcompile._torch.trace import is_profiled, trace_artifact
 from cpcompile._torch.tracing import (
@@ -87,6 +88,7 @@ __all__ = [
     "inner_tensors",
     "is_new_leaf",
     "is_only_traced",
+    "is_own_function",
     "is_profiled",
     "known_options",
     "known_value",

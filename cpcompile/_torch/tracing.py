@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile._torch import functorch
 from cpcompile._torch.functorch import TransformError as TransformError
+from cpcompile._torch.own_backward import is_own_function, run_own_function
 from cpcompile._torch.repeated_nodes import RepeatedNodes, refuse_writes
 
 
@@ -65,8 +66,9 @@ def fake_static_input(value: torch.Tensor) -> torch.Tensor:
 class _InlineCheckpoints(fx.Interpreter):
     """Run a Dynamo graph with the bodies of activation checkpoints in line, their nodes marked for recomputation.
 
-    Bodies of `torch.compiler.nested_compile_region` run in line too, calls of `torch.vmap` as plain operators. `policies` gets
-    the `context_fn` of each checkpoint that has one, by the number that its nodes are marked with.
+    Bodies of `torch.compiler.nested_compile_region` run in line too, calls of `torch.vmap` and of a `torch.autograd.Function` as
+    plain operators. `policies` gets the `context_fn` of each checkpoint that has one, by the number that its nodes are marked
+    with.
     """
 
     num_regions = 0
@@ -84,6 +86,10 @@ class _InlineCheckpoints(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n in self.skipped and n.op != "placeholder":  # which takes its value from the list of all
             return None
+        if is_own_function(n.target):
+            with self._set_current_node(n):
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                return run_own_function(n, self._tensors(args), kwargs, self._run_body)
         if not functorch.is_opening(n) or functorch.is_inside():
             return super().run_node(n)
         calls = functorch.calls_of(n)
@@ -131,7 +137,7 @@ class _InlineCheckpoints(fx.Interpreter):
             lists = [no_list if i in (2, 3, 6, 7) and x is None else x for i, x in enumerate(args[4])]
             args = (*args[:4], tuple(lists), *args[5:])
         if target is torch.ops.higher_order.invoke_subgraph:  # args: the body, its name, what it is given
-            return _InlineCheckpoints(args[0], self.skipped, self.policies, self.repeated).run(*args[2:])
+            return self._run_body(args[0], args[2:])
         if target is not tag_activation_checkpoint:
             return self._call(super().call_function, target, args, kwargs)
         body = args[0]
@@ -141,7 +147,10 @@ class _InlineCheckpoints(fx.Interpreter):
         for node in body.graph.nodes:
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["ac_graph_id"] = _InlineCheckpoints.num_regions
-        return _InlineCheckpoints(body, self.skipped, self.policies, self.repeated).run(*args[1:])
+        return self._run_body(body, args[1:])
+
+    def _run_body(self, body: fx.GraphModule, args: Sequence[Any]) -> Any:
+        return _InlineCheckpoints(body, self.skipped, self.policies, self.repeated).run(*args)
 
 
 def symbolic_operators() -> AbstractContextManager[None]:

@@ -17,11 +17,8 @@ from cpcompile.capture.checkpoint_policies import ask_policies
 from cpcompile.capture.faults import faults_of
 from cpcompile.errors import TORCH, CPError, GraphBreakError, where
 from cpcompile.ir.annotation import annotate
+from cpcompile.runtime import own_backward  # noqa: F401  (registers the operators)
 
-OWN_REMEDY = (
-    "Write it with operators that torch differentiates, or make it a custom operator "
-    "(torch.library.custom_op with register_autograd) and register a rule for it (cpcompile.rules.rule)."
-)
 FLASH_REMEDY = (
     "This is the package flash-attn: use attn_implementation='sdpa' (packed documents are read from position_ids, or from "
     "cu_seq_lens_q with documents='cu_seqlens'). cpcompile runs its kernels itself, with kernel='flash_attn'."
@@ -73,7 +70,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     reason = _torch.dynamo_break_reason(gm)
     if reason is not None:
         raise GraphBreakError(describe_break(reason))
-    refuse_own_gradients(gm)
+    refuse_flash_attention(gm)
     refuse_returned_leaves(gm)
     refuse_lost_gradients(gm)
     mode, inputs = _torch.fake_inputs(example_inputs)
@@ -117,18 +114,19 @@ def refuse_untraced_tensors(gm: fx.GraphModule) -> None:
             )
 
 
-def refuse_own_gradients(gm: fx.GraphModule) -> None:
-    """Refuse a `torch.autograd.Function` with inputs that take gradients: the graph holds its forward only."""
+def refuse_flash_attention(gm: fx.GraphModule) -> None:
+    """Refuse a call of the package flash-attn that takes gradients: its kernels see the tokens of one rank only.
+
+    Raises:
+        CPError: with the user's line.
+    """
     for graph in (module for module in gm.modules() if isinstance(module, fx.GraphModule)):
         for node in graph.graph.nodes:
-            if getattr(node.target, "__name__", "") == "autograd_function_apply" and any(
+            is_flash = _torch.is_own_function(node.target) and "flash_attn" in (node.meta.get("stack_trace") or "")
+            if is_flash and any(
                 getattr(given.meta.get("example_value"), "requires_grad", False) for given in node.all_input_nodes
             ):
-                is_flash = "flash_attn" in (node.meta.get("stack_trace") or "")
-                raise CPError(
-                    f"a torch.autograd.Function has a backward of its own, which cannot be sharded yet.\n\n{where(node)}\n\n"
-                    + (FLASH_REMEDY if is_flash else OWN_REMEDY)
-                )
+                raise CPError(f"flash-attn attends to the tokens of one rank only.\n\n{where(node)}\n\n{FLASH_REMEDY}")
 
 
 def refuse_returned_leaves(gm: fx.GraphModule) -> None:

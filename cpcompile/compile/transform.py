@@ -17,6 +17,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile import _torch
+from cpcompile.analysis.own_backward import enclose_backwards
 from cpcompile.analysis.patterns.latent_heads import expansions_of
 from cpcompile.balance.layout import follows_documents
 from cpcompile.capture.faults import faults_of
@@ -133,7 +134,7 @@ def transform(
     Raises:
         CPError: the graph cannot be sharded exactly.
     """
-    original = copy.deepcopy(captured)
+    original = program_of(captured)
     name_origins(captured)
     changes: dict[str, int] = {}
     times: dict[str, float] = {}
@@ -148,7 +149,7 @@ def transform(
             "token_local": tuple(config.token_local),
         }
         run_pass(captured, separate_documents, changes, times, token_dims=token_dims, inputs=inputs, **told)
-        original = copy.deepcopy(captured)
+        original = program_of(captured)
         name_origins(captured)
     analysed = copy.deepcopy(captured)
     numbers = numbers_of_tokens(captured, inputs) if not token_dims else []
@@ -233,6 +234,13 @@ def with_recomputation(gm: fx.GraphModule, sites: Sequence[AttentionSite], confi
             site = replace(site, keeps_heads=not is_kept, runs_again=not is_kept)
         found.append(site)
     return found
+
+
+def program_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a graph of one device that runs and computes gradients."""
+    program = copy.deepcopy(gm)
+    enclose_backwards(program)
+    return program
 
 
 def name_origins(gm: fx.GraphModule) -> None:

@@ -8,6 +8,7 @@ writes (buffers, inputs), and a random generator in the state that all have.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from cpcompile.capture.writes.aliases import hidden_writes, written_arguments
 from cpcompile.inspect.definitions import COLLECTIVES
 from cpcompile.inspect.definitions.slices import Calls, Ranks, join
 from cpcompile.ir.placement import Full, Partial, Placement, Sharded
+from cpcompile.runtime.own_backward import backward_body_of
 
 
 class Lockstep:
@@ -35,21 +37,28 @@ class Lockstep:
 
     def run(self, *inputs: Any) -> list[Any]:
         """Return the outputs of each rank, given the inputs that every rank has."""
+        return self.run_ranks(*([value] * self.world_size for value in inputs))
+
+    def run_ranks(self, *inputs: Ranks) -> list[Any]:
+        """Return the outputs of each rank, given what each has of every input."""
         outputs: list[Any] = []
-        for node, values in self.steps(*inputs):
+        for node, values in self._steps(*inputs):
             if node.op == "output":
                 outputs = values
         return outputs
 
     def steps(self, *inputs: Any) -> Iterator[tuple[fx.Node, Ranks]]:
         """Yield every node with its value on each rank. Values are dropped after their last use."""
+        return self._steps(*([value] * self.world_size for value in inputs))
+
+    def _steps(self, *inputs: Ranks) -> Iterator[tuple[fx.Node, Ranks]]:
         given = iter(inputs)
         values: dict[fx.Node, Ranks] = {}
         written = written_inputs(self.gm)
         last_use = {operand: node for node in self.gm.graph.nodes for operand in node.all_input_nodes}
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
-                values[node] = [next(given)] * self.world_size
+                values[node] = next(given)
                 if node in written:
                     values[node][1:] = [values[node][0].clone() for _ in range(1, self.world_size)]
                     self.written[node] = list(values[node])
@@ -79,6 +88,8 @@ class Lockstep:
                 given = dict(zip(defaults, args, strict=False))
                 calls.append({**defaults, **given, **kwargs, "target": str(node.target)})
             return COLLECTIVES[node.target](calls)
+        if node.target is torch.ops.cpcompile.own_backward.default:
+            return differentiate_by_own([of_rank(rank)[0] for rank in range(self.world_size)])
         if self._is_shared(node, values):
             args, kwargs = of_rank(0)
             return [node.target(*args, **kwargs)] * self.world_size  # type: ignore[operator]
@@ -100,6 +111,39 @@ class Lockstep:
     def _is_shared(self, node: fx.Node, values: Mapping[fx.Node, Ranks]) -> bool:
         """Tell whether every rank has the very same operands; then one run serves all."""
         return all(value is values[operand][0] for operand in node.all_input_nodes for value in values[operand])
+
+
+def differentiate_by_own(calls: Sequence[tuple[Any, ...]]) -> Ranks:
+    """Return the results of a function with a backward of its own, which all ranks then run in lockstep."""
+    tensors = [(*results, *operands, *saved) for results, operands, saved, *_ in calls]
+    flat = _OwnBackwards.apply(calls, *itertools.chain(*tensors))  # type: ignore[no-untyped-call]
+    return by_rank(flat, len(calls))
+
+
+def by_rank(values: Sequence[Any], num_ranks: int) -> Ranks:
+    """Return the values of each rank, which stand behind one another."""
+    count = len(values) // num_ranks
+    return [list(values[rank * count : (rank + 1) * count]) for rank in range(num_ranks)]
+
+
+class _OwnBackwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, calls: Sequence[tuple[Any, ...]], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.calls = calls
+        return tuple(x.detach() for results, *_ in calls for x in results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        given = [
+            (*incoming, *(x.detach() for x in saved), *sizes)
+            for incoming, (_, _, saved, sizes, _) in zip(by_rank(grads, len(ctx.calls)), ctx.calls, strict=True)
+        ]
+        body = backward_body_of(ctx.calls[0][-1])
+        found = Lockstep(body, len(given)).run_ranks(*map(list, zip(*given, strict=True)))
+        back: list[Any] = [None]
+        for (results, _, saved, *_), gradients in zip(ctx.calls, found, strict=True):
+            back += [*[None] * len(results), *gradients, *[None] * len(saved)]
+        return tuple(back)
 
 
 def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from cpcompile.ir.annotation import annotation
-from cpcompile.ir.operator_call import expression
+from cpcompile.ir.annotation import annotate, annotation, placement_of
+from cpcompile.ir.insertion import keep_source
+from cpcompile.ir.operator_call import Call, expression, value_of
 from cpcompile.ir.placement import Sharded
+from cpcompile.ir.resharding import Resharder, Writer
 from cpcompile.rules.along_tokens import before_end
 from cpcompile.rules.registry import Lowering
 from cpcompile.rules.views import quotient
@@ -83,6 +85,25 @@ def filled(writer: Lowering, x: fx.Node, is_outside: fx.Node | None, value: floa
 def masked(writer: Lowering, at: Sharded, x: fx.Node, value: float | int) -> fx.Node:
     """Return `x` with `value` in the slots that hold no token of the range."""
     return filled(writer, x, outside_of(writer, at, x), value)
+
+
+def with_number(resharder: Resharder, x: fx.Node, reader: Call, number: float) -> fx.Node:
+    """Write `x`, for a call that reads it, with a number in the slots that hold no token."""
+    at = placement_of(x)
+    assert isinstance(at, Sharded)
+    if resharder.lengths(at).parts:
+        return resharder.fill_padding(x, at, number, reader.node)
+    # Not fill_padding, which copies: this fuses with what reads it.
+    filled = masked(Writer(resharder, reader, at), at, x, number)
+    return filled if filled is x else as_value_of(filled, x)
+
+
+def as_value_of(filled: fx.Node, x: fx.Node) -> fx.Node:
+    """Return a node that was written in the place of `x`, annotated as that is."""
+    keep_source(filled, x)
+    filled.meta["val"] = value_of(x)
+    annotate(filled, placement=placement_of(x), origin=annotation(x).origin, is_local=False)
+    return filled
 
 
 def every_slot_counts(writer: Lowering, at: Sharded) -> bool:

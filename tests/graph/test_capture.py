@@ -61,14 +61,17 @@ class Rounds(RotaryLM):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_backward_of_the_models_own_is_refused() -> None:
-    model = Rounds(num_layers=1)
-    with pytest.raises(CPError, match=r"a torch\.autograd\.Function has a backward of its own") as error:
-        verify(model, batch(model, 31), world_size=2)
-    assert "StraightThrough.apply(x * 8)" in str(error.value)
+def test_a_backward_of_the_models_own_is_kept() -> None:
+    model = Rounds(num_layers=1).double()
+    found = verify(model, batch(model, 31), world_size=2, dtype=torch.float64)
+    found.raise_if_wrong()
+    own = torch.ops.cpcompile.own_backward.default
+    assert len(found.transformed.original.graph.find_nodes(op="call_function", target=own)) == 1
     for parameter in model.embed.parameters():
         parameter.requires_grad_(False)
-    verify(model, batch(model, 31), world_size=2).raise_if_wrong()
+    found = verify(model, batch(model, 31), world_size=2, dtype=torch.float64)
+    found.raise_if_wrong()
+    assert not found.transformed.original.graph.find_nodes(op="call_function", target=own)
 
 
 class ClampsItsParameter(RotaryLM):

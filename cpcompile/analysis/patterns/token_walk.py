@@ -79,7 +79,17 @@ class TokenWalk:
             return
         if not isinstance(node.target, torch._ops.OpOverload):
             (source,) = known.values()
-            self.at[node] = source[int(node.args[1])] if isinstance(source, tuple) else source  # type: ignore[arg-type]
+            of_item = source[int(node.args[1])] if isinstance(source, tuple) else source  # type: ignore[arg-type]
+            if of_item is not None:
+                self.at[node] = of_item
+            return
+        if node.target is cp.incoming_gradient.default:
+            (at,) = known.values()
+            if at != MIXED:  # that of a loss is for all tokens
+                self.at[node] = at
+            return
+        if node.target is cp.own_gradient.default:
+            self.at[node] = tuple(self.at.get(result) for result in node.args[0])  # type: ignore[union-attr, arg-type]
             return
         call = Call.of(node)
         mixed = [operand for operand, at in known.items() if at == MIXED]

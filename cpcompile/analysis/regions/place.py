@@ -97,6 +97,7 @@ class RegionPlacer:
 
     def _check(self) -> None:
         """Refuse what contradicts that the region is one of rows."""
+        self._check_backwards()
         if len({(at.sequence, at.front, at.back) for at in self.rows.values()}) > 1:
             raise self._refusal(self.region.nodes[0], "its operands hold tokens of different ranges or sequences")
         if any(at.reaches_outside for at in self.rows.values()):
@@ -106,6 +107,16 @@ class RegionPlacer:
                 raise self._refusal(node, "it holds an attention, which looks at other tokens")
             if draws(node):
                 raise self._refusal(node, "it draws random numbers, which would depend on the rank")
+
+    def _check_backwards(self) -> None:
+        """Refuse a backward of the model's own for what every rank computes alike: it would see what one rank's tokens give."""
+        of_rows = set(self.rows)
+        for node in self.region.nodes:
+            if not of_rows.isdisjoint(node.all_input_nodes):
+                of_rows.add(node)
+            elif node.target is cp.own_gradient.default:
+                reason = "a torch.autograd.Function in it reads no tokens, and its backward would get the gradient of one rank's"
+                raise self._refusal(node, reason)
 
     def _result(self, node: fx.Node) -> Sharded:
         """Return the placement of a result: it has the rows of an operand."""
