@@ -95,7 +95,17 @@ def test_the_table() -> None:
     send("ring_attention", layer=LAYER, x=torch.zeros(256))
     head, names, row = str(cpcompile.last_messages()).splitlines()
     assert head == "rank 0: the last messages"
-    assert names.split() == ["number", "operator", "layer", "direction", "first", "operand", "group", "started", "state"]
+    assert names.split() == [
+        "number",
+        "operator",
+        "layer",
+        "direction",
+        "first",
+        "operand",
+        "group",
+        "started",
+        "state",
+    ]
     assert row.split()[:6] == ["1", "ring_attention", LAYER, "forward", "1", "KiB"]
     assert row.endswith("done")
 

@@ -68,9 +68,13 @@ def last_step(events: list[Event]) -> int:
     return max(event.step for event in events if isinstance(event, Step))
 
 
-def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = options_of(tmp_path, heartbeat=12.0)  # long enough for a machine with much else to do
-    error, _ = end_of(options, lambda: os.kill(rank(1), signal.SIGSTOP))
+    error, events = end_of(options, lambda: os.kill(rank(1), signal.SIGSTOP))
+    assert [event.text[:16] for event in events if isinstance(event, Note)] == ["rank 1 is behind"]
+    said = capfd.readouterr().err
+    assert "rank 0: the last messages" in said
+    assert "rank 1: the last messages" not in said
     assert isinstance(error, RankError)
     assert re.fullmatch(
         r"rank 1 gave no sign of life for 12 s \(process \d+, stopped \(SIGSTOP\)\); all ranks were ended\. "
