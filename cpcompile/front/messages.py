@@ -114,6 +114,11 @@ def last_messages(count: int = record.SIZE) -> Messages:
 
     Args:
         count: how many, the newest of those that are kept.
+
+    Returns:
+        The messages, oldest first: a sequence of `number`, `operator`, `layer`, `is_backward`, `ranks`, `num_bytes`, `seconds`
+        (how long ago it was started) and `state` (`running`, `launched`, `done`, `failed`). `counts` says how often each operator
+        has run since the process began, by (operator, layer, whether in a backward).
     """
     now, found = monotonic(), record.entries()
     ranks = {group: _ranks_of(group) for group in {each.group for each in found}}

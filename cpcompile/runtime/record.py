@@ -132,14 +132,14 @@ def collective(name: str, **options: Any) -> Callable[[Callable[..., Any]], Cust
         RECORDED.add(operator)
 
         @functools.wraps(run)
-        def recorded(*args: Any) -> Any:
+        def run_recorded(*args: Any) -> Any:
             if args[place] == 1:
                 return run(*args)
             x = args[0] if isinstance(args[0], torch.Tensor) else None
             return call(operator, args[place + 1], x, "", run, args, {})
 
         # torch reads types where the function is written.
-        recorded.__signature__ = signature  # type: ignore[attr-defined]
-        return torch.library.custom_op(name, recorded, mutates_args=(), **options)
+        run_recorded.__signature__ = signature  # type: ignore[attr-defined]
+        return torch.library.custom_op(name, run_recorded, mutates_args=(), **options)
 
     return register

@@ -87,7 +87,7 @@ class GradientSums:
         bucket = self._pending.pop(dtype)
         del self._num_pending[dtype]
         # It stays open until the host has waited for the sum, at the end of backward.
-        row = begin("sum_gradients", self.group.group_name if self.group else "", bucket[0])
+        row = begin("sum_gradients", "" if self.group is None else self.group.group_name, bucket[0])
         self._works.append((all_reduce_together(bucket, self.group), bucket, row))
 
     def _wait(self) -> None:
