@@ -168,6 +168,14 @@ def _compared(group: tuple[int, ...], of_ranks: Mapping[int, Messages]) -> tuple
     """Return how grave a difference within a group is, and what it is."""
     each = {rank: {m.number: m for m in of_ranks[rank] if m.ranks == group} for rank in group if rank in of_ranks}
     each = {rank: messages for rank, messages in each.items() if messages}
+    silent = [rank for rank in group if rank in of_ranks and not len(of_ranks[rank])]
+    newest = {rank: messages[max(messages)] for rank, messages in each.items()}
+    if not newest:  # of a group that is no more
+        return 0, ""
+    most = max(newest, key=lambda rank: newest[rank].number)
+    come = f"rank {most} has come to {newest[most].number}, {newest[most]}."
+    if silent:
+        return 2, f"{_are(silent)} behind: no message was known there yet; {come}"
     if len(each) < 2:
         return 0, ""
     first, *others = each
@@ -176,17 +184,16 @@ def _compared(group: tuple[int, ...], of_ranks: Mapping[int, Messages]) -> tuple
             one, other = each[first][number], each[rank][number]
             if (one.operator, one.layer) != (other.operator, other.layer):
                 return 3, f"ranks {first} and {rank} do not do the same: message {number} is {one} and {other}."
-    newest = {rank: messages[max(messages)] for rank, messages in each.items()}
-    least, most = (find(newest, key=lambda rank: newest[rank].number) for find in (min, max))
+    least = min(newest, key=lambda rank: newest[rank].number)
     if newest[least].number == newest[most].number:
         waiting = next((m for m in newest.values() if m.state == record.RUNNING), newest[least])
         return 1, f"no rank is behind: all {len(each)} have come to message {waiting.number}, {waiting}."
     behind = [rank for rank, m in newest.items() if m.number == newest[least].number]
-    who = f"rank {least} is" if len(behind) == 1 else f"ranks {', '.join(map(str, behind))} are"
-    return 2, (
-        f"{who} behind: the last message there is {newest[least].number}, {newest[least]}; "
-        f"rank {most} has come to {newest[most].number}, {newest[most]}."
-    )
+    return 2, f"{_are(behind)} behind: the last message there is {newest[least].number}, {newest[least]}; {come}"
+
+
+def _are(ranks: list[int]) -> str:
+    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
 
 
 def print_messages_on(number: int = signal.SIGUSR1) -> None:

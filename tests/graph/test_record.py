@@ -129,7 +129,12 @@ def test_who_is_behind() -> None:
     assert compare_messages({0: first, 1: of(1, *first)}) == (
         "no rank is behind: all 2 have come to message 7, ring_attention of layers.3.mixer (running)."
     )
-    assert compare_messages({0: first, 1: of(1)}) == ""  # it has not begun
+    assert compare_messages({0: first, 1: of(1)}) == (
+        "rank 1 is behind: no message was known there yet; rank 0 has come to 7, ring_attention of layers.3.mixer (running)."
+    )
+    gone = of(1, message(3, "all_reduce", ranks=()))
+    assert compare_messages({0: gone, 1: gone}) == ""
+    assert compare_messages({0: of(0), 1: of(1)}) == compare_messages({0: first}) == ""
 
 
 def test_ranks_that_do_different_things() -> None:
