@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cpcompile.front.apply import apply, explanation, no_sync, remove, shard, unshard
     from cpcompile.front.data import rank_and_replicas
     from cpcompile.front.loss import cross_entropy
+    from cpcompile.front.messages import last_messages, print_messages_on
     from cpcompile.front.show import show
     from cpcompile.inspect.explain import explain
     from cpcompile.inspect.explanation import Explanation
@@ -38,6 +39,7 @@ _MODULES = {
     "front.apply": ("apply", "explanation", "no_sync", "remove", "shard", "unshard"),
     "front.data": ("rank_and_replicas",),
     "front.loss": ("cross_entropy",),
+    "front.messages": ("last_messages", "print_messages_on"),
     "front.show": ("show",),
     "options.config": ("Config",),
     "errors": (
@@ -97,8 +99,10 @@ __all__ = [
     "cross_entropy",
     "explain",
     "explanation",
+    "last_messages",
     "minify",
     "no_sync",
+    "print_messages_on",
     "rank_and_replicas",
     "remove",
     "shard",

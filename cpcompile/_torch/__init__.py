@@ -3,7 +3,7 @@
 In: values of torch. Out: what its public interface does not say or do. May import nothing of cpcompile.
 """
 
-from cpcompile._torch.autograd import assert_on_device, recording_gradients, run_backward
+from cpcompile._torch.autograd import CustomOpDef, assert_on_device, backward_number, recording_gradients, run_backward
 from cpcompile._torch.checkpoints import NoPolicyError, Policy, PolicyFailedError
 from cpcompile._torch.data_parallel import bytes_of_buckets
 from cpcompile._torch.distributed import (
@@ -59,6 +59,7 @@ from cpcompile._torch.tracing import (
 __all__ = [
     "CONTROL_FLOW",
     "DATA_DEPENDENT",
+    "CustomOpDef",
     "HalvesPass",
     "JointPass",
     "NoPolicyError",
@@ -70,6 +71,7 @@ __all__ = [
     "Work",
     "all_reduce_together",
     "assert_on_device",
+    "backward_number",
     "break_frames",
     "bytes_of_buckets",
     "cache_folder",

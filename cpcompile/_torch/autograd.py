@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 import torch.fx.traceback
 from torch._dynamo import compiled_autograd
+from torch._library.custom_ops import CustomOpDef as CustomOpDef
 
 from cpcompile._torch.functorch import TransformError as TransformError
 
@@ -24,6 +25,11 @@ def run_backward(loss: torch.Tensor) -> None:
     torch.autograd.graph._engine_run_backward(
         (loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
+
+
+def backward_number() -> int:
+    """Return the number of the backward that autograd runs in this thread, -1 for none."""
+    return torch._C._current_graph_task_id()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from cpcompile.front.fingerprint import joined, text_fingerprint, value_fingerpr
 from cpcompile.front.graph_text import means_same
 from cpcompile.front.weights import describe_weight
 from cpcompile.options.mesh import Axis
+from cpcompile.runtime.record import recorded
 
 # What a rank holds, by (kind, name); and the same with the fingerprints of values, where there are any.
 Details = Mapping[tuple[str, str], str]
@@ -94,8 +95,9 @@ def agree(
     host = torch.tensor([header, *flags]).to(device, non_blocking=True)
     total = joined([host[0], *(value_fingerprint(x).to(device) for x in tensors.values())])
     least = torch.cat([torch.stack([total, ~total]), host[1:]])  # the least of ~x is the complement of the most of x
-    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=axis.process_group)
-    low, complement, *lowest = least.tolist()
+    with recorded("compare_ranks", axis.group):  # the host waits for the result
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=axis.process_group)
+        low, complement, *lowest = least.tolist()
     if low == ~complement:
         return lowest, None
     values = {entry: int(value_fingerprint(x)) for entry, x in tensors.items()}

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from cpcompile import _torch
 from cpcompile.front.fingerprint import joined, text_fingerprint, value_fingerprint
+from cpcompile.runtime.record import recorded
 
 REMEDY = (
     "Every rank must hold the same weights: call torch.manual_seed with the same seed on every rank before the model is made, or "
@@ -61,8 +62,9 @@ def differing_weights(
         return {}
     stacked = torch.stack(own)
     gathered = [torch.empty_like(stacked) for _ in range(group.size())]
-    dist.all_gather(gathered, stacked, group=group)
-    differs = (torch.stack(gathered) != gathered[0]).T.tolist()
+    with recorded("compare_weights", group.group_name):
+        dist.all_gather(gathered, stacked, group=group)
+        differs = (torch.stack(gathered) != gathered[0]).T.tolist()
     names = [name for name, of_one in parts.items() if of_one]
     return {
         name: [rank for rank, is_other in enumerate(row) if is_other]
@@ -76,7 +78,8 @@ def send_weights(weights: Sequence[torch.Tensor], group: dist.ProcessGroup, devi
     with torch.no_grad():
         for part in (part for x in weights for part in same_parts(x)):
             sent = part.detach().to(device).contiguous()
-            dist.broadcast(sent, group=group, group_src=0)
+            with recorded("send_weights", group.group_name, sent):
+                dist.broadcast(sent, group=group, group_src=0)
             if sent.data_ptr() != part.data_ptr():
                 part.copy_(sent)
 

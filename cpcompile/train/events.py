@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cpcompile.front.messages import Messages
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -86,9 +88,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A rank is alive, whatever its main thread is waiting for."""
+    """A rank is alive, whatever its main thread is waiting for; `messages` are the last that it has sent."""
 
     rank: int
+    messages: Messages | None = None
 
 
 Event = Phase | Note | Resumed | Step | Comparison | Saved | Failed | Finished | Beat

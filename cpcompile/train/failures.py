@@ -12,6 +12,7 @@ from cpcompile.train.events import Failed
 from cpcompile.train.interrupt import Interrupted
 from cpcompile.train.model import first_line
 
+_TIMEOUT = re.compile(r"timed? ?out|killed by SIGABRT", re.IGNORECASE)  # NCCL's watchdog ends a process by SIGABRT
 _CONNECTION = re.compile(r"connection|peer|gloo|NCCL|socket|timed out", re.IGNORECASE)
 
 
@@ -44,6 +45,11 @@ def exit_reason(code: int | None) -> str:
 def is_lost_connection(text: str) -> bool:
     """Whether an error is what the end of another rank looks like from here."""
     return bool(_CONNECTION.search(text))
+
+
+def is_timeout(text: str) -> bool:
+    """Whether an error, or a death, is what a rank that does not come looks like after a while."""
+    return bool(_TIMEOUT.search(text))
 
 
 def root_cause(failures: list[Failed]) -> Failed:

@@ -7,12 +7,15 @@ that neither a clock that jumps nor one that is wrong on another host matters.
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from cpcompile.front.messages import compare_messages, newest_messages, print_messages
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -80,11 +83,11 @@ class NeighbourWatch:
     """Beats in the store by which torchrun's ranks have met, and watches the next rank there, on whatever host it is.
 
     Who finds silence says so in the store, and all ranks leave: one that waits in a collective for a stopped one
-    cannot be woken otherwise.
+    cannot be woken otherwise. With its beats, each rank leaves its last messages there.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int, limit: float) -> None:
-        self.store, self.rank, self.limit = store, rank, limit
+        self.store, self.rank, self.world_size, self.limit = store, rank, world_size, limit
         self.next = (rank + 1) % world_size
         self.watch = Watch(("store", "next"), limit)
         self.count = -1
@@ -103,7 +106,9 @@ class NeighbourWatch:
         if count != self.count or self.store.check([f"over {self.next}"]):
             self.watch.hear("next")
         self.count = count
+        self.store.set(f"messages {self.rank}", pickle.dumps(newest_messages()))
         if self.store.check(["silent"]) and not self.is_over:
+            print_messages()
             os._exit(2)
 
     def look(self) -> None:
@@ -113,12 +118,29 @@ class NeighbourWatch:
             if silent and not self.is_over:
                 who = f"rank {self.next}" if silent == ["next"] else "the store of the ranks (torchrun's, or rank 0's)"
                 print(f"error: {silence(who, self.limit)}", file=sys.stderr, flush=True)
+                print_messages()
                 # Not from here: the store may fall silent in this moment.
-                saying = threading.Thread(target=self.store.set, args=("silent", who), daemon=True)
+                saying = threading.Thread(target=self.say, args=(who,), daemon=True)
                 saying.start()
                 saying.join(2.0)
                 os._exit(2)
             time.sleep(min(1.0, interval(self.limit)))
+
+    def say(self, who: str) -> None:
+        """Say in the store who is silent, and here which rank is behind."""
+        self.store.set("silent", who)
+        print(self.compared(), file=sys.stderr, flush=True)
+
+    def compared(self) -> str:
+        """Return which rank is behind, as far as the store knows."""
+        keys = {rank: f"messages {rank}" for rank in range(self.world_size)}
+        return compare_messages({r: pickle.loads(self.store.get(k)) for r, k in keys.items() if self.store.check([k])})
+
+    def answer(self) -> None:
+        """Print the last messages of this rank; the first one says which rank is behind."""
+        print_messages()
+        if self.rank == 0:
+            print(self.compared(), file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """Nothing is expected of this rank any more."""

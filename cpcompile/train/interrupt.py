@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,12 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def catching(interrupt: Interrupt) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM, which schedulers send, call `interrupt`. Signals belong to the main thread."""
+def catching(act: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """Let signals call `act`: Ctrl-C and SIGTERM, which schedulers send, or others. Signals belong to the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, act) for number in numbers or (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

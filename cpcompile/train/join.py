@@ -11,9 +11,10 @@ from dataclasses import fields
 import torch.distributed as dist
 
 from cpcompile.errors import ConfigError, StorageError
+from cpcompile.front.messages import print_messages, print_messages_on, start_on
 from cpcompile.train import loop
 from cpcompile.train.events import Event, Note
-from cpcompile.train.failures import as_error, failed, is_lost_connection
+from cpcompile.train.failures import as_error, failed, is_lost_connection, is_timeout
 from cpcompile.train.group import process_group
 from cpcompile.train.heartbeat import NeighbourWatch
 from cpcompile.train.interrupt import Interrupt, Interrupted, catching
@@ -59,6 +60,8 @@ def join(options: TrainOptions, report: Callable[[Event], None]) -> None:
     except Exception as error:
         if interrupt.number and is_lost_connection(str(error)):
             raise Interrupted(interrupt.number, "the other ranks were gone first.") from error
+        if is_timeout(str(error)):
+            print_messages()
         raise as_error(failed(rank, error)) from error
 
 
@@ -87,11 +90,13 @@ def end_after_step(interrupt: Interrupt, error: StorageError) -> None:
 def watched(rank: int, world_size: int, limit: float, emit: Callable[[Event], None]) -> Iterator[None]:
     """Watch the next rank, and be watched by the one before, until the end."""
     if limit <= 0 or world_size == 1:
+        print_messages_on(signal.SIGUSR1)
         yield
         return
     try:
         met = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
     except (KeyError, RuntimeError):
+        print_messages_on(signal.SIGUSR1)
         emit(Note("the ranks did not meet by MASTER_ADDR and MASTER_PORT: one that is stopped goes unnoticed."))
         yield
         return
@@ -100,6 +105,7 @@ def watched(rank: int, world_size: int, limit: float, emit: Callable[[Event], No
     store = dist.PrefixStore(f"cpcompile heartbeat {restart}", met)  # type: ignore[attr-defined]
     watch = NeighbourWatch(store, rank, world_size, limit)
     watch.start()
+    start_on(signal.SIGUSR1, watch.answer)
     try:
         yield
     finally:

@@ -23,9 +23,10 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from cpcompile.errors import CPError, StorageError
+from cpcompile.front.messages import Messages, compare_messages, newest_messages, print_messages, start_on
 from cpcompile.train import checkpoint, loop
 from cpcompile.train.events import Beat, Event, Failed, Finished, Note, Phase, Step
-from cpcompile.train.failures import RankError, as_error, died, failed, root_cause
+from cpcompile.train.failures import RankError, as_error, died, failed, is_timeout, root_cause
 from cpcompile.train.group import process_group
 from cpcompile.train.heartbeat import START_SECONDS, Watch, interval, silence, start_beating, state_of
 from cpcompile.train.interrupt import Interrupt, Interrupted, catching, name_of
@@ -34,6 +35,8 @@ from cpcompile.train.options import TrainOptions
 # After the first failure, how long to wait for the others': a rank that was killed takes its neighbours' connections with it,
 # and theirs may be reported first.
 GRACE_SECONDS = 1.0
+# How long ranks get to print their last messages and tell them.
+ANSWER_SECONDS = 1.0
 STOP_SECONDS = 5.0
 
 
@@ -47,6 +50,7 @@ class Rank:
     is_open: bool = True
     is_finished: bool = False
     failure: Failed | None = field(default=None)
+    messages: Messages | None = field(default=None)  # from the first beat on, when it also hears SIGUSR1
 
 
 def launch(options: TrainOptions, report: Callable[[Event], None]) -> None:
@@ -69,7 +73,9 @@ def launch(options: TrainOptions, report: Callable[[Event], None]) -> None:
                 process.start()
                 sender.close()
                 ranks.append(Rank(number, process, receiver))
-            Supervisor(options, ranks, report, interrupt).run()
+            supervisor = Supervisor(options, ranks, report, interrupt)
+            with catching(supervisor.ask, signal.SIGUSR1):
+                supervisor.run()
         finally:
             stop(ranks)
 
@@ -84,6 +90,7 @@ class Supervisor:
         self.watch = Watch([rank.number for rank in ranks], options.heartbeat, START_SECONDS)
         self.num_steps = 0
         self.is_ending = False
+        self.is_asked = False
         self.error: CPError | None = None
 
     def run(self) -> None:
@@ -98,9 +105,15 @@ class Supervisor:
             if failures and deadline == float("inf"):
                 deadline = time.monotonic() + GRACE_SECONDS
             if failures and (time.monotonic() >= deadline or len(failures) == len(self.ranks)):
-                raise self.reason(root_cause(failures))
+                first = root_cause(failures)
+                if is_timeout(first.text):
+                    self.show_messages()
+                raise self.reason(first)
             if not failures:
                 self.check_silence()
+            if self.is_asked:
+                self.is_asked = False
+                self.show_messages()
             if self.interrupt.number or self.error is not None:
                 self.end_early()
 
@@ -118,8 +131,8 @@ class Supervisor:
                 break
             self.watch.hear(rank.number)
             match event:
-                case Beat():
-                    pass
+                case Beat(messages=messages):
+                    rank.messages = messages
                 case Failed() as failure:
                     rank.failure = failure
                 case Finished():
@@ -145,7 +158,25 @@ class Supervisor:
         if silent:
             who = " and ".join(f"rank {rank.number}" for rank in silent)
             states = "; ".join(state_of(rank.process.pid) for rank in silent)
+            self.show_messages()
             raise RankError(silence(who, self.options.heartbeat, states) + self.resumable())
+
+    def ask(self, number: int, frame: Any = None) -> None:
+        """Show the messages soon: what SIGUSR1 does."""
+        self.is_asked = True
+
+    def show_messages(self) -> None:
+        """Have the ranks print their last messages, and say which of them is behind."""
+        for rank in self.ranks:
+            if rank.messages is not None and rank.is_open and rank.process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.process.pid, signal.SIGUSR1)
+        time.sleep(ANSWER_SECONDS)
+        for rank in self.ranks:
+            self.receive(rank)
+        line = compare_messages({rank.number: rank.messages for rank in self.ranks if rank.messages is not None})
+        if line:
+            self.show(Note(line))
 
     def end_early(self) -> None:
         """Have the ranks save a checkpoint and end; raise at once when there is nothing to save, or no patience."""
@@ -199,8 +230,19 @@ def rank_main(rank: int, options: TrainOptions, connection: Connection, store: s
     signal.signal(signal.SIGTERM, interrupt)
     threading.Thread(target=exit_with_parent, daemon=True).start()
     send = functools.partial(send_alone, connection, threading.Lock())
+
+    def beat() -> None:
+        send(Beat(rank, newest_messages()))
+
+    def answer() -> None:
+        print_messages()
+        beat()
+
+    start_on(signal.SIGUSR1, answer)
     if options.heartbeat > 0:
-        start_beating(functools.partial(send, Beat(rank)), interval(options.heartbeat))
+        start_beating(beat, interval(options.heartbeat))
+    else:
+        beat()
     # tqdm, which torch imports if it is there, would share a semaphore between processes, and Python complains about it when a
     # rank is ended.
     with contextlib.suppress(ModuleNotFoundError):
@@ -214,6 +256,8 @@ def rank_main(rank: int, options: TrainOptions, connection: Connection, store: s
         send(Finished(rank))
     except BaseException as error:
         send(failed(rank, error))
+        if is_timeout(str(error)):
+            answer()
         # Threads of torch and Inductor may wait for ranks that are gone: leave without asking them.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import cpcompile
 from cpcompile.errors import InputError, StorageError, VerificationError
 from cpcompile.front.weights import differing_weights
+from cpcompile.runtime.record import recorded
 from cpcompile.train import checkpoint, data
 from cpcompile.train.events import Comparison, Event, Gradients, Note, Phase, Resumed, Saved, Step
 from cpcompile.train.interrupt import Interrupt, Interrupted
@@ -61,7 +62,8 @@ class Trainer:
             batch = self.batches.at(step).to(self.device)
         else:
             batch = torch.empty(self.options.batch_size, self.options.length, dtype=torch.int64, device=self.device)
-        dist.broadcast(batch, src=0)
+        with recorded("send_batch", world_name(), batch):
+            dist.broadcast(batch, src=0)
         return batch
 
     def backward(self, batch: torch.Tensor) -> Gradients:
@@ -296,8 +298,16 @@ def check_ranks(trainer: Trainer, step: int) -> None:
 def largest(device: torch.device, *values: float) -> list[float]:
     """Return the largest of each value over all ranks."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.tolist()
+    with recorded("end_step", world_name()):  # the host waits for the result
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+
+def world_name() -> str:
+    """Return the name of the group of all ranks."""
+    group = dist.group.WORLD
+    assert group is not None, "made before the model"
+    return str(group.group_name)
 
 
 def peak_memory(device: torch.device) -> int:

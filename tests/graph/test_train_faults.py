@@ -68,9 +68,13 @@ def last_step(events: list[Event]) -> int:
     return max(event.step for event in events if isinstance(event, Step))
 
 
-def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = options_of(tmp_path, heartbeat=12.0)  # long enough for a machine with much else to do
-    error, _ = end_of(options, lambda: os.kill(rank(1), signal.SIGSTOP))
+    error, events = end_of(options, lambda: os.kill(rank(1), signal.SIGSTOP))
+    assert [event.text for event in events if isinstance(event, Note)][-1].startswith("rank 1 is behind")
+    said = capfd.readouterr().err
+    assert "rank 0: the last messages" in said
+    assert "rank 1: the last messages" not in said
     assert isinstance(error, RankError)
     assert re.fullmatch(
         r"rank 1 gave no sign of life for 12 s \(process \d+, stopped \(SIGSTOP\)\); all ranks were ended\. "
@@ -296,10 +300,13 @@ def test_a_stopped_rank_of_torchrun(tmp_path: Path, stopped: int) -> None:
         began = time.monotonic()
         other = processes[1 - stopped]
         assert other.wait(30) == 2
-        message = other.stderr.read().splitlines()[-2] if other.stderr else ""  # the last says where to read more
-        print(f"\n{time.monotonic() - began:.1f} s: {message}")
+        said = other.stderr.read() if other.stderr else ""
+        print(f"\n{time.monotonic() - began:.1f} s: {said}")
         who = "rank 1" if stopped else "the store of the ranks (torchrun's, or rank 0's)"
-        assert message.startswith(f"error: {who} gave no sign of life for 4 s; all ranks were ended.")
+        assert f"error: {who} gave no sign of life for 4 s; all ranks were ended." in said
+        assert f"rank {1 - stopped}: the last messages" in said
+        # What a rank has told the store is known as long as that answers.
+        assert ("rank 1 is behind: " in said) == bool(stopped)
     finally:
         for process in processes:
             process.kill()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cpcompile.train import RankError
-from cpcompile.train.events import Comparison, Event, Failed, Saved, Step
-from cpcompile.train.failures import exit_reason, root_cause
+from cpcompile.train.events import Comparison, Event, Failed, Note, Saved, Step
+from cpcompile.train.failures import exit_reason, is_timeout, root_cause
 from cpcompile.train.launch import launch
 from tests.train_support import tiny_options
 
@@ -41,6 +41,12 @@ def test_an_error_comes_before_the_connections_it_breaks() -> None:
 )
 def test_exit_reasons(code: int, words: str) -> None:
     assert exit_reason(code) == words
+
+
+def test_what_looks_like_a_rank_that_does_not_come() -> None:
+    assert is_timeout("failed with RuntimeError: Timed out waiting 1800000ms for recv operation to complete")
+    assert is_timeout(exit_reason(-signal.SIGABRT))  # by the watchdog of NCCL
+    assert not is_timeout("failed with RuntimeError: Connection closed by peer")
 
 
 def ranks_alive() -> list[str]:
@@ -74,9 +80,20 @@ def test_an_error_of_a_rank_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.always
-def test_two_ranks_train_as_one_device(tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_device(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     events: list[Event] = []
-    launch(tiny_options(tmp_path, ranks=2, steps=2, length=31, save=tmp_path / "run"), events.append)
+
+    def hear(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Comparison):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    launch(tiny_options(tmp_path, ranks=2, steps=2, length=31, save=tmp_path / "run"), hear)
+    # On SIGUSR1, each rank prints its last messages, and a line compares them.
+    said = capfd.readouterr().err
+    assert all(f"rank {number}: the last messages" in said for number in range(2))
+    assert "ring_attention" in said or "ulysses_attention" in said or "sum_gradients" in said
+    assert len([event for event in events if isinstance(event, Note) and "message" in event.text]) == 1
     comparison = next(event for event in events if isinstance(event, Comparison))
     assert comparison.ranks.loss == pytest.approx(comparison.single.loss, rel=1e-6)
     assert comparison.ranks.grad_norms == pytest.approx(comparison.single.grad_norms, rel=1e-4)

@@ -17,6 +17,7 @@ import torch
 
 from cpcompile.runtime.attention.arguments import NAMES, SCHEMA
 from cpcompile.runtime.attention.profiling import attention_range
+from cpcompile.runtime.record import RECORDED, call
 
 Tensor = torch.Tensor
 # Plans are made on the host at each call, so that no CUDA graph may hold one.
@@ -53,6 +54,8 @@ def define(
     results: Callable[..., tuple[Tensor, ...]],
     axis: str = "",
     kept: Kept = NOTHING,
+    *,
+    sends: bool = True,
 ) -> None:
     """Register `cpcompile::{name}` and `cpcompile::{name}_backward`.
 
@@ -62,11 +65,12 @@ def define(
         results: returns what `forward` returns, without values, for tracing.
         axis: the keyword arguments of the operator, as a schema, beside its layer.
         kept: what `forward` returns behind out and lse.
+        sends: whether ranks exchange something, where there are several.
     """
     keywords = f", *, {LAYER_SCHEMA}{', ' * bool(axis)}{axis}"
-    _register(
-        name, f"(Tensor q, Tensor k, Tensor v, {SCHEMA}{keywords}) -> ({_tensors(2 + kept.count)})", forward, results
-    )
+    sends = sends and "world_size" in axis
+    schema = f"(Tensor q, Tensor k, Tensor v, {SCHEMA}{keywords}) -> ({_tensors(2 + kept.count)})"
+    _register(name, schema, forward, results, sends)
 
     def run(*args: Any, **axis: Any) -> tuple[Tensor, ...]:
         dq, dk, dv, dsinks = backward(*args, **axis)
@@ -81,7 +85,7 @@ def define(
         return *found, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
     tensors = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] kept"
-    _register(f"{name}_backward", f"({tensors}, {SCHEMA}{keywords}) -> ({_tensors(4)})", run, gradients)
+    _register(f"{name}_backward", f"({tensors}, {SCHEMA}{keywords}) -> ({_tensors(4)})", run, gradients, sends)
     overload = getattr(torch.ops.cpcompile, f"{name}_backward").default
 
     def keep(
@@ -132,10 +136,15 @@ def _tensors(count: int) -> str:
     return ", ".join(["Tensor"] * count)
 
 
-def _register(name: str, schema: str, run: Callable[..., Any], results: Callable[..., Any]) -> None:
+def _register(name: str, schema: str, run: Callable[..., Any], results: Callable[..., Any], sends: bool) -> None:
     def run_in_range(*args: Any, layer: str = "", **axis: Any) -> Any:
         with attention_range(name, axis.get("layout", ""), layer):
-            return run(*args, **axis)
+            if not sends or axis["world_size"] == 1:
+                return run(*args, **axis)
+            return call(name, axis["group"], args[0], layer, run, args, axis)
+
+    if sends:
+        RECORDED.add(name)
 
     def results_of(*args: Any, layer: str = "", **axis: Any) -> Any:
         return results(*args, **axis)

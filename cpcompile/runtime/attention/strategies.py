@@ -297,7 +297,7 @@ registration.define("gather_attention", _gather, _gather_backward, _results, MES
 # The same with a name of its own: only the tokens within reach of a window travel.
 registration.define("halo_attention", _gather, _gather_backward, _results, MESSAGES)
 # Its k and v are whole, in the user's order.
-registration.define("latent_attention", _latent, _latent_backward, _results, AXIS)
+registration.define("latent_attention", _latent, _latent_backward, _results, AXIS, sends=False)
 # Its k and v are of all tokens too, and of this rank's heads.
 registration.define(
     "latent_heads_attention", _latent_heads, _latent_heads_backward, _latent_heads_results, HEADS, LATENT_HEADS

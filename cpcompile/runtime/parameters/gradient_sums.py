@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cpcompile._torch import Work, all_reduce_together
+from cpcompile.runtime.record import Row, begin, ending
 
 Tensor = torch.Tensor
 
@@ -37,7 +38,7 @@ class GradientSums:
         self.group: dist.ProcessGroup | None = None
         self.scale, self.enabled = scale, True
         self._unsummed: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._works: list[tuple[Work, list[Tensor]]] = []
+        self._works: list[tuple[Work, list[Tensor], Row]] = []
         self._pending: dict[torch.dtype, list[Tensor]] = {}
         self._num_pending = Counter[torch.dtype]()  # bytes
 
@@ -85,16 +86,19 @@ class GradientSums:
     def _send(self, dtype: torch.dtype) -> None:
         bucket = self._pending.pop(dtype)
         del self._num_pending[dtype]
-        self._works.append((all_reduce_together(bucket, self.group), bucket))
+        # It stays open until the host has waited for the sum, at the end of backward.
+        row = begin("sum_gradients", "" if self.group is None else self.group.group_name, bucket[0])
+        self._works.append((all_reduce_together(bucket, self.group), bucket, row))
 
     def _wait(self) -> None:
         while self._pending:
             self._send(next(iter(self._pending)))
         works, self._works = self._works, []
-        for work, _ in works:
-            work.wait()
+        for work, _, row in works:
+            with ending(row):
+                work.wait()
         if self.scale != 1 and works:
-            torch._foreach_mul_([x for _, bucket in works for x in bucket], self.scale)
+            torch._foreach_mul_([x for _, bucket, _ in works for x in bucket], self.scale)
 
     def _taken(self, key: Tensor) -> Tensor | None:
         """Return what was kept of an earlier backward, and keep it no longer."""

@@ -14,6 +14,7 @@ import torch
 
 from cpcompile.balance.layout import local_length
 from cpcompile.balance.token_order import TokenOrder
+from cpcompile.runtime.record import collective
 from cpcompile.runtime.tokens.shard import factors
 from cpcompile.runtime.transport import process_group
 
@@ -53,7 +54,7 @@ def is_kept(seed: Tensor, site: int, index: Tensor, p: float) -> Tensor:
     return splitmix64(key, index) >= int(p * 2.0**64) - (1 << 63)
 
 
-@torch.library.custom_op("cpcompile::shared_seed", mutates_args=(), tags=SEEDED)
+@collective("cpcompile::shared_seed", tags=SEEDED)
 def shared_seed(device: torch.device, world_size: int, group: str) -> Tensor:
     """Return a random int64 scalar that all ranks share: the first rank's, though each draws one from its own generator."""
     seed = torch.randint(-(1 << 63), (1 << 63) - 1, (), device=device)

@@ -12,6 +12,7 @@ import torch
 from cpcompile.balance.layout import chunk_length, local_length, rank_chunks
 from cpcompile.balance.token_order import TokenOrder
 from cpcompile.balance.token_spans import Span
+from cpcompile.runtime.record import collective
 from cpcompile.runtime.tokens.moves import Route, exchange
 from cpcompile.runtime.tokens.shard import factors, resized
 
@@ -35,7 +36,7 @@ def route_of(sign: int, offset: int, wrap: bool, length: int) -> Route:
     return Route(sign, (offset % length, offset % length - sign * length) if wrap else (offset,))
 
 
-@torch.library.custom_op("cpcompile::move_tokens", mutates_args=())
+@collective("cpcompile::move_tokens")
 def move_tokens(
     x: torch.Tensor,
     dim: int,
@@ -67,7 +68,7 @@ def _(x: torch.Tensor, *settings: Any) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("cpcompile::halo_tokens", mutates_args=())
+@collective("cpcompile::halo_tokens")
 def halo_tokens(
     x: torch.Tensor, dim: int, before: int, after: int, length: int, layout: str, world_size: int, group: str
 ) -> torch.Tensor:
@@ -91,7 +92,7 @@ def _(
     return resized(x, dim, local_length(length, world_size, layout), slots)
 
 
-@torch.library.custom_op("cpcompile::halo_tokens_backward", mutates_args=())
+@collective("cpcompile::halo_tokens_backward")
 def halo_tokens_backward(
     grad: torch.Tensor, dim: int, before: int, after: int, length: int, layout: str, world_size: int, group: str
 ) -> torch.Tensor:

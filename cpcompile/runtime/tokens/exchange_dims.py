@@ -14,6 +14,7 @@ import torch
 
 from cpcompile.balance.layout import local_length
 from cpcompile.balance.token_order import TokenOrder
+from cpcompile.runtime.record import collective
 from cpcompile.runtime.transport import process_group
 
 Tensor = torch.Tensor
@@ -29,7 +30,7 @@ def swapped(parts: Sequence[Tensor], group: str) -> list[Tensor]:
     return [torch.view_as_complex(part) for part in arrived] if parts[0].is_complex() else arrived
 
 
-@torch.library.custom_op("cpcompile::exchange_dims", mutates_args=())
+@collective("cpcompile::exchange_dims")
 def exchange_dims(
     x: Tensor,
     dim: int,
@@ -61,7 +62,7 @@ def _(x: Tensor, dim: int, length: int, to: int, to_length: int, layout: str, wo
     return x.new_empty(shape)
 
 
-@torch.library.custom_op("cpcompile::exchange_dims_backward", mutates_args=())
+@collective("cpcompile::exchange_dims_backward")
 def exchange_dims_backward(
     grad: Tensor,
     dim: int,

@@ -12,6 +12,7 @@ import torch
 
 from cpcompile.balance.arrangement import Arrangement
 from cpcompile.balance.layout import local_length
+from cpcompile.runtime.record import collective
 from cpcompile.runtime.tokens.moves import Route, exchange
 
 
@@ -21,7 +22,7 @@ def slots_of(arrangement: Sequence[int], layout: str, world_size: int) -> int:
     return sum(local_length(tokens, world_size, layout) * elements for tokens, elements in pairs)
 
 
-@torch.library.custom_op("cpcompile::rearrange_tokens", mutates_args=())
+@collective("cpcompile::rearrange_tokens")
 def rearrange_tokens(
     x: torch.Tensor,
     dim: int,

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from cpcompile.runtime.record import collective
 from cpcompile.runtime.transport import process_group
 
 
-@torch.library.custom_op("cpcompile::all_reduce", mutates_args=())
+@collective("cpcompile::all_reduce")
 def all_reduce(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
     """Return the sum of `x` over the ranks. Its adjoint is itself: every rank's result depends on every rank's addend."""
     return process_group.all_reduce(x, world_size, group)
@@ -53,7 +54,7 @@ def _scale_gradient_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor
 scale_gradient.register_autograd(_scale_gradient_backward, setup_context=_keep_scale)
 
 
-@torch.library.custom_op("cpcompile::stack_ranks", mutates_args=())
+@collective("cpcompile::stack_ranks")
 def stack_ranks(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
     """Return every rank's `x`, stacked in the order of the ranks: `[world_size, *x.shape]`."""
     return process_group.all_gather(x, world_size, group) if world_size > 1 else torch.stack([x])
@@ -64,7 +65,7 @@ def _(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
     return x.new_empty(world_size, *x.shape)
 
 
-@torch.library.custom_op("cpcompile::stack_ranks_backward", mutates_args=())
+@collective("cpcompile::stack_ranks_backward")
 def stack_ranks_backward(grad: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
     """Return the sum over ranks of their gradients of this rank's `x`."""
     if world_size > 1:

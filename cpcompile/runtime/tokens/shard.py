@@ -12,6 +12,7 @@ import torch
 
 from cpcompile.balance.layout import local_length
 from cpcompile.balance.token_order import TokenOrder
+from cpcompile.runtime.record import collective
 from cpcompile.runtime.transport import process_group
 
 
@@ -78,7 +79,7 @@ def _(grad: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_
     return resized(grad, dim, local_length(length, world_size, layout), length)
 
 
-@torch.library.custom_op("cpcompile::gather_tokens", mutates_args=())
+@collective("cpcompile::gather_tokens")
 def gather_tokens(
     x: torch.Tensor,
     dim: int,
@@ -101,7 +102,7 @@ def _(x: torch.Tensor, dim: int, inner: int, length: int, layout: str, world_siz
     return resized(x, dim, local_length(length, world_size, layout), length)
 
 
-@torch.library.custom_op("cpcompile::gather_tokens_backward", mutates_args=())
+@collective("cpcompile::gather_tokens_backward")
 def gather_tokens_backward(
     grad: torch.Tensor,
     dim: int,
