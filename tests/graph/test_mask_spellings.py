@@ -225,7 +225,7 @@ Q, K = (lambda: torch.arange(S)[:, None]), (lambda: torch.arange(S))
 OPERATORS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "meshgrid": ("causal", lambda i: grid(indexing="ij")[1] <= grid(indexing="ij")[0]),
     "meshgrid xy": ("causal", lambda i: grid(indexing="xy")[0] <= grid(indexing="xy")[1]),
-    "meshgrid of one and the other": ("dense", lambda i: 2 * grid(indexing="xy")[0] <= grid(indexing="ij")[1]),
+    "meshgrid of one and the other": ("key padding", lambda i: 2 * grid(indexing="xy")[0] <= grid(indexing="ij")[1]),
     "repeat": ("causal", lambda i: (K() <= Q())[None, None].repeat(2, 1, 1, 1)),
     "tile": ("causal", lambda i: (K() <= Q())[None, None].tile(2, 1, 1, 1)),
     "repeat of rows": ("dense", lambda i: (K() <= Q())[:1].repeat(S, 1) | (K() == Q())),
