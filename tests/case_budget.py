@@ -18,7 +18,7 @@ import pytest
 
 FILE = Path(__file__).with_name("case_seconds.json")
 OF_A_TEST = 4.0  # seconds for the cases of a test
-OF_A_CASE = 20.0  # what takes longer is slow, unless it is marked to run always
+OF_A_CASE = 15.0  # what takes longer is slow, unless it is marked to run always
 UNKNOWN = 1.0
 
 

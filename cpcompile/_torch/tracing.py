@@ -24,7 +24,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 from cpcompile._torch import functorch
 from cpcompile._torch.functorch import TransformError as TransformError
 from cpcompile._torch.own_backward import is_own_function, run_own_function
-from cpcompile._torch.repeated_nodes import RepeatedNodes, refuse_writes
 
 
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -73,15 +72,9 @@ class _InlineCheckpoints(fx.Interpreter):
 
     num_regions = 0
 
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        skipped: Container[fx.Node],
-        policies: dict[int, Callable[[], Any]],
-        repeated: RepeatedNodes | None,
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, skipped: Container[fx.Node], policies: dict[int, Callable[[], Any]]) -> None:
         super().__init__(gm)
-        self.skipped, self.policies, self.repeated = skipped, policies, repeated
+        self.skipped, self.policies = skipped, policies
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.skipped and n.op != "placeholder":  # which takes its value from the list of all
@@ -89,7 +82,7 @@ class _InlineCheckpoints(fx.Interpreter):
         if is_own_function(n.target):
             with self._set_current_node(n):
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
-                return run_own_function(n, self._tensors(args), kwargs, self._run_body)
+                return run_own_function(n, args, kwargs, self._run_body)
         if not functorch.is_opening(n) or functorch.is_inside():
             return super().run_node(n)
         calls = functorch.calls_of(n)
@@ -102,7 +95,7 @@ class _InlineCheckpoints(fx.Interpreter):
         inside = set(calls)
         given = list({x: None for node in calls for x in node.all_input_nodes if x not in inside})
         results = [node for node in calls if any(user not in inside for user in node.users)]
-        inputs = self._tensors([self.env[node] for node in given])
+        inputs = [self.env[node] for node in given]
         functorch.refuse_wrong_gradients(calls, inputs)
 
         def run(*values: Any) -> list[Any]:
@@ -115,31 +108,16 @@ class _InlineCheckpoints(fx.Interpreter):
         self.env.update(zip(given, inputs, strict=True))
         return dict(zip(results, found, strict=True))
 
-    def _tensors(self, values: Any) -> Any:
-        return values if self.repeated is None else self.repeated.tensors(values)
-
-    def _call(self, run: Callable[..., Any], target: Any, args: Any, kwargs: Any) -> Any:
-        if self.repeated is None or functorch.is_inside():
-            return run(target, args, kwargs)
-        return self.repeated.call(run, target, args, kwargs)
-
-    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self._call(super().call_method, target, args, kwargs)
-
-    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().output(target, self._tensors(args), kwargs)
-
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.higher_order.flex_attention:
             # Its gradient asks for the lists of blocks, though only kernels read them.
-            args = self._tensors(args)
             no_list = args[0].new_empty(0, dtype=torch.int32)
             lists = [no_list if i in (2, 3, 6, 7) and x is None else x for i, x in enumerate(args[4])]
             args = (*args[:4], tuple(lists), *args[5:])
         if target is torch.ops.higher_order.invoke_subgraph:  # args: the body, its name, what it is given
             return self._run_body(args[0], args[2:])
         if target is not tag_activation_checkpoint:
-            return self._call(super().call_function, target, args, kwargs)
+            return super().call_function(target, args, kwargs)
         body = args[0]
         _InlineCheckpoints.num_regions += 1
         if "_checkpoint_context_fn" in body.meta:
@@ -150,7 +128,7 @@ class _InlineCheckpoints(fx.Interpreter):
         return self._run_body(body, args[1:])
 
     def _run_body(self, body: fx.GraphModule, args: Sequence[Any]) -> Any:
-        return _InlineCheckpoints(body, self.skipped, self.policies, self.repeated).run(*args)
+        return _InlineCheckpoints(body, self.skipped, self.policies).run(*args)
 
 
 def symbolic_operators() -> AbstractContextManager[None]:
@@ -176,23 +154,8 @@ def trace_pre_dispatch(
     Nodes that are `skipped` do not run and give None. Returns the graph, and the `context_fn` of activation checkpoints by the
     `ac_graph_id` of their nodes.
     """
-    try:
-        return _traced(gm, mode, inputs, skipped, RepeatedNodes())
-    except Exception:
-        # It writes to tensors, or else it fails in the same way.
-        return _traced(gm, mode, inputs, skipped, None)
-
-
-def _traced(
-    gm: fx.GraphModule,
-    mode: FakeTensorMode,
-    inputs: Sequence[Any],
-    skipped: Container[fx.Node],
-    repeated: RepeatedNodes | None,
-) -> tuple[fx.GraphModule, dict[int, Callable[[], Any]]]:
-    """Trace as `trace_pre_dispatch` does, with copies of what is repeated if `repeated` holds what was."""
     policies: dict[int, Callable[[], Any]] = {}
-    interpreter = _InlineCheckpoints(gm, skipped, policies, repeated)
+    interpreter = _InlineCheckpoints(gm, skipped, policies)
     with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher(), mode, _hooks_kept():
         traced = make_fx(
             lambda *args: interpreter.run(*args),
@@ -201,9 +164,6 @@ def _traced(
             pre_dispatch=True,
             _allow_non_fake_inputs=True,
         )(*inputs)
-    if repeated is not None:
-        refuse_writes(traced.graph.nodes)
-        repeated.fill_in()
     return traced, policies
 
 

@@ -19,6 +19,10 @@ Tensor = torch.Tensor
 class NotRegisteredError(ConfigError, RuntimeError):
     """No group is registered. Axolotl raises a RuntimeError."""
 
+    def __init__(self, *message: object) -> None:
+        """Make an error with a message."""
+        super().__init__(*message, page="compat.md#axolotl")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Documents:
