@@ -82,6 +82,7 @@ def trained(rank: Any) -> dict[str, float]:
     return found
 
 
+@pytest.mark.always
 def test_trains_exactly(pool: Any) -> None:
     for found in pool.run(3, trained):
         assert max(found.values()) < 1e-12, found

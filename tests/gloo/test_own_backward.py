@@ -44,6 +44,7 @@ def trained(rank: Any, options: dict[str, Any]) -> dict[str, float]:
     return errors(found | gradients(model), expected | gradients(alone))
 
 
+@pytest.mark.always
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("world_size", "options"),

@@ -61,6 +61,7 @@ def trained(rank: Any, name: str, inner: str, strategy: str, layout: str) -> tup
     return found, torch._dynamo.utils.counters["stats"]["unique_graphs"], searches
 
 
+@pytest.mark.always
 @pytest.mark.parametrize(
     ("name", "inner", "strategy", "layout", "world_size"),
     [
