@@ -47,7 +47,8 @@ def introduction(catalogues: Sequence[str]) -> Iterator[str]:
 
 def catalogues_of(results: Sequence[Result]) -> list[str]:
     """Return the catalogues of programs that results have."""
-    return [name for name in CATALOGUES if any(result.key.startswith(f"{name}:") for result in results)]
+    programs = [result.key for result in results if not result.variant.attention]  # models have "vision:" as well
+    return [name for name in CATALOGUES if any(key.startswith(f"{name}:") for key in programs)]
 
 
 def coverage(results: Sequence[Result]) -> str:

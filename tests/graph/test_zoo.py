@@ -343,6 +343,8 @@ class TestReport:
         assert "| causal:a | 2e-14 |" in page
         assert "| causal:b | 3e-07 (float32), replicated |" in page
         assert "| mlm:u | R1 |" in page
+        models = [dataclasses.replace(found, key=f"vision:{found.key}") for found in FOUND]
+        assert markdown(models).startswith("# Model zoo") and "programs were run" not in markdown(models)
 
     def test_compact_results(self) -> None:
         found = json.loads(compact(FOUND))
