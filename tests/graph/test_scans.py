@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -510,3 +511,29 @@ def test_slots_without_a_token_hold_a_state_that_a_token_may_have(mix: Callable[
     torch.manual_seed(0)
     model = Model(Divided(mix)).double()
     cpcompile.verify(model, text(4), world_size=3, dtype=torch.float64, dynamic=False).raise_if_wrong()
+
+
+class Reset(nn.Module):
+    """A loop whose state a number takes the place of, here and there."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.number = nn.Embedding(16, 4), number
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        state, states = torch.zeros_like(x[:, 0]), []
+        for i in range(x.shape[1]):
+            state = torch.where(x[:, i] > 1, self.number, 0.9 * state + x[:, i])
+            states.append(state)
+        return torch.stack(states, 1).exp().sum()
+
+
+@pytest.mark.parametrize("number", [0.5, -math.inf])
+def test_a_number_takes_the_place_of_a_state(number: float) -> None:
+    """Infinity times 0 is no number, so that a sum of both sides would not be what a choice between them is."""
+    ids = torch.arange(24).view(2, 12) % 16
+    cpcompile.verify(
+        Reset(number), {"input_ids": ids}, world_size=3, dtype=torch.float64, dynamic=False
+    ).raise_if_wrong()

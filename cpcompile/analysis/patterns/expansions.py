@@ -5,6 +5,7 @@ lerp(a, b, w)   is   a + w * (b - a)        linear(x, w, b)   is   x @ w^T + b  
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -118,15 +119,22 @@ def addr(call: Call) -> fx.Node:
 
 
 def masked_fill(call: Call) -> fx.Node | None:
-    """Return `value` where the mask is, plus `self` filled with 0 there; None if that is 0."""
-    if isinstance(call["value"], int | float) and call["value"] == 0:
+    """Return `value` where the mask is, plus `self` filled with 0 there; None if that is 0 or not finite."""
+    if call["value"] == 0 or not is_finite(call["value"]):
         return None
     return total(call, kept(call, call["value"], call["mask"]), without(call, call["self"], call["mask"]))
 
 
-def where(call: Call) -> fx.Node:
-    """Return the sum of both values, each filled with 0 where the other one counts."""
+def where(call: Call) -> fx.Node | None:
+    """Return the sum of both values, each filled with 0 where the other counts; None if one is a number that is not finite."""
+    if not (is_finite(call["self"]) and is_finite(call["other"])):
+        return None
     return total(call, kept(call, call["self"], call["condition"]), without(call, call["other"], call["condition"]))
+
+
+def is_finite(x: Any) -> bool:
+    """Tell whether 0 times a number is 0; of a node, which is filled with 0 instead, nothing is asked."""
+    return not isinstance(x, int | float) or math.isfinite(x)
 
 
 def kept(call: Call, x: Any, mask: fx.Node) -> fx.Node:
