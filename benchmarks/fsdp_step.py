@@ -65,6 +65,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "cpcompile, loss whole": {"loss_chunk": 0},
     "cpcompile, tiles": {"tile": 4096},
     "cpcompile, inputs in host memory": {"offload": "inputs"},
+    "cpcompile, tiles, inputs in host memory": {"tile": 4096, "offload": "inputs"},
     "cpcompile, reordered": {"inner_options": OVERLAP},
     "cpcompile, bucketed": {"inner_options": OVERLAP | BUCKETS},
     "cpcompile, scheduled": {"inner_options": {"aten_distributed_optimizations.enable_overlap_scheduling": True}},
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=["cpcompile", "torchtitan recipe"])
+    parser.add_argument("--options", type=json.loads, default={}, help='more of cpcompile, {"tile": 16384}')
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which no other system is begun")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -135,7 +137,7 @@ def predicted(options: argparse.Namespace, system: str, length: int) -> float:
         world_size=options.ranks,
         memory=True,
         fully_sharded=sharded,
-        **SYSTEMS[system],
+        **SYSTEMS[system] | options.options,
     )
     return print_ledger(f"{system}, {length} tokens", plan)
 
@@ -178,7 +180,7 @@ def measure(rank: int, options: argparse.Namespace, mesh: Any, system: str, rows
         ids = {length: torch.randint(config.vocab_size, (1, length)) for length in options.lengths}
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     make = torchtitan if system.startswith("torchtitan") else parallel
-    step = make(model, mesh, policy, SYSTEMS[system])
+    step = make(model, mesh, policy, SYSTEMS[system] | options.options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=options.device == "cuda")
     num_parameters = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
     for length, tokens in ids.items():
@@ -219,6 +221,7 @@ def measure(rank: int, options: argparse.Namespace, mesh: Any, system: str, rows
         peak_rate = PEAK.get(torch.cuda.get_device_name() if options.device == "cuda" else "", float("nan"))
         row = {
             "system": system,
+            **({"options": options.options} if options.options else {}),
             "ranks": options.ranks,
             "length": length,
             "ms": round(median * 1e3, 1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
 from cpcompile.choose.attention import AttentionSite, Ranks
@@ -15,11 +15,12 @@ CLOSE = 1.03
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A layout, the strategy of each attention, and the estimates that led to them."""
+    """A layout, the strategy of each attention, the estimates that led to them, and the kernels at whose rates these are."""
 
     layout: str
     strategies: tuple[str, ...]
     estimates: dict[tuple[str, str], float]
+    kernels: tuple[str, ...] = ()
 
 
 def choose(sites: list[AttentionSite], strategy: str, balancer: str, axis: Ranks, *, follow: bool = True) -> Choice:
@@ -45,7 +46,7 @@ def choose(sites: list[AttentionSite], strategy: str, balancer: str, axis: Ranks
         if best is None or total < best[0]:
             best = total, Choice(layout, tuple(chosen), estimates)
     assert best is not None
-    return best[1]
+    return replace(best[1], kernels=tuple(dict.fromkeys(site.kernel for site in sites)))
 
 
 def _layouts(strategy: str, balancer: str, axis: Ranks, *, follow: bool) -> tuple[str, ...]:

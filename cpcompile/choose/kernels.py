@@ -108,14 +108,20 @@ def chosen_kernels(node: fx.Node, kernel: str) -> tuple[Chosen, ...]:
 
 
 def likely_kernel(node: fx.Node, kernel: str) -> str:
-    """Return the kernel by whose rate the cost of an attention is estimated."""
+    """Return the kernel by whose rate the cost of an attention is estimated, before it is rewritten.
+
+    Its operator will be told where documents begin, so that kernels compute squares of these and see no others.
+    """
     cases = cases_of(node)
     if kernel != "auto" or not cases:
         return kernel
-    if cases[0].device == PLANNED:
-        fastest = kernels.KERNELS[0]
-        return fastest.name if cases[0].features <= fastest.takes else "flash"
-    return kernels.choose(cases[0]).kernel.name
+    case = cases[0]
+    if "documents" in case.features:
+        case = replace(case, features=case.features - {"documents"} | {"lengths", "varied"})
+    if case.device == PLANNED:
+        able = (k for k in kernels.ON_HOPPER if case.features - kernels.FORMS <= k.takes and not k.avoids(case))
+        return next(able).name
+    return kernels.choose(case).kernel.name
 
 
 def refuse_unable_kernel(nodes: Iterable[fx.Node], kernel: str) -> None:

@@ -156,6 +156,7 @@ def explanation_of(transformed: Transformed, inputs: Sequence[Any], machine: Mac
         after="",
         passes=pass_runs(transformed),
         machine=on,
+        rated_kernels=transformed.choice.kernels,
         work=work(transformed, sites, on),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -152,6 +152,8 @@ class Explanation:
     """The plan of a model on `world_size` ranks. `print` it, or read its fields; `to_dict` for JSON.
 
     Attributes:
+        rated_kernels: the kernels at whose rates the estimates are; on GPUs that are not here those of torch, and
+            nvidia-cudnn-frontend for documents and windows.
         before, analysed, after: the graph as code: as it was captured, with its attentions found, and of every rank.
         graphs: the graph behind each pass that changed something, if it was asked for.
         backward: the graph of backward as code, with the shapes that a rank has, if it was asked for; '' where there is none.
@@ -178,6 +180,7 @@ class Explanation:
     memory: Ledger | None = None
     analysed: str = ""
     machine: Machine | None = None
+    rated_kernels: tuple[str, ...] = ()
     work: Work | None = None
     graphs: Mapping[str, str] = field(default_factory=dict)
     backward: str = ""
@@ -330,7 +333,7 @@ class Explanation:
             for key, seconds in sorted(self.estimates.items(), key=lambda item: item[1])
         ]
         title = "estimated attention time of a step, slowest rank"
-        return ["", title, *table(("layout", "strategy", "ms", ""), rows), *rates(self.machine)]
+        return ["", title, *table(("layout", "strategy", "ms", ""), rows), *rates(self.machine, self.rated_kernels)]
 
     def _work_lines(self) -> list[str]:
         if self.work is None:
@@ -372,13 +375,16 @@ def margin(seconds: float, least: float) -> str:
     return f"{more:.0%} more" if more >= 0.005 else "as much" if more > -0.005 else f"{-more:.0%} less"
 
 
-def rates(machine: Machine | None) -> list[str]:
-    """Return what the estimates assume."""
+def rates(machine: Machine | None, kernels: Sequence[str]) -> list[str]:
+    """Return what the estimates assume, the rates of the kernels included."""
     if machine is None:
         return [f"(on CPUs, at {CPU[0] / 1e9:.0f} GFLOP/s and {BYTES['cpu'] / 1e9:.0f} GB/s between them)"]
-    (forward, backward), (forward2, backward2) = machine.rates("cudnn"), machine.rates("other")
+    of_kernels = [
+        f"{forward / 1e12:.0f} TFLOP/s forward and {backward / 1e12:.0f} backward with {name}"
+        for name in kernels
+        for forward, backward in [machine.rates(name)]
+    ]
     return [
-        f"(on {machine.name}, {machine.ranks_of_host} of a host: {forward / 1e12:.0f} TFLOP/s forward and {backward / 1e12:.0f} "
-        f"backward with cudnn, {forward2 / 1e12:.0f} and {backward2 / 1e12:.0f} with other kernels,",
+        f"(on {machine.name}, {machine.ranks_of_host} of a host: {', '.join(of_kernels)},",
         f" {machine.symmetric / 1e9:.0f} GB/s between GPUs of a host, {machine.network / 1e9:.0f} beyond; {machine.source})",
     ]

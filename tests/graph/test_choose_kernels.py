@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from cpcompile.choose.kernels import (
 )
 from cpcompile.errors import ConfigError
 from cpcompile.runtime import kernels
-from cpcompile.runtime.kernels import Kernel
+from cpcompile.runtime.kernels import Case, Kernel, cudnn, cudnn_varlen, flash
 from tests.graph.small_models import TinyLM, batch, planned
 
 
@@ -66,12 +67,29 @@ def test_kernels_of_a_canonical_attention() -> None:
     assert (likely_kernel(node, "auto"), likely_kernel(node, "flash")) == ("cpu_flash", "flash")
 
 
-def test_a_model_without_memory_is_planned_for_the_fastest_kernel() -> None:
+def test_a_model_without_memory_is_planned_for_torch_and_the_recommended_package() -> None:
     with torch.device("meta"):
         model = TinyLM()
     (node,) = attention_nodes(planned(model, {name: x.to("meta") for name, x in batch().items()}).analysed)
-    assert (likely_kernel(node, "auto"), chosen_kernels(node, "auto")) == (kernels.KERNELS[0].name, ())
+    assert (likely_kernel(node, "auto"), chosen_kernels(node, "auto")) == ("cudnn", ())
     refuse_unable_kernel([node], "cudnn")
+
+
+def test_documents_cost_what_the_kernel_costs_that_takes_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    (node,) = attention_nodes(planned(Packed(), packed()).analysed)
+    assert likely_kernel(node, "auto") == "cpu_flash"
+    (case,) = cases_of(node)
+    assert case.features == {"causal", "documents"}
+    # FlashAttention 4 is faster at one sequence, and leaves documents to cuDNN.
+    everywhere = [replace(k, limits=lambda case: "") for k in (flash.FLASH4, cudnn.KERNEL, cudnn_varlen.KERNEL)]
+    monkeypatch.setattr(kernels, "KERNELS", tuple(everywhere))
+    monkeypatch.setattr(flash, "is_installed", lambda module: True)
+    kernels.choose.cache_clear()
+    for device in ("cuda", "meta"):
+        on_gpu = Case(device, torch.bfloat16, 64, 64, case.features)
+        monkeypatch.setattr("cpcompile.choose.kernels.cases_of", lambda node, case=on_gpu: (case,))
+        assert likely_kernel(node, "auto") == "cudnn_varlen"
+    kernels.choose.cache_clear()
 
 
 def test_all_attentions_that_a_kernel_cannot_compute_are_named() -> None:

@@ -31,13 +31,15 @@ from cpcompile.runtime.kernels import (
     triton,
 )
 from cpcompile.runtime.kernels.block import Block
-from cpcompile.runtime.kernels.case import FEATURES, Case, Kernel, KernelError, features
+from cpcompile.runtime.kernels.case import FEATURES, FORMS, Case, Kernel, KernelError, features
 from cpcompile.runtime.kernels.merge import accumulation_dtype
 
 __all__ = [
     "FEATURES",
+    "FORMS",
     "KERNELS",
     "NAMES",
+    "ON_HOPPER",
     "Case",
     "Kernel",
     "KernelChoice",
@@ -70,6 +72,8 @@ KERNELS: tuple[Kernel, ...] = (
     cpu.KERNEL,
     math.KERNEL,
 )
+# What a plan counts on for GPUs that are not here: torch and nvidia-cudnn-frontend, which is recommended.
+ON_HOPPER: tuple[Kernel, ...] = (cudnn.KERNEL, cudnn_varlen.KERNEL, triton.KERNEL, math.KERNEL)
 MEASURED_DIM = 128  # head dims up to which the Triton kernels were seen to be faster than FlashAttention 2
 NAMES: tuple[str, ...] = tuple(kernel.name for kernel in KERNELS)
 
