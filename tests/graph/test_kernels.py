@@ -911,6 +911,20 @@ def test_an_old_package_of_cudnn_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     cudnn_varlen._is_old.cache_clear()
 
 
+@pytest.mark.usefixtures("hopper")
+def test_tall_blocks_are_cut_for_those_who_count_from_the_last_key_alone() -> None:
+    window = Block(SCALE, low=-40, high=0)
+
+    def num_calls(kernel: str) -> int:
+        return len(kernels.known_calls(window, kernel, 100, 70, "cuda", torch.bfloat16, 64, 64))
+
+    assert {name: num_calls(name) for name in ("triton", "efficient", "flash")} == {
+        "triton": 1,
+        "efficient": 1,
+        "flash": 3,
+    }
+
+
 def test_plans_serve_all_sizes_up_to_few() -> None:
     shapes = [torch.Size((20000, heads, dim)) for heads, dim in ((4, 16), (2, 16), (2, 8))]
 

@@ -202,8 +202,12 @@ def known_calls(
     if kernel == "auto" and block.is_varied:
         parts = [x for part in parts for x in _of_known_sizes(part, case_of)]
         asked = "auto"
+
+    def as_its_kernel_counts(part: adapt.Part) -> list[adapt.Part]:
+        return adapt.by_reach(part) if choose(case_of(part.block), asked).kernel.is_cut_by_reach else [part]
+
     found = []
-    for part in chain.from_iterable(map(adapt.by_reach, parts)):
+    for part in chain.from_iterable(map(as_its_kernel_counts, parts)):
         case = case_of(part.block)
         chosen = choose(case, asked).kernel
         is_whole, is_dense = part.is_whole(rows, columns), chosen.needs_dense_mask(case)

@@ -103,6 +103,7 @@ class Kernel:
             what is computed.
         dims: the head dims of q and v that it is to get instead of those of the case; the rest is filled with zeros.
         avoids: why `auto` leaves a case to others although this kernel can compute it; '' when it does not.
+        is_cut_by_reach: blocks of more rows than columns reach it as `adapt.by_reach` cuts them.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Kernel:
     takes: frozenset[str]
     dims: Callable[[Case], tuple[int, int]] = _dims_as_they_are
     avoids: Callable[[Case], str] = _nothing
+    is_cut_by_reach: bool = False
 
     def refuses(self, case: Case) -> str:
         """Return why this kernel cannot compute a case, or ''."""

@@ -170,7 +170,7 @@ def _provider(name: str, find: Callable[[], tuple[Any, Any]], limits: Callable[[
     ) -> tuple[Tensor, Tensor, Tensor]:
         return run_backward(find()[1], dout, q, k, v, out, lse, block)
 
-    return Kernel(name, forward, backward, limits, frozenset(takes), equal_dims)
+    return Kernel(name, forward, backward, limits, frozenset(takes), equal_dims, is_cut_by_reach=True)
 
 
 def _bundled() -> tuple[Any, Any]:

@@ -88,6 +88,7 @@ FLASH_ATTN = Kernel(
     limits_of(256, Package("flash_attn.flash_attn_interface", "flash-attn")),
     frozenset(("causal", "window", "band", "lengths", "softcap", "deterministic")),
     equal_dims,
+    is_cut_by_reach=True,
 )
 
 
