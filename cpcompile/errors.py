@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import linecache
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import fx
+if TYPE_CHECKING:
+    from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-TORCH = str(Path(torch.__file__).parent)
+# Found without importing it: a help text needs errors, and not torch.
+TORCH = str(Path(getattr(importlib.util.find_spec("torch"), "origin", "") or "").parent)
 
 
 DOCS = "docs"  # the documentation: the folder of the repository, until its site has an address

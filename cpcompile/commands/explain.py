@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,10 +14,11 @@ from cpcompile.choose.machine import MACHINES, machine_named, this_machine
 from cpcompile.commands.guard import guard
 from cpcompile.commands.options import NOT_OF_A_PLAN, takes_config
 from cpcompile.commands.target import BatchSize, InnerSize, Length, Target, WorldSize, shape_of
-from cpcompile.inspect.explanation import Explanation
-from cpcompile.inspect.longest_sequence import MOST, longest_sequence
 from cpcompile.inspect.output_file import check_output
 from cpcompile.inspect.text import size
+
+if TYPE_CHECKING:
+    from cpcompile.inspect.explanation import Explanation
 
 
 class Graph(str, Enum):
@@ -103,6 +104,8 @@ def explain(
             typer.echo("\n" + beside_one_device(plan, cpcompile.explain(model, inputs, memory=True, **options | ONE)))
         room = device_memory * 2**30 or (machine or this_machine()).memory * longest
         if room:
+            from cpcompile.inspect.longest_sequence import MOST, longest_sequence
+
             found = longest_sequence(model, inputs, device_bytes=int(room), **options)
             at_least = "at least " if found.tokens >= MOST else ""
             text = f"{at_least}{found.tokens} tokens" if found.tokens else "not even 1024 tokens a rank"

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from cpcompile.errors import ConfigError, CPError
@@ -40,6 +39,8 @@ def shape_of(target: str, length: int, batch_size: int) -> tuple[Any, Mapping[st
         config = transformers.AutoConfig.from_pretrained(target)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{target}: no model of transformers: {error}") from error
+    import torch
+
     config.use_cache = False
     dtype = getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
@@ -56,6 +57,8 @@ def load_target(
         ConfigError: `target` names neither a model folder nor a factory, or a model whose inputs are unknown; the factory
             fails, or makes inputs of its own length although the user asked for one.
     """
+    import torch
+
     torch.manual_seed(seed)
     taken: dict[str, int] = {}
     if Path(target).exists():
@@ -91,6 +94,8 @@ def inputs_of(model: Any, target: str, length: int, batch_size: int, seed: int =
     Raises:
         ConfigError: it is no language model.
     """
+    import torch
+
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is None:
         raise ConfigError(f"{target}: the inputs of this model are unknown; let the factory return (model, inputs).")

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from cpcompile.choose.machine import Machine, tuned_file
 from cpcompile.commands.guard import guard
 from cpcompile.errors import ConfigError
-from cpcompile.inspect.measure import measured_machine
 
 
 def tune(
@@ -30,6 +28,10 @@ def tune(
     """
 
     def run() -> None:
+        import torch
+
+        from cpcompile.inspect.measure import measured_machine
+
         if not torch.cuda.is_available():
             raise ConfigError("tune measures GPUs, and torch sees none here. explain --device h100 needs none.")
         found = measured_machine(length, network * 1e9, report=lambda text: typer.echo(text, err=True))

@@ -152,11 +152,11 @@ class Explanation:
     """The plan of a model on `world_size` ranks. `print` it, or read its fields; `to_dict` for JSON.
 
     Attributes:
-        rated_kernels: the kernels at whose rates the estimates are; on GPUs that are not here those of torch, and
-            nvidia-cudnn-frontend for documents and windows.
         before, analysed, after: the graph as code: as it was captured, with its attentions found, and of every rank.
         graphs: the graph behind each pass that changed something, if it was asked for.
         backward: the graph of backward as code, with the shapes that a rank has, if it was asked for; '' where there is none.
+        rated_kernels: the kernels at whose rates the estimates are; on GPUs that are not here those of torch, and
+            nvidia-cudnn-frontend for documents and windows.
     """
 
     world_size: int

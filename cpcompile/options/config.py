@@ -7,26 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from cpcompile import _torch
-from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, group_size, is_of_groups, without_groups
+from cpcompile import names
 from cpcompile.errors import ConfigError
 from cpcompile.options.checking import check_types, did_you_mean
 from cpcompile.options.documents import Source
-from cpcompile.runtime.attention.catalogue import STRATEGIES
-from cpcompile.runtime.kernels import NAMES
-from cpcompile.runtime.tiles import loss_providers
-from cpcompile.runtime.transport.choice import TRANSPORTS
 
+# torch is imported when a config is made, and not where its options are described, in the help of the command line.
 MEMORY = re.compile(r"fit(?::(\d+(?:\.\d+)?))?")  # the GiB, if any
-INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "strategy": ("auto", *STRATEGIES),
-    "balancer": ("auto", *LAYOUTS, *DOCUMENT_LAYOUTS),
-    "kernel": ("auto", *NAMES),
-    "transport": TRANSPORTS,
-    "inner": INNER_COMPILERS,
+    "strategy": ("auto", *names.STRATEGIES),
+    "balancer": ("auto", *names.BALANCERS),
+    "kernel": ("auto", *names.KERNELS),
+    "transport": names.TRANSPORTS,
+    "inner": names.INNER_COMPILERS,
     "outputs": ("local", "full"),
-    "loss_provider": ("auto", *loss_providers.NAMES),
+    "loss_provider": ("auto", *names.LOSS_PROVIDERS),
     "logits": ("auto", "keep"),
     "offload": ("none", "inputs", "all"),
     "grad_sync": ("sum", "mean", "none"),
@@ -160,6 +155,8 @@ class Config:
     check_finite: bool = False
 
     def __post_init__(self) -> None:
+        from cpcompile.balance.layout import is_of_groups
+
         check_types(self)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -200,7 +197,7 @@ class Config:
             raise ConfigError(
                 f"loss_chunk={self.loss_chunk} is not a number of tokens: 0 computes the loss of all at once."
             )
-        if not self.loss_chunk and self.loss_provider not in ("auto", loss_providers.OWN):
+        if not self.loss_chunk and self.loss_provider not in ("auto", names.LOSS_PROVIDERS[0]):
             raise ConfigError(
                 f"loss_provider={self.loss_provider!r} computes a loss without having all logits, and loss_chunk=0 asks for all "
                 "at once: leave loss_chunk out."
@@ -222,6 +219,8 @@ class Config:
             )
 
     def _check_inductor(self) -> None:
+        from cpcompile import _torch
+
         if (self.mode or self.inner_options) and self.inner != "inductor":
             raise ConfigError(
                 f"mode and inner_options are Inductor's, and the graph is compiled by inner={self.inner!r}: use inner='inductor'."
@@ -257,6 +256,8 @@ class Config:
     @property
     def inductor_options(self) -> dict[str, Any]:
         """Inductor's options: those of the mode, and those that were given."""
+        from cpcompile import _torch
+
         return {**(_torch.options_of_mode(self.mode) if self.mode else {}), **self.inner_options}
 
     @property
@@ -276,6 +277,8 @@ class Config:
         Raises:
             ConfigError: it is not.
         """
+        from cpcompile.balance.layout import group_size, without_groups
+
         if self.strategy == "usp" and not inner_size:
             raise ConfigError(
                 "strategy='usp' exchanges heads along one axis and computes ring attention along another: pass a mesh with both, "

@@ -18,13 +18,17 @@ import typer.main
 from typer.testing import CliRunner
 
 import cpcompile
-from cpcompile import cli
+from cpcompile import cli, names
+from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS
 from cpcompile.cli import app
 from cpcompile.commands import verify as command
 from cpcompile.commands.explain import app as explain_app
 from cpcompile.errors import NoRule
 from cpcompile.inspect import sweep
 from cpcompile.options.config import CHOICES
+from cpcompile.runtime import kernels
+from cpcompile.runtime.attention.catalogue import STRATEGIES
+from cpcompile.runtime.tiles import loss_providers
 from tests.train_support import save_tiny_llama
 
 FACTORY = """
@@ -79,6 +83,21 @@ def test_train_has_the_choices_of_config() -> None:
     for name, offered in (("strategy", cli.Strategy), ("kernel", cli.Kernel), ("inner", cli.Inner)):
         assert {"auto", *CHOICES[name]} == {choice.value for choice in offered}
     assert CHOICES["balancer"] == cli.BALANCERS
+
+
+def test_names_are_those_of_what_bears_them() -> None:
+    assert tuple(STRATEGIES) == names.STRATEGIES
+    assert (*LAYOUTS, *DOCUMENT_LAYOUTS) == names.BALANCERS
+    assert kernels.NAMES == names.KERNELS
+    assert (loss_providers.OWN, *loss_providers.PROVIDERS) == names.LOSS_PROVIDERS
+
+
+@pytest.mark.parametrize("command", ["explain", "verify", "diff", "tune", "plot", "explain-profile", "train"])
+def test_help_needs_no_torch(command: str) -> None:
+    help_text = f"from cpcompile.cli import app\ntry: app(['{command}', '--help'])"
+    run = f"import sys\n{help_text}\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_an_error_is_its_message_and_exit_code_2(tmp_path: Path) -> None:

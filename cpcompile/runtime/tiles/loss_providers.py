@@ -182,7 +182,6 @@ PROVIDERS = {
     "liger": Provider(liger_cross_entropy, _liger_limits, _rows_of_liger),
     "cut_cross_entropy": Provider(cut_cross_entropy, _cut_limits, lambda *sizes: 0),
 }
-NAMES = (OWN, *PROVIDERS)
 # What `auto` takes the first of that can: those that were measured faster than ours (benchmarks/loss.py), which can always.
 BY_SPEED: tuple[str, ...] = (OWN,)
 

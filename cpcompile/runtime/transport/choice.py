@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from cpcompile._torch import resolve_group, shares_gpus
+from cpcompile.names import TRANSPORTS
 from cpcompile.runtime.transport.symmetric import GRANULE, CudaDevice, Device, Lane
 from cpcompile.runtime.transport.transfer import Ring
 
 T = TypeVar("T")
-TRANSPORTS = ("auto", "symmetric", "p2p")
 DEVICES: dict[str, Callable[[torch.device], Device]] = {"cuda": CudaDevice}
 
 _log = logging.getLogger(__name__)
