@@ -35,7 +35,7 @@ from cpcompile.rules.loops import READS_A_FEW, is_loop, placement_in_loop, reads
 from cpcompile.rules.own_backward import place_incoming, place_own_gradient
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
-from cpcompile.rules.refusals import DECLARE
+from cpcompile.rules.refusals import DECLARE, first_of
 from cpcompile.rules.scan import SCANS
 
 aten, cp = torch.ops.aten, torch.ops.cpcompile
@@ -60,8 +60,14 @@ def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
     Gives: the annotation `placement` of every node, and operands as the rules of `cpcompile.rules` want them.
     """
     placer = Placer(gm, plan, Lengths.insert(gm, plan))
-    for node in list(gm.graph.nodes):
-        placer.place(node)
+    try:
+        for node in list(gm.graph.nodes):
+            placer.place(node)
+    except Exception:
+        if not placer.refused:  # what comes behind a refusal may fail for its sake
+            raise
+    if placer.refused:
+        raise first_of(placer.refused)
     if not placer.resharder.num_shards and placer.joined.regrouper.unknown is not None:
         raise placer.joined.regrouper.unknown
     return placer.resharder.num_shards
@@ -84,6 +90,7 @@ class Placer:
         self.joined = JoinedTokens(Joiner(self.resharder), self.localiser)
         self.exchanger = Exchanger(self.resharder)
         self.num_given = len(Lengths.all_of(gm))  # sequences of inputs; those that come are made of them
+        self.refused: list[NoRule] = []  # the walk goes on behind them, on whole operands, to find all
         self.replaced: set[fx.Node] = set()
         self.picked: dict[fx.Node, Step] = {}  # operators on rows that masks pick
         self.regions = {region.nodes[0]: region for region in regions_of(gm)}
@@ -202,7 +209,7 @@ class Placer:
             if depends_on_length(node):
                 raise LengthDependent(str(error)) from None
             if self.plan.strict:
-                raise
+                self.refused.append(error)
             self._gather_operands(node, str(error).partition(".\n")[0])
 
     def _place_by_rule(self, node: fx.Node, call: Call) -> None:
@@ -482,13 +489,15 @@ class Placer:
                 continue
             if isinstance(placement, Partial):
                 node.replace_input_with(operand, self.resharder.reduce(operand))
-            elif not self.plan.strict:
-                node.replace_input_with(operand, self.resharder.gather(operand, f"{node.target}"))
             else:
+                node.replace_input_with(operand, self.resharder.gather(operand, f"{node.target}"))
+            if isinstance(placement, Sharded) and self.plan.strict:
                 remedy = CONDITION_REMEDY if node.target is torch.ops.higher_order.cond else "Move it out of the model"
-                raise NoRule(
-                    f"no rule for {node.target} on an operand that is {placement}.\n\n{where(node)}\n\n"
-                    f"{remedy}, or pass strict=False to gather its operands."
+                self.refused.append(
+                    NoRule(
+                        f"no rule for {node.target} on an operand that is {placement}.\n\n{where(node)}\n\n"
+                        f"{remedy}, or pass strict=False to gather its operands."
+                    )
                 )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed._functional_collectives
 
+from cpcompile.errors import NoRule
 from cpcompile.ir.operator_call import Call
 from cpcompile.ir.placement import Sharded
 from cpcompile.rules import counts, reduction  # noqa: F401  (the rules that are extended here)
@@ -111,3 +113,23 @@ def _enter_collectives() -> None:
 
 _enter()
 _enter_collectives()
+
+
+MOST_NAMED = 8  # refusals beside the first
+
+
+def first_of(refused: Sequence[NoRule]) -> NoRule:
+    """Return the first refusal, with a note of the others; those of equal layers are one."""
+    first, others = refused[0], Counter(map(_in_a_line, refused[1:]))
+    if others:
+        named = [f"  {text}" + (f", {n} times" if n > 1 else "") for text, n in others.most_common(MOST_NAMED)]
+        more = [f"  and {len(others) - MOST_NAMED} more"] if len(others) > MOST_NAMED else []
+        first.add_note("\n".join(["Refused as well, if the line above stays as it is:", *named, *more]))
+    return first
+
+
+def _in_a_line(error: NoRule) -> str:
+    """Return the reason of a refusal and its line, without the module, which differs between layers."""
+    reason, _, rest = str(error).partition("\n\n")
+    *source, place = rest.partition("\n")[0].split()
+    return f"{reason} {' '.join(source)} {place}"

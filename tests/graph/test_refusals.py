@@ -75,6 +75,20 @@ def test_operator_along_tokens(function: Callable[[Tensor], Tensor], line: str, 
     assert "register a rule for this case (cpcompile.rules.rule)" in text
 
 
+def test_all_refusals_are_named_at_once() -> None:
+    def twice(x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + torch.linalg.qr(x)[0]
+        return x + x.median()
+
+    with pytest.raises(NoRule, match=r"aten.linalg_qr.default") as caught:
+        explain(Applied(twice), IDS, world_size=2)
+    (others,) = [note for note in caught.value.__notes__ if note.startswith("Refused as well")]
+    _, again, other = others.splitlines()
+    assert "x = x + torch.linalg.qr(x)[0]" in again and again.endswith(", 2 times")
+    assert "needs the order of all tokens by value" in other and "x.median() test_refusals.py:" in other
+
+
 def test_rows_that_hold_parts_of_two_sequences() -> None:
     inputs = {"input_ids": torch.arange(18).view(2, 9) % 8}
     text = refused(Applied(lambda x: x.reshape(3, 6, 8)), inputs)
