@@ -321,6 +321,7 @@ class Placer:
             if old is None:
                 continue
             assert annotation(new).is_local or new.op != "call_function", "a lowering returns nodes of its own"
+            assert new.meta["val"].dtype == old.meta["val"].dtype, f"{node.target} becomes {new.meta['val'].dtype}"
             new.meta["val"] = old.meta["val"]
             annotate(new, placement=placement, origin=annotation(old).origin or old.name, is_local=False)
             old.replace_all_uses_with(new)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from cpcompile.ir.operator_call import Call, expression
+from cpcompile.ir.operator_call import Call, expression, size_hint
 from cpcompile.ir.placement import FULL, Sharded
 from cpcompile.rules import dims, reduction  # noqa: F401  (the rules that are extended here)
 from cpcompile.rules.along_tokens import added_up, addend_of, along_tokens, before_end, holds_tokens_only, moved
@@ -105,12 +105,14 @@ def select(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision
 
 @along_tokens(aten.gather.default, aten.index_select.default)
 def look_up(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
-    """the owners of the tokens that are looked up send them to all ranks"""
+    """the owners of the tokens that are looked up send them to all ranks, or all tokens where these are fewer"""
     if set(operands) != {"self"} or not is_short(call, "index", length):
         return None
     at = operands["self"]
     if at.dim != call.dim("dim", "self") or not at.covers_all or not holds_tokens_only(call, "self", at, length):
         return None
+    if size_hint(call.result.numel()) > size_hint(call.tensor("self").numel()):
+        return Decision({"self": FULL, "index": FULL}, (FULL,), gathers=frozenset({"self"}))
     is_gather = call.target is aten.gather.default
 
     def lower(writer: Lowering) -> Sequence[fx.Node]:
@@ -126,7 +128,7 @@ def look_up(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decisio
 
 @along_tokens(aten.index.Tensor)
 def index(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision | None:
-    """the owners of the tokens that are looked up send them to all ranks"""
+    """the owners of the tokens that are looked up send them to all ranks, or all tokens where these are fewer"""
     at = operands.get("self")
     if at is None or len(operands) > 1 or not at.covers_all or not holds_tokens_only(call, "self", at, length):
         return None
@@ -135,6 +137,8 @@ def index(call: Call, operands: Mapping[str, Sharded], length: Any) -> Decision 
     are_numbers = all(call.tensor(name).dtype not in (torch.bool, torch.uint8) for name in names)
     if at.dim not in given or not are_numbers or not all(is_short(call, name, length) for name in names):
         return None
+    if size_hint(call.result.numel()) > size_hint(call.tensor("self").numel()):
+        return Decision({"self": FULL, **dict.fromkeys(names, FULL)}, (FULL,), gathers=frozenset({"self"}))
     is_run = given == list(range(given[0], given[0] + len(given)))
     num_behind = len(call.shape("self")) - (given[-1] + 1 if is_run else len(given))
 
@@ -153,6 +157,8 @@ def of_owner(writer: Lowering, slot: fx.Node, found: fx.Node, num_behind: int) -
     own = writer.insert(aten.ge.Scalar, slot, 0)
     for _ in range(num_behind):
         own = writer.insert(aten.unsqueeze.default, own, -1)
+    if found.meta["val"].dtype == torch.bool:
+        return writer.insert(aten.logical_and.default, own, found)
     return writer.insert(aten.where.ScalarOther, own, found, 0)
 
 

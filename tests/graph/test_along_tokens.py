@@ -100,6 +100,23 @@ def is_last_positive(x: Tensor) -> Tensor:
     return torch.where((x > 0)[:, -1], x[:, 2], 1.0)
 
 
+def truths_looked_up(x: Tensor) -> Tensor:
+    """Truth values are added as numbers, where a rank has the token that is asked for."""
+    few = torch.tensor([6, 0, 6], device=x.device)
+    flags = x > 0
+    chosen = flags[:, few] | flags.index_select(1, few) & flags.gather(
+        1, few[None, :, None].expand(x.shape[0], 3, x.shape[2])
+    )
+    return x * (1.0 + chosen.to(x.dtype).sum(1, keepdim=True))
+
+
+def looked_up_more_often_than_there_are_tokens(x: Tensor) -> Tensor:
+    """A table of blocks that each token of a mask reads: the table is gathered."""
+    places = torch.arange(200, device=x.device) % 7
+    read = (x > 0)[:, places].to(x.dtype) + x.index_select(1, places).tanh()
+    return x * (read * torch.arange(200, dtype=x.dtype, device=x.device)[:, None]).mean(1, keepdim=True)
+
+
 def twice_shifted(x: Tensor) -> Tensor:
     """The second pad puts new tokens in slots that the first cut freed."""
     return x * F.pad(F.pad(x[:, 2:], (0, 0, 1, 0), value=3.0), (0, 0, 1, 0), value=5.0)
@@ -241,6 +258,8 @@ FUNCTIONS = [
     looked_up,
     first_apart,
     is_last_positive,
+    truths_looked_up,
+    looked_up_more_often_than_there_are_tokens,
     twice_shifted,
 ]
 
@@ -272,3 +291,9 @@ def test_exact(function: Callable[[Tensor], Tensor], world_size: int, layout: st
         model, {"input_ids": ids}, world_size=world_size, dtype=torch.float64, balancer=layout, dynamic=dynamic
     )
     found.raise_if_wrong()
+
+
+def test_truth_values_that_are_looked_up() -> None:
+    """Each rank once took its own part of them for the whole."""
+    for function in (truths_looked_up, looked_up_more_often_than_there_are_tokens):
+        test_exact(function, 3, "contiguous", 20, dynamic=True)
