@@ -66,8 +66,7 @@ def place_tokens(gm: fx.GraphModule, *, plan: Plan) -> int:
     except Exception:
         if not placer.refused:  # what comes behind a refusal may fail for its sake
             raise
-    if placer.refused:
-        raise first_of(placer.refused)
+    placer.refuse()
     if not placer.resharder.num_shards and placer.joined.regrouper.unknown is not None:
         raise placer.joined.regrouper.unknown
     return placer.resharder.num_shards
@@ -94,6 +93,15 @@ class Placer:
         self.replaced: set[fx.Node] = set()
         self.picked: dict[fx.Node, Step] = {}  # operators on rows that masks pick
         self.regions = {region.nodes[0]: region for region in regions_of(gm)}
+
+    def refuse(self) -> None:
+        """Refuse what could not stay sharded.
+
+        Raises:
+            NoRule: the first of it, with a note of the others.
+        """
+        if self.refused:
+            raise first_of(self.refused)
 
     def place(self, node: fx.Node) -> None:
         """Give `node` its placement; localise what it needs."""

@@ -163,6 +163,7 @@ class Program:
         placer = self.placer()
         for node in (self.node, *(self.outputs if self.is_tuple else ())):
             placer.place(node)
+        placer.refuse()
         rewrite_reductions(self.gm, plan=placer.plan)
         rewrite_attention(self.gm, plan=placer.plan)
 
