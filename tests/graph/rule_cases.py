@@ -558,6 +558,8 @@ def index(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(B, s, D), [integers(s, high=B), None, integers(s, high=D)]))
     yield Case(target, (x(B, s, D), [None, x(s) > 0.4]))
     yield Case(target, (x(s, D), [integers(1, high=s)]))
+    yield Case(target, (x(B, s, D) > 0.4, [None, integers(s + 1, high=s)]))
+    yield Case(target, (x(s, D) > 0.4, [integers(1, high=s)]))
 
 
 @cases(aten.index_select.default)
@@ -565,6 +567,8 @@ def index_select(target: Any, s: int) -> Iterator[Case]:
     yield Case(target, (x(7, D), 0, integers(s, high=7)))
     yield Case(target, (x(B, s, 5), -1, integers(3, high=5)))
     yield Case(target, (x(B, s, 5), 1, integers(s, high=s)))
+    yield Case(target, (x(B, s, 5) > 0.4, 1, integers(1, high=s)))
+    yield Case(target, (x(B, s, 5), 1, integers(s + 1, high=s)))
 
 
 @cases(aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format)
