@@ -50,7 +50,8 @@ def keep_parameter(parameter: fx.Node) -> None:
     readers = list(parameter.users)
     if not readers:
         return
-    first = min(readers)
+    # The first reader may be where gradients are off.
+    first = next(node for node in parameter.graph.nodes if node.op != "placeholder")
     bare = insert_call(first, aten.detach.default, parameter)
     kept = keep_copy(first, bare)
     zero = insert_call(first, aten.sub.Tensor, parameter, bare)
