@@ -135,6 +135,11 @@ class WriteWalk:
 
     def _form(self, node: fx.Node) -> torch._ops.OpOverload:
         assert isinstance(node.target, torch._ops.OpOverload)
+        if node.target is aten.set_.source_Tensor:
+            raise NoRule(
+                f"{node.target}: x.data = y puts other memory under a tensor.\n\n{where(node)}\n\n"
+                "Write x.data.copy_(y), or move it out of the model."
+            )
         form = functional_form(node.target)
         if form is None or (is_view_in_place(node) and form._schema.returns[0].alias_info is None):
             raise NoRule(refusal(node, "it writes, and there is no operator that returns what it writes"))

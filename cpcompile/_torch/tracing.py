@@ -25,7 +25,7 @@ from cpcompile._torch import functorch
 from cpcompile._torch.functorch import TransformError as TransformError
 from cpcompile._torch.own_backward import is_own_function, run_own_function
 
-_DATA = torch._C._autograd._get_data_attr  # x.data
+_DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # x.data
 _DATA_KEY = "cpcompile_data"
 
 

@@ -191,7 +191,7 @@ def warn_of_nothing_moved(offload: str) -> None:
 
 
 def finish_graph(graph: fx.GraphModule, summed: Sequence[int], site: int) -> None:
-    """Have the graph sum the gradients of its inputs `summed`, and return what it writes to parameters and where documents begin."""
+    """Have the graph sum the gradients of its inputs `summed`, and return what it writes to parameters and document bounds."""
     return_parameter_writes(graph)
     keep_overwritten(graph)
     names = [node.name for node in placeholders(graph)]

@@ -38,8 +38,9 @@ def return_parameter_writes(graph: fx.GraphModule) -> int:
     writes = parameter_writes(graph)
     for write in writes.values():
         parameter, value = write.args
-        value = insert_call(output, aten.detach.default, value)
-        output.args = ((*output.args[0], value),)
+        assert isinstance(parameter, fx.Node)
+        written = insert_call(output, aten.detach.default, value)
+        output.args = ((*output.args[0], written),)
         graph.graph.erase_node(write)
         keep_parameter(parameter)
     return len(writes)

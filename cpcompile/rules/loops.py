@@ -27,6 +27,7 @@ READS_A_FEW = {aten.select.int, aten.slice.Tensor}
 MAX_READS = 16
 JOINERS = {aten.stack.default, *JOINS}
 
+
 def reads_of(operand: fx.Node, dim: int) -> list[fx.Node]:
     """Return what reads single tokens of a value along a dim."""
     reads = [user for user in operand.users if user.target in READS_A_FEW]

@@ -47,7 +47,9 @@ def train(rank: Any, inner: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "inner", ["eager", *(pytest.param(x, marks=pytest.mark.slow) for x in ("aot_eager", "inductor"))]
+)
 def test_trains_exactly(pool: Any, inner: str) -> None:
     for found in pool.run(2, train, inner, timeout=250):
         worst = max(found, key=found.__getitem__)
