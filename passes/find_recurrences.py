@@ -16,11 +16,11 @@ from torch import fx
 
 from cpcompile import runtime  # noqa: F401  (registers the operator)
 from cpcompile.analysis.masks.read import Reader
-from cpcompile.analysis.patterns.affine_loops import FEWEST, counts_of_turns, loop_for_all_turns
+from cpcompile.analysis.patterns.affine_loops import FEWEST, Found, counts_of_turns, loop_for_all_turns
 from cpcompile.analysis.patterns.decays import recurrence_of_product
 from cpcompile.analysis.patterns.nodes import value_numbers
 from cpcompile.analysis.patterns.turns import JOINERS
-from cpcompile.ir.insertion import replace_uses
+from cpcompile.ir.insertion import insert_call, replace_uses
 from cpcompile.ir.operator_call import Call
 
 aten = torch.ops.aten
@@ -41,14 +41,34 @@ def find_recurrences(gm: fx.GraphModule) -> int:
         return numbers.setdefault(node, len(numbers))  # what an earlier recurrence left has none yet
 
     counts = counts_of_turns(gm.graph, number) if may_be_loops else set()
+    loops = []
     for node in nodes:
         new = None
         if node.target in PRODUCTS:
             new = recurrence_of_product(node, reader)
         elif node.target in JOINERS and len(Call.of(node)["tensors"]) in counts:
-            new = loop_for_all_turns(node, reader, number)
+            found = loop_for_all_turns(node, reader, number)
+            if found is not None:
+                new = found.joined
+                loops.append(found)
         if new is not None:
             replace_uses(node, new)
             gm.graph.erase_node(node)
             count += 1
+    if loops:
+        gm.graph.eliminate_dead_code()
+    for loop in loops:
+        read_last_turn(loop)
     return count
+
+
+def read_last_turn(loop: Found) -> None:
+    """Let what a loop leaves be read from what its turns compute, if nothing else of the loop is read any more."""
+    alive = [node for node in loop.nodes if node.users and not loop.nodes.issuperset(node.users)]
+    if any(node not in loop.last for node in alive):
+        return
+    for node in alive:
+        of_all, behind = loop.last[node], [user for user in node.users if user not in loop.nodes]
+        if all(of_all < user for user in behind):
+            entry = insert_call(of_all.next, aten.select.int, of_all, 0, -1)
+            replace_uses(node, entry)

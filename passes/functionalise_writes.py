@@ -9,11 +9,13 @@ after   q = aten.new_empty(x, [2, 8, 6]); q_1 = aten.slice_scatter(q, a, 2, 0, 4
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from cpcompile import _torch
 from cpcompile.capture.writes.aliases import (
     hidden_writes,
     is_view_in_place,
@@ -25,10 +27,10 @@ from cpcompile.capture.writes.aliases import (
 from cpcompile.capture.writes.functional import DRAWS, functional_form
 from cpcompile.capture.writes.values import Values, is_leaf
 from cpcompile.capture.writes.views import COPYING, refusal, sizes
-from cpcompile.errors import NoRule
+from cpcompile.errors import NoRule, where
 from cpcompile.ir.annotation import annotate, annotation
 from cpcompile.ir.insertion import fake_result, insert_call, keep_source
-from cpcompile.ir.operator_call import Call, is_tensor, value_of
+from cpcompile.ir.operator_call import Call, is_tensor, value_of, values_of
 
 aten = torch.ops.aten
 
@@ -68,9 +70,46 @@ class WriteWalk:
         self.values = Values(gm, self.written)
         self.last_writes: dict[fx.Node, fx.Node] = {}
         self.results: dict[fx.Node, list[fx.Node]] = {}
+        self.of_data: set[fx.Node] = set()
+        for node in gm.graph.nodes:
+            if _torch.is_data(node) or self.values.sources[node] in self.of_data:
+                self.of_data.add(node)
+        self.needed: dict[int, fx.Node] = {}  # by memory, what may read it in backward
 
     def step(self, node: fx.Node) -> None:
         """Take the node that is next in order."""
+        operands = node.all_input_nodes
+        self._step(node)
+        self._note_needed(node, operands)
+
+    def _note_needed(self, node: fx.Node, operands: Sequence[fx.Node]) -> None:
+        """Note that backward may read what an operator has read or made."""
+        is_view = self.values.sources[node] is not None and node not in self.writes
+        if is_view or not any(isinstance(x, torch.Tensor) for x in values_of(node)):
+            return
+        is_differentiable = self.values.is_differentiable(node)
+        if node in self.writes and not is_differentiable:
+            return
+        needed = [x for x in operands if is_differentiable or x not in self.of_data]
+        needed += [node] if is_differentiable and node.op == "call_function" else []
+        for memory in self.written.intersection(set().union(*map(storages, needed))):
+            self.needed.setdefault(memory, node)
+
+    def _refuse_unnoticed(self, node: fx.Node, place: fx.Node) -> None:
+        """Refuse a write to `.data` behind which backward computes with other numbers than forward did.
+
+        Raises:
+            NoRule: with both lines.
+        """
+        reader = next((self.needed[m] for m in storages(place) if m in self.needed), None)
+        if place in self.of_data and reader is not None:
+            raise NoRule(
+                f"{node.target}: it writes to the .data of a tensor that {reader.target} has used before, whose backward on one "
+                f"device would compute with what is written now, unnoticed.\n\n{where(node)}\n{where(reader)}\n\n"
+                "Write it before it is used, or behind the step of the optimizer (torch.no_grad(), out of the model)."
+            )
+
+    def _step(self, node: fx.Node) -> None:
         if node.target is torch._C._set_grad_enabled:
             self.values.is_recording = bool(node.args[0])
         elif node.target is aten.sym_size.int:
@@ -96,6 +135,11 @@ class WriteWalk:
 
     def _form(self, node: fx.Node) -> torch._ops.OpOverload:
         assert isinstance(node.target, torch._ops.OpOverload)
+        if node.target is aten.set_.source_Tensor:
+            raise NoRule(
+                f"{node.target}: x.data = y puts other memory under a tensor.\n\n{where(node)}\n\n"
+                "Write x.data.copy_(y), or move it out of the model."
+            )
         form = functional_form(node.target)
         if form is None or (is_view_in_place(node) and form._schema.returns[0].alias_info is None):
             raise NoRule(refusal(node, "it writes, and there is no operator that returns what it writes"))
@@ -103,6 +147,8 @@ class WriteWalk:
 
     def _replace(self, node: fx.Node, places: list[tuple[str, fx.Node]]) -> None:
         """Compute what `node` writes, and make it the latest value of the places that it writes to."""
+        for _, place in places:
+            self._refuse_unnoticed(node, place)
         call = Call.of(node)
         if node.target is aten.copy_.default:
             results = [call["src"]]

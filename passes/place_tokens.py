@@ -31,7 +31,7 @@ from cpcompile.rules.channels import channels_of
 from cpcompile.rules.convolution import CONVOLUTIONS
 from cpcompile.rules.joined import JoinedTokens
 from cpcompile.rules.localisation import Localiser
-from cpcompile.rules.loops import READS_A_FEW, is_loop, placement_in_loop, reads_of
+from cpcompile.rules.loops import READS_A_FEW, is_loop, is_of_single_tokens, placement_in_loop, reads_of
 from cpcompile.rules.own_backward import place_incoming, place_own_gradient
 from cpcompile.rules.partial import stays_partial
 from cpcompile.rules.push import push
@@ -129,7 +129,15 @@ class Placer:
             else:
                 self._require_whole(node)
         elif node.op == "output":
-            node.args = fx.map_arg(node.args, lambda value: self.joined.output(self.exchanger.to_tokens(value)))
+            node.args = fx.map_arg(node.args, self._output)
+
+    def _output(self, value: fx.Node) -> fx.Node:
+        """Return an output of the graph: by tokens, or whole on every rank, as what a loop over the tokens leaves."""
+        is_of_channels = self.exchanger.is_of_channels
+        lengths = {str(x.value) for x in Lengths.all_of(self.gm) if not x.is_of_channels}
+        if is_of_channels(annotation(value).placement) and is_of_single_tokens(value, is_of_channels, lengths):
+            return self.exchanger.gather(value, "the model returns what a loop over the tokens leaves")
+        return self.joined.output(self.exchanger.to_tokens(value))
 
     def _place_call(self, node: fx.Node) -> None:
         call = Call.of(node)

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from cpcompile.errors import NoRule, where
 from cpcompile.ir.annotation import annotate
 from cpcompile.ir.insertion import keep_source
 from cpcompile.ir.parameter_shard import ParameterShard
@@ -28,12 +29,22 @@ def unshard_parameters(gm: fx.GraphModule, *, shards: Mapping[str, ParameterShar
 
     Needs: a graph of all ranks with whole parameters (`finish_outputs`), and a model that `fully_shard` wrapped.
     Gives: placeholders that hold the rows of one rank.
+
+    Raises:
+        NoRule: the model writes to a parameter, of which no rank has all rows.
     """
     count = 0
     for node in gm.graph.find_nodes(op="placeholder"):
         shard = shards.get(node.name)
         if shard is None or not node.users:
             continue
+        for user in node.users:
+            if user.target is torch.ops.aten.copy_.default and user.args[0] is node:
+                raise NoRule(
+                    f"the model writes to a parameter that FSDP shards, and what is gathered is given up afterwards.\n\n"
+                    f"{where(user)}\n\nWrite to it behind the step of the optimizer (torch.no_grad(), out of the model), or "
+                    "leave it whole on every rank: fully_shard(..., ignored_params={parameter})."
+                )
         # At the first use: memory is held from there.
         first = min(node.users)
         with gm.graph.inserting_before(first):

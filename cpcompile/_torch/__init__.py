@@ -49,6 +49,7 @@ from cpcompile._torch.trace import is_profiled, trace_artifact
 from cpcompile._torch.tracing import (
     fake_inputs,
     fake_static_input,
+    is_data,
     is_only_traced,
     symbolic_operators,
     this_compilation,
@@ -88,6 +89,7 @@ __all__ = [
     "holdings",
     "inner_compiler",
     "inner_tensors",
+    "is_data",
     "is_new_leaf",
     "is_only_traced",
     "is_own_function",

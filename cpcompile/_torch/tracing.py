@@ -25,6 +25,14 @@ from cpcompile._torch import functorch
 from cpcompile._torch.functorch import TransformError as TransformError
 from cpcompile._torch.own_backward import is_own_function, run_own_function
 
+_DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # x.data
+_DATA_KEY = "cpcompile_data"
+
+
+def is_data(node: fx.Node) -> bool:
+    """Tell whether a `detach` is the `.data` of a tensor: what is written there, autograd does not notice."""
+    return _DATA_KEY in node.meta.get("custom", {})
+
 
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     """Return the fake mode of the compilation under way and `example_inputs` in it, with the symbols that Dynamo gave them.
@@ -77,6 +85,8 @@ class _InlineCheckpoints(fx.Interpreter):
         self.skipped, self.policies = skipped, policies
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is _DATA:
+            n.meta["custom"] = {**n.meta.get("custom", {}), _DATA_KEY: True}
         if n in self.skipped and n.op != "placeholder":  # which takes its value from the list of all
             return None
         if is_own_function(n.target):
@@ -114,6 +124,8 @@ class _InlineCheckpoints(fx.Interpreter):
             no_list = args[0].new_empty(0, dtype=torch.int32)
             lists = [no_list if i in (2, 3, 6, 7) and x is None else x for i, x in enumerate(args[4])]
             args = (*args[:4], tuple(lists), *args[5:])
+        if target is _DATA:  # which no trace sees
+            return args[0].detach()
         if target is torch.ops.higher_order.invoke_subgraph:  # args: the body, its name, what it is given
             return self._run_body(args[0], args[2:])
         if target is not tag_activation_checkpoint:

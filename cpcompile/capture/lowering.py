@@ -15,8 +15,10 @@ from cpcompile import _torch
 from cpcompile.capture.block_masks import unread_nodes
 from cpcompile.capture.checkpoint_policies import ask_policies
 from cpcompile.capture.faults import faults_of
+from cpcompile.capture.writes.aliases import same_layout, storages
 from cpcompile.errors import TORCH, CPError, GraphBreakError, where
 from cpcompile.ir.annotation import annotate
+from cpcompile.ir.operator_call import value_of
 from cpcompile.runtime import own_backward  # noqa: F401  (registers the operators)
 
 FLASH_REMEDY = (
@@ -91,14 +93,13 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     for graph in (module for module in traced.modules() if isinstance(module, fx.GraphModule)):
         drop_metadata_asserts(graph)
         detach_out_of_place(graph)
+        drop_own_memory(graph)
         graph.recompile()
     return traced
 
 
 def refuse_untraced_tensors(gm: fx.GraphModule) -> None:
     """Refuse a graph that holds a tensor which exists only while tracing: it has no value.
-
-    A write to `parameter.data` leaves such tensors.
 
     Raises:
         CPError: with the user's line.
@@ -109,8 +110,8 @@ def refuse_untraced_tensors(gm: fx.GraphModule) -> None:
             user = next(iter(node.users), node)
             raise CPError(
                 f"{user.target} reads a tensor that cannot be followed through the model.\n\n{where(user)}\n\n"
-                "Writes to the .data of a parameter cannot be traced: write under torch.no_grad() outside the model, or use "
-                "another implementation of the layer."
+                "No trace sees what made it: compute it with operators on tensors, outside the model, or use another "
+                "implementation of the layer."
             )
 
 
@@ -210,3 +211,12 @@ def detach_out_of_place(gm: fx.GraphModule) -> None:
     """
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
         node.target = torch.ops.aten.detach.default
+
+
+def drop_own_memory(gm: fx.GraphModule) -> None:
+    """Remove what puts a tensor's own memory under it, as `x.data += y` does behind its sum."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.set_.source_Tensor):
+        x, source = node.args
+        if storages(x) == storages(source) and same_layout(value_of(x), value_of(source)):
+            node.replace_all_uses_with(x)
+            gm.graph.erase_node(node)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile import _torch
 from cpcompile.analysis.gradient_flow import needs_no_gradient
@@ -23,11 +22,11 @@ from cpcompile.compile.joined_transfers import join_transfers
 from cpcompile.compile.offload import move_to_host, note_tokens
 from cpcompile.compile.outline_layers import outline_layers, pass_operands_by
 from cpcompile.compile.overlap import overlapped
+from cpcompile.compile.parameter_writes import keep_copy, return_parameter_writes
 from cpcompile.compile.saved_results import is_recomputed, tag_saved_results, tags_of
 from cpcompile.compile.transform import Transformed, transform
 from cpcompile.errors import NoRule, where
 from cpcompile.ir.annotation import annotation
-from cpcompile.ir.insertion import insert_call
 from cpcompile.ir.operator_call import Call, value_of
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.ir.plan import Lengths
@@ -192,7 +191,8 @@ def warn_of_nothing_moved(offload: str) -> None:
 
 
 def finish_graph(graph: fx.GraphModule, summed: Sequence[int], site: int) -> None:
-    """Have the graph sum the gradients of its inputs `summed`, and return where documents begin."""
+    """Have the graph sum the gradients of its inputs `summed`, and return what it writes to parameters and document bounds."""
+    return_parameter_writes(graph)
     keep_overwritten(graph)
     names = [node.name for node in placeholders(graph)]
     sum_gradients(graph, summed=[names[i] for i in summed], site=site)
@@ -213,9 +213,7 @@ def keep_overwritten(graph: fx.GraphModule) -> None:
         readers = [user for user in buffer.users if user not in writes or user.args[0] is not buffer]
         if not readers:
             continue
-        copied = insert_call(min(readers), cp.kept_copy.default, buffer)
-        copied.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        copied.meta.pop("ac_graph_id", None)
+        copied = keep_copy(min(readers), buffer)
         buffer.replace_all_uses_with(copied, delete_user_cb=set(readers).__contains__)
 
 
@@ -274,8 +272,8 @@ def compile_inner(
     """Compile the transformed graph with the inner compiler. The gradients of its inputs `summed` are summed at `site`.
     `bytes_ahead` of parameters, those inputs that `shards` tells of, are gathered before they are used.
 
-    Behind its own outputs it returns where the documents begin that the layout follows; there are as many as `Lengths.bounds_of`
-    finds.
+    Behind its own outputs it returns what it writes to parameters, `parameter_writes`, and where the documents begin that the
+    layout follows; there are as many as `Lengths.bounds_of` finds.
     """
     graph = transformed.graph
     finish_graph(graph, summed, site)

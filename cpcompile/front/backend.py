@@ -20,6 +20,7 @@ from cpcompile.capture.lowering import FSDP_REMEDY, break_text
 from cpcompile.capture.stages import say, stage
 from cpcompile.compile.deferred_outputs import defer_outputs
 from cpcompile.compile.inner import compile_inner, transform_dynamo_graph
+from cpcompile.compile.parameter_writes import parameter_writes
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import TORCH, ConfigError, GraphBreakError, InputError
 from cpcompile.front.call_agreement import CallAgreement
@@ -167,6 +168,7 @@ class Compiled:
         fsdp_groups = {group for shard in shards.values() for group in (shard.group, shard.replica_group)}
         self._text = GraphText.of(self.transformed.graph, axis, fsdp_groups)
         self._num_bounds = len(Lengths.bounds_of(self.transformed.graph))
+        self._written = list(parameter_writes(self.transformed.graph))
         self._last, self._reader = LastCall() if last is None else last, CallReader(self.transformed)
         _log.info(
             "%d ranks, layout %s; the model returns %s; of local tokens, cpcompile.unshard makes the whole and "
@@ -222,10 +224,13 @@ class Compiled:
         self._last.plan = self._plan
         self._last.lengths, self._last.outputs = self._reader.lengths(inputs), self._reader.outputs
         self._last.bounds.clear()  # of an earlier call: each is as long as its sequence, and no two need be of one length
-        if not self._num_bounds:
-            return results
-        self._last.bounds.update({x.shape[1] - 1: x for x in results[-self._num_bounds :]})
-        return results[: -self._num_bounds]
+        num_own = len(results) - self._num_bounds - len(self._written)
+        written, bounds = results[num_own:][: len(self._written)], results[num_own:][len(self._written) :]
+        self._last.bounds.update({x.shape[1] - 1: x for x in bounds})
+        with torch.no_grad():
+            for i, value in zip(self._written, written, strict=True):
+                inputs[i].copy_(value)
+        return results[:num_own]
 
     def _with_local_rows(self, inputs: Sequence[Any]) -> list[Any]:
         """Return the inputs with this rank's rows in the place of what stands in for sharded parameters."""

@@ -16,10 +16,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cpcompile.balance.layout import local_length
 from cpcompile.errors import NoRule, where
-from cpcompile.ir.annotation import annotation, placement_of
+from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.insertion import insert_copy
 from cpcompile.ir.operator_call import value_of
-from cpcompile.ir.placement import CHANNELS, Placement, Sharded
+from cpcompile.ir.placement import CHANNELS, FULL, Placement, Sharded
 from cpcompile.ir.plan import Lengths
 from cpcompile.ir.resharding import Resharder
 
@@ -33,7 +33,7 @@ class Exchanger:
         self.resharder, self.gm = resharder, resharder.gm
         self._exchanged: dict[tuple[fx.Node, Sharded], fx.Node] = {}
 
-    def is_of_channels(self, at: Placement) -> bool:
+    def is_of_channels(self, at: Placement | tuple[Placement, ...]) -> bool:
         """Tell whether a value is sharded along channels."""
         return isinstance(at, Sharded) and (at.sequence == CHANNELS or Lengths.of(self.gm, at.sequence).is_of_channels)
 
@@ -59,6 +59,12 @@ class Exchanger:
             with self.gm.graph.inserting_after(max([node, *Lengths.bounds_of(self.gm)])):
                 self._exchanged[node, to] = insert_copy(self.gm.graph, cp.exchange_dims.default, arguments, node, to)
         return self._exchanged[node, to]
+
+    def gather(self, node: fx.Node, reason: str) -> fx.Node:
+        """Return all channels of a value that is sharded along them and has no dim of tokens; `reason` says what needs it."""
+        whole = self.resharder.gather(node, reason)
+        annotate(whole, placement=FULL)
+        return whole
 
     def to_tokens(self, node: fx.Node) -> fx.Node:
         """Return a value with what is sharded along channels sharded by tokens again.

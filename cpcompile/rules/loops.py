@@ -8,7 +8,7 @@ What one turn of the loop combines with such channels has the same ones, or is w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,15 +16,16 @@ from torch import fx
 
 from cpcompile.errors import NoRule
 from cpcompile.ir.annotation import annotation
-from cpcompile.ir.operator_call import Call, is_tensor
+from cpcompile.ir.operator_call import JOINS, Call, is_tensor
 from cpcompile.ir.placement import CHANNELS, FULL, Full, Placement, Sharded
 from cpcompile.rules.registry import RULES
 
-aten = torch.ops.aten
+aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 # Operators that may read single tokens, which their owners send to all ranks, and how often one value may be read so.
 READS_A_FEW = {aten.select.int, aten.slice.Tensor}
 MAX_READS = 16
+JOINERS = {aten.stack.default, *JOINS}
 
 
 def reads_of(operand: fx.Node, dim: int) -> list[fx.Node]:
@@ -43,6 +44,30 @@ def is_loop(operand: fx.Node, at: Sharded, length: Any) -> bool:
     """Tell whether tokens are read one by one: all of them, or more than are sent by themselves."""
     count = len(reads_of(operand, at.dim))
     return count > MAX_READS or (isinstance(length, int) and count >= length > 2)
+
+
+def is_of_single_tokens(node: fx.Node, is_of_channels: Callable[[Any], bool], lengths: Collection[str]) -> bool:
+    """Tell whether a value of channels is computed from tokens that are read one by one, and not joined again.
+
+    The state that a loop leaves is. No dim of it runs along the tokens, whatever its size is.
+
+    Args:
+        lengths: how many tokens sequences have.
+    """
+    seen, stack = {node}, [node]
+    while stack:
+        step = stack.pop()
+        if not isinstance(step.target, torch._ops.OpOverload) or step.target in JOINERS | {cp.exchange_dims.default}:
+            return False
+        if step.target in READS_A_FEW:
+            call = Call.of(step)
+            dim = call.dim("dim", "self")
+            if is_single(call, dim) and str(call.shape("self")[dim]) in lengths:
+                continue
+        operands = [x for x in step.all_input_nodes if x not in seen and is_of_channels(annotation(x).placement)]
+        seen.update(operands)
+        stack += operands
+    return True
 
 
 def placement_in_loop(operand: fx.Node, at: Sharded, is_of_channels: Callable[[Placement], bool]) -> Placement | None:

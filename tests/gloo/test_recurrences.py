@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cpcompile
-from tests.graph.test_scans import GatedDelta, Model, Selective, StateSpace, text
+from tests.graph.test_scans import GatedDelta, KeepsState, Model, Selective, StateSpace, text
 from tests.models import error, errors, gradients
 
 FLOAT64 = 1e-10
@@ -43,5 +43,30 @@ def train(rank: Any, mixer: str, inner: str, layout: str) -> dict[str, float]:
 )
 def test_trains_exactly(pool: Any, mixer: str, inner: str, layout: str) -> None:
     for found in pool.run(3, train, mixer, inner, layout, timeout=250):
+        worst = max(found, key=found.__getitem__)
+        assert found[worst] < FLOAT64, f"{worst} is off by {found[worst]:.1e}"
+
+
+def keep_state(rank: Any, is_bounded: bool, layout: str) -> dict[str, float]:
+    """Train two steps, of which the second begins with the state that the first one left on the module."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    alone, inputs, found = Model(KeepsState(is_bounded)).double(), text(8), {}
+    model = cpcompile.apply(copy.deepcopy(alone), rank.mesh(), inner="eager", balancer=layout, dynamic=False)
+    for step in range(2):
+        losses = [each(**inputs) for each in (model, alone)]
+        states = [each.mixer.state for each in (model, alone)]
+        for each, loss, state in zip((model, alone), losses, states, strict=True):
+            (loss + state.square().sum()).backward()
+            each.mixer.state = state.detach()
+        found |= {f"loss {step}": error(*losses), f"state {step}": error(*states)}
+        found |= {f"{name} {step}": x for name, x in errors(*map(gradients, (model, alone))).items()}
+    return found
+
+
+@pytest.mark.parametrize(("is_bounded", "layout"), [(False, "zig_zag"), (True, "contiguous")])
+def test_every_rank_keeps_the_state_of_one_device(pool: Any, is_bounded: bool, layout: str) -> None:
+    """Also where a state has as many elements along a dim as there are tokens."""
+    for found in pool.run(3, keep_state, is_bounded, layout):
         worst = max(found, key=found.__getitem__)
         assert found[worst] < FLOAT64, f"{worst} is off by {found[worst]:.1e}"

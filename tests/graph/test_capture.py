@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch.utils.checkpoint import checkpoint
 
 from cpcompile import CPError, verify
+from cpcompile.capture.lowering import refuse_untraced_tensors
 from tests.models import RotaryLM, batch
 
 aten = torch.ops.aten
@@ -74,19 +75,12 @@ def test_a_backward_of_the_models_own_is_kept() -> None:
     assert not found.transformed.original.graph.find_nodes(op="call_function", target=own)
 
 
-class ClampsItsParameter(RotaryLM):
-    """Writes to the data of a parameter, behind autograd's back."""
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        self.head.weight.data.clamp_(-1, 1)
-        return super().forward(input_ids, labels)
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_write_to_the_data_of_a_parameter_is_refused(strict: bool) -> None:
-    model = ClampsItsParameter(num_layers=1)
-    with pytest.raises(CPError, match=r"cannot be followed(.|\n)*data.clamp_"):
-        verify(model, batch(model, 31), world_size=2, strict=strict)
+def test_a_tensor_that_exists_only_while_tracing_is_refused() -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.ops.aten.relu.default, (graph.get_attr("lost"),)))
+    lost = torch.ones(2, requires_grad=True) * 2
+    with pytest.raises(CPError, match=r"aten.relu.default reads a tensor that cannot be followed"):
+        refuse_untraced_tensors(fx.GraphModule({"lost": lost}, graph))
 
 
 class MaskByVmap(RotaryLM):

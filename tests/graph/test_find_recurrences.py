@@ -319,6 +319,23 @@ def last_turn_differs(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.stack(out, dim=2)
 
 
+def over_zero(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Divide a sum by zero: infinite where it is not 0, as no sum of quotients is."""
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = (q[:, :, i] * state + v[:, :, i]) / 0.0
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
+def times_infinity(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, out = torch.zeros_like(v[:, :, 0]), []
+    for i in range(TURNS):
+        state = (q[:, :, i] * state + v[:, :, i]) * torch.inf
+        out.append(state)
+    return torch.stack(out, dim=2)
+
+
 def detached(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     state, out = torch.zeros_like(v[:, :, 0]), []
     for i in range(TURNS):
@@ -362,6 +379,35 @@ def test_a_loop_may_read_what_another_one_left() -> None:
     gm.graph.eliminate_dead_code()
     gm.recompile()
     torch.testing.assert_close(gm(*inputs), twice(*inputs))
+
+
+@pytest.mark.parametrize(("shown", "num_reads"), [((-1,), 1), ((-1, 0), 0)], ids=["the last", "the first as well"])
+def test_what_the_last_turn_leaves_is_read_from_all_states(shown: tuple[int, ...], num_reads: int) -> None:
+    """In the dtype that the loop carries; where an earlier turn is read as well, the loop stays for both."""
+
+    def loop(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        states, out = [torch.zeros_like(v[:, 0])], torch.zeros_like(v, dtype=torch.float32)
+        for i in range(TURNS):
+            states.append(q[:, i] * states[-1] + k[:, i] * v[:, i])
+            out[:, i] = states[-1].float()
+        return out, *(states[1:][i] for i in shown)
+
+    torch.manual_seed(0)
+    inputs = [numbers(2, TURNS, 3) for _ in range(3)]
+    gm = traced(loop, *inputs)
+    assert find_recurrences(gm) == 1
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    (made,) = gm.graph.find_nodes(op="call_function", target=cp.recurrence.default)
+    reads = [
+        node for node in gm.graph.find_nodes(op="call_function", target=aten.select.int) if made in node.all_input_nodes
+    ]
+    assert len(reads) == num_reads
+    found, expected = gm(*inputs), loop(*inputs)
+    torch.testing.assert_close(found, expected)
+    for outs in zip(found, expected, strict=True):
+        torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), inputs, retain_graph=True) for x in outs))
 
 
 def filtered(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -453,6 +499,8 @@ OTHERS = [
     nonlinear,
     backwards,
     last_turn_differs,
+    over_zero,
+    times_infinity,
     detached,
     two_dims,
     turned_over,

@@ -132,6 +132,13 @@ def weights_without_gradients(cell: Cell, x: Tensor) -> Tensor:
     return x @ cell.weight * row * inside.sum()
 
 
+def data_written(cell: Cell, x: Tensor) -> Tensor:
+    cell.weight.data.clamp_(0.2, 0.5)
+    cell.weight.data[0] /= cell.weight.data.norm()
+    cell.total.data.copy_(cell.weight.data[1])
+    return x @ cell.weight.square() * cell.total
+
+
 def reshaped_in_place(cell: Cell, x: Tensor) -> Tensor:
     y = x @ cell.weight
     y.unsqueeze_(1).transpose_(1, 2)
@@ -236,6 +243,7 @@ FUNCTIONS: dict[Forward, int] = {
     assembled: 2,
     running_statistics: 4,
     weights_without_gradients: 3,
+    data_written: 4,
     reshaped_in_place: 4,
     inputs_written: 4,
     filled: 3,
@@ -418,7 +426,27 @@ def statistics_read(cell: Cell, x: Tensor) -> Tensor:
     return y + cell.total
 
 
+def data_of_what_was_read(cell: Cell, x: Tensor) -> Tensor:
+    y = x @ cell.weight
+    cell.weight.data.clamp_(0.2, 0.5)
+    return y @ cell.weight.mT
+
+
+def data_of_what_was_made(cell: Cell, x: Tensor) -> Tensor:
+    y = (x @ cell.weight).exp()
+    y.data.clamp_(max=1)
+    return y
+
+
+def data_replaced(cell: Cell, x: Tensor) -> Tensor:
+    cell.weight.data = cell.weight.data * 0.5
+    return x @ cell.weight
+
+
 REFUSED: dict[Forward, str] = {
+    data_of_what_was_read: r"\.data of a tensor that aten.matmul.default has used before(.|\n)*clamp_(.|\n)*x @ cell.weight",
+    data_of_what_was_made: r"\.data of a tensor that aten.exp.default has used before",
+    data_replaced: r"puts other memory under a tensor(.|\n)*copy_",
     resized: "as_strided.default: a write through this view",
     cut_off: "given gradients in place, and then written elsewhere",
     statistics_read: "running statistics",

@@ -251,6 +251,26 @@ class Selective(nn.Module):
         return self.out(outputs * F.silu(gate))
 
 
+class KeepsState(nn.Module):
+    """Keeps the state `[B, heads, D]` that its loop leaves, and begins with it the next time."""
+
+    def __init__(self, is_bounded: bool) -> None:
+        super().__init__()
+        self.is_bounded, self.state = is_bounded, None
+        self.gate, self.value, self.queries = (nn.Linear(WIDTH, n) for n in (HEADS, HEADS * WIDTH, HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate(x).sigmoid()[..., None], self.value(x).unflatten(-1, (HEADS, WIDTH))
+        state = torch.zeros_like(value[:, 0]) if self.state is None else self.state
+        y = torch.zeros_like(value)
+        for t in range(x.shape[1]):
+            state = gate[:, t] * state + value[:, t]
+            state = state.tanh() if self.is_bounded else state
+            y[:, t] = state
+        self.state = state
+        return (y * self.queries(x)[..., None]).sum(-2)
+
+
 class Delta(nn.Module):
     """The gated delta rule token by token, in products and sums, from a state that is learned."""
 

@@ -99,6 +99,15 @@ class Attributes(Mixed):
         return x * self.steps * len(self.history)
 
 
+class Clipped(Mixed):
+    """Cuts off what is large in a weight, behind autograd's back."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        self.qkv.weight.data.clamp_(-0.1, 0.1)
+        self.seen.data += 1
+        return x / self.seen
+
+
 class Weights(Mixed):
     """`max_norm` shortens the rows of the table that it looks up."""
 
@@ -116,6 +125,7 @@ CHANGES: dict[type[Mixed], Any] = {
     **dict.fromkeys((Counter, CounterBehind, Running, Replaced, Bias), SEEN),
     **dict.fromkeys((Norm, NormOfMeans, NormOfDrawn), NORM),
     Attributes: {},
+    Clipped: {**SEEN, "qkv.weight": ""},
     Weights: {"embedding.weight": ""},
 }
 

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 import cpcompile
 from cpcompile import _torch
+from cpcompile.errors import NoRule
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.passes.unshard_parameters import unshard_parameters
 from tests.models import batch, loss_of, make
@@ -48,6 +49,16 @@ def two_uses() -> fx.GraphModule:
     second = graph.call_function(torch.ops.aten.linear.default, (x, weight))
     graph.output((first, second))
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def test_refuses_a_parameter_that_the_model_writes() -> None:
+    gm = two_uses()
+    (output,) = gm.graph.find_nodes(op="output")
+    weight = next(node for node in gm.graph.find_nodes(op="placeholder") if node.name == "weight")
+    with gm.graph.inserting_before(output):
+        gm.graph.call_function(torch.ops.aten.copy_.default, (weight, weight))
+    with pytest.raises(NoRule, match=r"writes to a parameter that FSDP shards(.|\n)*ignored_params"):
+        unshard_parameters(gm, shards={"weight": shard_of((6, 8))})
 
 
 def test_one_gather_for_all_uses() -> None:

@@ -64,8 +64,23 @@ def counts_of_turns(graph: fx.Graph, number: Callable[[fx.Node], int]) -> set[in
     return {length for length, indices in read.values() if len(indices) == length >= FEWEST}
 
 
-def loop_for_all_turns(node: fx.Node, reader: Reader, number: Callable[[fx.Node], int]) -> fx.Node | None:
-    """Return what joins the results of turns, written for all turns at once; None if this is no affine loop.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A loop that is written for all turns at once.
+
+    Attributes:
+        joined: what its turns compute, joined.
+        last: what is computed in the last turn, and the same of all turns.
+        nodes: all nodes of turns.
+    """
+
+    joined: fx.Node
+    last: dict[fx.Node, fx.Node]
+    nodes: frozenset[fx.Node]
+
+
+def loop_for_all_turns(node: fx.Node, reader: Reader, number: Callable[[fx.Node], int]) -> Found | None:
+    """Return a loop whose results are joined, written for all turns at once; None if this is no affine loop.
 
     Args:
         node: a call of `stack` or `cat`.
@@ -83,7 +98,7 @@ def loop_for_all_turns(node: fx.Node, reader: Reader, number: Callable[[fx.Node]
         joined = loop.writer.insert(aten.movedim.int, found.node, 0, dim)
         if node.target is not aten.stack.default:
             joined = loop.writer.insert(aten.flatten.using_ints, joined, dim, dim + 1)
-        return joined
+        return loop.found(joined)
     while node.prev is not mark:
         node.graph.erase_node(node.prev)
     return None
@@ -111,6 +126,12 @@ class Loop:
     readings: list[Reading] = field(default_factory=list)
     depth: int = 0
     retries: int = 10
+
+    def found(self, joined: fx.Node) -> Found:
+        """Return what was read of the loop, of which `joined` takes the place."""
+        own = {nodes: turns for nodes, turns in self.known.items() if not turns.is_shared and len(nodes) == self.count}
+        last = {nodes[-1]: turns.node for nodes, turns in own.items() if read_of(nodes[-1]) is None}
+        return Found(joined, last, frozenset(node for nodes in own for node in nodes))
 
     def turns(self, nodes: tuple[fx.Node, ...]) -> Turns | Affine:
         """Return what nodes, one of each turn from the first on, compute in all turns.

@@ -66,17 +66,20 @@ def neg(call: Call) -> fx.Node:
     return insert_call(call.node, aten.mul.Tensor, call["self"], -1)
 
 
-def quotient(call: Call, x: fx.Node, divisor: Any) -> fx.Node:
-    """Return `x * (1 / divisor)`."""
+def quotient(call: Call, x: fx.Node, divisor: Any) -> fx.Node | None:
+    """Return `x * (1 / divisor)`; None if that number is none that the dtype has, as where the divisor is 0."""
     if not isinstance(divisor, fx.Node):
-        return insert_call(call.node, aten.mul.Tensor, x, 1 / divisor)
+        is_known = divisor != 0 and abs(1 / divisor) <= torch.finfo(call.result.dtype).max
+        return insert_call(call.node, aten.mul.Tensor, x, 1 / divisor) if is_known else None
     divisor = converted(call.node, divisor, call.result.dtype)
     return insert_call(call.node, aten.mul.Tensor, x, insert_call(call.node, aten.reciprocal.default, divisor))
 
 
 def addcdiv(call: Call) -> fx.Node:
     """Return `self + value * tensor1 / tensor2`."""
-    return total(call, call["self"], quotient(call, product(call, call["tensor1"], call["value"]), call["tensor2"]))
+    ratio = quotient(call, product(call, call["tensor1"], call["value"]), call["tensor2"])
+    assert ratio is not None, "this divides by a tensor"
+    return total(call, call["self"], ratio)
 
 
 def addcmul(call: Call) -> fx.Node:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from cpcompile.analysis.masks.operands import CONVERSIONS
+from cpcompile.analysis.patterns.expansions import is_finite
 from cpcompile.analysis.patterns.turns import NotOneLoop, Turns, Writer, apply
 from cpcompile.ir.operator_call import Call, value_of
 
@@ -171,6 +172,8 @@ class Maps:
         """
         is_product, times = times is None, times or self.times
         if not isinstance(b, Turns):
+            if not is_finite(b):
+                raise NotOneLoop  # the product of a sum with it is not the sum of products: infinity minus infinity
             offset = None if a.offset is None else times(a.offset, b)
             return replace(a, weight=times(a.weight or self.number(1), b), offset=offset)
         a = self.with_rows_of(a, b)
