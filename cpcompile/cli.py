@@ -50,6 +50,12 @@ class Commands(typer.core.TyperGroup):
         if args and args[0] in LAZY:
             command = typer.main.get_command(importlib.import_module(module_of(args[0])).app)
             return args[0], command, args[1:]
+        names = self.list_commands(ctx)
+        if args and args[0] not in names and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            meant = [name for name in names if args[0] in name] or get_close_matches(args[0], names, n=1)
+            ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {meant[0]!r}?" if meant else ""))
         return super().resolve_command(ctx, args)
 
 

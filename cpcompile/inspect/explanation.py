@@ -154,6 +154,9 @@ class Explanation:
     Attributes:
         rated_kernels: the kernels at whose rates the estimates are; on GPUs that are not here those of torch, and
             nvidia-cudnn-frontend for documents and windows.
+        estimates: seconds of all attentions of a step by layout and strategy, `zig_zag/ring`; what cannot be computed by the
+            strategy has its cheapest one, `zig_zag/ring + halo`.
+        taken: the one of these that the plan is.
         before, analysed, after: the graph as code: as it was captured, with its attentions found, and of every rank.
         graphs: the graph behind each pass that changed something, if it was asked for.
         backward: the graph of backward as code, with the shapes that a rank has, if it was asked for; '' where there is none.
@@ -174,6 +177,7 @@ class Explanation:
     collectives: tuple[Collective, ...]
     gradient_bytes: int
     estimates: Mapping[str, float]
+    taken: str
     before: str
     after: str
     passes: tuple[PassRun, ...] = ()
@@ -214,10 +218,6 @@ class Explanation:
             *self._head_lines(),
             "",
             *self._site_lines(),
-            *self._kernel_lines(),
-            f"a rank keeps {size(sum(s.kept_bytes for s in self.sites))} of all attentions for backward, and holds at most "
-            f"{size(max((s.received_bytes for s in self.sites), default=0))} of other ranks' keys and heads at once",
-            *self._again_lines(),
             "",
             *self._region_lines(),
             *self._whole_lines(),
@@ -261,10 +261,20 @@ class Explanation:
             )
             for path, (s, *_) in fold(self.sites, lambda site: site.module, lambda site: replace(site, module=""))
         ]
+        if not rows:
+            return ["no attention"]
         title = (
             f"{len(self.sites)} attention(s): the work of the busiest rank over the mean, bytes that it sends in a step"
         )
-        return [title, *table(head, rows)]
+        kept, received = sum(s.kept_bytes for s in self.sites), max(s.received_bytes for s in self.sites)
+        return [
+            title,
+            *table(head, rows),
+            *self._kernel_lines(),
+            f"a rank keeps {size(kept)} of all attentions for backward, and holds at most {size(received)} of other ranks' keys and "
+            "heads at once",
+            *self._again_lines(),
+        ]
 
     def _again_lines(self) -> list[str]:
         """Return which attentions keep nothing by heads."""
@@ -326,10 +336,9 @@ class Explanation:
     def _estimate_lines(self) -> list[str]:
         if not self.estimates:
             return []
-        taken = {f"{site.layout}/{site.strategy}" for site in self.sites}
-        least = min((self.estimates[key] for key in taken & self.estimates.keys()), default=0.0)
+        least = self.estimates[self.taken]
         rows = [
-            (*key.split("/"), f"{seconds * 1e3:.3g}", "taken" if key in taken else margin(seconds, least))
+            (*key.split("/"), f"{seconds * 1e3:.3g}", "taken" if key == self.taken else margin(seconds, least))
             for key, seconds in sorted(self.estimates.items(), key=lambda item: item[1])
         ]
         title = "estimated attention time of a step, slowest rank"
