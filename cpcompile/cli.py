@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from enum import Enum
@@ -238,4 +239,7 @@ def main() -> None:
     """Run the command line."""
     # The ranks would draw transformers' bars over each other. tqdm reads this when torch imports it.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    for stream in (sys.stdout, sys.stderr):  # a picture has signs that not every encoding has
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()

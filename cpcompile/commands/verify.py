@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -96,9 +96,12 @@ def verify(
         if minify is not None:
             check_output("--minify", minify, [".py"])
         if device is not None and not real:
-            raise ConfigError(f"--device {device.value}: this is for the processes of --real; without, all ranks run in this one.")
+            raise ConfigError(
+                f"--device {device.value}: this is for the processes of --real; without, all ranks run in this one."
+            )
         with answering(as_json), progress(len(sizes) * len(length or [0])) as advance:
-            for tokens in length or [None]:
+            lengths: Sequence[int | None] = length or [None]
+            for tokens in lengths:
                 make: Callable[[], tuple[Any, Any]] = functools.partial(
                     load_target, target, tokens, batch_size, seed, default_length=DEFAULT_LENGTH
                 )

@@ -109,8 +109,8 @@ def explain(
         planned = plan()
     if device and not is_of_gpus(planned.inputs):
         raise ConfigError(
-            f"device={device if isinstance(device, str) else device.name!r} is GPUs, and the model is on the CPU, whose kernels and "
-            "links are others: give a model and inputs on the meta device (model.to('meta'), x.to('meta')), or on a GPU."
+            f"device={machine.name!r} is GPUs, and the model is on the CPU, whose kernels and links are others: give a model and "
+            "inputs on the meta device (model.to('meta'), x.to('meta')), or on a GPU."
         )
     gm = planned.transformed.graph
     found = explanation_of(planned.transformed, planned.inputs, machine)

@@ -16,7 +16,7 @@ from cpcompile.compile.outputs import Output
 from cpcompile.inspect.areas import matrices_of
 from cpcompile.inspect.report import page
 from cpcompile.inspect.text import size, sizes, table
-from cpcompile.inspect.visualize import picture
+from cpcompile.inspect.visualize import Picture
 from cpcompile.ir.folding import fold
 from cpcompile.memory.ledger import KINDS, Ledger
 from cpcompile.runtime.attention.workload import Workload
@@ -211,7 +211,7 @@ class Explanation:
         for (workload, strategy), site in {(s.workload, s.strategy): s for s in self.sites}.items():
             for matrix in () if workload is None else matrices_of(workload, strategy):
                 console.print(f"{site.module}: {site.mask}, {strategy}", markup=False, highlight=False)
-                console.print(picture(matrix, self.world_size))
+                console.print(Picture(matrix, self.world_size))
 
     def __str__(self) -> str:
         parts = [
@@ -271,8 +271,8 @@ class Explanation:
             title,
             *table(head, rows),
             *self._kernel_lines(),
-            f"a rank keeps {size(kept)} of all attentions for backward, and holds at most {size(received)} of other ranks' keys and "
-            "heads at once",
+            f"a rank keeps {size(kept)} of all attentions for backward, and holds at most {size(received)} of other ranks' keys "
+            "and heads at once",
             *self._again_lines(),
         ]
 
