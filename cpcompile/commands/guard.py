@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from rich.console import Console
 
 
 def guard(run: Callable[[], None], *, traceback: bool = False) -> None:
-    """Run a command; an error for the user is its message and exit code 2, Ctrl-C is exit code 130, SIGTERM 143."""
+    """Run a command; an error for the user is its message and exit code 2, Ctrl-C is 130, a closed pipe 141, SIGTERM 143."""
     from cpcompile.errors import CPError
 
     try:
@@ -23,6 +24,10 @@ def guard(run: Callable[[], None], *, traceback: bool = False) -> None:
             raise
         say("\n".join([f"error: {error}", *error.__notes__]))
         raise typer.Exit(2) from error
+    except BrokenPipeError:  # `| head` has read enough; 1 would say that something is WRONG
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
+        raise typer.Exit(141) from None
     except SystemExit as end:
         # What training says of the signal that ended it.
         if str(end) != str(end.code):

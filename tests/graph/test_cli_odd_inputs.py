@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import cpcompile
 from cpcompile.commands.guard import guard
@@ -164,6 +165,15 @@ def test_warnings_have_no_line_of_ours() -> None:
         warnings.showwarning = lambda *given, **more: printed.write(warnings.formatwarning(*given[:4]))
         guard(run)
     assert printed.getvalue().splitlines() == ["model.py:3: UserWarning: look here", "warning: and here"]
+
+
+def test_a_closed_pipe_is_no_verdict() -> None:
+    def run() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(typer.Exit) as end:
+        guard(run)
+    assert end.value.exit_code == 141
 
 
 @pytest.mark.parametrize(

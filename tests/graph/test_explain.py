@@ -64,6 +64,17 @@ def test_without_attention() -> None:
     assert "attention(s)" not in text and "of all attentions" not in text
 
 
+@pytest.mark.parametrize("returned", [None, 3])
+def test_a_model_that_returns_no_tensor(returned: Any) -> None:
+    class Silent(TinyLM):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:  # type: ignore[override]
+            super().forward(input_ids, labels)
+            return returned
+
+    with pytest.raises(cpcompile.CPError, match="the model returns no tensor.*return the loss or the logits"):
+        explain(Silent(), batch(S), world_size=P)
+
+
 def test_gpus_are_not_for_a_model_on_the_cpu() -> None:
     with pytest.raises(ConfigError, match=r"device='h100' is GPUs, and the model is on the CPU.*meta"):
         plan(device="h100")
