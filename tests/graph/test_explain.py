@@ -71,7 +71,7 @@ def test_a_model_that_returns_no_tensor(returned: Any) -> None:
             super().forward(input_ids, labels)
             return returned
 
-    with pytest.raises(cpcompile.CPError, match="the model returns no tensor.*return the loss or the logits"):
+    with pytest.raises(cpcompile.CPError, match=r"the model returns no tensor.*return the loss or the logits"):
         explain(Silent(), batch(S), world_size=P)
 
 
