@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from enum import Enum
@@ -50,6 +51,12 @@ class Commands(typer.core.TyperGroup):
         if args and args[0] in LAZY:
             command = typer.main.get_command(importlib.import_module(module_of(args[0])).app)
             return args[0], command, args[1:]
+        names = self.list_commands(ctx)
+        if args and args[0] not in names and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            meant = [name for name in names if args[0] in name] or get_close_matches(args[0], names, n=1)
+            ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {meant[0]!r}?" if meant else ""))
         return super().resolve_command(ctx, args)
 
 
@@ -232,4 +239,7 @@ def main() -> None:
     """Run the command line."""
     # The ranks would draw transformers' bars over each other. tqdm reads this when torch imports it.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    for stream in (sys.stdout, sys.stderr):  # a picture has signs that not every encoding has
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()

@@ -188,10 +188,16 @@ def is_only_traced(value: torch.Tensor) -> bool:
 @contextlib.contextmanager
 def trial_on_fake_tensors() -> Iterator[None]:
     """Run operators on fake tensors of a mode of its own; one whose shapes do not fit raises and logs nothing."""
+    with quiet_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Log nothing of an operator whose shapes do not fit: the error that it raises says it all, in one line and not in 20."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, log.disabled = log.disabled, True
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            yield
+        yield
     finally:
         log.disabled = was_disabled

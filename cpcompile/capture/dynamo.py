@@ -185,6 +185,7 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], con
         # DDP has Dynamo cut the model into a graph for each bucket; the parts could not be sharded.
         with (
             clear_errors(function, kwargs),
+            _torch.quiet_fake_tensors(),
             _torch.tracing_one_graph(),
             torch._dynamo.config.patch(optimize_ddp=False),
             tracing.call(),
@@ -215,8 +216,17 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model that `torch.compile` wrapped, or the model itself."""
-    return getattr(model, "_orig_mod", model)
+    """Return the model that `torch.compile` wrapped, or the model itself.
+
+    Raises:
+        InputError: it is no module.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, torch.nn.Module):
+        raise InputError(
+            f"the model is a {type(model).__name__}: give a torch.nn.Module, whose forward may call a function."
+        )
+    return inner
 
 
 def install_recorders(model: object, kwargs: Mapping[str, Any]) -> None:

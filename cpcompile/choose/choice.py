@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cpcompile.balance.layout import DOCUMENT_LAYOUTS, LAYOUTS, of_groups
@@ -15,12 +16,20 @@ CLOSE = 1.03
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A layout, the strategy of each attention, the estimates that led to them, and the kernels at whose rates these are."""
+    """A layout, the strategy of each attention, the estimates that led to them, and the kernels at whose rates these are.
+
+    An estimate is of all attentions: those that the strategy cannot compute use their cheapest one, and have it in the name.
+    """
 
     layout: str
     strategies: tuple[str, ...]
     estimates: dict[tuple[str, str], float]
     kernels: tuple[str, ...] = ()
+
+    @property
+    def taken(self) -> tuple[str, str]:
+        """The estimate of what was chosen."""
+        return self.layout, together(self.strategies)
 
 
 def choose(sites: list[AttentionSite], strategy: str, balancer: str, axis: Ranks, *, follow: bool = True) -> Choice:
@@ -32,21 +41,36 @@ def choose(sites: list[AttentionSite], strategy: str, balancer: str, axis: Ranks
     best: tuple[float, Choice] | None = None
     estimates: dict[tuple[str, str], float] = {}
     for layout in layouts:
-        chosen, total = [], 0.0
+        all_costs: list[dict[str, float]] = []
+        chosen: list[str] = []
         for site in sites:
             allowed = [s for s in site.strategies(axis) if strategy == s or (strategy == "auto" and site.fits(s, axis))]
             allowed = allowed or ["gather"]
             costs = {name: seconds(site, name, layout, axis) for name in allowed}
             least = min(costs.values())
             name = next(name for name in allowed if costs[name] <= CLOSE * least)
+            all_costs.append(costs)
             chosen.append(name)
-            total += costs[name]
-            for key, cost in costs.items():
-                estimates[layout, key] = estimates.get((layout, key), 0.0) + cost
+        for name in dict.fromkeys(name for costs in all_costs for name in costs):
+            mixed = [name if name in costs else other for costs, other in zip(all_costs, chosen, strict=True)]
+            estimates[layout, together(mixed)] = total_of(mixed, all_costs)
+        total = total_of(chosen, all_costs)
+        if sites:
+            estimates[layout, together(chosen)] = total  # behind the others, one of which may have its name
         if best is None or total < best[0]:
             best = total, Choice(layout, tuple(chosen), estimates)
     assert best is not None
     return replace(best[1], kernels=tuple(dict.fromkeys(site.kernel for site in sites)))
+
+
+def together(strategies: Sequence[str]) -> str:
+    """Return the name of several strategies."""
+    return " + ".join(dict.fromkeys(strategies))
+
+
+def total_of(strategies: Sequence[str], all_costs: Sequence[Mapping[str, float]]) -> float:
+    """Return what all attentions cost, each with its strategy."""
+    return sum(costs[name] for costs, name in zip(all_costs, strategies, strict=True))
 
 
 def _layouts(strategy: str, balancer: str, axis: Ranks, *, follow: bool) -> tuple[str, ...]:

@@ -114,7 +114,10 @@ def machine_named(name: str, *, hosts: int = 1, gpus: int = 0) -> Machine:
     if name in MACHINES:
         found = MACHINES[name]
     elif Path(name).is_file():
-        found = Machine.of_json(Path(name).read_text())
+        try:
+            found = Machine.of_json(Path(name).read_text())
+        except (ConfigError, UnicodeDecodeError) as error:
+            raise ConfigError(f"device={name!r}: {error}") from error
     else:
         raise ConfigError(
             f"device={name!r} is no machine: choose one of {', '.join(map(repr, MACHINES))}, or name a file that `cpcompile "

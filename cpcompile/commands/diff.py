@@ -17,8 +17,8 @@ from cpcompile.inspect.difference import CONTEXT, print_difference
 def diff(
     target: Target,
     world_size: WorldSize = 2,
-    length: Length = 512,
-    batch_size: BatchSize = 1,
+    length: Length = None,
+    batch_size: BatchSize = None,
     inner_size: InnerSize = 0,
     passes: Annotated[bool, typer.Option("--passes", help="Print what each pass changes by itself.")] = False,
     only: Annotated[str, typer.Option("--pass", help="Print what this pass changes.")] = "",

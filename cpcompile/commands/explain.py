@@ -11,10 +11,10 @@ import typer
 
 import cpcompile
 from cpcompile.choose.machine import MACHINES, machine_named, this_machine
-from cpcompile.commands.guard import guard
+from cpcompile.commands.guard import answering, guard
 from cpcompile.commands.options import NOT_OF_A_PLAN, takes_config
 from cpcompile.commands.target import BatchSize, InnerSize, Length, Target, WorldSize, shape_of
-from cpcompile.inspect.output_file import check_output
+from cpcompile.inspect.output_file import check_output, writing
 from cpcompile.inspect.text import size
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class Graph(str, Enum):
 def explain(
     target: Target,
     world_size: WorldSize = 2,
-    length: Length = 512,
-    batch_size: BatchSize = 1,
+    length: Length = None,
+    batch_size: BatchSize = None,
     inner_size: InnerSize = 0,
     device: Annotated[
         str,
@@ -80,9 +80,10 @@ def explain(
     def run() -> None:
         if html is not None:
             check_output("--html", html, [".html"])
-        model, inputs = shape_of(target, length, batch_size)
         ranks = gpus or world_size
         machine = machine_named(device or "h100", hosts=hosts, gpus=ranks) if device or hosts > 1 else None
+        with answering(as_json):
+            model, inputs = shape_of(target, length, batch_size, of_gpus=machine is not None)
         options: dict[str, Any] = {
             "world_size": ranks,
             "inner_size": inner_size,
@@ -93,9 +94,13 @@ def explain(
             **config,
         }
         backward = graph is Graph.backward
-        plan = cpcompile.explain(model, inputs, memory=memory, graphs=html is not None, backward=backward, **options)
+        with answering(as_json):
+            plan = cpcompile.explain(
+                model, inputs, memory=memory, graphs=html is not None, backward=backward, **options
+            )
         if html is not None:
-            html.write_text(plan.to_html(target))
+            with writing("--html", html):
+                html.write_text(plan.to_html(target), encoding="utf-8")
         if as_json:
             typer.echo(json.dumps(plan.to_dict(), indent=1))
             return

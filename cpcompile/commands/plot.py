@@ -53,7 +53,7 @@ def mask(
 
         from cpcompile.inspect.masks import matrices
         from cpcompile.inspect.plots.mask import plot_masks
-        from cpcompile.inspect.visualize import picture
+        from cpcompile.inspect.visualize import Picture
 
         of_documents, of_parts = numbers(documents, "--documents"), numbers(parts, "--parts")
         tokens = length if length is not None else sum(of_documents) or sum(of_parts) or 64
@@ -68,9 +68,10 @@ def mask(
         )
         if out is None:
             for matrix in found:
-                Console().print(picture(matrix, world_size))
+                Console().print(Picture(matrix, world_size))
         else:
             plot_masks(found, f"{kind.value}, {tokens} tokens on {world_size} ranks", out)
+            typer.echo(f"written to {out}")
 
     guard(run)
 
@@ -78,7 +79,9 @@ def mask(
 @app.command()
 def balance(
     out: Out,
-    length: Annotated[int, typer.Option(min=2, help="Tokens.")] = 65536,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens (default: those of the documents, or 65536 of a mix).")
+    ] = None,
     world_size: WorldSize = 8,
     documents: Annotated[
         str, typer.Option(help="A mix: one, giant, log_normal, tiny; or the tokens of each document: 3000,1000.")
@@ -93,6 +96,7 @@ def balance(
         tokens = bounds[-1]
         title = f"{len(bounds) - 1} document(s), {tokens} tokens on {world_size} ranks"
         plot_balance(work_by_balancer(tokens, world_size, bounds), title, out)
+        typer.echo(f"written to {out}")
 
     guard(run)
 
@@ -105,6 +109,7 @@ def scaling(result: Annotated[Path, typer.Argument(help="A JSON of benchmarks/sc
         from cpcompile.inspect.plots.scaling import plot_scaling, read_result
 
         plot_scaling(read_result(result), out)
+        typer.echo(f"written to {out}")
 
     guard(run)
 
@@ -121,22 +126,34 @@ def timeline(
         from cpcompile.inspect.trace import read_lanes
 
         plot_trace(read_lanes(traces), ", ".join(path.name for path in traces), out)
+        typer.echo(f"written to {out}")
 
     guard(run)
 
 
-def bounds_of(documents: str, length: int) -> list[int]:
-    """Return 0 and the end of each document, of a mix of `length` tokens or of documents whose tokens are given."""
+def bounds_of(documents: str, length: int | None) -> list[int]:
+    """Return 0 and the end of each document, of a mix of `length` tokens or of documents whose tokens are given.
+
+    Raises:
+        ConfigError: these are not `length` tokens together, or nothing that is known.
+    """
     import torch
 
     from cpcompile.balance import MIXES
+    from cpcompile.errors import ConfigError
 
     if documents in MIXES:
-        return MIXES[documents](length, torch.Generator().manual_seed(0)).tolist()
-    return [0, *accumulate(numbers(documents, "--documents"))]
+        return MIXES[documents](length or 65536, torch.Generator().manual_seed(0)).tolist()
+    of_documents = numbers(documents, "--documents", f", or a mix: {', '.join(MIXES)}")
+    total = sum(of_documents)
+    if not total or total != (length or total):
+        raise ConfigError(
+            f"--documents {documents!r} are {total} tokens" + (f", and --length is {length}." if total else ".")
+        )
+    return [0, *accumulate(of_documents)]
 
 
-def numbers(text: str, option: str) -> list[int]:
+def numbers(text: str, option: str, more: str = "") -> list[int]:
     """Return numbers that commas separate.
 
     Raises:
@@ -146,5 +163,5 @@ def numbers(text: str, option: str) -> list[int]:
 
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise ConfigError(f"{option} {text}: expected numbers of tokens, as in 30,20,14.")
+        raise ConfigError(f"{option} {text}: expected numbers of tokens, as in 30,20,14{more}.")
     return [int(part) for part in parts]

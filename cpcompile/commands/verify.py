@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cpcompile.commands.guard import guard
+from cpcompile.commands.guard import answering, guard, say
 from cpcompile.commands.options import takes_config
-from cpcompile.commands.target import InnerSize
+from cpcompile.commands.target import BatchSize, InnerSize
 
 if TYPE_CHECKING:
     from cpcompile.inspect.sweep import Case
@@ -32,6 +33,14 @@ LEFT_OUT = {
     "inner_options": "a mapping of any values",
 }
 DEFAULT_LENGTH = 97  # of no use to any number of ranks, so that all have slots without a token
+
+
+class Device(str, Enum):
+    """What processes run on: `auto` is GPUs where there is one for each."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 @takes_config(*LEFT_OUT)
@@ -50,7 +59,7 @@ def verify(
         list[int] | None,
         typer.Option(min=2, help=f"Tokens of one sequence, over all ranks; may repeat [default: {DEFAULT_LENGTH}]"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of one batch.")] = 1,
+    batch_size: BatchSize = None,
     seed: Annotated[int, typer.Option(help="Of the factory and of inputs that are drawn.")] = 0,
     dtype: Annotated[str, typer.Option(help="Run the model in it, in float64 for example; '': its own.")] = "",
     tolerance: Annotated[
@@ -59,7 +68,7 @@ def verify(
     real: Annotated[
         bool, typer.Option("--real", help="Start a process for each rank (gloo, or NCCL on GPUs) and run them.")
     ] = False,
-    device: Annotated[str, typer.Option(help="Of --real: auto, cpu or cuda.")] = "auto",
+    device: Annotated[Device | None, typer.Option(help="What the processes of --real run on [default: auto]")] = None,
     minify: Annotated[
         Path | None, typer.Option(help="Write the smallest program that shows the first failure to this Python file.")
     ] = None,
@@ -75,24 +84,34 @@ def verify(
 
     def run() -> None:
         from cpcompile.commands.target import load_target
+        from cpcompile.errors import ConfigError, CPError
         from cpcompile.inspect.minify import minify as minimal
+        from cpcompile.inspect.output_file import check_output, writing
         from cpcompile.inspect.sweep import Sweep, verify_sweep
 
         given: dict[str, Any] = {"inner_size": inner_size, "dtype": dtype_of(dtype), "tolerance": tolerance, **config}
         sizes = world_size or [2]
         cases: list[Case] = []
         first_wrong: tuple[Callable[[], tuple[Any, Any]], Case] | None = None
-        with progress(len(sizes) * len(length or [0])) as advance:
-            for tokens in length or [DEFAULT_LENGTH]:
+        if minify is not None:
+            check_output("--minify", minify, [".py"])
+        if device is not None and not real:
+            raise ConfigError(
+                f"--device {device.value}: this is for the processes of --real; without, all ranks run in this one."
+            )
+        with answering(as_json), progress(len(sizes) * len(length or [0])) as advance:
+            lengths: Sequence[int | None] = length or [None]
+            for tokens in lengths:
                 make: Callable[[], tuple[Any, Any]] = functools.partial(
-                    load_target, target, tokens, batch_size, seed, bool(length)
+                    load_target, target, tokens, batch_size, seed, default_length=DEFAULT_LENGTH
                 )
                 if real:
                     from cpcompile.processes.verify_real import verify_real
 
                     found = []
                     for size in sizes:
-                        found.append(verify_real(make, world_size=size, device=device, **given))
+                        on = (device or Device.auto).value
+                        found.append(verify_real(make, world_size=size, device=on, **given))
                         advance(found[-1])
                 else:
                     model, inputs = make()
@@ -104,9 +123,15 @@ def verify(
         typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
         if minify is not None and first_wrong is not None:
             make, wrong = first_wrong
-            model, inputs = make()
-            small = minimal(model, inputs, world_size=wrong.world_size, path=minify, **given)
-            typer.echo(f"{minify}: {small}", err=as_json)
+            try:
+                with answering(as_json), writing("--minify", minify):
+                    model, inputs = make()
+                    small = minimal(model, inputs, world_size=wrong.world_size, path=minify, **given)
+                typer.echo(f"{minify}: {small}", err=as_json)
+            except CPError as error:  # the exit code is that of the verdict
+                say(f"--minify {minify}: {error}")
+        elif minify is not None:
+            typer.echo(f"{minify}: not written, for everything is exact", err=True)
         if report.exit_code:
             raise typer.Exit(report.exit_code)
 

@@ -369,6 +369,9 @@ def check_legal(gm: fx.GraphModule, strict: bool) -> None:
     """
     if is_sharded(gm):
         return
+    (output,) = gm.graph.find_nodes(op="output")
+    if strict and not output.all_input_nodes:
+        raise CPError("the model returns no tensor, so that there is nothing to shard: return the loss or the logits.")
     nothing = "nothing in this model could be sharded: no embedding or product meets an input with tokens."
     if strict:
         raise CPError(f"{nothing} Name the inputs and the dims of their tokens with token_dims={{'name': dim}}.")

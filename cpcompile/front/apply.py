@@ -369,6 +369,6 @@ def _called(model: torch.nn.Module) -> ParallelForward:
     forward = parallel_forward(model)
     if not forward.layout:
         raise ConfigError(
-            "the layout is chosen when the model is first called: call the model before shard or unshard."
+            "the plan and the layout are made when the model is first called: call the model before this."
         )
     return forward

@@ -119,7 +119,12 @@ def last_messages(count: int = record.SIZE) -> Messages:
         The messages, oldest first: a sequence of `number`, `operator`, `layer`, `is_backward`, `ranks`, `num_bytes`, `seconds`
         (how long ago it was started) and `state` (`running`, `launched`, `done`, `failed`). `counts` says how often each operator
         has run since the process began, by (operator, layer, whether in a backward).
+
+    Raises:
+        ConfigError: `count` is no number of messages.
     """
+    if count < 1:
+        raise ConfigError(f"count={count} is no number of messages: give 1 at least.")
     now, found = monotonic(), record.entries()
     ranks = {group: _ranks_of(group) for group in {each.group for each in found}}
     messages = [
@@ -207,18 +212,28 @@ def print_messages_on(number: int = signal.SIGUSR1) -> None:
         number: the signal.
 
     Raises:
-        ConfigError: this is not the main thread, which alone may choose what a signal does.
+        ConfigError: this is not the main thread, which alone may choose what a signal does, or no signal that can be caught.
     """
     start_on(number, print_messages)
+
+
+_acts: dict[int, Callable[[], None]] = {}  # what is done on which signal
 
 
 def start_on(number: int, act: Callable[[], None]) -> None:
     """Call `act` in a thread whenever this process gets a signal."""
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError("only the main thread can choose what a signal does: call print_messages_on there.")
+    try:
+        known = signal.getsignal(number) is _nothing and _acts.get(number) == act
+        signal.signal(number, _nothing)  # without a handler of Python's, nothing is written to the pipe
+    except (TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"{number!r} is no signal that can be caught: give signal.SIGUSR1, for example.") from error
+    if known:  # a second thread would act a second time
+        return
+    _acts[number] = act
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.signal(number, _nothing)  # without a handler of Python's, nothing is written to the pipe
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def run() -> None:

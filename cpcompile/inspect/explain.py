@@ -107,6 +107,11 @@ def explain(
     )
     with watching_passes(see) if graphs else contextlib.nullcontext():
         planned = plan()
+    if device and not is_of_gpus(planned.inputs):
+        raise ConfigError(
+            f"device={machine.name!r} is GPUs, and the model is on the CPU, whose kernels and links are others: give a model and "
+            "inputs on the meta device (model.to('meta'), x.to('meta')), or on a GPU."
+        )
     gm = planned.transformed.graph
     found = explanation_of(planned.transformed, planned.inputs, machine)
     before, analysed = (listing(graph) for graph in (planned.transformed.original, planned.transformed.analysed))
@@ -134,8 +139,7 @@ def explanation_of(transformed: Transformed, inputs: Sequence[Any], machine: Mac
     length = size_estimate(lengths[0].value) if lengths else 0
     names = {node.name: input_name(node) for node in placeholders(gm)}
     sites = tuple(attention_sites(transformed))
-    is_gpu = all(x.device.type != "cpu" for x in inputs if isinstance(x, torch.Tensor))
-    on = (machine or this_machine()) if is_gpu else None
+    on = (machine or this_machine()) if is_of_gpus(inputs) else None
     return Explanation(
         world_size=plan.world_size,
         inner_size=plan.inner_size,
@@ -152,6 +156,7 @@ def explanation_of(transformed: Transformed, inputs: Sequence[Any], machine: Mac
         collectives=tuple(collectives(transformed)),
         gradient_bytes=gradient_bytes(inputs, plan.world_size, plan.gradient_scale == 1),
         estimates={f"{layout}/{name}": cost for (layout, name), cost in transformed.choice.estimates.items()},
+        taken="/".join(transformed.choice.taken),
         before="",
         after="",
         passes=pass_runs(transformed),
@@ -159,6 +164,11 @@ def explanation_of(transformed: Transformed, inputs: Sequence[Any], machine: Mac
         rated_kernels=transformed.choice.kernels,
         work=work(transformed, sites, on),
     )
+
+
+def is_of_gpus(inputs: Sequence[Any]) -> bool:
+    """Tell whether a graph with these inputs is computed by GPUs; what is on `meta` is."""
+    return all(x.device.type != "cpu" for x in inputs if isinstance(x, torch.Tensor))
 
 
 def pass_runs(transformed: Transformed) -> tuple[PassRun, ...]:
@@ -176,12 +186,11 @@ def work(transformed: Transformed, sites: Sequence[Site], machine: Machine | Non
     every = sum(operations(node) for node in transformed.analysed.graph.nodes if node.target not in REWRITTEN)
     each = (every + repeated * (count - 1)) / count
     products = [int(each)] * count
-    estimates = transformed.choice.estimates
-    taken = {(site.layout, site.strategy) for site in sites} & estimates.keys()
     rate = PRODUCTS["cpu" if machine is None else "gpu"] * (
         machine.peak / H100.peak if machine and machine.peak else 1.0
     )
-    seconds = max((estimates[key] for key in taken), default=0.0) + 3 * each / rate
+    choice = transformed.choice
+    seconds = choice.estimates.get(choice.taken, 0.0) + 3 * each / rate
     model_flops = 3 * (sum(products) + sum(attentions))
     mfu = model_flops / seconds / count / machine.peak if machine and machine.peak and seconds else 0.0
     return Work(tuple(products), tuple(attentions), seconds, mfu)

@@ -16,7 +16,7 @@ from cpcompile.compile.outputs import Output
 from cpcompile.inspect.areas import matrices_of
 from cpcompile.inspect.report import page
 from cpcompile.inspect.text import size, sizes, table
-from cpcompile.inspect.visualize import picture
+from cpcompile.inspect.visualize import Picture
 from cpcompile.ir.folding import fold
 from cpcompile.memory.ledger import KINDS, Ledger
 from cpcompile.runtime.attention.workload import Workload
@@ -155,6 +155,9 @@ class Explanation:
         before, analysed, after: the graph as code: as it was captured, with its attentions found, and of every rank.
         graphs: the graph behind each pass that changed something, if it was asked for.
         backward: the graph of backward as code, with the shapes that a rank has, if it was asked for; '' where there is none.
+        estimates: seconds of all attentions of a step by layout and strategy, `zig_zag/ring`; what cannot be computed by the
+            strategy has its cheapest one, `zig_zag/ring + halo`.
+        taken: the one of these that the plan is.
         rated_kernels: the kernels at whose rates the estimates are; on GPUs that are not here those of torch, and
             nvidia-cudnn-frontend for documents and windows.
     """
@@ -174,6 +177,7 @@ class Explanation:
     collectives: tuple[Collective, ...]
     gradient_bytes: int
     estimates: Mapping[str, float]
+    taken: str
     before: str
     after: str
     passes: tuple[PassRun, ...] = ()
@@ -207,17 +211,13 @@ class Explanation:
         for (workload, strategy), site in {(s.workload, s.strategy): s for s in self.sites}.items():
             for matrix in () if workload is None else matrices_of(workload, strategy):
                 console.print(f"{site.module}: {site.mask}, {strategy}", markup=False, highlight=False)
-                console.print(picture(matrix, self.world_size))
+                console.print(Picture(matrix, self.world_size))
 
     def __str__(self) -> str:
         parts = [
             *self._head_lines(),
             "",
             *self._site_lines(),
-            *self._kernel_lines(),
-            f"a rank keeps {size(sum(s.kept_bytes for s in self.sites))} of all attentions for backward, and holds at most "
-            f"{size(max((s.received_bytes for s in self.sites), default=0))} of other ranks' keys and heads at once",
-            *self._again_lines(),
             "",
             *self._region_lines(),
             *self._whole_lines(),
@@ -261,10 +261,20 @@ class Explanation:
             )
             for path, (s, *_) in fold(self.sites, lambda site: site.module, lambda site: replace(site, module=""))
         ]
+        if not rows:
+            return ["no attention"]
         title = (
             f"{len(self.sites)} attention(s): the work of the busiest rank over the mean, bytes that it sends in a step"
         )
-        return [title, *table(head, rows)]
+        kept, received = sum(s.kept_bytes for s in self.sites), max(s.received_bytes for s in self.sites)
+        return [
+            title,
+            *table(head, rows),
+            *self._kernel_lines(),
+            f"a rank keeps {size(kept)} of all attentions for backward, and holds at most {size(received)} of other ranks' keys "
+            "and heads at once",
+            *self._again_lines(),
+        ]
 
     def _again_lines(self) -> list[str]:
         """Return which attentions keep nothing by heads."""
@@ -326,10 +336,9 @@ class Explanation:
     def _estimate_lines(self) -> list[str]:
         if not self.estimates:
             return []
-        taken = {f"{site.layout}/{site.strategy}" for site in self.sites}
-        least = min((self.estimates[key] for key in taken & self.estimates.keys()), default=0.0)
+        least = self.estimates[self.taken]
         rows = [
-            (*key.split("/"), f"{seconds * 1e3:.3g}", "taken" if key in taken else margin(seconds, least))
+            (*key.split("/"), f"{seconds * 1e3:.3g}", "taken" if key == self.taken else margin(seconds, least))
             for key, seconds in sorted(self.estimates.items(), key=lambda item: item[1])
         ]
         title = "estimated attention time of a step, slowest rank"

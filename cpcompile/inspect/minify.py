@@ -23,7 +23,7 @@ from cpcompile.errors import CPError
 from cpcompile.inspect.failure import Failure, failure_of
 from cpcompile.inspect.model_runs import LockstepBackend, Objective, run_and_differentiate, seeded
 from cpcompile.inspect.program import Program
-from cpcompile.inspect.program_capture import program_of, recorded
+from cpcompile.inspect.program_capture import program_of, recorded, write_out_backwards
 from cpcompile.inspect.search import Search
 from cpcompile.inspect.verify import Runs, verify
 from cpcompile.options.config import Config
@@ -122,6 +122,7 @@ class Recording(LockstepBackend):
         if self.captured is None or not self.given:
             raise CPError(f"there is no graph to make smaller: {wanted.text}")
         gm, names = self.captured, input_names(self.captured)
+        write_out_backwards(gm)
         try:
             dims = find_token_dims(gm, names, self.config.token_dims)
         except CPError:

@@ -15,7 +15,7 @@ from cpcompile.compile.inner import input_names
 from cpcompile.errors import CPError
 from cpcompile.inspect.program import TAKEN, Program, Ref, Source, Step, kept
 
-aten = torch.ops.aten
+aten, cp = torch.ops.aten, torch.ops.cpcompile
 
 
 def program_of(gm: fx.GraphModule, given: Sequence[Any], token_dims: Mapping[str, int]) -> Program:
@@ -69,6 +69,31 @@ def program_of(gm: fx.GraphModule, given: Sequence[Any], token_dims: Mapping[str
     (output,) = gm.graph.find_nodes(op="output")
     results = [refs[node] for node in output.all_input_nodes]
     return Program(tuple(sources), tuple(steps), tuple(x.name for x in results if isinstance(x, Ref)))
+
+
+def write_out_backwards(gm: fx.GraphModule) -> None:
+    """Make a backward of the model's own (`torch.autograd.Function`) calls like others, whose results the graph returns.
+
+    A program of calls has no place for it, and whether it still fails as the model does is tried.
+    """
+    (output,) = gm.graph.find_nodes(op="output")
+    returned = [output.args[0]]
+    for call in gm.graph.find_nodes(op="call_function", target=cp.own_gradient.default):
+        results, operands, _, gradients = call.args
+        for item in list(call.users):
+            item.replace_all_uses_with(results[item.args[1]])
+            gm.graph.erase_node(item)
+        gm.graph.erase_node(call)
+        for operand in operands:
+            for user in [user for user in operand.users if user.target is aten.detach.default]:
+                user.replace_all_uses_with(operand)
+        returned += gradients
+    for node in gm.graph.find_nodes(op="call_function", target=cp.incoming_gradient.default):
+        node.target = aten.ones_like.default
+    if len(returned) > 1:
+        output.args = (tuple(returned),)
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
 
 
 def calls_of(gm: fx.GraphModule) -> list[fx.Node]:

@@ -51,7 +51,7 @@ class Search:
         if not self.wanted.is_like(found):
             raise CPError(
                 f"the graph written as calls does not show {self.wanted}, but {found or 'nothing'}: what makes the model fail is "
-                "not in its calls (a module path, an activation checkpoint, the user's objective)."
+                "not in its calls (a module path, an activation checkpoint, a backward of the model's own, the user's objective)."
             )
         with contextlib.suppress(OutOfTimeError):
             self.try_(self.best.pruned(keeps_acts=False))

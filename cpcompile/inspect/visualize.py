@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
 from cpcompile.inspect.areas import Matrix, cells
@@ -13,6 +14,7 @@ from cpcompile.inspect.masks import matrices
 from cpcompile.inspect.text import short
 
 MOST_CELLS, BAR = 32, 40  # of a line
+BESIDE_BAR = 20  # the rank and its pairs
 
 
 def visualize(
@@ -50,19 +52,31 @@ def visualize(
         documents=documents,
         parts=parts,
     )
-    (console or Console()).print(picture(matrix, world_size))
+    (console or Console()).print(Picture(matrix, world_size))
 
 
-def picture(matrix: Matrix, world_size: int) -> RenderableType:
-    """Return the matrix as lines of coloured cells, and a bar with the work of each rank."""
-    count = min(MOST_CELLS, matrix.length)
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """The matrix as lines of coloured cells, and a bar with the work of each rank, as wide as where it is printed."""
+
+    matrix: Matrix
+    world_size: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield picture(self.matrix, self.world_size, options.max_width)
+
+
+def picture(matrix: Matrix, world_size: int, columns: int) -> RenderableType:
+    """Return the matrix as lines of coloured cells, and a bar with the work of each rank, in so many columns."""
     width = max(2, len(str(world_size - 1)) + 1)
+    count = max(1, min(MOST_CELLS, matrix.length, columns // width))
+    bar = max(1, min(BAR, columns - BESIDE_BAR))
     grid = [line_of(line, world_size, width) for line in cells(matrix, count)]
     longest = max(*matrix.work.values(), 1)
     bars = [
         Text.assemble(
             f"rank {rank:<3} ",
-            ("█" * round(BAR * work / longest), color_of(rank, world_size)),
+            ("█" * round(bar * work / longest), color_of(rank, world_size)),
             f" {short(work)} pairs",
         )
         for rank, work in matrix.work.items()

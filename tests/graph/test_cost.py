@@ -40,6 +40,18 @@ def test_one_layout_serves_all_and_zig_zag_wins_for_causal_ring() -> None:
     assert set(choice.estimates) == {("contiguous", "ring"), ("zig_zag", "ring")}
 
 
+def test_estimates_are_of_all_attentions() -> None:
+    """So that they can be compared: a strategy that computes a few of them is no cheaper for it."""
+    sites = [LONG, replace(LONG, window=128), LONG]
+    choice = choose(sites, "auto", "zig_zag", EIGHT)
+    costs = [seconds(site, name, "zig_zag", EIGHT) for site, name in zip(sites, choice.strategies, strict=True)]
+    assert "halo" in choice.strategies and len(set(choice.strategies)) == 2
+    assert choice.taken == ("zig_zag", " + ".join(dict.fromkeys(choice.strategies)))
+    assert choice.estimates[choice.taken] == sum(costs)
+    assert choice.estimates["zig_zag", "ring"] == sum(seconds(site, "ring", "zig_zag", EIGHT) for site in sites)
+    assert min(choice.estimates.values()) * CLOSE >= sum(costs)
+
+
 @pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses", "usp"])
 def test_what_is_asked_for_is_done(strategy: str) -> None:
     assert chosen(SITE, Ranks(4, inner_size=2), strategy, "contiguous") == (strategy, "contiguous")

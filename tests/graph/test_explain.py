@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import cpcompile
 from cpcompile import ConfigError, explain
 from cpcompile.inspect.text import size, table
 from tests.graph.small_models import TinyLM, batch
@@ -32,6 +33,60 @@ def test_fields() -> None:
     assert site.line.startswith("small_models.py:")
     assert {(i.value, i.shape, i.dim) for i in found.inputs} == {("input_ids", (B, S), 1), ("labels", (B, S), 1)}
     assert found.estimates.keys() == {"zig_zag/ring"}
+    assert found.taken == "zig_zag/ring"
+
+
+class Windowed(TinyLM):
+    """Two attentions, of which one has a window."""
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(x.shape[1], device=x.device)
+        near = (rows[:, None] >= rows) & (rows[:, None] - rows < 3)
+        return super().attend(x) + torch.nn.functional.scaled_dot_product_attention(x, x, x, near)
+
+
+def test_the_estimate_taken_is_that_of_all_attentions() -> None:
+    found = explain(Windowed(), batch(64), world_size=2)
+    assert {site.strategy for site in found.sites} == {"ring", "halo"}
+    assert found.taken.endswith("/ring + halo")
+    assert found.work is not None and found.work.seconds >= found.estimates[found.taken]
+    (line,) = [line for line in str(found).splitlines() if line.endswith("taken")]
+    assert line.split()[:4] == [found.layout, "ring", "+", "halo"]
+
+
+def test_without_attention() -> None:
+    class Plain(TinyLM):
+        def attend(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    text = str(explain(Plain(), batch(S), world_size=P))
+    assert "\nno attention\n" in text
+    assert "attention(s)" not in text and "of all attentions" not in text
+
+
+@pytest.mark.parametrize("returned", [None, 3])
+def test_a_model_that_returns_no_tensor(returned: Any) -> None:
+    class Silent(TinyLM):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:  # type: ignore[override]
+            super().forward(input_ids, labels)
+            return returned
+
+    with pytest.raises(cpcompile.CPError, match=r"the model returns no tensor.*return the loss or the logits"):
+        explain(Silent(), batch(S), world_size=P)
+
+
+def test_gpus_are_not_for_a_model_on_the_cpu() -> None:
+    with pytest.raises(ConfigError, match=r"device='h100' is GPUs, and the model is on the CPU.*meta"):
+        plan(device="h100")
+    inputs = {name: x.to("meta") for name, x in batch(S).items()}
+    found = explain(TinyLM().to("meta"), inputs, world_size=P, device="h100")
+    assert found.machine is not None and found.machine.name == "h100"
+
+
+@pytest.mark.parametrize("look", [explain, cpcompile.verify])
+def test_what_is_no_module(look: Any) -> None:
+    with pytest.raises(cpcompile.InputError, match=r"the model is a function: give a torch\.nn\.Module"):
+        look(lambda input_ids: input_ids, {"input_ids": torch.zeros(1, 4)}, world_size=2)
 
 
 class Both(TinyLM):

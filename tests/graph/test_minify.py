@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,34 @@ def test_a_refusal(tmp_path: Path) -> None:
     assert found.text == path.read_text()
     assert f"torch {torch.__version__}" in found.text
     assert "torch.Generator().manual_seed(0)" in found.text
+    with pytest.raises(NoRule, match=r"aten\.median"):
+        runpy.run_path(str(path), run_name="__main__")
+
+
+class Squared(torch.autograd.Function):
+    """Computes its gradient itself, and takes a median for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return gradient * x.median()
+
+
+class OwnBackward(Small):
+    def attend(self, x: Tensor) -> Tensor:
+        return Squared.apply(x)  # type: ignore[no-any-return]
+
+
+def test_a_refusal_within_a_backward_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "small.py"
+    found = minify(OwnBackward(), batch(6, size=1), world_size=2, path=path)
+    assert (found.failure.kind, found.failure.operator) == ("NoRule", "aten.median")
+    assert found.num_calls <= 3, found.text
     with pytest.raises(NoRule, match=r"aten\.median"):
         runpy.run_path(str(path), run_name="__main__")
 

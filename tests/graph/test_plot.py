@@ -21,7 +21,7 @@ from cpcompile.commands.plot import bounds_of
 from cpcompile.inspect.masks import matrices
 from cpcompile.inspect.plots.balance import work_by_balancer
 from cpcompile.inspect.trace import read_lanes
-from cpcompile.inspect.visualize import picture
+from cpcompile.inspect.visualize import Picture
 from tests.graph.small_models import TinyLM, batch
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -34,7 +34,7 @@ def plot(*arguments: str) -> Any:
 
 def printed(matrix: Any, world_size: int) -> list[str]:
     console = Console(file=io.StringIO(), width=120)
-    console.print(picture(matrix, world_size))
+    console.print(Picture(matrix, world_size))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 
@@ -119,6 +119,32 @@ def test_wrong_files(tmp_path: Path) -> None:
     assert (result.exit_code, "--documents 3,x: expected numbers" in result.stderr) == (2, True)
 
 
+def test_a_picture_says_where_it_is_and_what_keeps_it_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "mask.svg"
+    result = plot("mask", "--out", str(out))
+    assert (result.exit_code, result.stdout) == (0, f"written to {out}\n")
+
+    def full(*given: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    result = plot("mask", "--out", str(out))
+    assert (result.exit_code, "cannot be written: No space left on device" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(("columns", "world_size"), [(60, 4), (80, 12), (24, 128)])
+def test_a_picture_is_no_wider_than_its_terminal(columns: int, world_size: int) -> None:
+    (matrix,) = matrices("causal", length=256, world_size=world_size, layouts=["zig_zag"])
+    console = Console(file=io.StringIO(), width=columns)
+    console.print(Picture(matrix, world_size))
+    assert isinstance(console.file, io.StringIO)
+    _, *lines = console.file.getvalue().splitlines()
+    cells = columns // (len(str(world_size - 1)) + 1)
+    rows = [line for line in lines if line.startswith((" ", *"0123456789"))]
+    assert {len(row.split()) for row in rows if "tokens" not in row} == {min(32, cells)}
+    assert max(map(len, lines)) <= columns
+
+
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
 
@@ -135,7 +161,10 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_balance(tmp_path: Path) -> None:
     work = work_by_balancer(8, 2, [0, 8])
     assert (work["contiguous"], work["zig_zag"], work["ulysses"]) == ([10, 26], [18, 18], [18, 18])
-    assert bounds_of("3,5", 99) == [0, 3, 8]
+    assert bounds_of("3,5", None) == bounds_of("3,5", 8) == [0, 3, 8]
+    for documents, length, message in (("3,5", 99, "are 8 tokens, and --length is 99"), ("", None, "are 0 tokens")):
+        with pytest.raises(ConfigError, match=message):
+            bounds_of(documents, length)
     assert bounds_of("tiny", 2048)[-1] == 2048
     out = tmp_path / "balance.png"
     result = plot("balance", "--documents", "300,100,24", "--out", str(out))

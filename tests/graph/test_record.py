@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import timeit
 from collections.abc import Iterator
@@ -157,6 +158,9 @@ def test_a_signal_prints_while_the_main_thread_waits(capfd: pytest.CaptureFixtur
     send("ring_attention", layer=LAYER)
     try:
         print_messages_on(signal.SIGUSR2)
+        threads = threading.active_count()
+        print_messages_on(signal.SIGUSR2)  # again: it would print twice
+        assert threading.active_count() == threads
         os.kill(os.getpid(), signal.SIGUSR2)
         deadline, said = time.monotonic() + 10, ""
         while "main thread" not in said and time.monotonic() < deadline:
@@ -169,9 +173,16 @@ def test_a_signal_prints_while_the_main_thread_waits(capfd: pytest.CaptureFixtur
     assert "test_record.py:" in said
 
 
-def test_only_the_main_thread_may_say_what_a_signal_does() -> None:
-    import threading
+def test_numbers_that_are_none() -> None:
+    for count in (0, -1):
+        with pytest.raises(cpcompile.ConfigError, match=f"count={count} is no number of messages"):
+            cpcompile.last_messages(count)
+    for number in (signal.SIGKILL, 999, "USR1"):
+        with pytest.raises(cpcompile.ConfigError, match="no signal that can be caught"):
+            print_messages_on(number)  # type: ignore[arg-type]
 
+
+def test_only_the_main_thread_may_say_what_a_signal_does() -> None:
     errors: list[Exception] = []
 
     def run() -> None:

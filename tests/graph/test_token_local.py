@@ -92,6 +92,28 @@ class SparseLM(TinyLM):
         return loss + scores.softmax(-1).mean(0).square().sum()
 
 
+class TwoFunctions(TinyLM):
+    """Two functions that are declared, one behind the other."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        return lower(upper(x))
+
+
+@cpcompile.token_local
+def upper(x: Tensor) -> Tensor:
+    return x.sort(-1).values
+
+
+@cpcompile.token_local
+def lower(x: Tensor) -> Tensor:
+    return x.flip(-1).cos()
+
+
+def test_functions_have_their_own_names() -> None:
+    found = cpcompile.explain(TwoFunctions(), batch(12), world_size=2, memory=True)
+    assert [region.module for region in found.regions] == ["upper", "lower"]
+
+
 def region_of(transformed: Any) -> list[Any]:
     return [node for node in transformed.graph.graph.nodes if annotation(node).region]
 

@@ -36,9 +36,11 @@ def token_local(declared: Declared) -> Declared:
         setattr(declared, _MARK, True)
         return declared
 
+    name = declared.__qualname__  # read here: while Dynamo traces, the attribute of a function is its descriptor
+
     @wraps(declared)
     def marked(*args: Any, **kwargs: Any) -> Any:
-        with torch.fx.traceback.annotate({_KEY: declared.__qualname__}):
+        with torch.fx.traceback.annotate({_KEY: name}):
             return declared(*args, **kwargs)
 
     return marked  # type: ignore[return-value]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cpcompile.errors import ConfigError
-from cpcompile.inspect.output_file import check_output
+from cpcompile.inspect.output_file import check_output, writing
 
 SUFFIXES = (".png", ".svg")
 
@@ -27,4 +27,5 @@ def canvas(out: Path, rows: int, columns: int, size: tuple[float, float], dpi: i
         raise ConfigError("plots are drawn by matplotlib, which is missing: pip install cpcompile[plot]") from error
     figure = Figure(figsize=size, layout="constrained")
     yield figure, figure.subplots(rows, columns, squeeze=False)
-    figure.savefig(out, dpi=dpi)
+    with writing("--out", out):
+        figure.savefig(out, dpi=dpi)

@@ -128,7 +128,10 @@ def messages(plan: Explanation) -> Markup:
         costs = sorted(plan.estimates.items(), key=lambda item: item[1])
         parts += [
             element("h3", "Estimated attention time of a step, slowest rank, fastest first"),
-            table(("layout", "strategy", "time"), [(*key.split("/"), duration(cost)) for key, cost in costs]),
+            table(
+                ("layout", "strategy", "time", ""),
+                [(*key.split("/"), duration(cost), "taken" if key == plan.taken else "") for key, cost in costs],
+            ),
         ]
     return join(parts)
 
