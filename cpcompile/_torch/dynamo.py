@@ -46,6 +46,16 @@ def dynamo_break_reason(gm: fx.GraphModule) -> Any | None:
     return reason if reason is not None and reason.graph_break else None
 
 
+def recompilation_reason() -> str:
+    """Return why what Dynamo compiles now is compiled again: the guard that failed first; '' for the first compilation.
+
+    torch keeps it with the metrics of a compilation alone. Checked on torch 2.13; where they are kept otherwise it is ''.
+    """
+    context = getattr(torch._dynamo.utils, "get_metrics_context", lambda: None)()
+    reason = str(getattr(context, "_metrics", {}).get("recompile_reason") or "")
+    return re.sub(r"^\d+/\d+: ", "", reason.partition("\n")[0].partition("  #")[0])
+
+
 _LOGGING = (
     "debug",
     "info",

@@ -202,9 +202,12 @@ class Compiled:
             )
         if config.check_finite:
             self._run = FiniteRun(self.transformed, axis).run
+        seconds, reason = time.perf_counter() - start, _torch.recompilation_reason()
+        if self._last.plan is not None and reason:
+            say(f"compiled again in {seconds:.0f} s: {reason}")
         if self._last.plan is None and isinstance(self._plan, Explanation):
             self._last.plan = self._plan
-            say(f"{self._plan.in_brief()}; compiled in {time.perf_counter() - start:.0f} s")
+            say(f"{self._plan.in_brief()}; compiled in {seconds:.0f} s")
 
     def __call__(self, *inputs: Any) -> Any:
         self._held.check(inputs)

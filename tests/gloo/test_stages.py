@@ -48,6 +48,23 @@ def test_what_is_quick_is_not_mentioned_but_for_the_plan(pool: Any) -> None:
     assert not second
 
 
+def two_lengths(rank: Any) -> list[str]:
+    """The lines on stderr of a second length, where each has a graph of its own."""
+    torch._dynamo.reset()
+    model = cpcompile.apply(make("llama", num_layers=1), rank.mesh(), inner="eager", dynamic=False)
+    model(**batch(model, 12))
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        model(**batch(model, 16))
+    return [line for line in stderr.getvalue().splitlines() if line.startswith("cpcompile: ")]
+
+
+def test_what_is_compiled_again_says_why(pool: Any) -> None:
+    ((line,),) = pool.run(1, two_lengths)
+    assert re.fullmatch(
+        r"cpcompile: compiled again in \d+ s: .*input_ids.* size mismatch at index 1.* 12.* 16", line
+    ), line
+
+
 def test_a_long_stage_is_mentioned_again(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "PATIENCE", 0.01)
     monkeypatch.setattr(stages, "REPEAT", 0.05)
