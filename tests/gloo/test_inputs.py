@@ -198,7 +198,7 @@ def test_meshes_and_options_that_do_not_fit(pool: Any) -> None:
 def elsewhere(rank: Any) -> None:
     torch._dynamo.reset()
     model = cpcompile.apply(make("rotary", num_layers=1), rank.mesh(), inner="eager", check_inputs="never")
-    with pytest.raises(ConfigError, match="call the model before shard or unshard"):
+    with pytest.raises(ConfigError, match="call the model before this"):
         cpcompile.shard(torch.zeros(1, 4), model)
     inputs = batch(make("rotary"), 31)
     with pytest.raises(InputError, match=r"on the meta device, without values: .*to_empty\(device='cpu'\)"):

@@ -243,7 +243,7 @@ def test_numbers_are_on_the_right() -> None:
 
 
 def test_command_writes_a_report(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, plan: Explanation) -> None:
-    (tmp_path / "report_factory.py").write_text("def model():\n    return None, {}\n")
+    (tmp_path / "report_factory.py").write_text("import torch\n\n\ndef model():\n    return torch.nn.Identity(), {}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cpcompile, "explain", lambda *args, **options: plan, raising=False)
     result = CliRunner().invoke(app, ["explain", "report_factory:model", "--html", "report.html"])
