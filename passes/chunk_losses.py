@@ -8,6 +8,9 @@ Cross entropy may be that of another package: `loss_provider`.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import fx
 
@@ -15,8 +18,10 @@ from cpcompile.analysis.gradient_flow import needs_no_gradient
 from cpcompile.analysis.patterns.cross_entropy import FoundLoss, OtherLossError, find_cross_entropy
 from cpcompile.analysis.token_rows import NotByRowsError, RowRegion, region_of
 from cpcompile.errors import ConfigError, where
+from cpcompile.ir.annotation import annotate, placement_of
 from cpcompile.ir.insertion import insert_call, keep_source
 from cpcompile.ir.operator_call import is_tensor, value_of
+from cpcompile.ir.placement import Sharded
 from cpcompile.runtime.tiles import loss_providers
 from cpcompile.runtime.tiles.loss_body import Body, Result, add_body
 from cpcompile.runtime.tiles.loss_providers import OWN, CrossEntropy, compute, obstacle
@@ -116,7 +121,7 @@ def replace_by_chunks(
     smooth = region.with_gradient()
     inner = [None if (rows_of := region.rows[node]) is None else rows_of.inner for node in results]
     kinds = [Result(sizes, value_of(x).dtype, x in smooth) for sizes, x in zip(inner, results, strict=True)]
-    flat = [insert_call(first, aten.reshape.default, x, [-1, *value_of(x).shape[region.num_lead[x] :]]) for x in rows]
+    flat = [_flat_rows(x, region.num_lead[x], first) for x in rows]
     body = Body(function, tuple(kinds))
     if provider != OWN:
         body = body_of_provider(body, head, [value_of(x) for x in flat], chunk, provider)
@@ -126,6 +131,16 @@ def replace_by_chunks(
     keep_source(call, region.source)
     region.replace(results, call, first)
     return True
+
+
+def _flat_rows(x: fx.Node, num_lead: int, before: fx.Node) -> fx.Node:
+    """Insert the leading dims of `x` as one, of which each row of the loss is an element."""
+    shape, at = value_of(x).shape, placement_of(x)
+    flat = insert_call(before, aten.reshape.default, x, [-1, *shape[num_lead:]])
+    if isinstance(at, Sharded):
+        at = replace(at, dim=0, inner=at.inner * math.prod(shape[at.dim + 1 : num_lead]))
+    annotate(flat, placement=at)
+    return flat
 
 
 class UnableError(Exception):

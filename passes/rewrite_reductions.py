@@ -68,10 +68,12 @@ def mean_of_loss(call: Call, insert: Insert, plan: Plan) -> fx.Node:
     if call.tensor("target").is_floating_point():  # probabilities: no label is ignored, every row counts
         rows = set(range(target.meta["val"].dim())) - {1}
         return insert(aten.div.Tensor, total, whole_count(insert, target, rows))
-    counts = insert(aten.ne.Scalar, target, call["ignore_index"])
+    at = placement_of(target)
+    counts = insert(aten.ne.Scalar, target, call["ignore_index"], placement=at)
     if weight is not None:
-        safe = insert(aten.mul.Tensor, target, counts)
-        counts = insert(aten.mul.Tensor, insert(aten.index.Tensor, weight, [safe]), counts)
+        safe = insert(aten.mul.Tensor, target, counts, placement=at)
+        weights = insert(aten.index.Tensor, weight, [safe], placement=at)
+        counts = insert(aten.mul.Tensor, weights, counts, placement=at)
     local = insert(aten.sum.default, counts)
     with call.node.graph.inserting_before(call.node):
         arguments = (local, plan.world_size, plan.group)

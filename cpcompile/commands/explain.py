@@ -63,6 +63,9 @@ def explain(
         ),
     ] = 0,
     graph: Annotated[Graph | None, typer.Option(help="Print this graph as code too.")] = None,
+    value: Annotated[
+        str, typer.Option(help="Draw which rank holds which tokens of this value of the graph, too.")
+    ] = "",
     longest: Annotated[
         bool, typer.Option("--longest", help="The longest sequence that fits a GPU of --device.")
     ] = False,
@@ -115,6 +118,8 @@ def explain(
             at_least = "at least " if found.tokens >= MOST else ""
             text = f"{at_least}{found.tokens} tokens" if found.tokens else "not even 1024 tokens a rank"
             typer.echo(f"\nlongest sequence of which a step fits {size(room)}: {text}")
+        if value:
+            typer.echo("\n" + plan.value(value))
         if graph is not None:
             typer.echo("\n" + (getattr(plan, graph.value) or "nothing takes a gradient: there is no backward"))
         if diff:

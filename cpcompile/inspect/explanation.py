@@ -16,6 +16,7 @@ from cpcompile.compile.outputs import Output
 from cpcompile.inspect.areas import matrices_of
 from cpcompile.inspect.report import page
 from cpcompile.inspect.text import size, sizes, table
+from cpcompile.inspect.value_picture import value_picture
 from cpcompile.inspect.visualize import Picture
 from cpcompile.ir.folding import fold
 from cpcompile.memory.ledger import KINDS, Ledger
@@ -192,6 +193,14 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data."""
         return asdict(self)
+
+    def value(self, name: str) -> str:
+        """Return which rank holds which tokens of a value, as a picture; `name` is that of the value in `after`.
+
+        Raises:
+            ConfigError: no value of the graph has this name.
+        """
+        return value_picture(name, self.after, self.tokens, self.world_size, self.layout)
 
     def in_brief(self) -> str:
         """Return the plan in a few words: `8 ranks, zig_zag, 32 x ring on cudnn`."""
