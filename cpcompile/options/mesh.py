@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from cpcompile.errors import ConfigError
 from cpcompile.options.checking import an, did_you_mean, fits
 
+MOST_IN_PROCESS = 4096  # planning takes time and memory with the square of the ranks: a minute at this number
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -42,6 +44,11 @@ class Axis:
         """
         if world_size < 1:
             raise ConfigError(f"world_size={world_size}: there is at least one rank.")
+        if world_size > MOST_IN_PROCESS:
+            raise ConfigError(
+                f"world_size={world_size}: a plan without processes compares each rank with each, and is made for at most "
+                f"{MOST_IN_PROCESS} ranks."
+            )
         if inner_size < 0 or (inner_size and world_size % inner_size):
             raise ConfigError(f"inner_size={inner_size} does not divide world_size={world_size}.")
         return cls(world_size, 0, "", "", inner_size)

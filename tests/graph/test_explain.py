@@ -36,6 +36,11 @@ def test_fields() -> None:
     assert found.taken == "zig_zag/ring"
 
 
+def test_refuses_more_ranks_than_a_plan_ends_for() -> None:
+    with pytest.raises(ConfigError, match="world_size=100000: a plan without processes .* at most 4096 ranks"):
+        plan(world_size=100_000)
+
+
 class Windowed(TinyLM):
     """Two attentions, of which one has a window."""
 
