@@ -31,6 +31,7 @@ from cpcompile._torch.dynamo import (
     tracing_one_graph,
     when_tracing,
 )
+from cpcompile._torch.flight_recorder import unfinished_collectives
 from cpcompile._torch.functorch import TransformError
 from cpcompile._torch.inductor import (
     cache_folder,
@@ -117,5 +118,6 @@ __all__ = [
     "tracing_one_graph",
     "trial_on_fake_tensors",
     "twin_group",
+    "unfinished_collectives",
     "when_tracing",
 ]

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
@@ -38,7 +38,7 @@ class Message:
         num_bytes: of its first operand; 0 where that is not known.
         seconds: how long ago it was started.
         state: `running` while the host is in it, `failed` where it raised. Then `done` on a CPU, and on a GPU `launched`: the
-            host goes on, and whether the GPU has ended it is not known.
+            host goes on, and the GPU has not ended it, or is not known to have: what is captured in a CUDA graph.
     """
 
     number: int
@@ -56,6 +56,31 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Collective:
+    """A collective of NCCL or gloo that has not ended.
+
+    Attributes:
+        number: how many of its group there were before it, and 1. All ranks of the group count alike.
+        operator: what torch calls it: `nccl:all_gather`.
+        purpose: the description of its process group.
+        ranks: of that group.
+        seconds: how long ago it was started.
+        has_begun: its kernel runs on the GPU.
+    """
+
+    number: int
+    operator: str
+    purpose: str
+    ranks: tuple[int, ...]
+    seconds: float
+    has_begun: bool
+
+    def __str__(self) -> str:
+        begun = ", begun" if self.has_begun else ""
+        return f"{self.operator} {self.number} of {self.purpose or 'a group'} ({_named(self.ranks)}{begun})"
+
+
+@dataclass(frozen=True, slots=True)
 class Messages:
     """The last messages of one rank, oldest first. Print it for a table.
 
@@ -63,11 +88,13 @@ class Messages:
         rank: this rank, in the default process group.
         messages: the last messages.
         counts: how often each operator has run since the process began, by (operator, layer, whether in a backward).
+        collectives: of NCCL and gloo that have not ended, whoever began them: FSDP, DDP, an optimizer, your own code.
     """
 
     rank: int
     messages: tuple[Message, ...]
     counts: Mapping[tuple[str, str, bool], int]
+    collectives: tuple[Collective, ...] = ()
 
     def __iter__(self) -> Iterator[Message]:
         return iter(self.messages)
@@ -79,8 +106,9 @@ class Messages:
         return self.messages[index]
 
     def __str__(self) -> str:
+        others = [f"  not ended: {each}, {duration(each.seconds)} ago" for each in self.collectives]
         if not self.messages:
-            return f"rank {self.rank}: no message was sent"
+            return "\n".join([f"rank {self.rank}: no message was sent", *others])
         rows = [
             (
                 each.number,
@@ -88,13 +116,17 @@ class Messages:
                 each.layer or "-",
                 "backward" if each.is_backward else "forward",
                 size(each.num_bytes) if each.num_bytes else "-",
-                f"ranks {','.join(map(str, each.ranks))}" if len(each.ranks) <= 8 else f"{len(each.ranks)} ranks",
+                _named(each.ranks),
                 f"{duration(each.seconds)} ago",
                 each.state,
             )
             for each in self
         ]
-        return "\n".join([f"rank {self.rank}: the last messages", *table(HEAD, rows)])
+        return "\n".join([f"rank {self.rank}: the last messages", *table(HEAD, rows), *others])
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"ranks {','.join(map(str, ranks))}" if len(ranks) <= 8 else f"{len(ranks)} ranks"
 
 
 def last_messages(count: int = record.SIZE) -> Messages:
@@ -109,8 +141,9 @@ def last_messages(count: int = record.SIZE) -> Messages:
           1204    ring_attention model.layers.3.self_attn  forward    4 MiB          ranks 0,1  12.1 s ago  running
 
     Ranks of a group count alike, so that the one with the smaller number is behind. A process keeps the last 256. Every call of
-    an operator of cpcompile is there, sums of gradients and the comparison of the ranks too; what a CUDA graph replays is not,
-    nor what FSDP, DDP, an optimizer or your own code sends. It may be called from any thread while another one waits.
+    an operator of cpcompile is there, sums of gradients and the comparison of the ranks too; what a CUDA graph replays is not.
+    Of what FSDP, DDP, an optimizer or your own code sends, `collectives` has those that have not ended (torch's flight recorder,
+    which is on unless `TORCH_FR_BUFFER_SIZE=0`). It may be called from any thread while another one waits.
 
     Args:
         count: how many, the newest of those that are kept.
@@ -141,7 +174,7 @@ def last_messages(count: int = record.SIZE) -> Messages:
         for each in found[max(0, len(found) - count) :]
     ]
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return Messages(rank, tuple(messages), record.counts())
+    return Messages(rank, tuple(messages), record.counts(), _collectives())
 
 
 def newest_messages() -> Messages:
@@ -152,7 +185,19 @@ def newest_messages() -> Messages:
 def _state(entry: record.Entry) -> str:
     if entry.state != record.RETURNED:
         return entry.state
-    return "launched" if entry.is_on_gpu else "done"
+    if entry.gpu == -1:
+        return "done"
+    try:
+        return "done" if entry.event is not None and entry.event.query() else "launched"  # type: ignore[no-untyped-call]
+    except RuntimeError:  # the GPU has failed
+        return "launched"
+
+
+def _collectives() -> tuple[Collective, ...]:
+    return tuple(
+        Collective(each.number, each.operator, each.purpose, _ranks_of(each.group), each.seconds, each.has_begun)
+        for each in _torch.unfinished_collectives()
+    )
 
 
 def _ranks_of(group: str) -> tuple[int, ...]:
@@ -161,44 +206,6 @@ def _ranks_of(group: str) -> tuple[int, ...]:
         return tuple(dist.get_process_group_ranks(_torch.resolve_group(group)))
     except (RuntimeError, ValueError, KeyError):
         return ()
-
-
-def compare_messages(of_ranks: Mapping[int, Messages]) -> str:
-    """Return one line that says which rank is behind, and where; '' where no ranks have sent anything together."""
-    said = [_compared(group, of_ranks) for group in dict.fromkeys(m.ranks for one in of_ranks.values() for m in one)]
-    return max(said, default=(0, ""))[1]
-
-
-def _compared(group: tuple[int, ...], of_ranks: Mapping[int, Messages]) -> tuple[int, str]:
-    """Return how grave a difference within a group is, and what it is."""
-    each = {rank: {m.number: m for m in of_ranks[rank] if m.ranks == group} for rank in group if rank in of_ranks}
-    each = {rank: messages for rank, messages in each.items() if messages}
-    silent = [rank for rank in group if rank in of_ranks and not len(of_ranks[rank])]
-    newest = {rank: messages[max(messages)] for rank, messages in each.items()}
-    if not newest:  # of a group that is no more
-        return 0, ""
-    most = max(newest, key=lambda rank: newest[rank].number)
-    come = f"rank {most} has come to {newest[most].number}, {newest[most]}."
-    if silent:
-        return 2, f"{_are(silent)} behind: no message was known there yet; {come}"
-    if len(each) < 2:
-        return 0, ""
-    first, *others = each
-    for number in sorted(set.intersection(*map(set, each.values()))):  # the oldest difference made the others
-        for rank in others:
-            one, other = each[first][number], each[rank][number]
-            if (one.operator, one.layer) != (other.operator, other.layer):
-                return 3, f"ranks {first} and {rank} do not do the same: message {number} is {one} and {other}."
-    least = min(newest, key=lambda rank: newest[rank].number)
-    if newest[least].number == newest[most].number:
-        waiting = next((m for m in newest.values() if m.state == record.RUNNING), newest[least])
-        return 1, f"no rank is behind: all {len(each)} have come to message {waiting.number}, {waiting}."
-    behind = [rank for rank, m in newest.items() if m.number == newest[least].number]
-    return 2, f"{_are(behind)} behind: the last message there is {newest[least].number}, {newest[least]}; {come}"
-
-
-def _are(ranks: list[int]) -> str:
-    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
 
 
 def print_messages_on(number: int = signal.SIGUSR1) -> None:

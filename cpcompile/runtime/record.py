@@ -2,6 +2,7 @@
 
 An entry is made when an operator runs, so that it is there while the host waits inside. Entries are numbered by group: ranks
 of a group run the same operators, so that who is behind has the smaller number. With one rank nothing is sent, nor recorded.
+On a GPU an event behind each operator tells whether the GPU has ended it, also to a thread that looks while the host waits.
 
     call("ring_attention", group, q, layer, run, args, axis)        # an operator
     with recorded("compare_ranks", group): ...                      # what is no operator
@@ -34,10 +35,11 @@ class Entry(NamedTuple):
         operator, layer: its name, and the module that it belongs to where that is known.
         group: the name of the process group.
         num_bytes: of its first operand.
-        is_on_gpu: the host launches it, and does not know when it ends.
+        gpu: the number of the GPU, which goes on behind the host; -1 on a CPU.
         backward: the number of the backward that it runs in, -1 for none.
         start: by the monotonic clock.
         state: `running` while the host is in it, then `returned`, or `failed` where it has raised.
+        event: behind it on the GPU, once the host has returned; None on a CPU, and while a CUDA graph is captured.
     """
 
     number: int
@@ -45,16 +47,20 @@ class Entry(NamedTuple):
     layer: str
     group: str
     num_bytes: int
-    is_on_gpu: bool
+    gpu: int
     backward: int
     start: float
     state: str
+    event: torch.cuda.Event | None
 
 
 # The fields of an entry in a list: a class, or a context around each call, would take three times as long.
 Row = list[Any]
-_STATE = Entry._fields.index("state")
+_GPU, _STATE, _EVENT = (Entry._fields.index(name) for name in ("gpu", "state", "event"))
 _ROWS: deque[Row] = deque(maxlen=SIZE)
+# Used in turn: twice as many as rows, since what begins first may return last.
+_EVENTS: defaultdict[int, list[torch.cuda.Event]] = defaultdict(lambda: [torch.cuda.Event() for _ in range(2 * SIZE)])  # type: ignore[no-untyped-call]
+_TURNS = itertools.count()
 _NUMBERS: defaultdict[str, itertools.count[int]] = defaultdict(lambda: itertools.count(1))
 _COUNTS: defaultdict[tuple[str, str, bool], int] = defaultdict(int)
 RECORDED: set[str] = set()  # the operators whose calls are recorded
@@ -63,8 +69,8 @@ RECORDED: set[str] = set()  # the operators whose calls are recorded
 def begin(operator: str, group: str, x: torch.Tensor | None = None, layer: str = "") -> Row:
     """Make an entry for what sends messages in a group; `x` is its first operand."""
     backward = backward_number()
-    num_bytes, is_on_gpu = (0, False) if x is None else (x.nbytes, x.is_cuda)
-    row = [next(_NUMBERS[group]), operator, layer, group, num_bytes, is_on_gpu, backward, monotonic(), RUNNING]
+    num_bytes, gpu = (0, -1) if x is None else (x.nbytes, x.get_device())
+    row = [next(_NUMBERS[group]), operator, layer, group, num_bytes, gpu, backward, monotonic(), RUNNING, None]
     _ROWS.append(row)
     _COUNTS[operator, layer, backward != -1] += 1
     return row
@@ -78,6 +84,16 @@ def ending(row: Row) -> Iterator[None]:
     except BaseException:
         row[_STATE] = FAILED
         raise
+    _return(row)
+
+
+def _return(row: Row) -> None:
+    """Note that the host has returned, and leave an event behind what it has launched."""
+    gpu = row[_GPU]
+    if gpu != -1 and not torch.cuda.is_current_stream_capturing():
+        event = _EVENTS[gpu][next(_TURNS) % (2 * SIZE)]
+        event.record(torch.cuda.current_stream(gpu))
+        row[_EVENT] = event
     row[_STATE] = RETURNED
 
 
@@ -95,14 +111,14 @@ def call(
     args: Sequence[Any],
     axis: Mapping[str, Any],
 ) -> Any:
-    """Call an operator that sends messages. Making the entry takes about a microsecond."""
+    """Call an operator that sends messages. Making the entry takes about a microsecond, its event some more."""
     row = begin(operator, group, x, layer)
     try:
         results = run(*args, **axis)
     except BaseException:
         row[_STATE] = FAILED
         raise
-    row[_STATE] = RETURNED
+    _return(row)
     return results
 
 

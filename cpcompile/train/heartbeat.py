@@ -15,7 +15,8 @@ from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from cpcompile.front.messages import compare_messages, newest_messages, print_messages
+from cpcompile.front.message_comparison import compare_messages
+from cpcompile.front.messages import newest_messages, print_messages
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -23,7 +23,8 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from cpcompile.errors import CPError, StorageError
-from cpcompile.front.messages import Messages, compare_messages, newest_messages, print_messages, start_on
+from cpcompile.front.message_comparison import compare_messages
+from cpcompile.front.messages import Messages, newest_messages, print_messages, start_on
 from cpcompile.train import checkpoint, loop
 from cpcompile.train.events import Beat, Event, Failed, Finished, Note, Phase, Step
 from cpcompile.train.failures import RankError, as_error, died, failed, is_timeout, root_cause

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 import cpcompile
-from cpcompile.front.messages import Messages, compare_messages, start_on
+from cpcompile.front.message_comparison import compare_messages
+from cpcompile.front.messages import Messages, start_on
 from tests.models import batch, loss_of, make
 
 ops = torch.ops.cpcompile
@@ -77,3 +78,30 @@ def test_the_rank_that_does_not_come_is_named(pool: Any) -> None:
         f"rank 0 has come to {number + 1}, all_reduce (running)."
     )
     assert 0.1 < first[-1].seconds < 5.0
+
+
+def wait_outside(rank: Any) -> Messages:
+    """Rank 1 comes late to a collective that is none of cpcompile's; return what each rank has recorded meanwhile."""
+    ops.all_reduce(torch.ones(2), 2, rank.group)
+    if rank.rank == 1:
+        time.sleep(1.0)
+        seen = cpcompile.last_messages(1)
+        dist.all_reduce(torch.ones(4), group=rank.process_group)
+        return seen
+    work = dist.all_reduce(torch.ones(4), group=rank.process_group, async_op=True)
+    time.sleep(0.5)
+    found = cpcompile.last_messages(1)
+    assert work is not None
+    work.wait()
+    return found
+
+
+def test_the_rank_that_does_not_come_to_a_collective_of_others_is_named(pool: Any) -> None:
+    first, second = pool.run(2, wait_outside)
+    (waits,) = first.collectives
+    assert (waits.operator, waits.ranks, second.collectives) == ("gloo:all_reduce", (0, 1), ())
+    assert 0.1 < waits.seconds < 5.0
+    assert (
+        compare_messages({0: first, 1: second})
+        == f"rank 1 is behind: rank 0 waits in {waits}, to which it has not come."
+    )

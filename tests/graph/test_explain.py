@@ -37,7 +37,7 @@ def test_fields() -> None:
 
 
 def test_refuses_more_ranks_than_a_plan_ends_for() -> None:
-    with pytest.raises(ConfigError, match="world_size=100000: a plan without processes .* at most 4096 ranks"):
+    with pytest.raises(ConfigError, match=r"world_size=100000: a plan without processes .* at most 4096 ranks"):
         plan(world_size=100_000)
 
 

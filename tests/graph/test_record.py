@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -15,7 +16,8 @@ import torch
 
 import cpcompile
 from cpcompile.errors import ConfigError
-from cpcompile.front.messages import Message, Messages, compare_messages, print_messages_on
+from cpcompile.front.message_comparison import compare_messages
+from cpcompile.front.messages import Collective, Message, Messages, print_messages_on
 from cpcompile.runtime import record, traffic
 from tests.graph.test_profile import run_attentions
 
@@ -43,7 +45,7 @@ def test_the_last_are_kept_in_order_and_groups_count_for_themselves() -> None:
     found = record.entries()
     assert [each.layer for each in found[:2]] == ["1", "2"]
     assert [each.number for each in found[-2:]] == [256, 1]
-    assert found[-1][1:8] == ("all_reduce", "", "b", 12, False, -1, found[-1].start)
+    assert found[-1][1:8] == ("all_reduce", "", "b", 12, -1, -1, found[-1].start)
     assert len(found) == len(cpcompile.last_messages()) == 256
     assert [m.operator for m in cpcompile.last_messages(2)] == ["ring_attention", "all_reduce"]
 
@@ -59,9 +61,80 @@ def test_states() -> None:
         fail()
     send("all_reduce")
     assert [m.state for m in cpcompile.last_messages()] == ["failed", "failed", "done"]
-    # A GPU has not ended what the host has launched.
-    record._ROWS[-1][record.Entry._fields.index("is_on_gpu")] = True
+
+
+class Event:
+    """Behind an operator of a GPU that ends when the test says so."""
+
+    has_ended = False
+
+    def record(self, stream: Any) -> None:
+        self.has_ended = False
+
+    def query(self) -> bool:
+        return self.has_ended
+
+
+class OnGpu:
+    """The operand of an operator that a GPU computes."""
+
+    nbytes = 4
+
+    def get_device(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """Stand in for those of a GPU."""
+    made = [Event() for _ in range(2 * record.SIZE)]
+    monkeypatch.setattr(record, "_EVENTS", {0: made})
+    monkeypatch.setattr(record, "_TURNS", itertools.count())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    return made
+
+
+def test_a_gpu_has_not_ended_what_the_host_has_launched(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        send("ring_attention", x=OnGpu())
+    events[0].has_ended = True
+    assert [m.state for m in cpcompile.last_messages()] == ["done", "launched", "launched"]
+    for _ in range(3 * record.SIZE):
+        send("ring_attention", x=OnGpu())
+    assert len({id(each.event) for each in record.entries()}) == record.SIZE  # used again, when their row has gone
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    send("all_reduce", x=OnGpu())
+    assert record.entries()[-1].event is None
     assert cpcompile.last_messages()[-1].state == "launched"
+
+
+def test_the_gpu_that_is_behind_is_named() -> None:
+    def of(rank: int, ended: int) -> Messages:
+        states = ["done"] * ended + ["launched"] * (3 - ended)
+        messages = [
+            Message(i + 1, "ring_attention", LAYER, False, (0, 1), 4, 1.0, state) for i, state in enumerate(states)
+        ]
+        return Messages(rank, tuple(messages), {})
+
+    assert compare_messages({0: of(0, 2), 1: of(1, 1)}) == (
+        f"rank 1 is behind: message 2, ring_attention of {LAYER} (launched), has not ended there; "
+        f"rank 0 has come to 3, ring_attention of {LAYER} (launched)."
+    )
+    assert compare_messages({0: of(0, 1), 1: of(1, 1)}).startswith("no rank is behind: all 2 have come to message 2, ")
+    assert compare_messages({0: of(0, 3), 1: of(1, 3)}).startswith("no rank is behind: all 2 have come to message 3, ")
+
+
+def test_the_rank_that_misses_a_collective_of_others_is_named() -> None:
+    message = Message(7, "all_reduce", "", False, (0, 1), 4, 9.0, "done")
+    waits = Collective(13, "nccl:all_gather", "fsdp", (0, 1), 8.0, True)
+    first, second = Messages(0, (message,), {}, (waits,)), Messages(1, (message,), {})
+    assert str(first).splitlines()[-1] == "  not ended: nccl:all_gather 13 of fsdp (ranks 0,1, begun), 8 s ago"
+    assert compare_messages({0: first, 1: second}) == (
+        "rank 1 is behind: rank 0 waits in nccl:all_gather 13 of fsdp (ranks 0,1, begun), to which it has not come."
+    )
+    both = Messages(1, (message,), {}, (waits,))
+    assert compare_messages({0: first, 1: both}).startswith("no rank is behind")
 
 
 def test_backward_is_told_from_forward() -> None:
