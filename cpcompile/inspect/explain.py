@@ -21,7 +21,7 @@ from cpcompile.choose.rates import PRODUCTS
 from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.compile.outputs import outputs_of
 from cpcompile.compile.transform import Transformed, watching_passes
-from cpcompile.errors import ConfigError, source_place
+from cpcompile.errors import ConfigError, module_path, source_place
 from cpcompile.inspect.attention_plan import attention_sites, traffic_of
 from cpcompile.inspect.explanation import (
     Collective,
@@ -37,6 +37,7 @@ from cpcompile.inspect.graph_listing import input_name, listing, operator_name
 from cpcompile.inspect.planned_step import planned_step
 from cpcompile.inspect.whole_modules import operations, whole_modules
 from cpcompile.ir.annotation import annotation
+from cpcompile.ir.folding import fold, grouped
 from cpcompile.ir.operator_call import is_tensor, size_estimate
 from cpcompile.ir.placement import Full
 from cpcompile.ir.plan import Lengths
@@ -232,16 +233,24 @@ def gathered_values(gm: fx.GraphModule) -> list[GatheredValue]:
 
 
 def collectives(transformed: Transformed) -> list[Collective]:
-    """Return the collectives by operator, those that send nothing left out."""
-    sums: dict[str, list[int]] = {}
-    for node in collective_nodes(transformed.graph):
-        if not sends(node.target):
-            continue
-        sent = traffic_of(node, transformed)
-        entry = sums.setdefault(operator_name(node), [0, 0, 0])
-        for i, count in enumerate((1, sent.forward, sent.backward)):
-            entry[i] += count
-    return [Collective(name, *entry) for name, entry in sums.items()]
+    """Return the collectives by operator and module, equal layers together, those that send nothing left out."""
+    nodes = [node for node in collective_nodes(transformed.graph) if sends(node.target)]
+    of_modules = []
+    for same in grouped(nodes, lambda node: (operator_name(node), module_path(node))):
+        sent = [traffic_of(node, transformed) for node in same]
+        forward, backward = sum(t.forward for t in sent), sum(t.backward for t in sent)
+        of_modules.append(Collective(operator_name(same[0]), module_path(same[0]), len(same), forward, backward))
+    folded = fold(of_modules, lambda one: one.module, lambda one: one.operator)
+    return [
+        Collective(
+            group[0].operator,
+            path,
+            sum(one.calls for one in group),
+            sum(one.forward_bytes for one in group),
+            sum(one.backward_bytes for one in group),
+        )
+        for path, group in folded
+    ]
 
 
 def gradient_bytes(inputs: Sequence[Any], world_size: int, is_summed: bool) -> int:

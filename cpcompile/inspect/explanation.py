@@ -112,9 +112,17 @@ class GatheredValue:
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """All calls of one collective operator: how many, and the bytes that one rank sends in a step."""
+    """All calls of one collective operator in a module, or in equal layers: how many, and the bytes that a rank sends in a step.
+
+    Attributes:
+        operator: as in the graph: `cp.ring_attention`.
+        module: `model.layers.{0..31}.self_attn`; '' outside of modules.
+        calls: how many there are.
+        forward_bytes, backward_bytes: of all calls together.
+    """
 
     operator: str
+    module: str
     calls: int
     forward_bytes: int
     backward_bytes: int
@@ -337,9 +345,12 @@ class Explanation:
         return ["gathered on every rank", *table(("value", "shape", "bytes", "because", "line"), rows), ""]
 
     def _collective_lines(self) -> list[str]:
-        rows = [(c.operator, c.calls, size(c.forward_bytes), size(c.backward_bytes)) for c in self.collectives]
-        of_parameters = ("gradient sum of parameters", "", "", size(self.gradient_bytes))
-        head = ("operator", "calls", "forward", "backward")
+        rows = [
+            (c.operator, c.module or "-", c.calls, size(c.forward_bytes), size(c.backward_bytes))
+            for c in self.collectives
+        ]
+        of_parameters = ("gradient sum of parameters", "-", "", "", size(self.gradient_bytes))
+        head = ("operator", "module", "calls", "forward", "backward")
         return ["collectives of a step, bytes that one rank sends", *table(head, [*rows, of_parameters])]
 
     def _estimate_lines(self) -> list[str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import cpcompile
 from cpcompile import ConfigError, explain
 from cpcompile.inspect.text import size, table
-from tests.graph.small_models import TinyLM, batch
+from tests.graph.small_models import TinyLM, batch, mean_loss
 from tests.graph.test_memory import LAYERS, Stack, tokens
 
 B, S, HEADS, DIM, P = 2, 8, 2, 4, 4
@@ -319,3 +321,36 @@ def test_lists_what_runs_behind_the_passes() -> None:
     assert places["recompute_blocks"] == places["outline_layers"] == LAYERS and places["move_to_host"] == LAYERS - 1
     assert all(each.seconds > 0 for each in found.passes) and found.memory is None
     assert "passes that changed the graph" in str(found) and "move_to_host" in str(found)
+
+
+class Shifted(nn.Module):
+    """Layers that read the token before, and one behind them that reads another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(13, 8), nn.Linear(8, 13)
+        self.layers = nn.ModuleList([Shift() for _ in range(3)])
+        self.last = Shift()
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return mean_loss(self.head(self.last(x)), labels)
+
+
+class Shift(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+        return x + nn.functional.pad(x, (0, 0, 2, 0))[:, :-2].sin()
+
+
+def test_collectives_are_told_by_module() -> None:
+    found = explain(Shifted(), batch(S), world_size=2, balancer="contiguous")
+    calls = {(c.operator, c.module): c.calls for c in found.collectives if c.module}
+    ((operator, _), *_) = calls
+    assert calls == {(operator, "layers.{0..2}"): 6, (operator, "last"): 2}
+    assert re.search(rf"{operator} +layers\.{{0..2}} +6 ", str(found))
+    sent = {c.module: (c.forward_bytes, c.backward_bytes) for c in found.collectives if c.module}
+    assert sent["layers.{0..2}"] == tuple(3 * n for n in sent["last"])
+    assert min(sent["last"]) > 0

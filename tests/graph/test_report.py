@@ -100,7 +100,7 @@ def test_has_every_attention_once(plan: Explanation, page: str) -> None:
     text = Page(page).text
     ((path, group),) = site_groups(plan.sites)
     assert path == names_of(group) == f"blocks.{{0..{LAYERS - 1}}}"
-    assert text.count(path) == 5  # the table, the pictures, and three graphs
+    assert text.count(path) == 6  # the table, the pictures, the messages, and three graphs
     for site in plan.sites:
         assert site.line in text
     # An attention that differs is another line, and so are layers of another mask.

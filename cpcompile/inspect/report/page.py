@@ -120,10 +120,12 @@ def memory(ledger: Ledger | None) -> Markup:
 
 def messages(plan: Explanation) -> Markup:
     """Return what travels, and what attention was estimated to take by layout and strategy."""
-    rows = [(c.operator, c.calls, size(c.forward_bytes), size(c.backward_bytes)) for c in plan.collectives]
-    rows.append(("gradient sum of parameters", 1, size(0), size(plan.gradient_bytes)))
+    rows = [
+        (c.operator, c.module or "-", c.calls, size(c.forward_bytes), size(c.backward_bytes)) for c in plan.collectives
+    ]
+    rows.append(("gradient sum of parameters", "-", 1, size(0), size(plan.gradient_bytes)))
     told = element("p", "Bytes that one rank sends in a step, all calls together.")
-    parts = [told, table(("operator", "calls", "forward", "backward"), rows)]
+    parts = [told, table(("operator", "module", "calls", "forward", "backward"), rows)]
     if plan.estimates:
         costs = sorted(plan.estimates.items(), key=lambda item: item[1])
         parts += [
