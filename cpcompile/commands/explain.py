@@ -66,6 +66,9 @@ def explain(
     value: Annotated[
         str, typer.Option(help="Draw which rank holds which tokens of this value of the graph, too.")
     ] = "",
+    program: Annotated[
+        Path | None, typer.Option(help="Write the program of every rank as Python that torchrun starts, too.")
+    ] = None,
     longest: Annotated[
         bool, typer.Option("--longest", help="The longest sequence that fits a GPU of --device.")
     ] = False,
@@ -83,6 +86,8 @@ def explain(
     def run() -> None:
         if html is not None:
             check_output("--html", html, [".html"])
+        if program is not None:
+            check_output("--program", program, [".py"])
         ranks = gpus or world_size
         machine = machine_named(device or "h100", hosts=hosts, gpus=ranks) if device or hosts > 1 else None
         with answering(as_json):
@@ -98,12 +103,19 @@ def explain(
         }
         backward = graph is Graph.backward
         with answering(as_json):
-            plan = cpcompile.explain(
-                model, inputs, memory=memory, graphs=html is not None, backward=backward, **options
-            )
+            wanted = {
+                "memory": memory,
+                "graphs": html is not None,
+                "backward": backward,
+                "program": program is not None,
+            }
+            plan = cpcompile.explain(model, inputs, **wanted, **options)
         if html is not None:
             with writing("--html", html):
                 html.write_text(plan.to_html(target), encoding="utf-8")
+        if program is not None:
+            with writing("--program", program):
+                program.write_text(plan.program, encoding="utf-8")
         if as_json:
             typer.echo(json.dumps(plan.to_dict(), indent=1))
             return

@@ -35,6 +35,7 @@ from cpcompile.inspect.explanation import (
 )
 from cpcompile.inspect.graph_listing import input_name, listing, operator_name
 from cpcompile.inspect.planned_step import planned_step
+from cpcompile.inspect.rank_program import rank_program
 from cpcompile.inspect.whole_modules import operations, whole_modules
 from cpcompile.ir.annotation import annotation
 from cpcompile.ir.folding import fold, grouped
@@ -60,6 +61,7 @@ def explain(
     device: str | Machine = "",
     graphs: bool = False,
     backward: bool = False,
+    program: bool = False,
     **options: Any,
 ) -> Explanation:
     """Return the plan for `model` on `world_size` ranks: nothing is run, and neither GPUs nor processes are needed.
@@ -77,6 +79,7 @@ def explain(
             `meta`.
         graphs: also list the graph behind each pass that changes something, which `to_html` shows.
         backward: also list the graph of backward, as it is divided from forward for Inductor; the model is traced once more.
+        program: also write the program of every rank as Python that runs.
         options: the fields of `cpcompile.Config`.
 
     Raises:
@@ -117,6 +120,7 @@ def explain(
     found = explanation_of(planned.transformed, planned.inputs, machine)
     before, analysed = (listing(graph) for graph in (planned.transformed.original, planned.transformed.analysed))
     found = replace(found, before=before, analysed=analysed, after=listing(gm), graphs=seen)
+    of_ranks = rank_program(planned) if program else ""
     # Both change the graph, and are looked at last; the ledger is of outlined layers, and counts them.
     ledger = planned.ledger(ddp) if memory or config.offload != "none" else None
     if ledger is None and config.outlines:
@@ -124,7 +128,7 @@ def explain(
             count.places = outline_layers(gm)
     of_backward = plan().backward() if backward else ""
     passes = pass_runs(planned.transformed)
-    return replace(found, passes=passes, memory=ledger if memory else None, backward=of_backward)
+    return replace(found, passes=passes, memory=ledger if memory else None, backward=of_backward, program=of_ranks)
 
 
 def explanation_of(transformed: Transformed, inputs: Sequence[Any], machine: Machine | None = None) -> Explanation:

@@ -163,6 +163,7 @@ class Explanation:
     Attributes:
         before, analysed, after: the graph as code: as it was captured, with its attentions found, and of every rank.
         graphs: the graph behind each pass that changed something, if it was asked for.
+        program: the program of every rank as Python that torchrun starts, with random weights, if it was asked for.
         backward: the graph of backward as code, with the shapes that a rank has, if it was asked for; '' where there is none.
         estimates: seconds of all attentions of a step by layout and strategy, `zig_zag/ring`; what cannot be computed by the
             strategy has its cheapest one, `zig_zag/ring + halo`.
@@ -197,6 +198,7 @@ class Explanation:
     work: Work | None = None
     graphs: Mapping[str, str] = field(default_factory=dict)
     backward: str = ""
+    program: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data."""

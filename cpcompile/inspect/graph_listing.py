@@ -25,11 +25,16 @@ def listing(gm: fx.GraphModule) -> str:
             continue
         frame = user_frame(node)
         if frame is not None and frame != shown:
-            module = module_path(node)
-            lines.append(f"\n# {frame[2]}    {source_place(node)}{', in ' + module if module else ''}")
+            lines.append(f"\n# {source_line(node)}")
             shown = frame
         lines.append(statement(node))
     return "\n".join(lines).lstrip("\n")
+
+
+def source_line(node: fx.Node) -> str:
+    """Return the user's line that a node is of, with its place and module; '' where that is not known."""
+    frame, module = user_frame(node), module_path(node)
+    return "" if frame is None else f"{frame[2]}    {source_place(node)}{', in ' + module if module else ''}"
 
 
 def statement(node: fx.Node) -> str:

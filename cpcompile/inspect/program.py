@@ -75,13 +75,14 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A call. Its arguments are plain values, lists of them, and `Ref`s."""
+    """A call. Its arguments are plain values, lists of them, and `Ref`s; `line` is the line of a model that it is of."""
 
     name: str
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     acts: bool  # it changes a tensor or a mode, so that it counts though nothing reads its value
+    line: str = ""
 
     @property
     def reads(self) -> list[str]:
@@ -203,11 +204,9 @@ class Program:
         """The dim of the tokens of each input that has some."""
         return {x.name: x.token_dim for x in self.sources if x.token_dim is not None}
 
-    @property
-    def text(self) -> str:
-        """The module `Program`, and a function that makes its inputs."""
+    def module(self, name: str = "Program", *, returns_list: bool = False) -> str:
+        """Return the class of the module that makes the calls; one with a single result returns it, or a list of it."""
         kept = [x for x in self.sources if x.kind != "input"]
-        inputs = [x for x in self.sources if x.kind == "input"]
         made = [
             f"self.{x.name} = torch.nn.Parameter({x.expression}, requires_grad={x.value.requires_grad})"
             if x.kind == "parameter"
@@ -215,21 +214,29 @@ class Program:
             for x in kept
         ]
         first = [f"{x.name} = self.{x.name}" for x in kept]
-        calls = [f"{step.name} = {step.text}" if self.is_read(step) else step.text for step in self.steps]
-        given = [f'{INDENT}"{x.name}": {x.expression},' for x in inputs]
+        calls, line = list[str](), ""
+        for step in self.steps:
+            if step.line not in ("", line):
+                line = step.line
+                calls += ["", f"# {line}"]
+            calls.append(f"{step.name} = {step.text}" if self.is_read(step) else step.text)
+        inputs, results = [x.name for x in self.sources if x.kind == "input"], ", ".join(self.results)
         lines = [
-            "class Program(torch.nn.Module):",
+            f"class {name}(torch.nn.Module):",
             *(indented(["def __init__(self):"], 1) if made else []),
             *(indented(["super().__init__()", *generators(0, made), *made], 2) if made else []),
             *([""] if made else []),
-            *indented([f"def forward({', '.join(['self', *(x.name for x in inputs)])}):"], 1),
-            *indented([*first, *calls, f"return {', '.join(self.results)}"], 2),
-            "",
-            "",
-            "def inputs():",
-            *indented([*generators(1, given), "return {", *given, "}"], 1),
+            *indented([f"def forward({', '.join(['self', *inputs])}):"], 1),
+            *indented([*first, *calls, f"return [{results}]" if returns_list else f"return {results}"], 2),
         ]
         return "\n".join(lines) + "\n"
+
+    @property
+    def text(self) -> str:
+        """The module `Program`, and a function that makes its inputs."""
+        given = [f'{INDENT}"{x.name}": {x.expression},' for x in self.sources if x.kind == "input"]
+        lines = ["def inputs():", *indented([*generators(1, given), "return {", *given, "}"], 1)]
+        return "\n".join([self.module(), "", *lines]) + "\n"
 
     def is_read(self, step: Step) -> bool:
         """Tell whether something reads the value of a call."""
@@ -252,7 +259,7 @@ _number = 0
 
 def indented(lines: Iterable[str], levels: int) -> list[str]:
     """Return lines with so many levels of indentation."""
-    return [INDENT * levels + line for line in lines]
+    return [INDENT * levels + line if line else "" for line in lines]
 
 
 def generators(seed: int, lines: Sequence[str]) -> list[str]:
