@@ -103,7 +103,7 @@ def explain(
         }
         backward = graph is Graph.backward
         with answering(as_json):
-            wanted = {
+            wanted: dict[str, Any] = {
                 "memory": memory,
                 "graphs": html is not None,
                 "backward": backward,
