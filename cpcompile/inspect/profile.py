@@ -29,7 +29,8 @@ STEP = re.compile(r"ProfilerStep#\d+")
 # On a CPU: messages on their way, operators that compute nothing themselves, and graphs that Inductor compiled, whose own
 # kernels are no operators.
 MESSAGE = re.compile(r"gloo:")
-CALLS = re.compile(r"cpcompile::|c10d::|autograd::|record_param_comms")
+CALLS = re.compile(r"cpcompile::|c10d::|record_param_comms")
+ENGINE = "autograd::"  # around what backward runs, compiled graphs too
 COMPILED = re.compile(r".*CompiledFxGraph")
 # Fields of a profile that are a step and its parts, as people read them.
 PARTS = {
@@ -317,7 +318,7 @@ def works_on_host(trace: RankTrace, ranges: Ranges[AttentionRange], layers: Rang
             compiled.append(span)
         elif event.get("cat") == "cpu_op" and CALLS.match(name):
             calls.append(span)
-        elif event.get("cat") == "cpu_op" and "::" in name:
+        elif event.get("cat") == "cpu_op" and "::" in name and not name.startswith(ENGINE):
             place = span[0], event.get("tid")
             works.append(Work(name, span, False, ranges.around(*place), layers.around(*place)))
     generated = minus(union(compiled), union(calls))
