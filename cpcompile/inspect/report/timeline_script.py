@@ -1,6 +1,6 @@
 """Timeline script: how the picture is drawn, moved, and searched in the browser.
 
-Bars of a row follow one another, so that those in view are found by bisection; those that share a pixel are drawn as one.
+Bars of a row follow one another, so that those in view are found by bisection; of those that share a pixel, the first is drawn.
 """
 
 from cpcompile.inspect.report.elements import Markup
@@ -25,7 +25,7 @@ SCRIPT = Markup("""
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = name => document.getElementById(name);
 const canvas = byId("timeline"), tip = byId("tip"), picked = byId("picked"), field = byId("search"), told = byId("found");
-const TITLE = 16, GAP = 6, AXIS = 22;
+const TITLE = 16, GAP = 6, AXIS = 22, INSIDE = "#14171b", HIT = "#e15759";
 const LEAST = 0.01;  // microseconds that are shown at least
 const tracks = data.tracks.map(track => ({ ...track, start: Float64Array.from(track.start),
   length: Float64Array.from(track.length) }));
@@ -49,16 +49,28 @@ function spoken(us) {
   return `${Number((us / size).toPrecision(4))} ${unit}`;
 }
 
-const isWanted = (track, i) => wanted !== null && wanted[track.name[i]] + wanted[track.layer[i]] > 0;
-
-// The first bar of a track that ends behind a time.
-function firstBehind(track, time) {
-  let low = 0, high = track.start.length;
+// The place of the first bar of a track that ends behind a time, among all or in a list of them.
+function firstBehind(track, time, list = null) {
+  let low = 0, high = list ? list.length : track.start.length;
   while (low < high) {
-    const middle = (low + high) >> 1;
-    if (track.start[middle] + track.length[middle] < time) low = middle + 1; else high = middle;
+    const middle = (low + high) >> 1, i = list ? list[middle] : middle;
+    if (track.start[i] + track.length[i] < time) low = middle + 1; else high = middle;
   }
   return low;
+}
+
+// Calls paint with each bar in view, where it begins and how wide it is; of those that share a pixel, with the first.
+function paintBars(track, list, paint) {
+  const count = list ? list.length : track.start.length;
+  let place = firstBehind(track, from, list);
+  while (place < count) {
+    const i = list ? list[place] : place;
+    if (track.start[i] > to) return;
+    const left = Math.max(0, scaled(track.start[i])), right = Math.min(wide, scaled(track.start[i] + track.length[i]));
+    const width = Math.max(right - left, 1);
+    paint(i, left, width);
+    place = width > 1 ? place + 1 : Math.max(place + 1, firstBehind(track, timeAt(left + 1), list));
+  }
 }
 
 function draw() {
@@ -95,30 +107,26 @@ function drawTrack(pen, track, ink, muted) {
     pen.fillStyle = muted;
     pen.fillText(track.title, 4, track.top - TITLE / 2);
   }
-  let drawn = -1, last = "";
-  for (let i = firstBehind(track, from); i < track.start.length && track.start[i] <= to; i++) {
-    const left = Math.max(0, scaled(track.start[i])), right = Math.min(wide, scaled(track.start[i] + track.length[i]));
-    const isHit = isWanted(track, i), fill = isHit ? "#e15759" : data.colors[data.texts[track.kind[i]]];
-    if (right <= drawn && fill === last) continue;  // within a pixel of the same colour
-    const width = Math.max(right - left, 1);
-    pen.globalAlpha = wanted !== null && !isHit ? 0.3 : 1;
-    pen.fillStyle = fill;
+  const box = (fill, text, opacity = 1) => (i, left, width) => {
+    pen.globalAlpha = opacity;
+    pen.fillStyle = fill ?? data.colors[data.texts[track.kind[i]]];
     pen.fillRect(left, track.top, width > 3 ? width - 0.5 : width, BAR);
     pen.globalAlpha = 1;
-    if (chosen && chosen.track === track && chosen.i === i) {
-      pen.strokeStyle = ink;
-      pen.lineWidth = 2;
-      pen.strokeRect(left + 1, track.top + 1, Math.max(width - 2, 1), BAR - 2);
-    }
-    if (width > 40 && BAR >= 11) drawName(pen, data.texts[track.name[i]], left, track.top, width);
-    drawn = left + width;
-    last = fill;
+    if (width > 40 && BAR >= 11) drawName(pen, data.texts[track.name[i]], text, left, track.top, width);
+  };
+  paintBars(track, null, wanted === null ? box(null, INSIDE) : box(null, ink, 0.3));
+  if (wanted !== null) paintBars(track, track.hits, box(HIT, INSIDE));
+  if (chosen && chosen.track === track) {
+    const { i } = chosen, left = scaled(track.start[i]), width = Math.max(scaled(track.start[i] + track.length[i]) - left, 1);
+    pen.strokeStyle = ink;
+    pen.lineWidth = 2;
+    pen.strokeRect(left - 1, track.top - 1, width + 2, BAR + 2);
   }
 }
 
-function drawName(pen, name, left, top, width) {
+function drawName(pen, name, ink, left, top, width) {
   const fits = Math.floor((width - 6) / 6.2);
-  pen.fillStyle = "#14171b";
+  pen.fillStyle = ink;
   pen.fillText(name.length > fits ? name.slice(0, Math.max(0, fits - 1)) + "\\u2026" : name, left + 3, top + BAR / 2 + 0.5);
 }
 
@@ -192,7 +200,9 @@ function search() {
   hit = -1;
   if (wanted !== null) {
     for (const track of tracks) {
-      for (let i = 0; i < track.start.length; i++) if (isWanted(track, i)) hits.push({ track, i });
+      track.hits = [];
+      for (let i = 0; i < track.start.length; i++) if (wanted[track.name[i]] + wanted[track.layer[i]]) track.hits.push(i);
+      for (const i of track.hits) hits.push({ track, i });
     }
     hits.sort((a, b) => a.track.start[a.i] - b.track.start[b.i]);
   }
