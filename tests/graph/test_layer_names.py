@@ -70,6 +70,9 @@ def test_each_call_of_equal_layers_has_its_own_name() -> None:
     assert outline_layers(graph) == 4
     calls = graph.graph.find_nodes(op="call_function", target=INVOKE)
     assert [module_path(call) for call in calls] == [f"blocks.{i}" for i in range(4)]
+    assert [[*call.meta["nn_module_stack"]] for call in calls] == [
+        [f"blocks.{i}"] for i in range(4)
+    ]  # all that it is of
 
 
 def test_a_call_across_a_border_is_of_the_layer_whose_attention_it_has() -> None:
