@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import cpcompile
 from cpcompile.inspect.profile import read_profile
+from cpcompile.runtime.attention.profiling import AttentionRange
 from cpcompile.runtime.layer_ranges import LayerRange
 from tests.models import batch, loss_of, make
 
@@ -30,7 +31,7 @@ def profiled(rank: Any, folder: str) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         loss_of(model(**data)).backward()
     profile.export_chrome_trace(str(Path(folder) / f"rank{rank.rank}.json.gz"))
-    return [event.name for event in profile.events() if event.name.startswith("cpcompile.")]
+    return [event.name for event in profile.events() if AttentionRange.of(event.name)]
 
 
 def test_each_attention_is_a_range(pool: Any, tmp_path: Path) -> None:
