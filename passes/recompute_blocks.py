@@ -77,7 +77,7 @@ def member_of(node: fx.Node, depth: int) -> str:
 
 def class_of(node: fx.Node, path: str) -> str:
     """Return the class of a module that a node is in; its path where that is not known."""
-    classes = {clean_path(str(of)): str(kind) for of, kind in node.meta["nn_module_stack"].values()}
+    classes = {clean_path(str(of)): str(kind) for of, kind in node.meta.get("nn_module_stack", {}).values()}
     return classes.get(path, path)
 
 

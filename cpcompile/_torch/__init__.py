@@ -43,6 +43,7 @@ from cpcompile._torch.inductor import (
 )
 from cpcompile._torch.joint_graph import HalvesPass, JointPass
 from cpcompile._torch.known_values import known_value, known_values
+from cpcompile._torch.layer_marks import BACKWARD, LayerMarks
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
 from cpcompile._torch.overlap import OverlapPass
 from cpcompile._torch.own_backward import is_own_function
@@ -61,11 +62,13 @@ from cpcompile._torch.tracing import (
 )
 
 __all__ = [
+    "BACKWARD",
     "CONTROL_FLOW",
     "DATA_DEPENDENT",
     "CustomOpDef",
     "HalvesPass",
     "JointPass",
+    "LayerMarks",
     "NoPolicyError",
     "OverlapPass",
     "Policy",

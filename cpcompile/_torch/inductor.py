@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMi
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from cpcompile._torch.joint_graph import HalvesPass, JointPass, Partitioner, in_inductor
+from cpcompile._torch.layer_marks import LayerMarks, in_generated_code, with_marks
 from cpcompile._torch.repeated_calls import schemas_once, strides_as_they_are, values_once
 
 # The order of the graph has what a product of weights reads freed at once. Inductor's own search for the least memory (torch 2.11
@@ -34,21 +36,30 @@ def inner_compiler(
     joint_pass: JointPass | None = None,
     halves_pass: HalvesPass | None = None,
     recomputes_elementwise: bool = False,
+    marks: LayerMarks | None = None,
 ) -> Compiler:
     """Return the function that compiles the transformed graph: `inductor` with these options, `aot_eager` or `eager`.
 
     `joint_pass` runs on the graph of forward and backward, which `eager` has not, and `halves_pass` on its halves. With
     `recomputes_elementwise` Inductor keeps no results of elementwise operators for backward that it can compute again.
+    `marks` says which layers are told of while a profiler runs.
     """
     if name == "eager":
-        return lambda gm, inputs: gm
+        return lambda gm, inputs: with_marks(gm, gm, marks)
     if name == "aot_eager":
+        from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch.compilers import nop
         from torch._functorch.partitioners import default_partition
 
         partition = Partitioner(default_partition, joint_pass, halves_pass)
-        return aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=partition)
+
+        def compiler(gm: fx.GraphModule, inputs: Any, is_backward: bool) -> Any:
+            boxed = nop(gm, inputs)
+            return make_boxed_func(with_marks(gm, lambda *given: boxed(list(given)), marks, is_backward))
+
+        halves = {f"{half}_compiler": functools.partial(compiler, is_backward=half == "bw") for half in ("fw", "bw")}
+        return aot_autograd(**halves, partition_fn=partition)
     from torch._inductor.compile_fx import compile_fx
 
     options = options or {}
@@ -65,6 +76,7 @@ def inner_compiler(
             values_once(),
             strides_as_they_are(),
             in_inductor(joint_pass, halves_pass),
+            in_generated_code(marks),
         ):
             return compile_fx(gm, inputs)  # type: ignore[return-value]
 

@@ -117,15 +117,29 @@ def scaling(result: Annotated[Path, typer.Argument(help="A JSON of benchmarks/sc
 @app.command()
 def timeline(
     traces: Annotated[list[Path], typer.Argument(help="Traces of torch.profiler, one for each rank: .json, .json.gz.")],
-    out: Out,
+    out: Annotated[
+        Path,
+        typer.Option(help="The picture that is written: a .png or .svg, or a .html that can be zoomed and searched."),
+    ],
 ) -> None:
     """Draw attention kernels, transfers and the host of each rank along the time."""
 
     def run() -> None:
+        from cpcompile.inspect.output_file import check_output, writing
+        from cpcompile.inspect.plots.canvas import SUFFIXES
         from cpcompile.inspect.plots.trace import plot_trace
+        from cpcompile.inspect.report.timeline import timeline_page
+        from cpcompile.inspect.timeline import read_tracks
         from cpcompile.inspect.trace import read_lanes
 
-        plot_trace(read_lanes(traces), ", ".join(path.name for path in traces), out)
+        check_output("--out", out, (*SUFFIXES, ".html"))
+        title = ", ".join(path.name for path in traces)
+        if out.suffix == ".html":
+            page = timeline_page(read_tracks(traces), title)
+            with writing("--out", out):
+                out.write_text(page, encoding="utf-8")
+        else:
+            plot_trace(read_lanes(traces), title, out)
         typer.echo(f"written to {out}")
 
     guard(run)

@@ -6,6 +6,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from cpcompile.capture.stages import stage
 from cpcompile.choose.machine import Machine
 from cpcompile.compile.attention_layers import name_layers
 from cpcompile.compile.joined_transfers import join_transfers
+from cpcompile.compile.layer_names import LayerNames
 from cpcompile.compile.offload import move_to_host, note_tokens
 from cpcompile.compile.outline_layers import outline_layers, pass_operands_by
 from cpcompile.compile.overlap import overlapped
@@ -281,16 +283,19 @@ def compile_inner(
     num_parts = compile_parts(graph, options) if config.inner == "inductor" else 0
     if config.inner == "eager" and is_recomputed(graph.graph):
         warn_of_kept_results()
+    layers = LayerNames(graph)
     shards = shards or {}
     units = {i: shard.unit for i, shard in shards.items()}
     joint_pass, halves_pass = prepare_for_autograd(
         transformed, config, move_or_tell, outlines=config.outlines, units=units
     )
+    # The code that is generated names the layers, and the code of a graph does not.
+    joint_pass = replace(joint_pass, key=f"{joint_pass.key} {layers.key}")
     if bytes_ahead and config.inner == "inductor":
         groups = frozenset(shard.group for shard in shards.values())
         options = _torch.OverlapPass(overlapped, bytes_ahead, groups).options | options
     program = f"compiling {num_parts + 1} of {num_parts + 1} (forward and backward)"
     with stage(program), faults_of(f"the inner compiler ({config.inner})", INNER_REMEDY):
         again = config.recompute_elementwise
-        compiler = _torch.inner_compiler(config.inner, options, joint_pass, halves_pass, again)
+        compiler = _torch.inner_compiler(config.inner, options, joint_pass, halves_pass, again, layers.marks())
         return compiler(graph, example_inputs)

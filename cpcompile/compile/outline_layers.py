@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from cpcompile.compile.attention_layers import share_layer
 from cpcompile.compile.equal_layers import Layer, externals_of, find_equal_layers, is_made_outside, read_outside
+from cpcompile.compile.layer_names import LayerNames
 from cpcompile.compile.result_memory import body_of, invoke_subgraph
 from cpcompile.ir.insertion import insert_call, keep_source
 from cpcompile.ir.operator_call import expression, is_view, value_of, values_of
@@ -30,9 +31,9 @@ aten = torch.ops.aten
 
 def outline_layers(gm: fx.GraphModule) -> int:
     """Return how many layers became calls. The graph holds ATen operators above autograd."""
-    count = 0
+    count, names = 0, LayerNames(gm)
     for number, (layers, reached) in enumerate(find_equal_layers(gm.graph)):
-        outline(gm, layers, f"cpcompile_layer_{number}", reached)
+        outline(gm, layers, f"cpcompile_layer_{number}", reached, names)
         sort_again(gm.graph)
         count += len(layers)
     if count:
@@ -42,7 +43,9 @@ def outline_layers(gm: fx.GraphModule) -> int:
     return count
 
 
-def outline(gm: fx.GraphModule, layers: Sequence[Layer], name: str, reached: AbstractSet[fx.Node]) -> None:
+def outline(
+    gm: fx.GraphModule, layers: Sequence[Layer], name: str, reached: AbstractSet[fx.Node], names: LayerNames
+) -> None:
     """Make each of several equal layers a call of a new subgraph; `reached` is what gradients may reach."""
     for layer in layers:
         make_outside(layer)
@@ -55,7 +58,8 @@ def outline(gm: fx.GraphModule, layers: Sequence[Layer], name: str, reached: Abs
     with gm.graph.inserting_before(first):
         body = gm.graph.get_attr(name)
     for layer in layers:
-        call_in_place_of(layer, [body, name, *externals_of(layer), *sizes], read, reached)
+        arguments = [body, name, *externals_of(layer), *sizes]
+        call_in_place_of(layer, arguments, read, reached, names.of_call(layer))
 
 
 def sizes_of(layer: Layer, first: fx.Node) -> list[fx.Node]:
@@ -101,13 +105,17 @@ def subgraph_of(layers: Sequence[Layer], operands: Sequence[fx.Node], read: Sequ
 
 
 def call_in_place_of(
-    layer: Layer, arguments: Sequence[Any], read: Sequence[int], reached: AbstractSet[fx.Node]
+    layer: Layer, arguments: Sequence[Any], read: Sequence[int], reached: AbstractSet[fx.Node], name: str
 ) -> None:
-    """Put a call in the place of a layer; `read` are the places of what it returns, `reached` what gradients may reach."""
+    """Put a call in the place of a layer, whose path is `name`; `read` are the places of what it returns, `reached` what
+    gradients may reach.
+    """
     graph, own = layer[-1].graph, set(layer)
     with graph.inserting_after(layer[-1]):
         call = graph.call_function(invoke_subgraph, tuple(arguments))
     keep_source(call, layer[-1])
+    if name:
+        call.meta["nn_module_stack"] = {name: (name, "")}
     keep_results_of(call)
     for number, i in enumerate(read):
         with graph.inserting_after(call):

@@ -2,7 +2,7 @@
 
 Each moment of a step is one of: attention computes; something else computes; only a transfer runs (it is exposed); nothing
 runs, because the host has launched nothing or because what it launched waits. Work belongs to an attention if it was launched
-inside of its range (`runtime.attention.profiling`).
+inside of its range (`runtime.attention.profiling`), and to a layer likewise (`runtime.layer_ranges`).
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ from __future__ import annotations
 import bisect
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from cpcompile.errors import ConfigError
+from cpcompile.inspect.spans import Span, Spans, clip, minus, total, union
+from cpcompile.inspect.stream_times import StreamTime, Task, stream_times
 from cpcompile.inspect.trace import ON_DEVICE, ON_HOST, RankTrace, kind_of, read_traces, span_of
 from cpcompile.runtime.attention.profiling import AttentionRange
+from cpcompile.runtime.layer_ranges import LayerRange
 
-Span = tuple[float, float]
-Spans = list[Span]
+T = TypeVar("T")
 
 ANNOTATIONS = "user_annotation"
 STEP = re.compile(r"ProfilerStep#\d+")
 # On a CPU: messages on their way, operators that compute nothing themselves, and graphs that Inductor compiled, whose own
 # kernels are no operators.
 MESSAGE = re.compile(r"gloo:")
-CALLS = re.compile(r"cpcompile::|c10d::|autograd::|record_param_comms")
+CALLS = re.compile(r"cpcompile::|c10d::|record_param_comms")
+ENGINE = "autograd::"  # around what backward runs, compiled graphs too
 COMPILED = re.compile(r".*CompiledFxGraph")
 # Fields of a profile that are a step and its parts, as people read them.
 PARTS = {
@@ -64,6 +67,17 @@ class AttentionTime:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerTime:
+    """What a layer took in a step, its attention included, in seconds; fields as those of `AttentionTime`."""
+
+    layer: str
+    direction: str
+    kernels: float
+    transfers: float
+    exposed: float
+
+
+@dataclass(frozen=True, slots=True)
 class KernelTime:
     """How often a kernel ran in a step (on a CPU: an operator, with those that it calls), and for how many seconds."""
 
@@ -88,6 +102,8 @@ class RankProfile:
         device_gaps: while nothing ran, though what ran next had been launched before: it waited on the device.
         overlapped: how long transfers ran beside what was computed.
         attentions: each range.
+        layers: each layer, in the order of its first range; none where the trace has no ranges of layers.
+        streams: each stream of the device, by number; none on a CPU.
         kernels: each kernel by its name, transfers too, the longest first.
     """
 
@@ -102,40 +118,65 @@ class RankProfile:
     device_gaps: float
     overlapped: float
     attentions: tuple[AttentionTime, ...]
+    layers: tuple[LayerTime, ...]
+    streams: tuple[StreamTime, ...]
     kernels: tuple[KernelTime, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What ran, the attention that it is a part of, and when it was launched, where that is known."""
+    """What ran, the attention and the layer that it is a part of, and on a device its stream and the call that launched it, where
+    that is known.
+    """
 
     name: str
     span: Span
     is_transfer: bool
     within: AttentionRange | None
-    launched: float | None = None
+    layer: LayerRange | None
+    stream: int | None = None
+    launch: Span | None = None
+
+    @property
+    def launched(self) -> float | None:
+        """When it was launched."""
+        return None if self.launch is None else self.launch[0]
 
 
-class Ranges:
-    """The ranges of attention of a rank, by thread."""
+class Ranges(Generic[T]):
+    """The ranges of a rank that are of one kind, by thread; those of a thread follow one another."""
 
-    def __init__(self, events: Iterable[dict[str, Any]]) -> None:
-        self.calls: list[AttentionRange] = []
-        self._found: dict[Any, list[tuple[Span, AttentionRange]]] = {}
+    def __init__(self, events: Iterable[dict[str, Any]], kind: Callable[[str], T | None]) -> None:
+        self.calls: list[T] = []
+        self._found: dict[Any, list[tuple[Span, T]]] = {}
         for event in events:
-            attention = AttentionRange.of(event["name"]) if event.get("cat") == ANNOTATIONS else None
-            if attention is not None:
-                self.calls.append(attention)
+            named = kind(event["name"]) if event.get("cat") == ANNOTATIONS else None
+            if named is not None:
+                self.calls.append(named)
                 for thread in (event.get("tid"), None):
-                    self._found.setdefault(thread, []).append((span_of(event), attention))
+                    self._found.setdefault(thread, []).append((span_of(event), named))
         for found in self._found.values():
             found.sort(key=lambda each: each[0])
 
-    def around(self, at: float, thread: Any = None) -> AttentionRange | None:
+    def around(self, at: float, thread: Any = None) -> T | None:
         """Return the range of a thread, or of any, that is open at a time."""
         found = self._found.get(thread, [])
         index = bisect.bisect_right(found, at, key=lambda each: each[0][0]) - 1
         return found[index][1] if index >= 0 and at <= found[index][0][1] else None
+
+    def divide(self, span: Span) -> Iterator[tuple[Span, T | None]]:
+        """Yield what of a span is in each range of any thread, and what is in none."""
+        at, end = span
+        found = self._found.get(None, [])
+        for (start, stop), named in found[max(0, bisect.bisect_right(found, at, key=lambda each: each[0][0]) - 1) :]:
+            if start >= end:
+                break
+            if stop > at:
+                yield from [((at, start), None)] if start > at else []
+                yield (max(start, at), min(stop, end)), named
+                at = min(stop, end)
+        if at < end:
+            yield (at, end), None
 
 
 def read_profile(paths: Sequence[Path]) -> list[RankProfile]:
@@ -153,14 +194,14 @@ def profile_of(trace: RankTrace) -> RankProfile:
     Raises:
         ConfigError: no attention of cpcompile runs in the trace.
     """
-    ranges = Ranges(trace.events)
+    ranges, layers = Ranges(trace.events, AttentionRange.of), Ranges(trace.events, LayerRange.of)
     if not ranges.calls:
         raise ConfigError(
             f"{trace.path} has no range of an attention, such as `cpcompile.ring zig_zag model.layers.3.self_attn`: trace steps "
             "of a model that cpcompile made parallel, with ProfilerActivity.CPU among the activities, behind its first call."
         )
     on_device = any(event.get("cat") in ON_DEVICE for event in trace.events)
-    works = works_on_device(trace, ranges) if on_device else works_on_host(trace, ranges)
+    works = works_on_device(trace, ranges, layers) if on_device else works_on_host(trace, ranges, layers)
     steps = [span_of(e) for e in trace.events if e.get("cat") == ANNOTATIONS and STEP.fullmatch(e["name"])]
     count = len(steps) or 1
     window = window_of(trace, steps)
@@ -171,11 +212,10 @@ def profile_of(trace: RankTrace) -> RankProfile:
     inside = [total(clip(part, window)) / count for part in parts]
     step = (window[1] - window[0]) / count
     device_gaps = total(waits_on_device(works, window)) / count
-    of_ranges: dict[AttentionRange, list[Work]] = {each: [] for each in ranges.calls}
-    for work in works:
-        if work.within is not None:
-            of_ranges[work.within].append(work)
+    of_ranges = grouped(works, ranges.calls, lambda work: work.within)
+    of_layers = grouped(works, layers.calls, lambda work: work.layer)
     calls = Counter(ranges.calls)
+    tasks = [Task(x.stream, x.span, x.launch, x.is_transfer) for x in works if x.stream is not None]
     return RankProfile(
         rank=trace.rank,
         device="cuda" if on_device else "cpu",
@@ -187,7 +227,12 @@ def profile_of(trace: RankTrace) -> RankProfile:
         host_gaps=step - sum(inside) - device_gaps,
         device_gaps=device_gaps,
         overlapped=total(clip(transfers, window)) / count - inside[2],
-        attentions=tuple(time_of(each, calls[each] / count, own, computing, count) for each, own in of_ranges.items()),
+        attentions=tuple(
+            AttentionTime(x.layer, x.strategy, x.layout, direction(x), calls[x] / count, *times(own, computing, count))
+            for x, own in of_ranges.items()
+        ),
+        layers=tuple(LayerTime(x.layer, direction(x), *times(own, computing, count)) for x, own in of_layers.items()),
+        streams=tuple(stream_times(tasks, window, count)),
         kernels=kernel_times(works, window, count),
     )
 
@@ -213,24 +258,29 @@ def kernel_times(works: Sequence[Work], window: Span, count: int) -> tuple[Kerne
     return tuple(sorted((each for each in times if each.calls), key=lambda each: -each.seconds))
 
 
-def time_of(
-    attention: AttentionRange, calls: float, own: Sequence[Work], computing: Spans, count: int
-) -> AttentionTime:
-    """Return what an attention took in a step, of `count`: its own work, and when anything was computed."""
+def grouped(works: Iterable[Work], keys: Iterable[T], key: Callable[[Work], T | None]) -> dict[T, list[Work]]:
+    """Return the works of each key, of none for one that has none."""
+    found: dict[T, list[Work]] = {each: [] for each in keys}
+    for work in works:
+        named = key(work)
+        if named is not None:
+            found[named].append(work)
+    return found
+
+
+def direction(of: AttentionRange | LayerRange) -> str:
+    """Return whether a range is of forward or of backward."""
+    return "backward" if of.is_backward else "forward"
+
+
+def times(own: Sequence[Work], computing: Spans, count: int) -> tuple[float, float, float]:
+    """Return how long kernels, transfers and exposed transfers took in a step, of `count`; `computing` is when anything was."""
     transfers = union(work.span for work in own if work.is_transfer)
-    return AttentionTime(
-        attention.layer,
-        attention.strategy,
-        attention.layout,
-        "backward" if attention.is_backward else "forward",
-        calls,
-        total(union(work.span for work in own if not work.is_transfer)) / count,
-        total(transfers) / count,
-        total(minus(transfers, computing)) / count,
-    )
+    kernels = union(work.span for work in own if not work.is_transfer)
+    return total(kernels) / count, total(transfers) / count, total(minus(transfers, computing)) / count
 
 
-def works_on_device(trace: RankTrace, ranges: Ranges) -> list[Work]:
+def works_on_device(trace: RankTrace, ranges: Ranges[AttentionRange], layers: Ranges[LayerRange]) -> list[Work]:
     """Return what ran on a device: what it is a part of is known by what launched it."""
     launches = {}
     for event in trace.events:
@@ -241,26 +291,39 @@ def works_on_device(trace: RankTrace, ranges: Ranges) -> list[Work]:
     for event in trace.events:
         if event.get("cat") in ON_DEVICE:
             launch = launches.get(event.get("args", {}).get("correlation"))
-            launched = None if launch is None else span_of(launch)[0]
-            within = None if launch is None else ranges.around(span_of(launch)[0], launch.get("tid"))
-            works.append(Work(event["name"], span_of(event), kind_of(event) == "transfer", within, launched))
+            call = None if launch is None else span_of(launch)
+            place = () if launch is None or call is None else (call[0], launch.get("tid"))
+            works.append(
+                Work(
+                    event["name"],
+                    span_of(event),
+                    kind_of(event) == "transfer",
+                    ranges.around(*place) if place else None,
+                    layers.around(*place) if place else None,
+                    event.get("args", {}).get("stream"),
+                    call,
+                )
+            )
     return works
 
 
-def works_on_host(trace: RankTrace, ranges: Ranges) -> list[Work]:
+def works_on_host(trace: RankTrace, ranges: Ranges[AttentionRange], layers: Ranges[LayerRange]) -> list[Work]:
     """Return what ran on a CPU: what it is a part of is known by when it began."""
     works, calls, compiled = [], [], []
     for event in trace.events:
         name, span = event["name"], span_of(event)
         if MESSAGE.match(name):
-            works.append(Work(name, span, True, ranges.around(span[0])))
+            works.append(Work(name, span, True, ranges.around(span[0]), layers.around(span[0])))
         elif COMPILED.match(name):
             compiled.append(span)
         elif event.get("cat") == "cpu_op" and CALLS.match(name):
             calls.append(span)
-        elif event.get("cat") == "cpu_op" and "::" in name:
-            works.append(Work(name, span, False, ranges.around(span[0], event.get("tid"))))
-    return [*works, *(Work("compiled graphs", span, False, None) for span in minus(union(compiled), union(calls)))]
+        elif event.get("cat") == "cpu_op" and "::" in name and not name.startswith(ENGINE):
+            place = span[0], event.get("tid")
+            works.append(Work(name, span, False, ranges.around(*place), layers.around(*place)))
+    generated = minus(union(compiled), union(calls))
+    parts = (part for span in generated for part in layers.divide(span))
+    return [*works, *(Work("compiled graphs", span, False, None, layer) for span, layer in parts)]
 
 
 def window_of(trace: RankTrace, steps: Sequence[Span]) -> Span:
@@ -268,43 +331,6 @@ def window_of(trace: RankTrace, steps: Sequence[Span]) -> Span:
     categories = ON_DEVICE if steps else (*ON_DEVICE, *ON_HOST, ANNOTATIONS)
     spans = [*steps, *(span_of(event) for event in trace.events if event.get("cat") in categories)]
     return min(start for start, _ in steps or spans), max(end for _, end in spans)
-
-
-def union(spans: Iterable[Span]) -> Spans:
-    """Return spans in order, those that overlap as one."""
-    joined: Spans = []
-    for start, end in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(end, joined[-1][1])
-        else:
-            joined.append((start, end))
-    return joined
-
-
-def minus(spans: Spans, others: Spans) -> Spans:
-    """Return what of `spans` is in none of `others`; both are unions."""
-    left, first = [], 0
-    for start, end in spans:
-        while first < len(others) and others[first][1] <= start:
-            first += 1
-        at, number = start, first
-        while number < len(others) and others[number][0] < end:
-            left.append((at, others[number][0]))
-            at, number = others[number][1], number + 1
-        left.append((at, end))
-    return [(start, end) for start, end in left if start < end]
-
-
-def clip(spans: Spans, window: Span) -> Spans:
-    """Return what of `spans` is in a window."""
-    return [
-        (max(start, window[0]), min(end, window[1])) for start, end in spans if end > window[0] and start < window[1]
-    ]
-
-
-def total(spans: Iterable[Span]) -> float:
-    """Return how long spans are together."""
-    return sum(end - start for start, end in spans)
 
 
 def to_dict(profiles: Sequence[RankProfile], against: Sequence[RankProfile] = ()) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cpcompile.inspect.profile import PARTS, AttentionTime, RankProfile
-from cpcompile.inspect.profile_text import SHOWN, WIDTH, longest
+from cpcompile.inspect.profile_text import SHOWN, STREAM_HEAD, WIDTH, layer_means, longest, stream_means
 from cpcompile.inspect.text import duration, table
 from cpcompile.ir.folding import fold
 
@@ -25,6 +25,8 @@ def difference_text(now: Sequence[RankProfile], before: Sequence[RankProfile]) -
             "",
             "difference of attentions",
             *table(("module", "pass", "against", "now", *TIMES), attention_lines(now, before)),
+            *layer_lines(now, before),
+            *stream_lines(now, before),
             "",
             f"the largest differences of {'kernels' if now[0].device == 'cuda' else 'operators'}",
             *table(("name", "calls", "against", "now", "difference"), kernel_lines(now, before)),
@@ -65,6 +67,30 @@ def attention_lines(now: Sequence[RankProfile], before: Sequence[RankProfile]) -
         changes = [change(new - old) for old, new in zip(*sums, strict=True)]
         lines.append((layer, group[0][1], *kinds(group[0]), *changes))
     return lines
+
+
+def layer_lines(now: Sequence[RankProfile], before: Sequence[RankProfile]) -> list[str]:
+    """Return a line for equal layers: their kernels in each profile, and the differences; nothing where neither has layers."""
+    old, new = layer_means(before), layer_means(now)
+    if not old and not new:
+        return []
+    rows = []
+    for path, group in fold({**old, **new}, lambda key: key[0], lambda key: key[1]):
+        sums = [[sum(found.get(key, [0.0] * 3)[i] for key in group) for i in range(3)] for found in (old, new)]
+        changes = [change(is_now - was) for was, is_now in zip(*sums, strict=True)]
+        rows.append((path, group[0][1], duration(sums[0][0]), duration(sums[1][0]), *changes))
+    return ["", "difference of layers", *table(("module", "pass", "against", "now", *TIMES), rows)]
+
+
+def stream_lines(now: Sequence[RankProfile], before: Sequence[RankProfile]) -> list[str]:
+    """Return a line for each stream: by how much it was longer busy, and idle by cause; nothing on CPUs."""
+    old, new = stream_means(before), stream_means(now)
+    none = [0.0] * (len(STREAM_HEAD) - 1)
+    rows = []
+    for stream in sorted({**old, **new}):
+        pairs = zip(old.get(stream, none), new.get(stream, none), strict=True)
+        rows.append((str(stream), *(change(is_now - was) for was, is_now in pairs)))
+    return ["", "difference of streams", *table(STREAM_HEAD, rows)] if rows else []
 
 
 def attentions(profiles: Sequence[RankProfile]) -> dict[tuple[str, str], list[AttentionTime]]:

@@ -17,7 +17,8 @@ from cpcompile.cli import app
 from cpcompile.compile.attention_layers import name_layers
 from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.errors import ConfigError
-from cpcompile.inspect.profile import PARTS, clip, minus, read_profile, union
+from cpcompile.inspect.profile import PARTS, read_profile
+from cpcompile.inspect.spans import clip, minus, union
 from cpcompile.ir.operator_call import Call
 from cpcompile.runtime.attention.profiling import AttentionRange
 from tests.graph.small_models import planned

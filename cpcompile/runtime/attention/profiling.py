@@ -4,8 +4,8 @@
     cpcompile.ring zig_zag model.layers.3.self_attn backward
     cpcompile.local whole model.layers.3.cross_attn            # all keys are here: nothing is exchanged
 
-Layers that are compiled once share their range: `model.layers.{0..31}.self_attn` is one of these, and the calls follow the
-order of the layers.
+Layers that are compiled once share an operator, which knows them as `model.layers.{0..31}.self_attn`: the range of the layer
+that it runs in says which it is.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from cpcompile import _torch
+from cpcompile.runtime.layer_ranges import path_here
 
-_RANGE = re.compile(r"cpcompile\.(?P<strategy>\w+) (?P<layout>\S+) (?P<layer>\S+)(?P<backward> backward)?")
+_RANGE = re.compile(r"cpcompile\.(?!layer )(?P<strategy>\w+) (?P<layout>\S+) (?P<layer>\S+)(?P<backward> backward)?")
 NO_LAYER = "-"
 
 
@@ -55,5 +56,5 @@ def attention_range(operator: str, layout: str, layer: str) -> AbstractContextMa
         return contextlib.nullcontext()
     forward = operator.removesuffix("_backward")
     strategy = "local" if forward == "attention_forward" else forward.removesuffix("_attention")
-    name = AttentionRange(strategy, layout or "whole", layer or NO_LAYER, operator != forward)
+    name = AttentionRange(strategy, layout or "whole", path_here(layer) or NO_LAYER, operator != forward)
     return torch.profiler.record_function(str(name))
