@@ -166,9 +166,8 @@ class KernelTime:
         given = [call["grads"], call["rows"]] if is_backward else [call["rows"]]
         of_rows = [((parts[0].stop, *shape[1:]), *rest) for x in given for shape, *rest in map(like, x)]
         others = list(map(like, call["others"]))
-        if not is_backward:
-            found = self._inside(function.function, [*of_rows, *others])
-        else:
+        forward = found = self._inside(function.function, [*of_rows[-len(call["rows"]) :], *others])
+        if is_backward:
             counts, needs = [len(x) for x in given], call["needs"]
 
             def gradients(*x: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -176,6 +175,8 @@ class KernelTime:
                 return function.backward(False, grads, rows, rest, needs)
 
             found = self._inside(gradients, [*of_rows, *others])
+            found.seconds[PRODUCTS] -= forward.seconds[PRODUCTS]
+            found.seconds[AGAIN] += forward.seconds[PRODUCTS]
             shared = [x for x, need in zip(call["others"], needs[counts[1] :], strict=True) if need]
             found.add(self._moving(sum(2 * max(value_of(x).element_size(), 4) * number_of(value_of(x)) for x in shared)))
         total = Spent()
