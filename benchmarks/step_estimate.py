@@ -3,8 +3,8 @@
     python benchmarks/step_estimate.py --out benchmarks/results/step_estimate.json
 
 Needs no GPU: it reads what `train_step.py` and `fsdp_step.py` wrote in `benchmarks/results` and plans the same steps for the same
-GPUs, on the meta device. Of rows that were measured again the last counts. Steps of documents are left out: before a batch is read
-nobody knows where its documents begin, and `explain` takes them for one.
+GPUs, on the meta device. Of rows that were measured again the last counts. Steps of documents are left out: nobody knows where
+they begin before a batch is read, and `explain` takes them for one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,12 @@ def write(rows: list[Row], out: Path | None) -> None:
     """Write the rows, and how far off they are."""
     off = sorted(abs(row["over_measured"] - 1) for row in rows)
     within = sum(each <= 0.1 for each in off)
-    known = {"torch": torch.__version__, "steps": len(rows), "within_10_percent": within, "median_error": round(statistics.median(off), 4)}
+    known = {
+        "torch": torch.__version__,
+        "steps": len(rows),
+        "within_10_percent": within,
+        "median_error": round(statistics.median(off), 4),
+    }
     if out:
         out.write_text(json.dumps({**known, "rows": rows}, indent=1) + "\n")
 
@@ -108,7 +113,10 @@ def fsdp_steps(only: str) -> Iterator[Step]:
             )
             plan = partial(fsdp_step.plan_of, options, given, row["length"], machine_of(result, row))
             yield Step(
-                (name, row["ranks"], row["length"], *(KERNEL | given).items()), row | {"file": name}, plan, has_optimizer=True
+                (name, row["ranks"], row["length"], *(KERNEL | given).items()),
+                row | {"file": name},
+                plan,
+                has_optimizer=True,
             )
 
 

@@ -29,7 +29,7 @@ RANKS_OF_HOST = 8  # that NVLink connects; messages of more ranks take the netwo
 # (`loss.py`, all logits at once: 687 and 698e12), of which passes over the logits are no part. An H100 has the same peak.
 PRODUCTS = {"gpu": 690e12, "cpu": 100e9}
 
-# Passes over memory, bytes a second read and written: three quarters of the data sheet's 3.35e12 of an H100 and 4.8e12 of an H200.
+# Passes over memory, bytes a second read and written: three quarters of what data sheets say: 3.35e12 for H100, 4.8e12 for H200.
 MEMORY = {"gpu": 2.5e12, "cpu": 10e9}
 MEMORY_H200 = 3.6e12
 

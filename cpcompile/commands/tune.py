@@ -22,7 +22,7 @@ def tune(
         typer.Option(min=0, help="GB/s of a GPU to other hosts, which one host cannot measure; 0: as on an H100 host."),
     ] = 0,
 ) -> None:
-    """Measure the attention kernels, products, memory and links of this machine once; `auto` and `explain` then compute with them.
+    """Measure attention kernels, products, memory and links of this machine once; `auto` and `explain` then compute with them.
 
     Copy the file to all hosts of a job, or name it by CPCOMPILE_MACHINE: ranks that choose differently are refused.
     """

@@ -178,7 +178,9 @@ class KernelTime:
             found.seconds[PRODUCTS] -= forward.seconds[PRODUCTS]
             found.seconds[AGAIN] += forward.seconds[PRODUCTS]
             shared = [x for x, need in zip(call["others"], needs[counts[1] :], strict=True) if need]
-            found.add(self._moving(sum(2 * max(value_of(x).element_size(), 4) * number_of(value_of(x)) for x in shared)))
+            found.add(
+                self._moving(sum(2 * max(value_of(x).element_size(), 4) * number_of(value_of(x)) for x in shared))
+            )
         total = Spent()
         total.add(found, len(parts))
         return total

@@ -53,9 +53,7 @@ class Planned:
     def halves(self) -> Divided:
         """Return forward and backward as the inner compiler gets them. The graph is used up."""
         shards, outlines = self.sharded_blocks, self.config.outlines
-        return divided(
-            self.transformed, self.inputs, self.config, shards=shards, summed=self.summed, outlines=outlines
-        )
+        return divided(self.transformed, self.inputs, self.config, shards=shards, summed=self.summed, outlines=outlines)
 
     def ledger(self, halves: Divided, ddp: bool = False) -> Ledger:
         """Return what a training step holds on a rank; `ddp`: with buckets for all gradients."""
@@ -96,7 +94,9 @@ class Planned:
         """How many sequences a call has."""
         dims = self.transformed.plan.token_dims
         sizes = [
-            size_estimate(value_of(node).shape[0]) for node in placeholders(self.transformed.graph) if dims.get(node.name)
+            size_estimate(value_of(node).shape[0])
+            for node in placeholders(self.transformed.graph)
+            if dims.get(node.name)
         ]
         return max(sizes, default=1)
 

@@ -124,7 +124,9 @@ def step_time(
         ATTENTION: attention,
         **{kind: forward.seconds[kind] + backward.seconds[kind] for kind in (PRODUCTS, MEMORY, AGAIN)},
         MESSAGES: exposed + tokens_sent(exchanged, machine, ranks),
-        OPTIMIZER: (3 + 2 * states) * trained / bandwidth_on(machine),  # parameters, gradients and states; two are written
+        OPTIMIZER: (3 + 2 * states)
+        * trained
+        / bandwidth_on(machine),  # parameters, gradients and states; two are written
     }
     total = sum(seconds.values())
     mfu = model_flops / total / ranks / machine.peak if machine is not None and machine.peak and total else 0.0

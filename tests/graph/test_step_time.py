@@ -1,4 +1,4 @@
-"""The time of a step: kernels by the bytes that they move, products by their operations, messages as far as nothing hides them."""
+"""The time of a step: kernels by the bytes that they move, products by their operations, messages where nothing hides them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import cpcompile
 from cpcompile.choose.machine import MACHINES
 from cpcompile.choose.rates import BYTES, LATENCY, MEMORY, PRODUCTS, SLOWDOWN
-from cpcompile.inspect.kernel_time import KernelTime, Spent, Transfer
 from cpcompile.inspect.kernel_time import MEMORY as MOVING
 from cpcompile.inspect.kernel_time import PRODUCTS as MULTIPLYING
+from cpcompile.inspect.kernel_time import KernelTime, Spent, Transfer
 from cpcompile.inspect.step_time import StepTime, parameters_sent, seconds_of
 from tests.graph.test_memory import VOCABULARY, Stack, graph_of, tokens
 
@@ -148,7 +148,14 @@ def test_text_json_and_report_tell_it() -> None:
         model, {name: x.to("meta") for name, x in inputs.items()}, world_size=2, memory=True, device="h200"
     )
     assert plan.step is not None
-    assert set(plan.step.seconds) == {"attention", "products", "memory-bound", "computed again", "messages", "optimizer"}
+    assert set(plan.step.seconds) == {
+        "attention",
+        "products",
+        "memory-bound",
+        "computed again",
+        "messages",
+        "optimizer",
+    }
     assert plan.step.total == pytest.approx(sum(plan.step.seconds.values()))
     assert plan.step.tokens_per_second == pytest.approx(256 / 2 / plan.step.total)
     text, data, html = str(plan), plan.to_dict()["step"], plan.to_html()

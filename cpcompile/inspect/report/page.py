@@ -129,8 +129,8 @@ def time_of(step: StepTime | None) -> Markup:
     if step is None:
         return element("p", "Not estimated: explain with memory=True, of a model that is trained.")
     told = (
-        f"Estimated, of the slowest rank: {duration(step.total)} in all. Computation hides {duration(step.hidden)} of messages of "
-        "parameters and gradients."
+        f"Estimated, of the slowest rank: {duration(step.total)} in all. Computation hides {duration(step.hidden)} of messages "
+        "of parameters and gradients."
     )
     return join([element("p", told), table(("kind", "time", "share", "of"), step.rows)])
 
