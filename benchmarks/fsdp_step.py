@@ -35,6 +35,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_step import environment, print_ledger, synchronize
 
 import cpcompile
+from cpcompile.choose.machine import Machine
+from cpcompile.inspect.explanation import Explanation
 
 SHAPES = {
     "8b": {  # Llama 3 8B
@@ -126,20 +128,27 @@ def config_of(options: argparse.Namespace) -> transformers.LlamaConfig:
 def predicted(options: argparse.Namespace, system: str, length: int) -> float:
     """Print the ledger of a step, made without a GPU, and return its GiB at the peak."""
     torch._dynamo.reset()
+    return print_ledger(f"{system}, {length} tokens", plan_of(options, SYSTEMS[system] | options.options, length))
+
+
+def plan_of(
+    options: argparse.Namespace, of_system: dict[str, Any], length: int, device: str | Machine = ""
+) -> Explanation:
+    """Return the plan of a step with the options of a system, with its memory and time, made without a GPU."""
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config_of(options)).bfloat16()
         ids = torch.zeros(1, length, dtype=torch.int64)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     sharded = cpcompile.FullySharded(options.ranks, stored_dtype=torch.float32, reduce_dtype=torch.float32)
-    plan = cpcompile.explain(
+    return cpcompile.explain(
         model,
         {"input_ids": ids, "labels": ids},
         world_size=options.ranks,
         memory=True,
+        device=device,
         fully_sharded=sharded,
-        **SYSTEMS[system] | options.options,
+        **of_system,
     )
-    return print_ledger(f"{system}, {length} tokens", plan)
 
 
 def free_port() -> int:

@@ -36,6 +36,7 @@ from memory_peak import peak_of
 from step_trace import trace
 
 import cpcompile
+from cpcompile.choose.machine import Machine
 from cpcompile.inspect.explanation import Explanation, memory_lines
 from cpcompile.runtime import kernels
 from cpcompile.runtime.kernels.block import Block
@@ -102,18 +103,21 @@ def main() -> None:
 
 def predicted(options: argparse.Namespace, strategy: str) -> float:
     """Print the ledger of a step, made without a GPU, and return its GiB at the peak."""
+    return print_ledger(f"{strategy}, {options.length} tokens", plan_of(options, strategy))
+
+
+def plan_of(options: argparse.Namespace, strategy: str, device: str | Machine = "") -> Explanation:
+    """Return the plan of a step, with its memory and time, made without a GPU."""
     where = argparse.Namespace(**vars(options) | {"device": "meta"})
     model, ids = model_and_tokens(where, options.length, "sdpa")
-    return print_ledger(
-        f"{strategy}, {options.length} tokens",
-        cpcompile.explain(
-            model,
-            {"input_ids": ids, "labels": ids},
-            world_size=options.ranks,
-            memory=True,
-            strategy=strategy,
-            **{"optimizer_states": 0, "inner": options.inner} | options.options,
-        ),
+    return cpcompile.explain(
+        model,
+        {"input_ids": ids, "labels": ids},
+        world_size=options.ranks,
+        memory=True,
+        device=device,
+        strategy=strategy,
+        **{"optimizer_states": 0, "inner": options.inner} | options.options,
     )
 
 

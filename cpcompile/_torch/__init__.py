@@ -36,12 +36,14 @@ from cpcompile._torch.functorch import TransformError
 from cpcompile._torch.inductor import (
     cache_folder,
     compile_by_rows,
+    floating_point_operations,
     inner_compiler,
     known_options,
     option_fits,
     options_of_mode,
+    trace_for_inductor,
 )
-from cpcompile._torch.joint_graph import HalvesPass, JointPass
+from cpcompile._torch.joint_graph import HalvesPass, JointPass, is_computed_again
 from cpcompile._torch.known_values import known_value, known_values
 from cpcompile._torch.layer_marks import BACKWARD, LayerMarks
 from cpcompile._torch.modules import holdings, inner_tensors, num_writes
@@ -87,6 +89,7 @@ __all__ = [
     "dynamo_break_reason",
     "fake_inputs",
     "fake_static_input",
+    "floating_point_operations",
     "forget_dynamic",
     "global_hooks",
     "group_names",
@@ -95,6 +98,7 @@ __all__ = [
     "holdings",
     "inner_compiler",
     "inner_tensors",
+    "is_computed_again",
     "is_data",
     "is_new_leaf",
     "is_only_traced",
@@ -117,6 +121,7 @@ __all__ = [
     "symbolic_operators",
     "this_compilation",
     "trace_artifact",
+    "trace_for_inductor",
     "trace_pre_dispatch",
     "tracing_one_graph",
     "trial_on_fake_tensors",

@@ -132,6 +132,26 @@ def compile_by_rows(
     return compiled
 
 
+def trace_for_inductor(
+    function: Callable[..., Sequence[torch.Tensor]], shapes: Sequence[tuple[Sequence[int], torch.dtype, torch.device]]
+) -> fx.GraphModule:
+    """Return the graph of a function of tensors of these shapes, in the operators that Inductor has kernels for."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    with FakeTensorMode():
+        fakes = [torch.empty(tuple(shape), dtype=dtype, device=device) for shape, dtype, device in shapes]
+        traced: fx.GraphModule = make_fx(lambda *each: list(function(*each)), select_decomp_table())(*fakes)
+    return traced
+
+
+def floating_point_operations(target: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Return how many a product, a convolution or an attention of ATen takes, as torch counts them; 0 of others."""
+    from torch.utils.flop_counter import flop_registry
+
+    count = flop_registry.get(getattr(target, "overloadpacket", None))
+    return 0 if count is None else int(count(*args, **kwargs, out_val=result))
+
+
 def options_of_mode(mode: str) -> dict[str, Any]:
     """Return the options that a mode of `torch.compile` stands for.
 

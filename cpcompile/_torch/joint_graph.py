@@ -67,6 +67,11 @@ class HalvesPass:
         return cls(run, repr([each.key for each in passes])) if passes else None
 
 
+def is_computed_again(node: fx.Node) -> bool:
+    """Tell whether a node of a graph of backward is one of forward that is computed again (torch 2.11 to 2.14)."""
+    return node.meta.get("partitioner_tag") == "is_forward"
+
+
 @dataclass(frozen=True)
 class Partitioner(CustomPartitionerFn):
     """What divides the graph of forward and backward, with our passes around it.

@@ -26,6 +26,9 @@ from cpcompile.choose.rates import (
     LATENCY,
     LAYING,
     MEMORY,
+    NARROW,
+    NARROW_ELSEWHERE,
+    NARROW_HEADS,
     PACKED,
     PACKED_ELSEWHERE,
     PRODUCTS,
@@ -95,7 +98,7 @@ def host_seconds(site: AttentionSite, strategy: str, layout: str, axis: Ranks) -
 
 def compute_seconds(site: AttentionSite, workload: Workload, strategy: str, machine: Machine = H100) -> float:
     """Return the seconds of the kernels of the slowest rank."""
-    rates = rates_on(machine if is_gpu(site) else None, site.kernel)
+    rates = rates_on(machine if is_gpu(site) else None, site.kernel, max(site.head_dim, site.value_dim))
     inner = workload.inner(strategy)
     heads = site.batch * max(h.num_query for h in workload.heads_of(strategy))
     per_pair = 2.0 * (site.head_dim + site.value_dim) * heads
@@ -108,9 +111,23 @@ def compute_seconds(site: AttentionSite, workload: Workload, strategy: str, mach
     return whole * _of_documents(site, workload, inner)
 
 
-def rates_on(machine: Machine | None, kernel: str) -> Rates:
-    """Return the rates of a kernel; None: on a CPU."""
-    return CPU if machine is None else machine.rates(kernel)
+def rates_on(machine: Machine | None, kernel: str, head_dim: int = 128) -> Rates:
+    """Return the rates of a kernel on heads of this width; None: on a CPU."""
+    if machine is None:
+        return CPU
+    share = NARROW.get(kernel, NARROW_ELSEWHERE) if head_dim <= NARROW_HEADS else 1.0
+    forward, backward = machine.rates(kernel)
+    return forward * share, backward * share
+
+
+def products_on(machine: Machine | None) -> float:
+    """Return the FLOP/s that dense products reach; None: on a CPU."""
+    return PRODUCTS["cpu"] if machine is None else machine.products
+
+
+def bandwidth_on(machine: Machine | None) -> float:
+    """Return the bytes a second that kernels read and write; None: on a CPU."""
+    return MEMORY["cpu"] if machine is None else machine.bandwidth
 
 
 def piece_seconds(piece: Piece, per_pair: float, rates: Rates) -> tuple[float, float]:
@@ -147,9 +164,9 @@ def expansion_seconds(site: AttentionSite, axis: Ranks, parts: int = 1) -> float
     strategies do this once, for the tokens of a rank. Each time they are written and read. `parts`: how many ranks share it.
     """
     assert site.latent is not None
-    device, num_ranks = "gpu" if is_gpu(site) else "cpu", axis.world_size
-    products = site.latent.flops * (4 / parts - 3 / num_ranks) / PRODUCTS[device]
-    memory = site.latent.key_bytes * 2 * (3 / parts - 2 / num_ranks) / MEMORY[device]
+    machine, num_ranks = axis.machine if is_gpu(site) else None, axis.world_size
+    products = site.latent.flops * (4 / parts - 3 / num_ranks) / products_on(machine)
+    memory = site.latent.key_bytes * 2 * (3 / parts - 2 / num_ranks) / bandwidth_on(machine)
     kind = link(site, axis, num_ranks)
     sent = 2 * site.latent.latent_bytes * (num_ranks - 1) / num_ranks
     travel = sent / axis.machine.bytes_per_second("p2p" if kind == "symmetric" else kind)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cpcompile.choose.rates import BYTES, FLASH2, RANKS_OF_HOST, RATES
+from cpcompile.choose.rates import BYTES, FLASH2, MEMORY, MEMORY_H200, PRODUCTS, RANKS_OF_HOST, RATES
 from cpcompile.errors import ConfigError
 
 Rates = tuple[float, float]  # FLOP/s of forward and backward
@@ -28,6 +28,8 @@ class Machine:
         ranks_of_host: GPUs of a host.
         memory: bytes of a GPU.
         peak: FLOP/s of dense bfloat16 products, which MFU is a share of; 0 where that is not known.
+        products: FLOP/s that such products reach.
+        bandwidth: bytes a second that elementwise kernels reach, those that they read and those that they write.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Machine:
     ranks_of_host: int = RANKS_OF_HOST
     memory: int = 80 * 10**9
     peak: float = 0.0
+    products: float = PRODUCTS["gpu"]
+    bandwidth: float = MEMORY["gpu"]
 
     def rates(self, kernel: str) -> Rates:
         """Return the rates of a kernel."""
@@ -71,15 +75,17 @@ _HOPPER = (*RATES.items(), ("other", FLASH2))
 H100 = Machine("h100", "attention and links measured on H100 and H200 of one host", _HOPPER, peak=989e12)
 MACHINES = {
     "h100": H100,
-    "h200": replace(H100, name="h200", memory=141 * 10**9),
+    "h200": replace(H100, name="h200", memory=141 * 10**9, bandwidth=MEMORY_H200),
     "a100": Machine(
         "a100",
-        "not measured: FlashAttention 2 as its paper has it, NVLink 3 at the share of its peak that NVLink 4 reaches",
+        "not measured: FlashAttention 2 as its paper has it, the rest at the share of its peak that an H100 reaches",
         (("other", (190e12, 170e12)),),
         symmetric=BYTES["symmetric"] * 2 / 3,
         p2p=BYTES["p2p"] * 2 / 3,
         network=BYTES["network"] / 2,
         peak=312e12,
+        products=PRODUCTS["gpu"] * 312 / 989,
+        bandwidth=MEMORY["gpu"] * 2.04 / 3.35,
     ),
 }
 

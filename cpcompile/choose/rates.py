@@ -25,8 +25,17 @@ BYTES = {"symmetric": 350e9, "p2p": 250e9, "network": 45e9, "cpu": 2e9}
 
 RANKS_OF_HOST = 8  # that NVLink connects; messages of more ranks take the network
 
-# A latent: dense products, and passes over memory, of an H100 in bf16; not measured here, but the usual share of its peaks.
-PRODUCTS, MEMORY = {"gpu": 600e12, "cpu": 100e9}, {"gpu": 2.5e12, "cpu": 10e9}
+# Dense products in bf16, FLOP/s: what a head of 4096 features takes longer than one of 2048, on 8192 and 32768 tokens of an H200
+# (`loss.py`, all logits at once: 687 and 698e12), of which passes over the logits are no part. An H100 has the same peak.
+PRODUCTS = {"gpu": 690e12, "cpu": 100e9}
+
+# Passes over memory, bytes a second read and written: three quarters of what data sheets say: 3.35e12 for H100, 4.8e12 for H200.
+MEMORY = {"gpu": 2.5e12, "cpu": 10e9}
+MEMORY_H200 = 3.6e12
+
+# The share of its rate that a kernel reaches on heads of 64 and narrower: a whole causal attention of 32k and 128k tokens on an
+# H200 (`train_step.py --limit`): 0.73 and 0.74 with cuDNN, 0.80 and 0.81 with FlashAttention 4.
+NARROW_HEADS, NARROW, NARROW_ELSEWHERE = 64, {"flash4": 0.8}, 0.735
 
 # Bytes a second of the keys and values that a rank gathers, its own included: copied, their gradients summed in float32 and sent
 # home. Two GPUs, 16k to 128k tokens and a window: 80 to 120e9.

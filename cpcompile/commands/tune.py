@@ -1,4 +1,4 @@
-"""`cpcompile tune`: measure the attention kernels and links of this machine, for the cost model."""
+"""`cpcompile tune`: measure the attention kernels, products, memory and links of this machine, for the cost model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tune(
         typer.Option(min=0, help="GB/s of a GPU to other hosts, which one host cannot measure; 0: as on an H100 host."),
     ] = 0,
 ) -> None:
-    """Measure the attention kernels and links of this machine once; `auto` and `explain` then compute with them.
+    """Measure attention kernels, products, memory and links of this machine once; `auto` and `explain` then compute with them.
 
     Copy the file to all hosts of a job, or name it by CPCOMPILE_MACHINE: ranks that choose differently are refused.
     """
@@ -47,8 +47,9 @@ def tune(
 def lines_of(machine: Machine) -> list[str]:
     """Return what was measured, for people."""
     kernels = [f"  {name}: {a / 1e12:.0f} TFLOP/s forward, {b / 1e12:.0f} backward" for name, (a, b) in machine.kernels]
+    rest = f"  {machine.products / 1e12:.0f} TFLOP/s of products, {machine.bandwidth / 1e12:.2f} TB/s of memory, read and written"
     links = f"  {machine.symmetric / 1e9:.0f} GB/s between GPUs from shared memory, {machine.p2p / 1e9:.0f} by NCCL"
-    return [f"{machine.name}, {machine.ranks_of_host} of a host", *kernels, links, f"  links: {machine.source}"]
+    return [f"{machine.name}, {machine.ranks_of_host} of a host", *kernels, rest, links, f"  links: {machine.source}"]
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

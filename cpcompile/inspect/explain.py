@@ -34,7 +34,7 @@ from cpcompile.inspect.explanation import (
     Work,
 )
 from cpcompile.inspect.graph_listing import input_name, listing, operator_name
-from cpcompile.inspect.planned_step import planned_step
+from cpcompile.inspect.planned_step import Planned, planned_step
 from cpcompile.inspect.rank_program import rank_program
 from cpcompile.inspect.whole_modules import operations, whole_modules
 from cpcompile.ir.annotation import annotation
@@ -71,7 +71,8 @@ def explain(
         inputs: its keyword arguments, on the model's device; their shapes decide, not their values.
         world_size: ranks that share the sequence.
         inner_size: how many of them exchange heads in `strategy="usp"`, where they are a grid.
-        memory: also predict what a training step holds on a rank, which takes a few seconds more for each 16 layers.
+        memory: also predict what a training step holds on a rank, and estimate what it takes, by kind, which takes a few seconds
+            more for each 16 layers.
         fully_sharded: how `fully_shard` is to shard parameters, gradients and optimizer state.
         ddp: `DistributedDataParallel` is to wrap the model, which holds a copy of all gradients.
         device: what costs are estimated for: `h100`, `h200`, `a100`, a file that `cpcompile tune` wrote, or a `Machine`
@@ -121,14 +122,25 @@ def explain(
     before, analysed = (listing(graph) for graph in (planned.transformed.original, planned.transformed.analysed))
     found = replace(found, before=before, analysed=analysed, after=listing(gm), graphs=seen)
     of_ranks = rank_program(planned) if program else ""
-    # Both change the graph, and are looked at last; the ledger is of outlined layers, and counts them.
-    ledger = planned.ledger(ddp) if memory or config.offload != "none" else None
-    if ledger is None and config.outlines:
+    # Both change the graph, and are looked at last; the halves have outlined layers, and count them.
+    if memory or config.offload != "none":
+        found = with_step(found, planned, memory=memory, ddp=ddp)
+    elif config.outlines:
         with planned.transformed.counting(outline_layers.__name__) as count:
             count.places = outline_layers(gm)
     of_backward = plan().backward() if backward else ""
     passes = pass_runs(planned.transformed)
-    return replace(found, passes=passes, memory=ledger if memory else None, backward=of_backward, program=of_ranks)
+    return replace(found, passes=passes, backward=of_backward, program=of_ranks)
+
+
+def with_step(plan: Explanation, planned: Planned, *, memory: bool, ddp: bool) -> Explanation:
+    """Return a plan with the memory and the time of a training step, where they are asked for. The graph is used up."""
+    halves = planned.halves()
+    if not memory:
+        return plan
+    ledger = planned.ledger(halves, ddp)
+    trained = ledger.phases[-1].held.get("gradients", 0)
+    return replace(plan, memory=ledger, step=planned.step_time(halves, plan, trained))
 
 
 def explanation_of(transformed: Transformed, inputs: Sequence[Any], machine: Machine | None = None) -> Explanation:

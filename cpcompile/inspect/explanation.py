@@ -15,6 +15,7 @@ from cpcompile.choose.rates import BYTES, CPU
 from cpcompile.compile.outputs import Output
 from cpcompile.inspect.areas import matrices_of
 from cpcompile.inspect.report import page
+from cpcompile.inspect.step_time import StepTime
 from cpcompile.inspect.text import size, sizes, table
 from cpcompile.inspect.value_picture import value_picture
 from cpcompile.inspect.visualize import Picture
@@ -168,6 +169,8 @@ class Explanation:
         estimates: seconds of all attentions of a step by layout and strategy, `zig_zag/ring`; what cannot be computed by the
             strategy has its cheapest one, `zig_zag/ring + halo`.
         taken: the one of these that the plan is.
+        work: what ranks compute in a step.
+        step: what a training step is estimated to take, by kind; None unless it was asked for with `memory`.
         rated_kernels: the kernels at whose rates the estimates are; on GPUs that are not here those of torch, and
             nvidia-cudnn-frontend for documents and windows.
     """
@@ -199,10 +202,11 @@ class Explanation:
     graphs: Mapping[str, str] = field(default_factory=dict)
     backward: str = ""
     program: str = ""
+    step: StepTime | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data."""
-        return asdict(self)
+        return asdict(self) | ({} if self.step is None else {"step": self.step.to_dict()})
 
     def value(self, name: str) -> str:
         """Return which rank holds which tokens of a value, as a picture; `name` is that of the value in `after`.
@@ -253,6 +257,7 @@ class Explanation:
             *self._collective_lines(),
             *self._estimate_lines(),
             *self._work_lines(),
+            *([] if self.step is None else ["", str(self.step)]),
             *self._pass_lines(),
             *([] if self.memory is None else ["", *memory_lines(self.memory)]),
         ]

@@ -1,4 +1,4 @@
-"""Measure: the rates of attention kernels and links of the GPUs of this machine."""
+"""Measure: the rates of attention kernels, products, memory and links of the GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from cpcompile.runtime.kernels.block import Block
 HEADS, HEAD_DIM = 32, 128
 REPEATS = 5
 MESSAGE = 256 * 2**20  # bytes
+SIDE = 8192  # of the matrices of a product
+PRODUCTS_IN_A_ROW = 200  # for a GPU lowers its clock within a tenth of a second, and a step is longer
+COPIED = 2**31  # bytes
 Report = Callable[[str], None]
 
 
@@ -45,6 +48,8 @@ def measured_machine(length: int, network: float, report: Report) -> Machine:
     if count > 1:
         report("measuring the links between two GPUs ...")
         links, source = link_rates(), "measured between the first two GPUs"
+    report("measuring products and memory ...")
+    products, bandwidth = product_rate(), memory_rate()
     properties = torch.cuda.get_device_properties(0)
     return Machine(
         name=properties.name,
@@ -55,6 +60,8 @@ def measured_machine(length: int, network: float, report: Report) -> Machine:
         network=network or H100.network,
         ranks_of_host=count,
         memory=properties.total_memory,
+        products=products,
+        bandwidth=bandwidth,
     )
 
 
@@ -68,6 +75,25 @@ def kernel_rates(name: str, length: int) -> Rates:
     forward = timed(lambda: kernels.forward(q, k, v, block, name))
     backward = timed(lambda: kernels.backward(dout, q, k, v, out, lse, block, name))
     return flops / forward, 2.5 * flops / backward  # five products against two
+
+
+def product_rate() -> float:
+    """Return the FLOP/s of dense products in bfloat16."""
+    a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def products() -> None:
+        for _ in range(PRODUCTS_IN_A_ROW):
+            torch.mm(a, b, out=out)
+
+    return PRODUCTS_IN_A_ROW * 2 * SIDE**3 / timed(products)
+
+
+def memory_rate() -> float:
+    """Return the bytes a second that a kernel reads and writes which copies memory."""
+    x = torch.zeros(COPIED // 4, device="cuda")
+    out = torch.empty_like(x)
+    return 2 * COPIED / timed(lambda: out.copy_(x))
 
 
 def timed(run: Callable[[], Any]) -> float:

@@ -18,10 +18,13 @@ from cpcompile.compile.inner import transform_dynamo_graph
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import ConfigError
 from cpcompile.inspect.backward import backward_listing
+from cpcompile.inspect.explanation import Explanation
 from cpcompile.inspect.graph_listing import input_name
+from cpcompile.inspect.step_time import StepTime, step_time
+from cpcompile.ir.operator_call import size_estimate, value_of
 from cpcompile.ir.parameter_shard import ParameterShard
 from cpcompile.memory.fully_sharded import FullySharded, in_blocks, largest_block
-from cpcompile.memory.ledger import Ledger, divided, ledger_of
+from cpcompile.memory.ledger import REMEDY, Divided, Ledger, divided, ledger_of_halves
 from cpcompile.options.config import Config
 from cpcompile.options.mesh import Axis
 
@@ -46,18 +49,56 @@ class Planned:
     shards: Mapping[int, ParameterShard]
     config: Config
 
-    def ledger(self, ddp: bool = False) -> Ledger:
+    @faults_of("the graphs of forward and backward", REMEDY)
+    def halves(self) -> Divided:
+        """Return forward and backward as the inner compiler gets them. The graph is used up."""
+        shards, outlines = self.sharded_blocks, self.config.outlines
+        return divided(self.transformed, self.inputs, self.config, shards=shards, summed=self.summed, outlines=outlines)
+
+    def ledger(self, halves: Divided, ddp: bool = False) -> Ledger:
         """Return what a training step holds on a rank; `ddp`: with buckets for all gradients."""
         shards = self.sharded_blocks
-        return ledger_of(
-            self.transformed,
+        return ledger_of_halves(
+            halves,
             self.inputs,
             self.config,
             shards=shards,
-            summed=self.summed,
             bytes_ahead=self.config.prefetch * largest_block(shards),
             buckets=sum(self.inputs[i].nbytes for i in self.trained) if ddp else 0,
         )
+
+    @faults_of("the estimate of time", REMEDY)
+    def step_time(self, halves: Divided, plan: Explanation, trained: int) -> StepTime | None:
+        """Return what a training step takes; `trained`: bytes of the parameters of a rank that are trained."""
+        exchanged = [
+            (2 * c.calls, c.forward_bytes + c.backward_bytes)
+            for c in plan.collectives
+            if not c.operator.endswith("attention")
+        ]
+        assert plan.work is not None
+        return step_time(
+            halves,
+            machine=plan.machine,
+            ranks=plan.world_size,
+            attention=plan.estimates.get(plan.taken, 0.0),
+            exchanged=exchanged,
+            trained=trained,
+            states=self.config.optimizer_states,
+            prefetch=self.config.prefetch,
+            tokens=plan.tokens * self.sequences,
+            model_flops=3 * (sum(plan.work.products) + sum(plan.work.attentions)),
+        )
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences a call has."""
+        dims = self.transformed.plan.token_dims
+        sizes = [
+            size_estimate(value_of(node).shape[0])
+            for node in placeholders(self.transformed.graph)
+            if dims.get(node.name)
+        ]
+        return max(sizes, default=1)
 
     @faults_of("the graph of backward")
     def backward(self) -> str:

@@ -63,7 +63,8 @@ def ring_step(workload: Workload, strategy: str, kernel: str, machine: Machine |
     spans = tuple(workload.rows(strategy, outer) for outer in range(count))
     heads = workload.heads_of(strategy)
     num_query, num_key = max(h.num_query for h in heads), max(map(num_keys, heads))
-    rates, kind = rates_on(machine, kernel), link_on(machine, workload.world_size)
+    width = max(workload.head_dim, workload.value_dim)
+    rates, kind = rates_on(machine, kernel, width), link_on(machine, workload.world_size)
     rate = BYTES[kind] if machine is None else machine.bytes_per_second(kind)
     per_token = workload.itemsize * workload.key_width * num_key
     per_pair = 2.0 * workload.batch * num_query * (workload.head_dim + workload.value_dim)

@@ -153,6 +153,20 @@ def ledger_of(
         buckets: bytes of gradients that a wrapper holds copies of, from before the first step on.
     """
     halves = divided(transformed, inputs, config, shards=shards, summed=summed, outlines=config.outlines)
+    return ledger_of_halves(halves, inputs, config, shards=shards, bytes_ahead=bytes_ahead, buckets=buckets)
+
+
+@faults_of("the prediction of memory", REMEDY)
+def ledger_of_halves(
+    halves: Divided,
+    inputs: Sequence[Any],
+    config: Config,
+    *,
+    shards: Collection[int],
+    bytes_ahead: int = 0,
+    buckets: int = 0,
+) -> Ledger:
+    """Predict the memory of a training step on a rank from its graphs; the arguments are those of `ledger_of`."""
     forward, backward, values = halves.forward, halves.backward, halves.inputs
     sizes = [bytes_of_value(x) for x in values]
     is_state = [isinstance(x, torch.nn.Parameter | torch.nn.Buffer) or i in shards for i, x in enumerate(inputs)]

@@ -90,32 +90,9 @@ class Timeline:
 
     def run(self) -> list[Moment]:
         """Return a moment for each kernel that stores something or needs room."""
-        nodes = list(self.graph.nodes)
-        place = {node: i for i, node in enumerate(nodes)}
-        (output,) = self.graph.find_nodes(op="output")
-        roots = {node: root_of(node) for node in nodes}
-        returned = {roots[node] for node in output.all_input_nodes}
-        chains: dict[fx.Node, _Chain] = {}
-        stored: dict[fx.Node, Stored] = {}
-
-        def read(x: fx.Node, at: int) -> _Chain:
-            """Return what is read of a value: it, or, as long as it is not stored, what it is computed from."""
-            x = roots[x]
-            is_chain = x in chains and (x not in stored or stored[x].place[0] > at)
-            return chains[x] if is_chain else _Chain(frozenset([x]), 0)
-
-        for i, node in enumerate(nodes):
-            if node.op in ("placeholder", "get_attr", "output") or roots[node] is not node:
-                continue
-            inputs = [read(x, i) for x in node.all_input_nodes]
-            chain = chains[node] = _Chain(
-                frozenset(x for each in inputs for x in each.reads), 1 + sum(each.operators for each in inputs)
-            )
-            at = stored_at(node, chain, node in returned, place)
-            if at is not None:
-                stored[node] = Stored(node, chain.reads, (at, i), elements_of(node))
-        kept = {x for node in output.all_input_nodes for x in read(node, len(nodes)).reads}
-        self._add_up([x for x in nodes if x.op in ("placeholder", "get_attr")], list(stored.values()), kept)
+        stored, kept = stored_results(self.graph)
+        given = [x for x in self.graph.nodes if x.op in ("placeholder", "get_attr")]
+        self._add_up(given, stored, kept)
         return self.moments
 
     def _inside(self, node: fx.Node) -> list[Moment]:
@@ -167,6 +144,36 @@ class Timeline:
             for x in dying[i]:
                 held[kinds[x]] -= sizes[x]
         self.moments.append(Moment(None, dict(held)))
+
+
+def stored_results(graph: fx.Graph) -> tuple[list[Stored], set[fx.Node]]:
+    """Return what the operators of a graph store, and what of it is returned."""
+    nodes = list(graph.nodes)
+    place = {node: i for i, node in enumerate(nodes)}
+    (output,) = graph.find_nodes(op="output")
+    roots = {node: root_of(node) for node in nodes}
+    returned = {roots[node] for node in output.all_input_nodes}
+    chains: dict[fx.Node, _Chain] = {}
+    stored: dict[fx.Node, Stored] = {}
+
+    def read(x: fx.Node, at: int) -> _Chain:
+        """Return what is read of a value: it, or, as long as it is not stored, what it is computed from."""
+        x = roots[x]
+        is_chain = x in chains and (x not in stored or stored[x].place[0] > at)
+        return chains[x] if is_chain else _Chain(frozenset([x]), 0)
+
+    for i, node in enumerate(nodes):
+        if node.op in ("placeholder", "get_attr", "output") or roots[node] is not node:
+            continue
+        inputs = [read(x, i) for x in node.all_input_nodes]
+        chain = chains[node] = _Chain(
+            frozenset(x for each in inputs for x in each.reads), 1 + sum(each.operators for each in inputs)
+        )
+        at = stored_at(node, chain, node in returned, place)
+        if at is not None:
+            stored[node] = Stored(node, chain.reads, (at, i), elements_of(node))
+    kept = {x for node in output.all_input_nodes for x in read(node, len(nodes)).reads}
+    return list(stored.values()), kept
 
 
 def kind_inside(node: fx.Node) -> str:

@@ -82,7 +82,8 @@ def test_is_whole_html(page: str) -> None:
     ids = [value for name, value in read.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     links = {value for name, value in read.attributes if name == "href"}
-    assert links == {f"#{part}" for part in ("attention", "masks", "memory", "messages", "tokens", "passes", "graphs")}
+    parts = ("attention", "masks", "memory", "time", "messages", "tokens", "passes", "graphs")
+    assert links == {f"#{part}" for part in parts}
     assert links <= {f"#{each}" for each in ids}
 
 

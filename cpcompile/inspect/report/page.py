@@ -14,6 +14,7 @@ from cpcompile.memory.ledger import KINDS, Ledger
 
 if TYPE_CHECKING:
     from cpcompile.inspect.explanation import Explanation, Site
+    from cpcompile.inspect.step_time import StepTime
 
 BYTES = ("sent forward", "backward", "kept", "received")  # of an attention
 
@@ -25,6 +26,7 @@ def page(plan: Explanation, title: str = "") -> str:
         "attention": ("Attention", attention_table(plan)),
         "masks": ("Who computes what", pictures(plan.sites, plan.machine)),
         "memory": ("Memory", memory(plan.memory)),
+        "time": ("Time", time_of(plan.step)),
         "messages": ("Messages", messages(plan)),
         "tokens": ("Tokens", tokens(plan)),
         "passes": ("Passes", passes(plan)),
@@ -58,7 +60,11 @@ def summary(plan: Explanation) -> Markup:
         (f"{len(plan.sites)} attention(s)", strategies, f"busiest rank over the mean: {imbalance:.2f}"),
         ("a rank sends in a step", size(sent), "gradients included"),
     ]
-    if plan.work is not None:
+    if plan.step is not None:
+        share = f", {plan.step.mfu:.0%} of the peak (MFU)" if plan.step.mfu else ""
+        speed = f"estimated; {plan.step.tokens_per_second:.4g} tokens/s of each GPU{share}"
+        cards.append(("a step takes", duration(plan.step.total), speed))
+    elif plan.work is not None:
         share = f"{plan.work.mfu:.0%} of the peak (MFU) at most" if plan.work.mfu else "attention and products"
         cards.append(("a step takes at least", duration(plan.work.seconds), share))
     if plan.memory is not None:
@@ -116,6 +122,17 @@ def memory(ledger: Ledger | None) -> Markup:
     colors = legend((kind_color(kind), kind) for kind in kinds)
     numbers = table(("kind", *(phase.name for phase in ledger.phases)), [*rows, total])
     return join([colors, figure(picture, caption), numbers, *host])
+
+
+def time_of(step: StepTime | None) -> Markup:
+    """Return what a training step takes, by kind."""
+    if step is None:
+        return element("p", "Not estimated: explain with memory=True, of a model that is trained.")
+    told = (
+        f"Estimated, of the slowest rank: {duration(step.total)} in all. Computation hides {duration(step.hidden)} of messages "
+        "of parameters and gradients."
+    )
+    return join([element("p", told), table(("kind", "time", "share", "of"), step.rows)])
 
 
 def messages(plan: Explanation) -> Markup:
