@@ -22,6 +22,6 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def with_copies(lengths: Lengths, copies: Mapping[fx.Node, fx.Node]) -> Lengths:
-    """Return the same lengths with the copies of their nodes."""
+    """Return the same lengths with the copies of their nodes; those that nothing reads may be gone from the graph."""
     nodes = {name: getattr(lengths, name) for name in ("total", "local", "bounds")}
-    return replace(lengths, **{name: copies[node] for name, node in nodes.items() if isinstance(node, fx.Node)})
+    return replace(lengths, **{name: copies[node] for name, node in nodes.items() if node in copies})

@@ -114,9 +114,10 @@ class Config:
             were alone: attention sees it only, and its places count from 0. '' leaves the model as it is.
         mask_labels: losses ignore labels of another document than that of the token that predicts them; needs `documents`.
         dynamic: one compiled graph for all lengths (True), or one for each length (False).
-        check_finite: run the transformed graph operator by operator, and end the step on all ranks of the axis with a
-            `NotFiniteError` at the first value or gradient that is NaN or infinite: with its line, its operands and the ranks. To
-            find a fault with, since ranks talk behind each operator; only with `inner="eager"`.
+        check_finite: end a step on all ranks of the axis with a `NotFiniteError` at its first value or gradient that is NaN or
+            infinite: with its line, its operands and the ranks. `step` runs what is compiled, asks once, at the end of backward,
+            whether outputs and gradients are finite, and runs a step that is not again, operator by operator: to leave on. True
+            runs all steps operator by operator, between which the ranks talk; only with `inner="eager"`.
     """
 
     strategy: str = "auto"
@@ -152,7 +153,7 @@ class Config:
     dynamic: bool = True
     documents: str = ""
     mask_labels: bool = False
-    check_finite: bool = False
+    check_finite: bool | str = False
 
     def __post_init__(self) -> None:
         from cpcompile.balance.layout import is_of_groups
@@ -206,9 +207,15 @@ class Config:
             raise ConfigError(
                 f"prefetch={self.prefetch} is not a number of modules: 0 gathers them where they are used."
             )
-        if self.check_finite and self.inner != "eager":
+        if isinstance(self.check_finite, str) and self.check_finite != "step":
             raise ConfigError(
-                f"check_finite=True runs operator by operator what inner={self.inner!r} would compile: use inner='eager' with it."
+                f"check_finite={self.check_finite!r} is not an option: 'step' asks each step once, True each operator, False none."
+                + did_you_mean(self.check_finite, ["step"])
+            )
+        if self.check_finite is True and self.inner != "eager":
+            raise ConfigError(
+                f"check_finite=True runs operator by operator what inner={self.inner!r} would compile: use inner='eager' with it, "
+                "or check_finite='step', which runs so only a step that is not finite."
             )
         self._check_inductor()
         if self.documents:

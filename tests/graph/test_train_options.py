@@ -122,6 +122,7 @@ def test_no_compiler_means_aot_eager(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_is_checked_is_not_compiled(tmp_path: Path) -> None:
     assert validated(tiny_options(tmp_path, inner="auto", check_finite=True))[0].inner == "eager"
+    assert validated(tiny_options(tmp_path, inner="aot_eager", check_finite="step"))[0].inner == "aot_eager"
 
 
 def test_the_chosen_compiler_counts(monkeypatch: pytest.MonkeyPatch) -> None:
