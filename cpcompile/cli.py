@@ -111,8 +111,6 @@ class Finite(str, Enum):
     operators = "operators"
 
 
-# As `cpcompile.Config` has it.
-FINITE = {Finite.never: False, Finite.step: "step", Finite.operators: True}
 # Groups of ranks are named by their number, balanced:4, so that these are no enumeration.
 BALANCERS = ("auto", "contiguous", "zig_zag", "zig_zag_by_document", "balanced")
 Length = Annotated[int, typer.Option(min=2, help="Tokens of one sequence, over all ranks.")]
@@ -189,8 +187,8 @@ def train(
     check_finite: Annotated[
         Finite,
         typer.Option(
-            help="End at the first value or gradient that is NaN or infinite, with its line: 'step' runs a step again that is not "
-            "finite, 'operators' runs all uncompiled.",
+            help="End at the first value or gradient that is NaN or infinite, with its line: 'step' runs a step again that is "
+            "not finite, 'operators' runs all uncompiled.",
         ),
     ] = Finite.never,
     apply: Annotated[bool, typer.Option(help="--no-apply trains the untouched model on one rank.")] = True,
@@ -236,7 +234,7 @@ def train(
             device=device,
             check=check,
             check_ranks=check_ranks,
-            check_finite=FINITE[check_finite],
+            check_finite=check_finite.value,
             apply=apply,
             heartbeat=heartbeat,
         )

@@ -204,7 +204,7 @@ class Compiled:
                 shards=shards,
                 bytes_ahead=config.prefetch * ahead,
             )
-        if config.check_finite is True:
+        if config.check_finite == "operators":
             self._run = FiniteRun(self.transformed, axis).run
         seconds, reason = time.perf_counter() - start, _torch.recompilation_reason()
         if self._last.plan is not None and reason:

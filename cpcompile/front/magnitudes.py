@@ -26,6 +26,7 @@ class Magnitudes(NamedTuple):
         """Return these, and others behind them."""
         return Magnitudes(self.names + other.names, torch.cat([self.values, other.values]))
 
+
 def magnitudes(tensors: Mapping[str, Tensor], device: torch.device) -> Magnitudes:
     """Return the magnitudes of tensors, with few kernels."""
     kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}

@@ -34,9 +34,7 @@ Tensor = torch.Tensor
 NUM_NAMES = 4  # that a message has
 RANDOM = "- The model draws random numbers, and Inductor draws others from the same seed than operators do."
 SUMS = "- The sum of finite gradients, over ranks or over micro-batches, may be too large for its dtype (float16)."
-NO_MEMORY = (
-    "It computes nothing again in backward, and holds more memory than the compiled step: a shorter sequence may show the same."
-)
+NO_MEMORY = "It computes nothing again in backward, and holds more memory: a shorter sequence may show the same."
 
 
 class StepCheck:
@@ -100,9 +98,12 @@ class StepCheck:
         """
         assert step.outputs is not None, "the graph has returned"
         known = {
-            i: self._sync.sums.kept(key) if x is None else x for key, (i, x) in zip(keys, gradients.items(), strict=True)
+            i: self._sync.sums.kept(key) if x is None else x
+            for key, (i, x) in zip(keys, gradients.items(), strict=True)
         }
-        names = {f"the gradient of {input_name(self._inputs[i])}": x.detach() for i, x in known.items() if x is not None}
+        names = {
+            f"the gradient of {input_name(self._inputs[i])}": x.detach() for i, x in known.items() if x is not None
+        }
         self._conclude(step, step.outputs.and_those(magnitudes(names, device_of(self._axis))))
         step.gradients.clear()
 
@@ -167,7 +168,9 @@ class StepCheck:
             raise
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            raise NotFiniteError(f"{head}. Run again, operator by operator, it ended in {what}\n\n{NO_MEMORY}") from error
+            raise NotFiniteError(
+                f"{head}. Run again, operator by operator, it ended in {what}\n\n{NO_MEMORY}"
+            ) from error
         return {output_name(i, len(own)): kind_of(x) for i, x in enumerate(own) if isinstance(x, Tensor)}
 
     def _reasons(self, step: HeldStep) -> str:

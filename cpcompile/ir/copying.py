@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
@@ -24,4 +25,5 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 def with_copies(lengths: Lengths, copies: Mapping[fx.Node, fx.Node]) -> Lengths:
     """Return the same lengths with the copies of their nodes; those that nothing reads may be gone from the graph."""
     nodes = {name: getattr(lengths, name) for name in ("total", "local", "bounds")}
-    return replace(lengths, **{name: copies[node] for name, node in nodes.items() if node in copies})
+    found: dict[str, Any] = {name: copies[node] for name, node in nodes.items() if node in copies}
+    return replace(lengths, **found)

@@ -26,6 +26,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "offload": ("none", "inputs", "all"),
     "grad_sync": ("sum", "mean", "none"),
     "check_inputs": ("always", "first", "never"),
+    "check_finite": names.CHECKS_OF_FINITE,
 }
 
 
@@ -116,8 +117,9 @@ class Config:
         dynamic: one compiled graph for all lengths (True), or one for each length (False).
         check_finite: end a step on all ranks of the axis with a `NotFiniteError` at its first value or gradient that is NaN or
             infinite: with its line, its operands and the ranks. `step` runs what is compiled, asks once, at the end of backward,
-            whether outputs and gradients are finite, and runs a step that is not again, operator by operator: to leave on. True
-            runs all steps operator by operator, between which the ranks talk; only with `inner="eager"`.
+            whether outputs and gradients are finite, and runs a step that is not again, operator by operator: to leave on.
+            `operators` runs all steps so, and the ranks talk behind each operator; only with `inner="eager"`. `never` asks
+            nothing.
     """
 
     strategy: str = "auto"
@@ -153,7 +155,7 @@ class Config:
     dynamic: bool = True
     documents: str = ""
     mask_labels: bool = False
-    check_finite: bool | str = False
+    check_finite: str = "never"
 
     def __post_init__(self) -> None:
         from cpcompile.balance.layout import is_of_groups
@@ -207,15 +209,10 @@ class Config:
             raise ConfigError(
                 f"prefetch={self.prefetch} is not a number of modules: 0 gathers them where they are used."
             )
-        if isinstance(self.check_finite, str) and self.check_finite != "step":
+        if self.check_finite == "operators" and self.inner != "eager":
             raise ConfigError(
-                f"check_finite={self.check_finite!r} is not an option: 'step' asks each step once, True each operator, False none."
-                + did_you_mean(self.check_finite, ["step"])
-            )
-        if self.check_finite is True and self.inner != "eager":
-            raise ConfigError(
-                f"check_finite=True runs operator by operator what inner={self.inner!r} would compile: use inner='eager' with it, "
-                "or check_finite='step', which runs so only a step that is not finite."
+                f"check_finite='operators' runs operator by operator what inner={self.inner!r} would compile: use inner='eager' "
+                "with it, or check_finite='step', which so runs only a step that is not finite."
             )
         self._check_inductor()
         if self.documents:
