@@ -103,6 +103,14 @@ class Inner(str, Enum):
     eager = "eager"
 
 
+class Finite(str, Enum):
+    """What is asked whether it is finite: nothing, each step, or each operator."""
+
+    never = "never"
+    step = "step"
+    operators = "operators"
+
+
 # Groups of ranks are named by their number, balanced:4, so that these are no enumeration.
 BALANCERS = ("auto", "contiguous", "zig_zag", "zig_zag_by_document", "balanced")
 Length = Annotated[int, typer.Option(min=2, help="Tokens of one sequence, over all ranks.")]
@@ -177,12 +185,12 @@ def train(
     check: Annotated[bool, typer.Option(help="Compute the first step on one device too, and compare.")] = True,
     check_ranks: Annotated[bool, typer.Option(help="Compare the parameters of all ranks at each checkpoint.")] = True,
     check_finite: Annotated[
-        bool,
+        Finite,
         typer.Option(
-            "--check-finite",
-            help="End at the first value or gradient that is NaN or infinite, with its line: slow, nothing is compiled.",
+            help="End at the first value or gradient that is NaN or infinite, with its line: 'step' runs a step again that is "
+            "not finite, 'operators' runs all uncompiled.",
         ),
-    ] = False,
+    ] = Finite.never,
     apply: Annotated[bool, typer.Option(help="--no-apply trains the untouched model on one rank.")] = True,
     heartbeat: Annotated[float, typer.Option(help="Seconds that a rank may give no sign of life; 0: for ever.")] = 45.0,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
@@ -226,7 +234,7 @@ def train(
             device=device,
             check=check,
             check_ranks=check_ranks,
-            check_finite=check_finite,
+            check_finite=check_finite.value,
             apply=apply,
             heartbeat=heartbeat,
         )

@@ -23,5 +23,6 @@ KERNELS = (
     "math",
 )
 TRANSPORTS = ("auto", "symmetric", "p2p")
+CHECKS_OF_FINITE = ("never", "step", "operators")
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 LOSS_PROVIDERS = ("own", "torch", "liger", "cut_cross_entropy")

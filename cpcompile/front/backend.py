@@ -34,6 +34,7 @@ from cpcompile.front.last_call import CallReader, LastCall
 from cpcompile.front.memory_plan import planned
 from cpcompile.front.one_rank_compiles import one_rank_first
 from cpcompile.front.sharded_parameters import Entry, LocalShards, ShardedParameters, local_rows
+from cpcompile.front.step_check import StepCheck
 from cpcompile.inspect.explain import explanation_of
 from cpcompile.inspect.explanation import Explanation
 from cpcompile.ir.parameter_shard import ParameterShard
@@ -189,6 +190,9 @@ class Compiled:
         local = local_inputs(example_inputs, self._entries)
         self._deferred = [DeferredLogits(each, self._summed, sync) for each in defer_outputs(self.transformed.graph)]
         self._gathered = {i for each in self._deferred for i in each.deferred.gathered}
+        self._check = None
+        if config.check_finite == "step":
+            self._check = StepCheck(self.transformed, sync, self._summed, self._site.number, config.inner)
         in_turn = config.one_rank_compiles and axis.world_size > 1
         with one_rank_first(axis, agreement.least) if in_turn else contextlib.nullcontext():
             self._run = compile_inner(
@@ -200,7 +204,7 @@ class Compiled:
                 shards=shards,
                 bytes_ahead=config.prefetch * ahead,
             )
-        if config.check_finite:
+        if config.check_finite == "operators":
             self._run = FiniteRun(self.transformed, axis).run
         seconds, reason = time.perf_counter() - start, _torch.recompilation_reason()
         if self._last.plan is not None and reason:
@@ -215,12 +219,15 @@ class Compiled:
         self._agreement.before_running(self._text, self._drawing, told)
         given = self._with_local_rows(inputs)
         own = list(given) if self._deferred else given
+        step = self._check.begin(given, inputs) if self._check is not None else None
         if self._summed and torch.is_grad_enabled():
             keys = [inputs[i] for i in self._summed]
             of_graph = self._sync(self._site, [given[i] for i in self._summed], keys)
             for i, tensor in zip(self._summed, of_graph, strict=True):
                 given[i] = tensor
         results = self._run(*given)
+        if self._check is not None and step is not None:
+            self._check.ran(step, results)
         if self._deferred:
             made = {each.position: each.of(results, own, inputs) for each in self._deferred}
             results = [made.get(i, x) for i, x in enumerate(results) if i not in self._gathered]

@@ -9,16 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from cpcompile.balance.arrangement import Arrangement
-from cpcompile.balance.token_order import TokenOrder
 from cpcompile.compile.transform import Transformed
 from cpcompile.errors import NotFiniteError, where
+from cpcompile.front.held_tokens import HeldTokens
 from cpcompile.front.rank_agreement import device_of, named
-from cpcompile.inspect.definitions.slices import factors
-from cpcompile.inspect.model_runs import sequence_lengths, token_orders
 from cpcompile.inspect.not_finite import UNWRITTEN, is_meant, kind_of, name_of
-from cpcompile.ir.annotation import annotation
-from cpcompile.ir.placement import Sharded
 from cpcompile.options.mesh import Axis
 from cpcompile.runtime.tokens.show import summary
 
@@ -36,8 +31,7 @@ class FiniteRun(fx.Interpreter):
         self._transformed, self._axis = transformed, axis
         self._kinds: dict[fx.Node, str] = {}
         self._bounds: dict[fx.Node, Tensor] = {}
-        self._orders: list[TokenOrder | Arrangement] = []
-        self._given: tuple[Any, ...] = ()
+        self._held: HeldTokens | None = None  # while it runs
 
     def run(self, *inputs: Any) -> Any:  # type: ignore[override]
         """Return the outputs of the graph.
@@ -45,11 +39,12 @@ class FiniteRun(fx.Interpreter):
         Raises:
             NotFiniteError: a value of any rank is not finite. A gradient that is not ends backward with it.
         """
-        self._kinds, self._bounds, self._orders, self._given = {}, {}, [], inputs
+        self._kinds, self._bounds = {}, {}
+        self._held = HeldTokens(self._transformed, self._axis.rank, inputs, self._bounds)
         try:
             return super().run(*inputs)
         finally:
-            self._given = ()
+            self._held = None
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node, check what it computes, and have its gradient checked when that comes."""
@@ -62,7 +57,8 @@ class FiniteRun(fx.Interpreter):
             return value
         if n.op == "placeholder" and value.is_leaf and value.requires_grad:
             value = value.view_as(value)  # a hook of the user's own tensor would stay there
-        held = self._held(n)
+        assert self._held is not None, "it runs"
+        held = self._held.of(n)
         kind = kind_of(held(value.detach()))
         if kind:
             self._kinds[n] = kind
@@ -82,22 +78,6 @@ class FiniteRun(fx.Interpreter):
             self._agree(kind, lambda: told_gradient(node, users, kind))
 
         value.register_hook(check)  # type: ignore[no-untyped-call]
-
-    def _held(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
-        """Return what takes, of a value like that of `node`, the tokens of this rank: the slots behind them mean nothing."""
-        at = annotation(node).placement
-        if not isinstance(at, Sharded):
-            return lambda x: x
-        if not self._orders:  # no value is sharded before the bounds of all documents are known
-            lengths = sequence_lengths(self._transformed, self._given)
-            self._orders = token_orders(self._transformed.graph, self._transformed.plan, lengths, self._bounds)
-        order = self._orders[at.sequence]
-        if at.reaches_outside:
-            return lambda x: x[:0]  # it holds what is not known
-        if not isinstance(order, TokenOrder):
-            return lambda x: x
-        count = order.num_held(self._axis.rank)
-        return lambda x: factors(x, at, order.local_length).narrow(at.dim + 1, 0, count)
 
     def _agree(self, kind: str, text: Callable[[], str]) -> None:
         """Tell the other ranks of the axis what this one found. Collective.

@@ -26,6 +26,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "offload": ("none", "inputs", "all"),
     "grad_sync": ("sum", "mean", "none"),
     "check_inputs": ("always", "first", "never"),
+    "check_finite": names.CHECKS_OF_FINITE,
 }
 
 
@@ -114,9 +115,11 @@ class Config:
             were alone: attention sees it only, and its places count from 0. '' leaves the model as it is.
         mask_labels: losses ignore labels of another document than that of the token that predicts them; needs `documents`.
         dynamic: one compiled graph for all lengths (True), or one for each length (False).
-        check_finite: run the transformed graph operator by operator, and end the step on all ranks of the axis with a
-            `NotFiniteError` at the first value or gradient that is NaN or infinite: with its line, its operands and the ranks. To
-            find a fault with, since ranks talk behind each operator; only with `inner="eager"`.
+        check_finite: end a step on all ranks of the axis with a `NotFiniteError` at its first value or gradient that is NaN or
+            infinite: with its line, its operands and the ranks. `step` runs what is compiled, asks once, at the end of backward,
+            whether outputs and gradients are finite, and runs a step that is not again, operator by operator: to leave on.
+            `operators` runs all steps so, and the ranks talk behind each operator; only with `inner="eager"`. `never` asks
+            nothing.
     """
 
     strategy: str = "auto"
@@ -152,7 +155,7 @@ class Config:
     dynamic: bool = True
     documents: str = ""
     mask_labels: bool = False
-    check_finite: bool = False
+    check_finite: str = "never"
 
     def __post_init__(self) -> None:
         from cpcompile.balance.layout import is_of_groups
@@ -206,9 +209,10 @@ class Config:
             raise ConfigError(
                 f"prefetch={self.prefetch} is not a number of modules: 0 gathers them where they are used."
             )
-        if self.check_finite and self.inner != "eager":
+        if self.check_finite == "operators" and self.inner != "eager":
             raise ConfigError(
-                f"check_finite=True runs operator by operator what inner={self.inner!r} would compile: use inner='eager' with it."
+                f"check_finite='operators' runs operator by operator what inner={self.inner!r} would compile: use inner='eager' "
+                "with it, or check_finite='step', which so runs only a step that is not finite."
             )
         self._check_inductor()
         if self.documents:

@@ -53,7 +53,7 @@ class TrainOptions:
         device: `cpu`, `cuda`, or `auto`: CUDA when there is a GPU for each rank.
         check: compute the first step on one device too, and compare.
         check_ranks: compare the parameters of all ranks at each checkpoint and at the end.
-        check_finite: as in `cpcompile.Config`, with `inner="eager"`, which `auto` is then.
+        check_finite: as in `cpcompile.Config`; `operators` with `inner="eager"`, which `auto` is then.
         apply: False trains the untouched model, each rank by itself.
         heartbeat: seconds that a rank may give no sign of life; 0: for ever.
     """
@@ -84,7 +84,7 @@ class TrainOptions:
     device: str = "auto"
     check: bool = True
     check_ranks: bool = True
-    check_finite: bool = False
+    check_finite: str = "never"
     apply: bool = True
     heartbeat: float = 45.0
 
@@ -199,9 +199,9 @@ def resolve_device(options: TrainOptions, notes: list[str]) -> str:
 
 def resolve_inner(options: TrainOptions, device: str, notes: list[str]) -> str:
     """Return the inner compiler: `auto` is Inductor where its own compiler is installed, else `aot_eager`."""
-    if options.check_finite and not options.apply:
+    if options.check_finite != "never" and not options.apply:
         raise ConfigError("--check-finite runs what --no-apply does not make: leave one of them out.")
-    if options.check_finite and options.inner == "auto":
+    if options.check_finite == "operators" and options.inner == "auto":
         return "eager"
     if options.inner != "auto":
         Config(inner=options.inner, check_finite=options.check_finite)

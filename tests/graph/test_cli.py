@@ -113,7 +113,7 @@ def test_the_untouched_model_is_for_one_rank() -> None:
 
 
 def test_finite_numbers_are_checked_in_what_is_applied() -> None:
-    result = invoke("train", "--no-apply", "--ranks", "1", "--check-finite")
+    result = invoke("train", "--no-apply", "--ranks", "1", "--check-finite", "step")
     assert (result.exit_code, "error: --check-finite runs what --no-apply" in result.stderr) == (2, True)
 
 

@@ -78,9 +78,9 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
 def test_the_model_is_applied_with_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(cpcompile, "apply", lambda model, mesh, **given: seen.update(given), raising=False)
-    run(tmp_path, steps=1, check=False, check_finite=True, strategy="ring")
+    run(tmp_path, steps=1, check=False, check_finite="operators", strategy="ring")
     rest = {"balancer": "auto", "kernel": "auto"}
-    assert seen == {"strategy": "ring", "inner": "eager", "check_finite": True, **rest}
+    assert seen == {"strategy": "ring", "inner": "eager", "check_finite": "operators", **rest}
 
 
 def test_no_number_on_one_device_either_is_not_a_difference(tmp_path: Path) -> None:

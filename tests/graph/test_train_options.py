@@ -32,9 +32,16 @@ from tests.train_support import tiny_options
         ({"heartbeat": -1.0}, r"--heartbeat -1.0 is negative: 0 waits for ever"),
         ({"heartbeat": float("nan")}, r"--heartbeat nan is negative"),
         ({"resume": True}, r"--resume needs --save DIR"),
-        ({"check_finite": True, "inner": "aot_eager"}, r"check_finite=True .* inner='aot_eager' would compile"),
-        ({"check_finite": True, "inner": "inductor"}, r"check_finite=True .* inner='inductor' would compile"),
-        ({"check_finite": True, "apply": False}, r"--check-finite runs what --no-apply does not make"),
+        (
+            {"check_finite": "operators", "inner": "aot_eager"},
+            r"check_finite='operators' .* inner='aot_eager' would compile",
+        ),
+        (
+            {"check_finite": "operators", "inner": "inductor"},
+            r"check_finite='operators' .* inner='inductor' would compile",
+        ),
+        ({"check_finite": "steps", "inner": "eager"}, r"check_finite='steps' is not an option.*Did you mean 'step'"),
+        ({"check_finite": "operators", "apply": False}, r"--check-finite runs what --no-apply does not make"),
         ({"log": Path("nowhere/log.jsonl")}, r"--log nowhere/log\.jsonl: not a file in an existing folder"),
     ],
 )
@@ -121,7 +128,8 @@ def test_no_compiler_means_aot_eager(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_checked_is_not_compiled(tmp_path: Path) -> None:
-    assert validated(tiny_options(tmp_path, inner="auto", check_finite=True))[0].inner == "eager"
+    assert validated(tiny_options(tmp_path, inner="auto", check_finite="operators"))[0].inner == "eager"
+    assert validated(tiny_options(tmp_path, inner="aot_eager", check_finite="step"))[0].inner == "aot_eager"
 
 
 def test_the_chosen_compiler_counts(monkeypatch: pytest.MonkeyPatch) -> None:

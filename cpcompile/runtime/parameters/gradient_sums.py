@@ -73,6 +73,11 @@ class GradientSums:
             sums[i] = x if own is None else own + x
         return sums
 
+    def kept(self, key: Tensor) -> Tensor | None:
+        """Return the gradient that is kept until gradients are summed, if there is one."""
+        kept: Tensor | None = self._unsummed.get(key)  # type: ignore[no-untyped-call]
+        return kept
+
     def _add(self, total: Tensor) -> None:
         """Put what is summed into a bucket of its dtype, and send that if it is full."""
         if not total.numel():
