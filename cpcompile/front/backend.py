@@ -211,7 +211,8 @@ class Compiled:
             say(f"compiled again in {seconds:.0f} s: {reason}")
         if self._last.plan is None and isinstance(self._plan, Explanation):
             self._last.plan = self._plan
-            say(f"{self._plan.in_brief()}; compiled in {seconds:.0f} s")
+            how = "its operators run one by one" if config.inner == "eager" else f"compiled in {seconds:.0f} s"
+            say(f"{self._plan.in_brief()}; {how}")
 
     def __call__(self, *inputs: Any) -> Any:
         self._held.check(inputs)
