@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from cpcompile.errors import (
         ConfigError,
         CPError,
+        DebuggerQuit,
         GraphBreakError,
         InputError,
         InternalError,
@@ -45,6 +46,7 @@ _MODULES = {
     "errors": (
         "CPError",
         "ConfigError",
+        "DebuggerQuit",
         "GraphBreakError",
         "InputError",
         "InternalError",
@@ -84,6 +86,7 @@ __all__ = [
     "CPError",
     "Config",
     "ConfigError",
+    "DebuggerQuit",
     "Explanation",
     "FullySharded",
     "GraphBreakError",

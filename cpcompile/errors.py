@@ -83,6 +83,10 @@ class NotFiniteError(CPError):
     """A value or a gradient of a step is NaN or infinite, and `check_finite` asked for an error then."""
 
 
+class DebuggerQuit(CPError):
+    """A debugger that `cpcompile.show(..., pause=True)` had opened was ended with `quit`."""
+
+
 class InternalError(CPError):
     """An error of another kind while compiling, its `__cause__`: a fault of cpcompile or of the inner compiler."""
 

@@ -21,6 +21,13 @@ def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
+def group_store(group: torch.distributed.ProcessGroup) -> Any:
+    """Return the store by which the ranks of a group have met, with keys of its own."""
+    from torch.distributed.distributed_c10d import _world
+
+    return _world.pg_map[group][1]
+
+
 def group_names() -> set[str]:
     """Return the names of all process groups that this rank is in."""
     from torch.distributed.distributed_c10d import _world

@@ -7,7 +7,7 @@ import torch
 from cpcompile import runtime  # noqa: F401  (registers the operator)
 
 
-def show(x: torch.Tensor, name: str, *, gradient: bool = False) -> torch.Tensor:
+def show(x: torch.Tensor, name: str, *, gradient: bool = False, pause: bool = False) -> torch.Tensor:
     """Return `x`, and print what it is each time this line runs, on one device and, once the model is parallel, on every rank.
 
         x = cpcompile.show(self.norm(x), "after the norm")
@@ -23,6 +23,9 @@ def show(x: torch.Tensor, name: str, *, gradient: bool = False) -> torch.Tensor:
         x: any value of the model.
         name: how it is called in what is printed.
         gradient: print the gradient of `x` in backward too. Of a value that every rank holds whole, it is this rank's addend.
+        pause: also stop here, and at the gradient, in Python's debugger: on the first rank that shares the sequence, while the
+            others wait, however long. It has `value`, `tokens` (their positions) and `rank`; `c` goes on, `q` ends all ranks with
+            a `DebuggerQuit`. A process without a terminal says so once, and goes on.
     """
-    shown: torch.Tensor = torch.ops.cpcompile.show(x, name, gradient)
+    shown: torch.Tensor = torch.ops.cpcompile.show(x, name, gradient, pause)
     return shown

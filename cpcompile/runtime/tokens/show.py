@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cpcompile.balance.token_order import TokenOrder
+from cpcompile.runtime.tokens.pause import pause
 from cpcompile.runtime.tokens.shard import factors
 from cpcompile.runtime.transport import process_group
 
@@ -30,9 +31,13 @@ def quiet() -> Iterator[None]:
 
 
 @torch.library.custom_op("cpcompile::show", mutates_args=())
-def show(x: Tensor, name: str, gradient: bool = False) -> Tensor:
-    """Return a copy of `x`, and print what it is; with `gradient`, print its gradient in backward."""
+def show(
+    x: Tensor, name: str, gradient: bool = False, pauses: bool = False, world_size: int = 1, group: str = ""
+) -> Tensor:
+    """Return a copy of `x`, and print what it is; with `gradient`, print its gradient in backward; `pauses`: see `pause`."""
     say(name, "", x)
+    if pauses and not _IS_QUIET.get():
+        pause(name, x, None, world_size, group)
     return x.clone()
 
 
@@ -41,6 +46,7 @@ def show_tokens(
     x: Tensor,
     name: str,
     gradient: bool,
+    pauses: bool,
     dim: int,
     inner: int,
     front: int,
@@ -56,12 +62,15 @@ def show_tokens(
     positions = order.positions(process_group.rank_in(world_size, group))
     slots = ((positions >= front) & (positions < length - max(back, 0))).nonzero().flatten()
     held = factors(x, dim, inner, order.local_length).index_select(dim + 1, slots.to(x.device)).flatten(dim, dim + 2)
-    say(name, f", tokens {runs(positions[slots] - front)} of {length - front - back} along dim {dim}", held)
+    tokens = positions[slots] - front
+    say(name, f", tokens {runs(tokens)} of {length - front - back} along dim {dim}", held)
+    if pauses and not _IS_QUIET.get():
+        pause(name, held, tokens, world_size, group)
     return x.clone()
 
 
 @show.register_fake
-def _(x: Tensor, name: str, gradient: bool = False) -> Tensor:
+def _(x: Tensor, *settings: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -71,13 +80,13 @@ def _(x: Tensor, *settings: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, name, gradient, *ctx.axis = inputs
+    _, name, gradient, ctx.pauses, *ctx.axis = inputs
     ctx.name = f"gradient of {name}" if gradient and not _IS_QUIET.get() else ""  # backward may run in another thread
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    shown = show_tokens if ctx.axis else show
-    return shown(grad, ctx.name, False, *ctx.axis) if ctx.name else grad, *(None,) * (2 + len(ctx.axis))
+    shown = show_tokens if len(ctx.axis) > 2 else show
+    return shown(grad, ctx.name, False, ctx.pauses, *ctx.axis) if ctx.name else grad, *(None,) * (3 + len(ctx.axis))
 
 
 show.register_autograd(_backward, setup_context=_keep)
