@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMi
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from cpcompile._torch.joint_graph import HalvesPass, JointPass, Partitioner, in_inductor
-from cpcompile._torch.layer_marks import LayerMarks, in_generated_code, with_marks
+from cpcompile._torch.layer_marks import LayerMarks, closing, in_generated_code, with_marks
 from cpcompile._torch.repeated_calls import schemas_once, strides_as_they_are, values_once
 
 # The order of the graph has what a product of weights reads freed at once. Inductor's own search for the least memory (torch 2.11
@@ -78,7 +78,7 @@ def inner_compiler(
             in_inductor(joint_pass, halves_pass),
             in_generated_code(marks),
         ):
-            return compile_fx(gm, inputs)  # type: ignore[return-value]
+            return closing(compile_fx(gm, inputs), marks)  # type: ignore[arg-type]
 
     return compile_both
 

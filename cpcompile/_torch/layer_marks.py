@@ -80,6 +80,22 @@ def in_generated_code(marks: LayerMarks | None) -> Iterator[None]:
         writer.enter_context, writer.generate_return = enter_context, generate_return
 
 
+def closing(run: Callable[..., Any], marks: LayerMarks | None) -> Callable[..., Any]:
+    """Return a compiled function that leaves no layer open where it raises."""
+    if marks is None:
+        return run
+    enter = marks.enter
+
+    @functools.wraps(run)
+    def run_closing(*inputs: Any) -> Any:
+        try:
+            return run(*inputs)
+        finally:
+            enter("")
+
+    return run_closing
+
+
 def with_marks(
     gm: fx.GraphModule, run: Callable[..., Any], marks: LayerMarks | None, is_backward: bool = False
 ) -> Callable[..., Any]:

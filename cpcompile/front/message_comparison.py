@@ -66,7 +66,7 @@ def missing_at_collectives(of_ranks: Mapping[int, Messages]) -> str:
         ((c, rank) for rank, one in of_ranks.items() for c in one.collectives), key=lambda x: -x[0].seconds
     )
     for collective, rank in waiting:
-        there = {r for c, r in waiting if (c.ranks, c.purpose) == (collective.ranks, collective.purpose)}
+        there = {r for c, r in waiting if (c.ranks, c.group) == (collective.ranks, collective.group)}
         missing = [r for r in collective.ranks if r in of_ranks and r not in there]
         if missing:
             come = "it has" if len(missing) == 1 else "they have"

@@ -66,6 +66,7 @@ class Collective:
         ranks: of that group.
         seconds: how long ago it was started.
         has_begun: its kernel runs on the GPU.
+        group: the name of that group, which tells it from others of the same ranks and description.
     """
 
     number: int
@@ -74,6 +75,7 @@ class Collective:
     ranks: tuple[int, ...]
     seconds: float
     has_begun: bool
+    group: str = ""
 
     def __str__(self) -> str:
         begun = ", begun" if self.has_begun else ""
@@ -126,6 +128,8 @@ class Messages:
 
 
 def _named(ranks: Sequence[int]) -> str:
+    if not ranks:
+        return "destroyed"
     return f"ranks {','.join(map(str, ranks))}" if len(ranks) <= 8 else f"{len(ranks)} ranks"
 
 
@@ -194,9 +198,12 @@ def _state(entry: record.Entry) -> str:
 
 
 def _collectives() -> tuple[Collective, ...]:
+    """Return those of groups that are still there: torch keeps what a group that was destroyed had not ended."""
+    found = [(each, _ranks_of(each.group)) for each in _torch.unfinished_collectives()]
     return tuple(
-        Collective(each.number, each.operator, each.purpose, _ranks_of(each.group), each.seconds, each.has_begun)
-        for each in _torch.unfinished_collectives()
+        Collective(each.number, each.operator, each.purpose, ranks, each.seconds, each.has_begun, each.group)
+        for each, ranks in found
+        if ranks
     )
 
 

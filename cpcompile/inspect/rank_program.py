@@ -22,10 +22,11 @@ from cpcompile.inspect.planned_step import Planned
 from cpcompile.inspect.program import INDENT, Program, Ref, Source, Step, indented
 from cpcompile.inspect.program_capture import calls_of, program_of
 from cpcompile.runtime import own_backward
-from cpcompile.runtime.tiles import loss_body
+from cpcompile.runtime.tiles import by_rows, loss_body
 
 cp = torch.ops.cpcompile
 GROUPS = {"group": "GROUP", "inner_group": "INNER_GROUP", "outer_group": "OUTER_GROUP"}
+KEYS = ("body", "function")  # by which operators know what they run
 FEW = 4096  # values of a buffer that are written down; more are random
 
 HEAD = '''"""The program of each of {world_size} ranks, as cpcompile made it. Weights and long inputs are random.
@@ -42,7 +43,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-import cpcompile
+import cpcompile.runtime  # its operators
 {imports}
 DEVICE = torch.device({device})
 GROUP = INNER_GROUP = OUTER_GROUP = ""  # names of process groups: of all ranks, and of both dims of their grid
@@ -167,13 +168,13 @@ def _on_ranks(step: Step, device: str, bodies: Bodies) -> Step:
             at: Any = i if i < len(args) else argument.name
             if argument.name in GROUPS:
                 within[at] = Ref(GROUPS[argument.name])
-            elif argument.name == "body":
+            elif argument.name in KEYS:
                 within[at] = Ref(bodies.name_of(step.target, within[at]))
     return replace(step, args=tuple(args), kwargs=kwargs)
 
 
 class Bodies:
-    """What operators know by a key: losses of chunks, and backwards of the model's own.
+    """What operators know by a key: losses of chunks, functions of tiles, and backwards of the model's own.
 
     Attributes:
         text: the modules.
@@ -206,16 +207,21 @@ class Bodies:
             graph = own_backward.backward_body_of(key)
             self.imports.add("from cpcompile.runtime.own_backward import add_body as add_backward")
             known = f"add_backward({traced})"
+        elif target is cp.by_rows.default:
+            function = by_rows.function_of(key)
+            graph = function.function
+            self.imports.add("from cpcompile.runtime.tiles.by_rows import RowFunction, add_function")
+            known = f"add_function(RowFunction({traced}, {function.results!r}))"
         else:
             body = loss_body.body_of(key)
             graph = body.function
             self.imports.add("from cpcompile.runtime.tiles.loss_body import Body, Result, add_body")
             results = "".join(f"Result({r.inner}, {r.dtype}, {r.has_gradient}), " for r in body.results)
             known = f"add_body(Body({traced}, ({results.strip()}), {body.provider!r}))"
-        function = _function(graph)
-        function = replace(function, steps=tuple(_on_ranks(step, self._device, self) for step in function.steps))
+        program = _function(graph)
+        program = replace(program, steps=tuple(_on_ranks(step, self._device, self) for step in program.steps))
         self._known.append(f"{name} = {known}")
-        return f"\n\n{function.module(kind, returns_list=True)}"
+        return f"\n\n{program.module(kind, returns_list=True)}"
 
 
 def _function(gm: fx.GraphModule) -> Program:

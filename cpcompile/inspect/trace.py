@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def read_traces(paths: Sequence[Path]) -> list[RankTrace]:
         base = int(trace.get("baseTimeNanoseconds", 0))  # of a trace's times; ranks of one host have one clock
         first = first or base
         rank = int((trace.get("distributedInfo") or {}).get("rank", number))
-        events = tuple(event for event in trace["traceEvents"] if event.get("ph") == "X")
+        events = tuple(checked(event, path) for event in trace["traceEvents"] if is_lasting(event))
         traces.append(RankTrace(path, rank, (base - first) / 1e9, events))
     return sorted(traces, key=lambda trace: trace.rank)
 
@@ -97,6 +98,29 @@ def load(path: Path) -> dict[str, Any]:
     return trace
 
 
+def is_lasting(event: Any) -> bool:
+    """Tell whether an entry of a trace is something that lasts; others are marks, names and arrows."""
+    return isinstance(event, dict) and event.get("ph") == "X"
+
+
+def checked(event: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return an event of which name, start and length are known.
+
+    Raises:
+        ConfigError: it has no such thing, as of a trace that another program wrote.
+    """
+    try:
+        is_whole = isinstance(event["name"], str) and all(map(math.isfinite, span_of(event)))
+    except (KeyError, TypeError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise ConfigError(
+            f"{path} has an event without a name, or without a time: {str(event)[:200]}. Pass what torch.profiler's "
+            "export_chrome_trace wrote."
+        )
+    return event
+
+
 def lanes_of(trace: RankTrace) -> list[TraceLane]:
     """Return the lanes of one rank, its host last."""
     found: dict[str, list[Event]] = {}
@@ -104,7 +128,7 @@ def lanes_of(trace: RankTrace) -> list[TraceLane]:
         category = event.get("cat")
         if category not in (*ON_DEVICE, *ON_HOST):
             continue
-        lane = f"stream {event['args']['stream']}" if category in ON_DEVICE else "host"
+        lane = f"stream {event.get('args', {}).get('stream', '?')}" if category in ON_DEVICE else "host"
         start, end = span_of(event)
         found.setdefault(lane, []).append(Event(kind_of(event), trace.offset + start, trace.offset + end))
     order = sorted(found, key=lambda name: (name == "host", len(name), name))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cpcompile import _torch
+from cpcompile._torch.layer_marks import closing
 from cpcompile.compile.layer_names import LayerNames
 from cpcompile.compile.outline_layers import outline_layers
 from cpcompile.errors import module_path
@@ -132,6 +133,19 @@ def test_a_range_is_not_continued_by_another_profiler() -> None:
     with torch.profiler.profile(activities=[CPU]) as profile:
         enter_layer("")
     assert not [event for event in profile.events() if LayerRange.of(event.name)]
+
+
+def test_a_compiled_step_that_raises_leaves_no_range_open() -> None:
+    marks = _torch.LayerMarks(lambda node: "", enter_layer)
+
+    def step() -> None:
+        enter_layer("blocks.3")
+        raise ValueError("the user's")
+
+    with torch.profiler.profile(activities=[CPU]), pytest.raises(ValueError, match="the user's"):
+        closing(step, marks)()
+    assert layer_ranges._OPEN.range is None
+    assert path_here("blocks.{0..5}.attn") == "blocks.{0..5}.attn"
 
 
 @pytest.mark.parametrize(

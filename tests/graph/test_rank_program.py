@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from cpcompile import ConfigError, FullySharded, explain
 from tests.graph.small_models import TinyLM, batch
 from tests.graph.test_cli import invoke
+from tests.models import batch as of
+from tests.models import make
 
 
 def test_large_inputs_are_random_and_weights_on_meta_have_no_values() -> None:
@@ -30,6 +34,27 @@ def test_each_call_is_under_its_line() -> None:
     above = next(line for line in reversed(lines[:call]) if line.startswith("#"))
     assert "F.scaled_dot_product_attention(q, k, v, is_causal=True)" in above
     assert "group=GROUP" in lines[call]
+
+
+def test_the_file_knows_what_it_calls_by_itself(tmp_path: Path) -> None:
+    """In a process that has nothing of cpcompile but the file: operators, also without a loss, and functions of tiles."""
+    ids = {"input_ids": batch(16)["input_ids"]}
+    llama = make("llama", num_layers=1)
+    for name, model, given, tile in (("no_loss", make("rotary"), ids, 0), ("tiles", llama, of(llama, 24), 8)):
+        text = explain(model, given, world_size=2, tile=tile, program=True).program
+        (tmp_path / f"{name}.py").write_text(text)
+    check = """
+import re, sys, torch
+import no_loss, tiles
+for name in re.findall(r"torch[.]ops[.]cpcompile[.](\\w+)", open(no_loss.__file__).read()):
+    getattr(torch.ops.cpcompile, name)
+tiles.register_bodies()
+from cpcompile.runtime.tiles.by_rows import function_of
+names = re.findall(r"cpcompile[.]by_rows.*(BODY_\\d+)", open(tiles.__file__).read())
+assert names and [function_of(getattr(tiles, name)) for name in names]
+"""
+    found = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
 
 
 def test_parameters_of_fsdp_are_refused() -> None:

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import cpcompile
+from cpcompile import _torch
+from cpcompile._torch import flight_recorder
 from cpcompile.errors import ConfigError
 from cpcompile.front.message_comparison import compare_messages
 from cpcompile.front.messages import Collective, Message, Messages, print_messages_on
@@ -135,6 +137,21 @@ def test_the_rank_that_misses_a_collective_of_others_is_named() -> None:
     )
     both = Messages(1, (message,), {}, (waits,))
     assert compare_messages({0: first, 1: both}).startswith("no rank is behind")
+
+
+def test_groups_of_the_same_ranks_and_description_are_told_apart() -> None:
+    message = Message(7, "all_reduce", "", False, (0, 1), 4, 9.0, "done")
+    first, second = (
+        Collective(1, "gloo:all_reduce", "undefined", (0, 1), 9.0 - rank, False, f"{rank + 1}") for rank in range(2)
+    )
+    of_ranks = {0: Messages(0, (message,), {}, (first,)), 1: Messages(1, (message,), {}, (second,))}
+    assert compare_messages(of_ranks).startswith("rank 1 is behind: rank 0 waits in gloo:all_reduce 1 of undefined")
+
+
+def test_a_collective_of_a_destroyed_group_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = flight_recorder.Collective(2, "gloo:all_reduce", "17", "mine", 0.5, False)
+    monkeypatch.setattr(_torch, "unfinished_collectives", lambda: [stale])
+    assert cpcompile.last_messages().collectives == ()
 
 
 def test_backward_is_told_from_forward() -> None:

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cpcompile.cli import app
+from cpcompile.errors import ConfigError
 from cpcompile.inspect.timeline import DEPTH, read_tracks, to_data
 from tests.graph.test_profile import event, kernel, write
 from tests.graph.test_stream_times import LAYER, ONE_STEP
@@ -152,3 +153,19 @@ def test_many_events_take_few_strokes(tmp_path: Path) -> None:
     told = in_browser(page, "{ count: first.length, near: (key('+'), settle().length) }")
     assert 800 <= told["count"] <= 2 * 2 * 800
     assert told["near"] <= 2 * 2 * 800
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '{"ph": "X", "name": "aten::mm", "cat": "cpu_op"}',
+        '{"ph": "X", "name": "aten::mm", "cat": "cpu_op", "ts": "x"}',
+        '{"ph": "X", "name": "aten::mm", "cat": "cpu_op", "ts": NaN}',
+        '{"ph": "X", "cat": "cpu_op", "ts": 1}',
+    ],
+)
+def test_an_event_without_name_or_time_is_refused(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "rank0.json"
+    path.write_text(f'{{"traceEvents": [1, null, {broken}]}}')
+    with pytest.raises(ConfigError, match="an event without a name, or without a time"):
+        read_tracks([path])
