@@ -37,14 +37,14 @@ def unfinished_collectives() -> list[Collective]:
     dumps = [getattr(module, name, None) for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json")]
     told: list[dict[str, Any]] = [json.loads(dump(True, True)) for dump in dumps if dump is not None]
     entries = [each for one in told for each in one.get("entries") or ()]
-    now = time.time()
+    now = time.time_ns()  # the clock that torch asked
     return [
         Collective(
             each["collective_seq_id"],
             each["profiling_name"],
             each["process_group"][0],
             each["process_group"][1],
-            max(0.0, now - each["time_created_ns"] / 1e9),
+            max(0, now - each["time_created_ns"]) / 1e9,
             each["state"] == "started",
         )
         for each in sorted(entries, key=lambda each: each["time_created_ns"])

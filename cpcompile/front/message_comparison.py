@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from cpcompile.front.messages import Message, Messages
 from cpcompile.runtime import record
 
+LATE = 1.0  # seconds that a collective waits for a rank before this is said to be behind
+
 
 def compare_messages(of_ranks: Mapping[int, Messages]) -> str:
     """Return one line that says which rank is behind, and where; '' where no ranks have sent anything together."""
@@ -66,6 +68,8 @@ def missing_at_collectives(of_ranks: Mapping[int, Messages]) -> str:
         ((c, rank) for rank, one in of_ranks.items() for c in one.collectives), key=lambda x: -x[0].seconds
     )
     for collective, rank in waiting:
+        if collective.seconds < LATE:  # ranks are not asked in the same instant
+            break
         there = {r for c, r in waiting if (c.ranks, c.group) == (collective.ranks, collective.group)}
         missing = [r for r in collective.ranks if r in of_ranks and r not in there]
         if missing:

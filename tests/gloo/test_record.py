@@ -84,12 +84,12 @@ def wait_outside(rank: Any) -> Messages:
     """Rank 1 comes late to a collective that is none of cpcompile's; return what each rank has recorded meanwhile."""
     ops.all_reduce(torch.ones(2), 2, rank.group)
     if rank.rank == 1:
-        time.sleep(1.0)
+        time.sleep(2.0)
         seen = cpcompile.last_messages(1)
         dist.all_reduce(torch.ones(4), group=rank.process_group)
         return seen
     work = dist.all_reduce(torch.ones(4), group=rank.process_group, async_op=True)
-    time.sleep(0.5)
+    time.sleep(1.3)
     found = cpcompile.last_messages(1)
     assert work is not None
     work.wait()
@@ -100,7 +100,7 @@ def test_the_rank_that_does_not_come_to_a_collective_of_others_is_named(pool: An
     first, second = pool.run(2, wait_outside)
     (waits,) = first.collectives
     assert (waits.operator, waits.ranks, second.collectives) == ("gloo:all_reduce", (0, 1), ())
-    assert 0.1 < waits.seconds < 5.0
+    assert 1.0 < waits.seconds < 5.0
     assert (
         compare_messages({0: first, 1: second})
         == f"rank 1 is behind: rank 0 waits in {waits}, to which it has not come."

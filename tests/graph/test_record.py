@@ -9,6 +9,7 @@ import threading
 import time
 import timeit
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,6 +136,8 @@ def test_the_rank_that_misses_a_collective_of_others_is_named() -> None:
     assert compare_messages({0: first, 1: second}) == (
         "rank 1 is behind: rank 0 waits in nccl:all_gather 13 of fsdp (ranks 0,1, begun), to which it has not come."
     )
+    at_once = replace(waits, seconds=0.2)  # the other rank was asked a moment before
+    assert compare_messages({0: replace(first, collectives=(at_once,)), 1: second}).startswith("no rank is behind")
     both = Messages(1, (message,), {}, (waits,))
     assert compare_messages({0: first, 1: both}).startswith("no rank is behind")
 

@@ -93,7 +93,7 @@ def test_two_ranks_train_as_one_device(tmp_path: Path, capfd: pytest.CaptureFixt
     said = capfd.readouterr().err
     assert all(f"rank {number}: the last messages" in said for number in range(2))
     assert "ring_attention" in said or "ulysses_attention" in said or "sum_gradients" in said
-    assert len([event for event in events if isinstance(event, Note) and "message" in event.text]) == 1
+    assert len([event for event in events if isinstance(event, Note) and "behind" in event.text]) == 1
     comparison = next(event for event in events if isinstance(event, Comparison))
     assert comparison.ranks.loss == pytest.approx(comparison.single.loss, rel=1e-6)
     assert comparison.ranks.grad_norms == pytest.approx(comparison.single.grad_norms, rel=1e-4)
