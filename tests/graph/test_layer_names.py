@@ -111,7 +111,7 @@ def test_nothing_is_recorded_where_no_profiler_runs(monkeypatch: pytest.MonkeyPa
 
 
 def test_ranges_follow_one_another() -> None:
-    with torch.profiler.profile(activities=[CPU]) as profile:
+    with torch.profiler.profile(activities=[CPU], acc_events=True) as profile:
         for name in ("blocks.0", "blocks.1", "", "blocks.1 backward", ""):
             enter_layer(name)
             torch.ones(2) + 1
