@@ -155,7 +155,10 @@ class Placer:
             call = Call.of(node)
             operands = {name: placement_of(operand) for name, operand in call.operands()}
         if any(isinstance(p, Sharded) for p in operands.values()):
-            self._place_sharded(node, call)
+            if annotation(node).stays_whole:
+                self._gather_operands(node, f"{call.target}: every rank needs it of all tokens")
+            else:
+                self._place_sharded(node, call)
         else:
             self._place_whole(node, call, hints_of(call))
 

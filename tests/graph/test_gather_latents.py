@@ -430,6 +430,30 @@ def test_a_stream_that_begins_inside(strategy: str, world_size: int) -> None:
     assert found.transformed.choice.strategies[-1] == strategy
 
 
+class Turned(TinyLM):
+    """Keys turned by a learned table of positions, which no input comes into (RoFormer): 16 numbers of keys, 8 of what they are of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, 4 * WIDTH) for _ in range(3))
+        self.table = nn.Embedding(64, WIDTH)
+        self.out = nn.Linear(4 * WIDTH, WIDTH)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (linear(x).unflatten(-1, (4, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        turn = self.table(torch.arange(x.shape[1]))[None, None]
+        y = F.scaled_dot_product_attention(q * turn, k * turn, v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("strategy", ["latent", "latent_heads"])
+def test_a_table_of_positions_travels_beside_the_latent(strategy: str, world_size: int) -> None:
+    found = cpcompile.verify(Turned(), batch(11), world_size=world_size, dtype=torch.float64, strategy=strategy)
+    found.raise_if_wrong()
+    assert found.transformed.choice.strategies == (strategy,)
+
+
 class Tall(MLA):
     """Four layers along one residual stream."""
 

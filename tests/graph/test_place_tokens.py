@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cpcompile import verify
-from cpcompile.ir.annotation import annotation, placement_of
+from cpcompile.ir.annotation import annotate, annotation, placement_of
 from cpcompile.ir.placement import FULL, Full, Partial, Sharded
 from cpcompile.passes import place_tokens
 from tests.graph.small_models import Logits, TinyLM, batch, before, count, planned
@@ -53,6 +53,16 @@ def test_localises_a_table_where_it_is_read() -> None:
     gm.graph.eliminate_dead_code()
     (cosine,) = gm.graph.find_nodes(op="call_function", target=aten.cos.default)
     assert isinstance(placement_of(cosine), Sharded)
+
+
+def test_what_every_rank_needs_whole_is_computed_of_gathered_operands() -> None:
+    transformed = planned(Positions(), {"input_ids": batch()["input_ids"]})
+    gm = before(transformed)
+    (total,) = gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+    annotate(total, stays_whole=True)
+    place_tokens(gm, plan=transformed.plan)
+    assert placement_of(total) == FULL
+    assert {operand.target for operand in total.all_input_nodes} == {cp.gather_tokens.default, aten.cos.default}
 
 
 class ShiftedLabels(TinyLM):

@@ -85,8 +85,7 @@ def find_latent(
 
 def attends_to_tokens(attention: fx.Node, token_dims: Mapping[str, int]) -> bool:
     """Tell whether the rows of an attention are the tokens of an input: not those of several joined, or of one frame of many."""
-    given = [node for node in attention.graph.find_nodes(op="placeholder") if node.name in token_dims]
-    lengths = {str(value_of(node).shape[token_dims[node.name]]) for node in given}
+    lengths = lengths_of(attention.graph, token_dims)
     return not lengths or str(Call.of(attention).shape("k")[2]) in lengths
 
 
@@ -200,17 +199,29 @@ class LatentWalk:
         return tuple(sorted(found))
 
 
-def sharded_values(graph: fx.Graph, token_inputs: Collection[str]) -> set[fx.Node]:
-    """Return the values of a graph that may be sharded: those of tokens that products come before."""
+def lengths_of(graph: fx.Graph, token_dims: Mapping[str, int]) -> set[str]:
+    """Return the lengths of the inputs that hold tokens."""
+    given = [node for node in graph.find_nodes(op="placeholder") if node.name in token_dims]
+    return {str(value_of(node).shape[token_dims[node.name]]) for node in given}
+
+
+def sharded_values(graph: fx.Graph, token_dims: Mapping[str, int]) -> set[fx.Node]:
+    """Return the values of a graph that may be sharded: those of tokens, or as long as these, that products come before."""
     found: set[fx.Node] = set()
-    of_tokens = {node for node in graph.find_nodes(op="placeholder") if node.name in token_inputs}
+    lengths = lengths_of(graph, token_dims)
+    of_tokens = {node for node in graph.find_nodes(op="placeholder") if node.name in token_dims}
     for node in graph.nodes:
         if any(operand in of_tokens for operand in node.all_input_nodes):
             of_tokens.add(node)
-        is_first = node.target in HEAVY and (node in of_tokens or not token_inputs)
+        is_first = node.target in HEAVY and (node in of_tokens or not lengths or has_length(node, lengths))
         if is_first or any(operand in found for operand in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def has_length(node: fx.Node, lengths: Collection[str]) -> bool:
+    """Tell whether a dim in front of the channels of a value may be one of tokens."""
+    return is_tensor(node) and any(str(size) in lengths for size in value_of(node).shape[:-1])
 
 
 def is_floating(node: fx.Node) -> bool:
