@@ -431,7 +431,7 @@ def test_a_stream_that_begins_inside(strategy: str, world_size: int) -> None:
 
 
 class Turned(TinyLM):
-    """Keys turned by a learned table of positions, which no input comes into (RoFormer): 16 numbers of keys, 8 of what they are of."""
+    """Keys turned by a learned table of positions, which no input comes into (RoFormer), and wider than what they are of."""
 
     def __init__(self) -> None:
         super().__init__()
