@@ -92,8 +92,15 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def gradient_errors(one: Outcome, ranks: Outcome) -> dict[str, float]:
-    """Return the error of each gradient of one device."""
+    """Return the error of each gradient of one device.
+
+    Where none changes the loss by more than its rounding, all are noise (every token that reaches the loss is padding): the loss
+    stands for the largest.
+    """
     largest = max((g.norm().item() for g in one.gradients.values()), default=0.0)
+    loss = one.loss[0].abs().item()
+    if largest <= min(torch.finfo(one.loss[0].dtype).eps, torch.finfo(torch.float32).eps) * loss:
+        largest = loss
     return {name: gradient_error(ranks.gradients.get(name), grad, largest) for name, grad in one.gradients.items()}
 
 

@@ -16,6 +16,7 @@ from cpcompile.inspect.definitions import COLLECTIVES
 from cpcompile.inspect.definitions.attention import attention
 from cpcompile.inspect.definitions.tokens import shard
 from cpcompile.inspect.first_difference import value_error
+from cpcompile.inspect.outcome import Outcome, gradient_errors
 from cpcompile.passes import rewrite_reductions
 from tests.graph.small_models import VOCABULARY, Logits, TinyLM, batch
 
@@ -248,3 +249,14 @@ def test_error_of_values() -> None:
     assert value_error(one * float("nan"), one) == float("inf")
     assert value_error(one * (1 + 0.5j), one + 0j) == pytest.approx(0.5)
     assert value_error(torch.ones(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)) == float("inf")
+
+
+def test_gradients_that_are_all_rounding_are_measured_against_the_loss() -> None:
+    """As of a loss that only padding reaches: what cancels on one device cancels otherwise on ranks."""
+
+    def outcome(gradient: float) -> Outcome:
+        return Outcome([torch.tensor(0.7, dtype=DOUBLE)], {"weight": torch.tensor([gradient], dtype=DOUBLE)}, {})
+
+    assert gradient_errors(outcome(1e-18), outcome(3e-18))["weight"] < 1e-15
+    assert gradient_errors(outcome(1e-18), outcome(1e-6))["weight"] > 1e-5
+    assert gradient_errors(outcome(1e-6), outcome(3e-6))["weight"] == pytest.approx(2)
